@@ -1,0 +1,33 @@
+"""The one exception a user is meant to read, and the sentence that helps them past it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend: a file, a row, a key, a layout.
+
+    The message is one line that names the file, row or key, what was found and what is allowed.
+    Commands print it without a traceback and exit with status 2.
+    """
+
+
+def nearest(name: object, allowed: Iterable[object]) -> str:
+    """A hint for a misspelt name: " (did you mean 'x'?)", or "" when nothing is near.
+
+    Args:
+        name: what was given.
+        allowed: the valid names.
+    """
+    hits = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)
+    return f" (did you mean {hits[0]!r}?)" if hits else ""
+
+
+def choose(what: str, name: str, allowed: Iterable[str]) -> str:
+    """Returns `name` if it is one of `allowed`, else raises UserError with the nearest valid name."""
+    names = sorted(allowed)
+    if name not in names:
+        raise UserError(f"{what}: unknown name {name!r}{nearest(name, names)}; allowed: {', '.join(names)}")
+    return name

@@ -1,0 +1,1 @@
+"""The machine: the CPU backend of Megatron-core, process groups, precision, random state, launching, logging."""

@@ -1,0 +1,225 @@
+"""Megatron-core 0.16.1 on a machine without CUDA: CPU tensors and gloo process groups.
+
+`enable()` is the only entry point. It is a no-op where CUDA works, edits no file of megatron-core, and
+holds every workaround the project needs; the paths and lines below are those of the pinned version,
+relative to `megatron/core`. `tests/runtime/test_cpu_backend.py` fails when the pin moves, so that the
+list is read again against the new source.
+
+What stops a CPU run, and what is done about it:
+
+| in megatron-core | where | here |
+|---|---|---|
+| `torch.cuda.current_device()` | models/common/embeddings/rotary_pos_embedding.py:162; tensor_parallel/layers.py:552, mappings.py:141,181; utils.py:631; pipeline_parallel/p2p_communication.py:313,321; distributed/param_and_grad_buffer.py:800,806; optimizer/distrib_optimizer.py:791,1077; dist_checkpointing/strategies/state_dict_saver.py:252 | answers "cpu" |
+| `torch.cuda.synchronize()`, streams | p2p_communication.py:398; strategies/filesystem_async.py:230; strategies/fully_parallel.py:272,281 | does nothing |
+| the literal `device="cuda"` | pipeline_parallel/schedules.py:596,983,2138; optimizer/clip_grads.py:103,174; optimizer/optimizer.py:481,485,907; utils.py:1207; transformer/utils.py:35; dist_checkpointing/exchange_utils.py:110 | function mode |
+| `.cuda()`, `pin_memory` | models/common/language_module/language_module.py:244; distrib_optimizer.py:1089; exchange_utils.py:499 | function mode |
+| `t.type() == "torch.cuda.FloatTensor"` | distrib_optimizer.py:361,420,582; optimizer.py:671,690; clip_grads.py:167 | function mode, for callers in `megatron.core.optimizer` |
+| CUDA random state | tensor_parallel/random.py:235,237,238,240,422,447,457 | the CPU generator |
+| Adam's state layout: `step` in the param group | distrib_optimizer.py:642,825,940 (plain torch.optim.AdamW cannot be loaded) | `FusedAdam` |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.overrides import TorchFunctionMode
+
+from fusemega.errors import UserError
+
+MEGATRON_CORE_PIN = "0.16.1"
+
+
+def enable() -> None:
+    """Make megatron-core run on CPU tensors in this process. Idempotent; a no-op where CUDA is available.
+
+    Raises:
+        UserError: megatron-core is not the version these workarounds were written against.
+    """
+    global _mode
+    if _mode is not None or torch.cuda.is_available():
+        return
+    import megatron.core
+
+    if megatron.core.__version__ != MEGATRON_CORE_PIN:
+        raise UserError(
+            f"megatron-core {megatron.core.__version__}: without CUDA, fusemega needs exactly {MEGATRON_CORE_PIN}; "
+            f"pip install megatron-core=={MEGATRON_CORE_PIN}"
+        )
+    _patch_torch_cuda()
+    _mode = _CudaLiteralsToCpu()
+    _mode.__enter__()
+    _keep_mode_in_backward()
+    _patch_random()
+    _patch_adam()
+
+
+_mode: _CudaLiteralsToCpu | None = None
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaLiteralsToCpu(TorchFunctionMode):
+    """`device="cuda"` becomes "cpu", `t.cuda()` is `t`, and the optimizers see CUDA type names.
+
+    Costs about 1.4 microseconds a torch call. It is per thread: worker threads are not covered.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)
+            if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
+                return name.replace("torch.", "torch.cuda.", 1)
+            return name
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Stream(torch.cpu.Stream):
+    """A stream on which everything is already done."""
+
+    def __init__(self, device: object = None, priority: int = 0, **_: object) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _patch_torch_cuda() -> None:
+    # Lambdas rather than aliases of torch.cpu's functions: dynamo refuses one function under two names.
+    cuda: Any = torch.cuda
+    stream = _Stream()
+    cuda.current_device = lambda: "cpu"
+    cuda.synchronize = lambda device=None: None
+    cuda.current_stream = lambda device=None: stream
+    cuda.default_stream = lambda device=None: stream
+    cuda.stream = lambda s: torch.cpu.stream(s)
+    cuda.Stream = _Stream
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+
+def _keep_mode_in_backward() -> None:
+    # torch.autograd.backward is itself overridable, so a function mode is popped while it runs; enter it again for
+    # what runs inside: recomputed forwards, backwards of custom functions, DDP's hooks.
+    engine: Callable[..., Any] = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with _CudaLiteralsToCpu():
+            return engine(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward  # type: ignore[attr-defined]
+
+
+def _patch_random() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
+        """Megatron's named random states, forked on the CPU generator."""
+
+        @contextlib.contextmanager
+        def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            if name not in self.states_:
+                raise RuntimeError(f"random state {name!r} has not been added to the tracker")
+            outer, outer_name = torch.get_rng_state(), self._current_state_name
+            if outer_name != "default-rng":
+                self.states_[outer_name] = outer
+            torch.set_rng_state(self.states_[name])
+            self._current_state_name = name
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(self.states_[outer_name] if outer_name != "default-rng" else outer)
+                self._current_state_name = outer_name
+
+    patched: Any = megatron_random
+    patched._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    patched._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    patched._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
+    patched._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam(W) with the interface and state layout of TE's and apex's FusedAdam, over torch's fused CPU kernel.
+
+    `step` lives in the param group, `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape) in the state: what
+    megatron-core's DistributedOptimizer saves and loads.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+        **_: object,
+    ) -> None:
+        if not bias_correction:
+            raise ValueError("FusedAdam on the CPU always corrects bias")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = adam_w_mode
+
+    def initialize_state(self, param: torch.Tensor) -> None:
+        self.state[param] = {name: torch.zeros_like(param, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            for param in params:
+                if not self.state[param]:
+                    self.initialize_state(param)
+            adam(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in params],
+                foreach=False,
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                decoupled_weight_decay=self.adam_w_mode,
+            )
+
+
+def _patch_adam() -> None:
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer
+
+    patched: Any = optimizers
+    patched.Adam, patched.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+    patched = distrib_optimizer
+    patched.Adam, patched.HAVE_APEX_OR_TE, patched.USING_TE_OPTIMIZER = FusedAdam, True, True

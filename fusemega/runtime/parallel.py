@@ -1,0 +1,163 @@
+"""Process groups and parallel dimensions: one object that says who this process is.
+
+Importing this module enables the CPU backend where there is no CUDA; nothing above `runtime/` asks again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, model_validator
+
+from fusemega.config import Section
+from fusemega.errors import UserError
+from fusemega.runtime import cpu_backend
+
+cpu_backend.enable()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the backend is in place)
+
+
+class ParallelConfig(Section):
+    """How the model is spread over processes. What is left of the world is data parallel."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1, description="ranks that share each layer's matrices")
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="stages the layers are spread over")
+    sequence_parallel: bool = Field(False, description="also split norms and residuals over the tensor-parallel ranks")
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tp(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size of 2 or more")
+        return self
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """World size over TP x PP.
+
+        Raises:
+            UserError: the world does not divide.
+        """
+        if world_size % self.model_parallel_size:
+            raise UserError(
+                f"parallel: tensor_model_parallel_size {self.tensor_model_parallel_size} x pipeline_model_parallel_size "
+                f"{self.pipeline_model_parallel_size} = {self.model_parallel_size} does not divide the {world_size} "
+                f"process(es) of this run; start a multiple of {self.model_parallel_size} (--nproc)"
+            )
+        return world_size // self.model_parallel_size
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: ranks, sizes, groups and device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    sequence_parallel: bool
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def environment_rank() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun set them; (0, 1, 0) without a launcher."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
+            env["SLURM_PROCID"],
+            env["SLURM_STEP_NUM_TASKS"],
+            env["SLURM_LOCALID"],
+        )
+        if "MASTER_ADDR" not in env:
+            hosts = subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+            )
+            env["MASTER_ADDR"] = hosts.stdout.split()[0]
+        # Jobs of one node must not meet on one port; the job id is what all ranks share.
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+
+
+def initialize(config: ParallelConfig, seed: int = 1234) -> World:
+    """Join the process group and build Megatron's groups. One process needs no launcher.
+
+    May be called again in the same process with another layout.
+
+    Args:
+        config: the layout.
+        seed: seed of Megatron's random states (dropout); TP and PP ranks draw differently, DP ranks alike.
+
+    Raises:
+        UserError: TP x PP does not divide the world.
+    """
+    rank, world_size, local_rank = environment_rank()
+    config.data_parallel_size(world_size)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if world_size == 1 and "MASTER_ADDR" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=world_size)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=config.sequence_parallel,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group; afterwards `initialize` needs a fresh process."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,103 @@
+"""Layer specs that need neither Transformer Engine nor apex.
+
+Shapes: S sequence (or all tokens T of a packed row), B batch, N query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, marked so that Megatron sums its gradient over sequence-parallel ranks.
+
+    megatron-core's own WrappedTorchNorm refuses sequence parallelism (transformer/torch_norm.py:32).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+
+
+class SDPAttention(MegatronModule):
+    """Causal core attention on `scaled_dot_product_attention`, with grouped queries and packed sequences.
+
+    A packed row ("thd") is one attention call a segment: block-diagonal without ever holding a [T, T] mask, and no
+    work between segments.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+            raise ValueError(f"SDPAttention is causal; layer {layer_number} asks for {attn_mask_type}")
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [S, B, N, D] with key, value [S, B, G, D] -> [S, B, N*D]; packed: [T, N, D] -> [T, N*D]."""
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("SDPAttention takes no mask or bias: it is causal, and packed rows bring cu_seqlens")
+        if packed_seq_params is None:
+            query_BNSD, key_BGSD, value_BGSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            out_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD)
+            return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        parts = [
+            self._attend(*(t.transpose(0, 1)[None] for t in segment))[0].transpose(0, 1)
+            for segment in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        ]
+        return torch.cat(parts).flatten(1)
+
+    def _attend(self, query_BNSD: torch.Tensor, key_BGSD: torch.Tensor, value_BGSD: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            query_BNSD,
+            key_BGSD,
+            value_BGSD,
+            is_causal=True,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=query_BNSD.size(1) != key_BGSD.size(1),
+        )
+
+
+def layer_spec() -> ModuleSpec:
+    """One decoder layer: megatron-core's local spec with the two modules above."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = SDPAttention
+    return spec
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """This pipeline stage's layers and the final norm (a bare layer spec would bring Megatron's own norm back)."""
+    layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm)
