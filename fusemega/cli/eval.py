@@ -1,0 +1,28 @@
+"""`fusemega eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_continue
+
+
+def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None) -> None:
+    """Perplexity and bits per byte of a model over the supervised tokens of a data set.
+
+    Prints one JSON object on stdout, and writes it to the run file's `output` when that is set. Bits per byte compare
+    models with different tokenizers; perplexities do not.
+    """
+    from fusemega.config import load
+    from fusemega.scoring.evaluate import EvalRun, evaluate
+
+    run = load(EvalRun, run_file, overrides or [])
+    if launch_or_continue(nproc, run.parallel):
+        return
+    result, world = evaluate(run)
+    if world.is_main:
+        if run.output is not None:
+            from fusemega.checkpoint.training_state import write_durably
+
+            write_durably(Path(run.output), result.model_dump_json(indent=1) + "\n")
+        print(result.model_dump_json())

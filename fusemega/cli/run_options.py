@@ -1,0 +1,53 @@
+"""What the commands that read a run file share: their arguments, and several processes from one command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fusemega.runtime.parallel import ParallelConfig
+
+RUN_FILE = Annotated[Path, typer.Argument(help="YAML run file; examples/ has commented ones.", show_default=False)]
+OVERRIDES = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace a value of the run file, such as optimizer.lr=1e-5."),
+]
+NPROC = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes to start on this machine. Leave it out under torchrun or srun."),
+]
+
+
+def launch_or_continue(nproc: int | None, parallel: ParallelConfig) -> bool:
+    """True when the command was run to its end by `nproc` other processes; False: this process is to do the work.
+
+    Raises:
+        UserError: the layout does not divide `nproc`, or what a rank raised.
+    """
+    if nproc is None or nproc == 1:
+        return False
+    parallel.data_parallel_size(nproc)
+    from fusemega.runtime.launch import run_under_torchrun
+
+    argv = _without_nproc(sys.argv[1:])
+    status = run_under_torchrun(argv, nproc)
+    if status:
+        sys.exit(status)
+    return True
+
+
+def _without_nproc(argv: list[str]) -> list[str]:
+    """The same command for the ranks."""
+    kept, skip = [], False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument == "--nproc":
+            skip = True
+        elif not argument.startswith("--nproc="):
+            kept.append(argument)
+    return kept

@@ -1,0 +1,36 @@
+"""`fusemega train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_continue
+
+
+def command(
+    run_file: RUN_FILE,
+    overrides: OVERRIDES = None,
+    nproc: NPROC = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything the run names, print what it would do, and stop.")
+    ] = False,
+) -> None:
+    """Train a model as RUN_FILE says; run it again to go on after an interruption.
+
+    Everything is written below the run's output_dir: metrics.jsonl, tensorboard/, checkpoints/ and, at the end, hf/,
+    a folder that transformers loads. The same file runs under torchrun and srun, where --nproc is left out.
+    """
+    from fusemega.config import load
+    from fusemega.training.run import TrainRun
+
+    run = load(TrainRun, run_file, overrides or [])
+    if dry_run:
+        from fusemega.training.plan import describe
+
+        print(describe(run, nproc))
+    elif not launch_or_continue(nproc, run.parallel):
+        from fusemega.training.train import train
+
+        train(run)

@@ -1,0 +1,1 @@
+"""Forward-only passes: teachers' rows, evaluation."""

@@ -1,0 +1,120 @@
+"""`fusemega teach`: a teacher's k most probable tokens at every supervised position, into a sample store.
+
+Shapes: N supervised positions of a micro-batch, P of one sample, H hidden size, K ids kept a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from fusemega import __version__
+from fusemega.assets import cache_folder
+from fusemega.errors import UserError
+from fusemega.losses.topk import top_k_log_probs
+from fusemega.losses.vocab import Query, sparse_log_probs
+from fusemega.runtime.console import say
+from fusemega.runtime.parallel import initialize
+from fusemega.scoring.passes import PassInputs, PassRun, score_samples
+from fusemega.store import Manifest, Row, Store, StoreWriter
+from fusemega.text.sample import Sample
+from fusemega.training.batches import prepare_together
+from fusemega.training.forward import Batch, head_settings
+
+MASK_POLICY = "assistant turns with their closing token; completions; whole texts with eos"
+
+
+class TeachRun(PassRun):
+    """Run file of `fusemega teach`."""
+
+    store: str = Field(description="folder of the sample store; an interrupted run goes on where it stopped")
+    top_k: int = Field(10, ge=1, description="log-probabilities kept a position")
+    temperature: float = Field(1.0, gt=0, description="the rows are log-softmax(logits / temperature)")
+
+
+def teach(run: TeachRun) -> Path:
+    """Score `run.data` with `run.model` and store its rows. Returns the store's folder.
+
+    Raises:
+        UserError: bad input, or a store begun by another teacher, template or temperature, before anything is
+            computed; a full disk; a row that is not a distribution.
+    """
+    inputs = PassInputs(run)
+    if run.top_k > inputs.vocab_size:
+        raise UserError(f"top_k: {run.top_k} is more than the model's vocabulary of {inputs.vocab_size}")
+    world = initialize(run.parallel)
+    hashes = [inputs.source.weights_hash() if world.is_main else ""]
+    dist.broadcast_object_list(hashes, src=0)
+    manifest = Manifest(
+        weights=hashes[0],
+        tokenizer=inputs.tokenizer.content_hash,
+        template=inputs.tokenizer.template_hash,
+        mask_policy=MASK_POLICY,
+        truncation=run.data.seq_length,
+        temperature=run.temperature,
+        top_k=run.top_k,
+        vocab_size=inputs.vocab_size,
+        versions={"fusemega": __version__, "torch": version("torch"), "megatron-core": version("megatron-core")},
+    )
+    folder = Path(run.store)
+    # Opened on every rank: each must know what is durable already, and a wrong store is refused before any work.
+    with StoreWriter(folder, manifest, writer_id=world.dp_rank) as writer:
+        world.barrier()
+        cache = cache_folder() / "data"
+        dataset = prepare_together(run.data, inputs.tokenizer, cache, inputs.vocab_size, world)
+        missing = [i for i in range(len(dataset)) if dataset[i].key not in writer]
+        world.barrier()  # no rank may write before every rank has looked
+        if world.is_main:
+            say(f"teaching {len(missing)} samples; {len(dataset) - len(missing)} are in {folder} already")
+        gpt = inputs.source.build(world)
+        writes = world.tp_rank == 0 and world.is_last_stage
+
+        def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
+            head = head_settings(gpt, world)
+            weight_VH = gpt.head_weight()
+            ids_NK, logp_NK, residual_N = top_k_log_probs(
+                hidden_NH, weight_VH, run.top_k, temperature=run.temperature, **head
+            )
+            labels = sparse_log_probs(hidden_NH, weight_VH, Query(batch["labels"][:, None]), **head)
+            return list(_rows(samples, ids_NK, logp_NK, residual_N, labels.logp_TK[:, 0])) if writes else []
+
+        for done, collected in score_samples(gpt, dataset, missing, inputs.shape, score, world):
+            for rows in collected:
+                for key, row in rows:
+                    writer.add(key, row)
+            if world.is_main:
+                say(f"taught {done}/{len(missing)} samples")
+    world.barrier()
+    if world.is_main:
+        say(f"{folder}: {len(Store.open(folder))} samples")
+    return folder
+
+
+def _rows(
+    samples: Sequence[Sample],
+    ids_NK: torch.Tensor,
+    logp_NK: torch.Tensor,
+    residual_N: torch.Tensor,
+    label_logp_N: torch.Tensor,
+) -> Iterator[tuple[bytes, Row]]:
+    """Cut a micro-batch's results at its samples' borders."""
+    lengths = [len(sample.positions) for sample in samples]
+    columns = (tensor.cpu().split(lengths) for tensor in (ids_NK, logp_NK, residual_N, label_logp_N))
+    for sample, ids_PK, logp_PK, residual_P, label_logp_P in zip(samples, *columns, strict=True):
+        yield (
+            sample.key,
+            Row(
+                ids_hash=sample.ids_hash,
+                end_bytes=sample.end_bytes[sample.positions],
+                ids_PK=ids_PK.numpy(),
+                logp_PK=logp_PK.float().numpy(),
+                log_residual_P=residual_P.float().numpy(),
+                sum_logp=float(label_logp_P.double().sum()),
+                num_bytes=sample.num_bytes,
+            ),
+        )

@@ -1,0 +1,1 @@
+"""Training: run files, data in order, Megatron's schedules and optimizers, metrics, exact resume."""

@@ -1,0 +1,125 @@
+"""A global batch of samples, cut into this rank's micro-batches; the same samples whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusemega.checkpoint.output import on_main
+from fusemega.runtime.parallel import World
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import TokenizedDataset, prepare
+from fusemega.text.order import sample_ids
+from fusemega.text.packing import collate, deal, pack
+from fusemega.text.sample import Sample
+from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.forward import Batch
+
+# An objective's arrays of one sample, one entry a supervised position.
+SampleFields = Callable[[Sample], Mapping[str, np.ndarray]]
+
+
+def no_fields(sample: Sample) -> Mapping[str, np.ndarray]:
+    """For passes that need tokens and labels only."""
+    return {}
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How samples are laid into rows.
+
+    Attributes:
+        seq_length: tokens of a row.
+        micro_batch_size: rows of a forward pass.
+        packing: several samples a row, or one.
+        pad_id: token id of the padding tails.
+    """
+
+    seq_length: int
+    micro_batch_size: int
+    packing: bool
+    pad_id: int
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of one micro-batch."""
+        return self.seq_length * self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This data-parallel rank's share of some samples.
+
+    Attributes:
+        micro_batches: in order; as many on every rank.
+        samples: those of each micro-batch, in the order of its supervised positions.
+        num_tokens: tokens of all samples on all ranks, padding not counted.
+    """
+
+    micro_batches: list[Batch]
+    samples: list[list[Sample]]
+    num_tokens: int
+
+
+def global_batch(
+    dataset: TokenizedDataset, ids: Sequence[int] | np.ndarray, fields: SampleFields, shape: RowShape, world: World
+) -> GlobalBatch:
+    """Pack the samples `ids`, deal the rows over data parallelism and collate this rank's part on its device."""
+    lengths = dataset.lengths[np.asarray(ids)]
+    hands = deal(
+        pack(lengths, shape.seq_length, shape.packing), lengths, world.dp_size, shape.micro_batch_size
+    )
+    micro_batches, samples = [], []
+    like = fields(dataset[0])
+    for bins in hands[world.dp_rank]:
+        rows = [[dataset[int(ids[i])] for i in row] for row in bins]
+        batch = collate(rows, fields, shape.seq_length, shape.micro_batch_size, shape.pad_id, like)
+        micro_batches.append({name: _on(value, world.device) for name, value in batch.items()})
+        samples.append([sample for row in rows for sample in row])
+    return GlobalBatch(micro_batches, samples, int(lengths.sum()))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The batches of a training run, by iteration: a pure function of the data, the seed and the iteration."""
+
+    dataset: TokenizedDataset
+    fields: SampleFields
+    shape: RowShape
+    global_batch_size: int
+    seed: int
+    world: World
+
+    def step(self, iteration: int) -> GlobalBatch:
+        """The batch of `iteration` (from 0)."""
+        ids = sample_ids(iteration, self.global_batch_size, len(self.dataset), self.seed)
+        return global_batch(self.dataset, ids, self.fields, self.shape, self.world)
+
+    def consumed_samples(self, iteration: int) -> int:
+        """Samples that finished iterations have used."""
+        return iteration * self.global_batch_size
+
+
+def prepare_together(
+    config: DataConfig, tokenizer: Tokenizer, cache: Path, vocab_size: int, world: World
+) -> TokenizedDataset:
+    """The tokenized data on every rank: the main one builds the cache, the others open it. Collective.
+
+    Raises:
+        UserError: as `fusemega.text.dataset.prepare`, on every rank.
+    """
+
+    def build() -> None:
+        prepare(config, tokenizer, cache, vocab_size=vocab_size, progress=True)
+
+    on_main(world, build)
+    return prepare(config, tokenizer, cache, vocab_size=vocab_size)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

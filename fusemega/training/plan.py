@@ -1,0 +1,51 @@
+"""`fusemega train --dry-run`: what a run would do, from configurations alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from fusemega.checkpoint.training_state import latest_checkpoint, read_state
+from fusemega.models.registry import family_of
+from fusemega.runtime.parallel import environment_rank
+from fusemega.text.data import Source
+from fusemega.training.run import TrainRun
+from fusemega.training.train import Checked
+from fusemega.training.trainer import CHECKPOINTS
+
+
+def describe(run: TrainRun, nproc: int | None) -> str:
+    """Open and check everything `run` names, allocate and write nothing, and say in a few lines what would happen.
+
+    Args:
+        run: the run file.
+        nproc: processes that would take part; None: as many as the launcher says.
+
+    Raises:
+        UserError: whatever `train` would refuse before it starts.
+    """
+    world_size = nproc or environment_rank()[1]
+    checked = Checked.of(run, world_size)
+    hf_config = checked.source.hf_config
+    parallel = run.parallel
+    dp = parallel.data_parallel_size(world_size)
+    rules = [rule for rule in family_of(hf_config).rules(hf_config) if not rule.duplicate]
+    shapes = [shape for rule in rules for shape in rule.hf_shapes().values()]
+    parameters = sum(math.prod(shape) for shape in shapes)
+    files = Source(run.data).names
+    training = run.training
+    length = f"{training.train_iters} iterations" if training.train_iters else f"{training.train_epochs:g} epochs"
+    newest = latest_checkpoint(Path(run.output_dir) / CHECKPOINTS)
+    start = f"resumes after iteration {read_state(newest)['iteration']}" if newest else "starts from the loaded weights"
+    lines = {
+        "model": f"{run.model.load}: {hf_config['model_type']}, {parameters / 1e6:.1f}M parameters, {run.model.dtype}",
+        "layout": f"{world_size} process(es): TP {parallel.tensor_model_parallel_size} x PP "
+        f"{parallel.pipeline_model_parallel_size} x DP {dp}" + (", SP" if parallel.sequence_parallel else ""),
+        "data": f"{len(files)} file(s): {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}",
+        "rows": f"{run.data.seq_length} tokens, {'packed' if training.packing else 'one sample each'}, "
+        f"{training.micro_batch_size} a forward pass, {training.global_batch_size} samples an update",
+        "objective": ", ".join(f"{key}={value}" for key, value in run.objective.model_dump().items()),
+        "length": f"{length}; {start}",
+        "output": run.output_dir,
+    }
+    return "\n".join(f"{name:<10} {value}" for name, value in lines.items()) + "\nnothing was allocated or written"

@@ -1,0 +1,73 @@
+"""The typed run file of `fusemega train`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from fusemega.checkpoint.open_model import ModelConfig
+from fusemega.config import Section
+from fusemega.losses.registry import ObjectiveSettings, parse_objective
+from fusemega.runtime.parallel import ParallelConfig
+from fusemega.text.data import DataConfig
+from fusemega.training.optimizer import OptimizerSection
+
+# The fields of `training` that decide the loss curve: a resumed run must not change them.
+IDENTITY_FIELDS = ("global_batch_size", "micro_batch_size", "packing", "seed")
+
+
+class TrainingSection(Section):
+    """How long, how large, how often."""
+
+    train_iters: int | None = Field(None, ge=1, description="number of updates; give this or train_epochs")
+    train_epochs: float | None = Field(None, gt=0, description="passes over the data, in place of train_iters")
+    global_batch_size: int = Field(ge=1, description="samples an update, whatever the layout")
+    micro_batch_size: int = Field(1, ge=1, description="rows of data.seq_length tokens in one forward pass")
+    packing: bool = Field(True, description="fill rows with several samples of the global batch; else one sample a row")
+    seed: int = Field(1234, ge=0, description="order of the data, and random state")
+    log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every one")
+    save_interval: int | None = Field(None, ge=1, description="iterations between checkpoints; the last is always saved")
+    export_hf: bool = Field(True, description="write output_dir/hf, a folder transformers loads, at the end")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.train_iters is None) == (self.train_epochs is None):
+            raise ValueError("give exactly one of train_iters and train_epochs")
+        return self
+
+    def iterations(self, num_samples: int) -> int:
+        """The number of updates for a data set of `num_samples`."""
+        if self.train_iters is not None:
+            return self.train_iters
+        assert self.train_epochs is not None
+        return math.ceil(num_samples * self.train_epochs / self.global_batch_size)
+
+
+class TrainRun(Section):
+    """One training run. `model.load` is trained by `objective` on `data`; everything is written below `output_dir`."""
+
+    output_dir: str = Field(description="folder of the run: checkpoints, metrics, the exported model")
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    objective: SerializeAsAny[ObjectiveSettings] = Field(description="`name` picks the objective, its settings follow")
+    optimizer: OptimizerSection
+    training: TrainingSection
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return parse_objective(value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _rows_divide_under_sequence_parallel(self) -> TrainRun:
+        tp = self.parallel.tensor_model_parallel_size
+        tokens = self.data.seq_length * self.training.micro_batch_size
+        if self.parallel.sequence_parallel and tokens % tp:
+            raise ValueError(
+                f"data.seq_length x training.micro_batch_size = {tokens} is not a multiple of tensor_model_parallel_size {tp}, "
+                "which sequence_parallel needs"
+            )
+        return self

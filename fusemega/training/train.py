@@ -1,0 +1,106 @@
+"""`fusemega train`: from a run file to a trained, exported model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusemega import __version__
+from fusemega.assets import cache_folder
+from fusemega.checkpoint.hf_export import export_hf
+from fusemega.checkpoint.open_model import ModelSource
+from fusemega.checkpoint.output import on_main
+from fusemega.checkpoint.training_state import write_durably
+from fusemega.errors import UserError
+from fusemega.losses.registry import build_objective
+from fusemega.runtime.console import say
+from fusemega.runtime.parallel import environment_rank, initialize
+from fusemega.text.dataset import TokenizedDataset
+from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.batches import RowShape, TrainingData, prepare_together
+from fusemega.training.run import TrainRun
+from fusemega.training.trainer import Trainer
+
+RUN_RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run whose inputs were all opened and found to fit; nothing is allocated or written yet."""
+
+    run: TrainRun
+    source: ModelSource
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.source.hf_config["vocab_size"])
+
+    @classmethod
+    def of(cls, run: TrainRun, world_size: int) -> Checked:
+        """Open and check everything a run names.
+
+        Raises:
+            UserError: a layout that does not divide, a damaged model folder, a store that does not fit.
+        """
+        run.parallel.data_parallel_size(world_size)
+        source = ModelSource(run.model, run.parallel)
+        tokenizer = Tokenizer.load(source.hf, trust_remote_code=run.model.trust_remote_code)
+        build_objective(run.objective, tokenizer)
+        return cls(run, source, tokenizer)
+
+
+def train(run: TrainRun) -> Path:
+    """Run, or resume, a training run in this process and its peers. Returns the output folder.
+
+    Raises:
+        UserError: bad input, before anything is allocated or written; a loss that is not finite; a full disk.
+    """
+    _, world_size, _ = environment_rank()
+    checked = Checked.of(run, world_size)
+    output = Path(run.output_dir)
+    world = initialize(run.parallel, run.training.seed)
+    on_main(world, lambda: _open_output(output, run))
+    dataset = prepare_together(run.data, checked.tokenizer, cache_folder() / "data", checked.vocab_size, world)
+    objective = build_objective(run.objective, checked.tokenizer)
+    shape = RowShape(
+        run.data.seq_length, run.training.micro_batch_size, run.training.packing, checked.tokenizer.pad_id
+    )
+    data = TrainingData(
+        dataset, objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
+    )
+    gpt = checked.source.build(world)
+    trainer = Trainer.create(run, world, gpt, objective, data)
+    if world.is_main:
+        say(_summary(trainer, dataset))
+    trainer.fit()
+    hf = output / "hf"
+    if run.training.export_hf and not hf.exists():
+        export_hf(gpt, hf, checked.source.hf, world)
+        if world.is_main:
+            say(f"exported {hf}")
+    return output
+
+
+def _open_output(output: Path, run: TrainRun) -> None:
+    """The run's folder, with the run file's resolved form; an unrelated folder is left alone."""
+    record = output / RUN_RECORD
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not record.is_file())):
+        raise UserError(f"{output}: exists and is no folder of a training run; choose another output_dir")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_durably(record, json.dumps({"fusemega": __version__, "run": run.model_dump(mode="json")}, indent=1))
+    except OSError as error:
+        raise UserError(f"{output}: cannot write there: {error.strerror}") from None
+
+
+def _summary(trainer: Trainer, dataset: TokenizedDataset) -> str:
+    world = trainer.world
+    skipped = "".join(f"; skipped {count} ({reason})" for reason, count in dataset.skipped.items())
+    start = f"resuming after iteration {trainer.iteration}" if trainer.iteration else "starting"
+    return (
+        f"{start} of {trainer.train_iters} | TP {world.tp_size} PP {world.pp_size} DP {world.dp_size}"
+        f"{' SP' if world.sequence_parallel else ''} | {len(dataset)} samples, {int(dataset.lengths.sum())} tokens, "
+        f"{dataset.num_supervised} supervised{skipped}"
+    )
