@@ -1,0 +1,229 @@
+"""All samples of a data set, tokenized once and kept in one memory-mapped folder of the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from fusemega.errors import UserError
+from fusemega.text.chat import ChatRenderer, Rendered, render_text
+from fusemega.text.data import DataConfig, Row, Source
+from fusemega.text.document import BadRow, Chat, Document, canonical, parse
+from fusemega.text.sample import Annotated, Sample, annotate, cut
+from fusemega.text.tokenizer import Tokenizer
+
+_FORMAT = 1  # raise when the meaning of a cached file changes
+_BATCH = 512  # rows tokenized together
+_COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1"}  # one value a token
+_INDEX = np.dtype([("offset", "<i8"), ("num_bytes", "<i8"), ("file", "<i8"), ("row", "<i8"), ("key", "u1", 16)])
+_NO_TARGET = "window without supervised tokens"
+
+
+class TokenizedDataset:
+    """Samples by index, from a folder that `prepare` wrote; arrays are views of memory-mapped files.
+
+    Attributes:
+        lengths: int64 [len(self)], tokens of each sample.
+        num_supervised: supervised tokens of all samples.
+        skipped: reason -> number of rows skipped, and of windows dropped for having no target.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self._index: np.ndarray = np.load(folder / "index.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: damaged data cache, delete the folder: {error}") from None
+        self._names: list[str] = meta["names"]
+        self.skipped: dict[str, int] = meta["skipped"]
+        self.num_supervised: int = meta["num_supervised"]
+        self._offsets = np.append(self._index["offset"], meta["num_tokens"])
+        self._columns = {}
+        for name, dtype in _COLUMNS.items():
+            path = folder / f"{name}.bin"
+            expected = meta["num_tokens"] * np.dtype(dtype).itemsize
+            if not path.is_file() or path.stat().st_size != expected:
+                raise UserError(f"{path}: damaged data cache ({expected} bytes expected), delete its folder")
+            self._columns[name] = np.memmap(path, dtype=dtype, mode="r")
+        self.lengths: np.ndarray = np.diff(self._offsets)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i: int) -> Sample:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        entry, tokens = self._index[i], slice(int(self._offsets[i]), int(self._offsets[i + 1]))
+        return Sample(
+            key=entry["key"].tobytes(),
+            ids=np.asarray(self._columns["ids"][tokens]),
+            supervised=np.asarray(self._columns["supervised"][tokens]),
+            end_bytes=np.asarray(self._columns["end_bytes"][tokens]),
+            num_bytes=int(entry["num_bytes"]),
+            source=f"{self._names[entry['file']]}:{entry['row']}",
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    *,
+    vocab_size: int | None = None,
+    progress: bool = False,
+) -> TokenizedDataset:
+    """The data set's samples, from the cache or tokenized now.
+
+    The cached folder's name is a hash of the data's content, the tokenizer, the template and the settings; it
+    appears whole or not at all. With several ranks, call it on one, wait, then call it on the others.
+
+    Args:
+        vocab_size: the model's; ids beyond it make a row bad. None: not checked.
+        progress: show rows done on stderr.
+
+    Raises:
+        UserError: an unreadable file; a bad row under `on_bad_row: error` ("file:row: ..."); no usable sample.
+    """
+    source = Source(config)
+    identity = {
+        "format": _FORMAT,
+        "content": source.content_hash(),
+        "names": source.names,
+        "tokenizer": tokenizer.content_hash,
+        "template": tokenizer.template_hash,
+        "config": config.model_dump(exclude={"path"}),
+        "vocab_size": vocab_size,
+    }
+    fingerprint = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = Path(cache_dir) / fingerprint
+    if not folder.is_dir():
+        _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size), progress)
+    return TokenizedDataset(folder)
+
+
+class _Tokenize:
+    """Rows -> samples, counting what is skipped."""
+
+    def __init__(self, config: DataConfig, source: Source, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+        self.config, self.source, self.tokenizer, self.vocab_size = config, source, tokenizer, vocab_size
+        self.skipped: Counter[str] = Counter()
+        self._renderer: ChatRenderer | None = None
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Sample]]:
+        ready: list[tuple[Row, bytes, Rendered]] = []
+        for row in rows:
+            try:
+                if isinstance(row.value, BadRow):
+                    raise row.value
+                document = parse(row.value)
+                ready.append((row, canonical(document), self._render(document)))
+            except BadRow as error:
+                self._bad(row, error)
+        encodings = self.tokenizer.encode([rendered.text for _, _, rendered in ready])
+        for (row, identity, rendered), encoding in zip(ready, encodings, strict=True):
+            try:
+                document_tokens = annotate(rendered, encoding, self.tokenizer)
+                self._check_ids(document_tokens)
+            except BadRow as error:
+                self._bad(row, error)
+                continue
+            for sample in cut(document_tokens, identity, self.config.seq_length, self._place(row)):
+                if sample.supervised.any():
+                    yield row, sample
+                else:
+                    self.skipped[_NO_TARGET] += 1
+
+    def _render(self, document: Document) -> Rendered:
+        if isinstance(document, Chat):
+            if self._renderer is None:
+                self._renderer = ChatRenderer(self.tokenizer)
+            return self._renderer.render(document)
+        if self.tokenizer.eos_id is None:
+            raise UserError(f"{self.tokenizer.source}: the tokenizer has no eos token, which rows of text end with")
+        return render_text(document)
+
+    def _check_ids(self, document: Annotated) -> None:
+        if self.vocab_size is not None and len(document.ids) and int(document.ids.max()) >= self.vocab_size:
+            worst = int(document.ids.max())
+            raise BadRow(
+                "id beyond the vocabulary",
+                f"token {self.tokenizer.token(worst)!r} has id {worst}, the model's vocabulary has {self.vocab_size}",
+            )
+
+    def _bad(self, row: Row, error: BadRow) -> None:
+        if self.config.on_bad_row == "error":
+            raise UserError(f"{self._place(row)}: {error.detail} (data.on_bad_row: skip would count and skip it)")
+        self.skipped[error.reason] += 1
+
+    def _place(self, row: Row) -> str:
+        return f"{self.source.names[row.file]}:{row.number}"
+
+
+def _build(folder: Path, source: Source, tokenize: _Tokenize, progress: bool) -> None:
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write(partial, source, tokenize, progress)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process built the same samples first: use its folder
+                raise
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the data cache: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -> None:
+    index: list[tuple[int, int, int, int, list[int]]] = []
+    num_tokens = num_supervised = 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in _COLUMNS}
+        advance = stack.enter_context(_progress(progress))
+        rows = itertools.islice(source.rows(), tokenize.config.limit)
+        while batch := list(itertools.islice(rows, _BATCH)):
+            for row, sample in tokenize(batch):
+                index.append((num_tokens, sample.num_bytes, row.file, row.number, list(sample.key)))
+                for name, dtype in _COLUMNS.items():
+                    files[name].write(np.ascontiguousarray(getattr(sample, name), dtype=dtype).tobytes())
+                num_tokens += len(sample.ids)
+                num_supervised += int(sample.supervised.sum())
+            advance(len(batch))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    if not index:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in tokenize.skipped.items()) or "no rows"
+        raise UserError(f"{', '.join(source.names)}: no usable sample ({counts})")
+    np.save(partial / "index.npy", np.array(index, dtype=_INDEX))
+    meta = {
+        "names": source.names,
+        "num_tokens": num_tokens,
+        "num_supervised": num_supervised,
+        "skipped": dict(sorted(tokenize.skipped.items())),
+    }
+    (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[int], None]]:
+    columns = (SpinnerColumn(), TextColumn("tokenizing"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("tokenizing", total=None)
+        yield lambda rows: bar.advance(task, rows)

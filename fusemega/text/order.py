@@ -1,0 +1,34 @@
+"""Which samples make up a step: a pure function of (seed, step), so a resumed run needs no more than its step."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+
+def sample_ids(step: int, global_batch_size: int, num_samples: int, seed: int) -> np.ndarray:
+    """int64 [global_batch_size]: the samples of step `step` (from 0).
+
+    The run is one endless sequence of epochs, each a permutation of all samples drawn from (seed, epoch); step n
+    takes places [n * global_batch_size, (n + 1) * global_batch_size), across epochs where they meet. Hence
+    step = consumed_samples // global_batch_size.
+    """
+    if num_samples < 1:
+        raise ValueError("no samples to order")
+    places = np.arange(step * global_batch_size, (step + 1) * global_batch_size, dtype=np.int64)
+    epochs, within = np.divmod(places, num_samples)
+    ids = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        ids[here] = _permutation(num_samples, seed, int(epoch))[within[here]]
+    return ids
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    # Raw bits of a counter-based generator, sorted: numpy promises those streams for ever, `permutation`'s it does not.
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
+    permutation = np.argsort(bits, kind="stable")
+    permutation.flags.writeable = False
+    return permutation

@@ -1,0 +1,126 @@
+"""A global batch of samples -> bins (rows of seq_length tokens) -> the micro-batches of every data-parallel rank.
+
+Everything is a deterministic function of the samples' lengths, and the samples of a global batch are the same
+whatever the layout, the micro-batch size, and whether rows are packed. Attention never crosses a sample: each is a
+segment of its own, and so is the padding tail of a row.
+
+Shapes: T = micro_batch_size * seq_length tokens of a micro-batch, N supervised positions in it (may be 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusemega.text.sample import Sample
+
+Bin = list[int]
+
+
+def pack(lengths: Sequence[int] | np.ndarray, seq_length: int, packed: bool) -> list[Bin]:
+    """Indices of the samples in each bin: first fit by falling length (ties in order); or one sample a bin.
+
+    Raises:
+        ValueError: a sample longer than `seq_length`.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and sizes.max() > seq_length:
+        raise ValueError(f"a sample of {sizes.max()} tokens does not fit in rows of {seq_length}")
+    if not packed:
+        return [[i] for i in range(len(sizes))]
+    bins: list[Bin] = []
+    room: list[int] = []
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[i])
+        place = next((b for b, free in enumerate(room) if free >= size), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            room.append(seq_length)
+        bins[place].append(i)
+        room[place] -= size
+    return bins
+
+
+def deal(
+    bins: Sequence[Bin], lengths: Sequence[int] | np.ndarray, dp_size: int, micro_batch_size: int
+) -> list[list[list[Bin]]]:
+    """[dp rank][micro-batch] -> `micro_batch_size` bins; every rank gets the same number of micro-batches.
+
+    The bins are filled up with empty ones to a multiple of dp_size * micro_batch_size and dealt to and fro by
+    falling attention work (sum of squared lengths), so that ranks have about equal work at about the same time.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    step = dp_size * micro_batch_size
+    filled = [*bins, *([] for _ in range(-len(bins) % step))]
+    work = np.array([int((sizes[b] ** 2).sum()) if b else 0 for b in filled], dtype=np.int64)
+    order = np.argsort(-work, kind="stable").tolist()
+    hands: list[list[Bin]] = [[] for _ in range(dp_size)]
+    for turn in range(0, len(order), dp_size):
+        dealt = order[turn : turn + dp_size]
+        ranks = range(dp_size) if (turn // dp_size) % 2 == 0 else range(dp_size - 1, -1, -1)
+        for rank, b in zip(ranks, dealt, strict=True):
+            hands[rank].append(filled[b])
+    return [[hand[i : i + micro_batch_size] for i in range(0, len(hand), micro_batch_size)] for hand in hands]
+
+
+def collate(
+    rows: Sequence[Sequence[Sample]],
+    fields: Callable[[Sample], Mapping[str, np.ndarray]],
+    seq_length: int,
+    micro_batch_size: int,
+    pad_id: int,
+    like: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """One micro-batch.
+
+    Args:
+        rows: the samples of each of `micro_batch_size` bins.
+        fields: an objective's `sample_fields`: arrays [P, ...] of a sample, one entry a supervised position.
+        like: the same fields of any sample: gives shapes and types where a micro-batch has no sample.
+
+    Returns:
+        tokens, position_ids int64 [1, T] (positions restart at each segment); cu_seqlens int32 [segments + 1];
+        max_seqlen int, the longest segment; positions int64 [N], indices into T whose next token is supervised;
+        labels int64 [N], those next tokens; keys, the samples' keys in order; and the fields, [N, ...].
+    """
+    if len(rows) != micro_batch_size:
+        raise ValueError(f"{len(rows)} rows for a micro-batch of {micro_batch_size}")
+    tokens = np.full(micro_batch_size * seq_length, pad_id, dtype=np.int64)
+    bounds = [0]
+    samples: list[Sample] = []
+    positions: list[np.ndarray] = []
+    for r, row in enumerate(rows):
+        place = r * seq_length
+        for sample in row:
+            end = place + len(sample.ids)
+            if end > (r + 1) * seq_length:
+                raise ValueError(f"{sample.source}: the samples of a row exceed {seq_length} tokens")
+            tokens[place:end] = sample.ids
+            positions.append(place + sample.positions)
+            samples.append(sample)
+            bounds.append(end)
+            place = end
+        if place < (r + 1) * seq_length:
+            bounds.append((r + 1) * seq_length)
+    segments = np.diff(bounds)
+    where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
+    batch: dict[str, Any] = {
+        "tokens": torch.from_numpy(tokens)[None],
+        "position_ids": torch.from_numpy(np.arange(len(tokens)) - np.repeat(bounds[:-1], segments))[None],
+        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "max_seqlen": int(segments.max()),
+        "positions": torch.from_numpy(where),
+        "labels": torch.from_numpy(tokens[where + 1]),
+        "keys": [sample.key for sample in samples],
+    }
+    collected = [fields(sample) for sample in samples]
+    for name, array in like.items():
+        parts = [own[name] for own in collected] or [np.asarray(array)[:0]]
+        batch[name] = torch.from_numpy(np.concatenate(parts))
+        if len(batch[name]) != len(where):
+            raise ValueError(f"field {name!r} has {len(batch[name])} entries for {len(where)} supervised positions")
+    return batch

@@ -1,0 +1,91 @@
+"""Every way a row can be wrong: one line here each, stopped at by name or skipped and counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusemega.errors import UserError
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import prepare
+from tests.text.toys import byte_level
+
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+GOOD = {"messages": [USER, ASSISTANT]}
+
+# the line of the file (text, or a value written as JSON) -> (reason it is counted under, words of the message)
+BAD = [
+    ('{"text": "a"', "malformed JSON", "malformed JSON"),
+    (b'{"text": "\xff"}', "malformed JSON", "not UTF-8"),
+    ("", "empty", "the row is empty"),
+    ({}, "empty", "the row is empty"),
+    ({"text": None}, "empty", "the row is empty"),
+    ({"text": " \n"}, "empty", "text is empty"),
+    ({"text": 3}, "wrong type", "text is a string, found a number"),
+    ([1], "wrong type", "a row is an object, found a list"),
+    ({"conversations": []}, "unknown shape", "found the keys conversations; expected messages"),
+    ({"prompt": "x"}, "unknown shape", "found the keys prompt"),
+    ({"prompt": "x", "completion": ""}, "empty", "completion is empty"),
+    ({"prompt": "x", "completion": [ASSISTANT]}, "wrong type", "must both be"),
+    ({"prompt": [USER], "completion": [USER]}, "no assistant turn", "no assistant turn to learn from (roles: user"),
+    ({"messages": "x"}, "wrong type", "messages is a list of messages, found a string"),
+    ({"messages": []}, "empty", "messages is empty"),
+    ({"messages": ["x"]}, "wrong type", "messages[0] is an object"),
+    ({"messages": [{"from": "human", "value": "x"}]}, "wrong type", "messages[0] has no role (keys: from, value)"),
+    ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, "wrong type", "messages[1].content is a string"),
+    ({"messages": [USER]}, "no assistant turn", "no assistant turn"),
+    ({"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}, "unsupported field", "messages[1] has tool_calls"),
+    ('{"text": "\\ud800"}', "invalid unicode", "lone surrogate at character 0"),
+    ({"text": "a </s> b"}, "special token in content", "'</s>' (character 2"),
+]
+
+
+def as_line(row: object) -> bytes:
+    return row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+
+
+@pytest.mark.parametrize(("row", "reason", "words"), BAD, ids=[f"{i}-{bad[1]}" for i, bad in enumerate(BAD)])
+def test_stops_by_name_or_skips_and_counts(row: object, reason: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join([as_line(GOOD), as_line(row), as_line(GOOD)]) + b"\n")
+    with pytest.raises(UserError) as error:
+        prepare(DataConfig(path=str(file)), byte_level(), tmp_path / "cache")
+    assert str(error.value).startswith(f"{file}:2: ") and words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not any((tmp_path / "cache").iterdir())
+
+    skipping = DataConfig(path=str(file), on_bad_row="skip")
+    dataset = prepare(skipping, byte_level(), tmp_path / "cache")
+    assert dataset.skipped == {reason: 1}
+    assert [sample.source for sample in dataset] == [f"{file}:1", f"{file}:3"]
+    assert prepare(skipping, byte_level(), tmp_path / "cache").skipped == {reason: 1}  # from the cache
+
+
+def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "hello"}) + "\n" + json.dumps({"text": "é"}) + "\n", encoding="utf-8")
+    tokenizer = byte_level(None)
+    largest = [int(e.ids.max()) for e in tokenizer.encode(["hello", "é"])]
+    kept = prepare(DataConfig(path=str(file)), tokenizer, tmp_path / "cache", vocab_size=max(largest) + 1)
+    assert len(kept) == 2
+    worst = 1 + largest.index(max(largest))
+    with pytest.raises(UserError, match=f"rows.jsonl:{worst}: .* has id {max(largest)}, the model's vocabulary has"):
+        prepare(DataConfig(path=str(file)), tokenizer, tmp_path / "cache", vocab_size=max(largest))
+
+
+def test_no_usable_sample(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{}\n{"text": 3}\n')
+    config = DataConfig(path=str(tmp_path / "rows.jsonl"), on_bad_row="skip")
+    with pytest.raises(UserError, match=r"no usable sample \(empty: 1, wrong type: 1\)"):
+        prepare(config, byte_level(), tmp_path / "cache")
+
+
+def test_rows_that_need_what_the_tokenizer_lacks(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD))
+    config = DataConfig(path=str(tmp_path / "rows.jsonl"), on_bad_row="skip")
+    with pytest.raises(UserError, match="no chat template"):
+        prepare(config, byte_level(None), tmp_path / "cache")
+    with pytest.raises(UserError, match="cannot use its chat template: .* drops the content"):
+        prepare(config, byte_level("{{ messages[0]['content'] }}"), tmp_path / "cache")

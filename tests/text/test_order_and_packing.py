@@ -1,0 +1,134 @@
+"""Data order and packing: what is in a step never depends on how the step is cut up."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fusemega.text.order import sample_ids
+from fusemega.text.packing import collate, deal, pack
+from fusemega.text.sample import Sample
+
+
+def test_order_visits_everything_once_an_epoch_whatever_the_batch() -> None:
+    samples, seed = 23, 7
+    stream = np.concatenate([sample_ids(step, 5, samples, seed) for step in range(14)])  # 3 epochs and a bit
+    for batch in (1, 4, 70):
+        again = np.concatenate([sample_ids(step, batch, samples, seed) for step in range(-(-len(stream) // batch))])
+        assert again[: len(stream)].tolist() == stream.tolist()
+    epochs = [stream[i * samples : (i + 1) * samples].tolist() for i in range(3)]
+    assert all(sorted(epoch) == list(range(samples)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert sample_ids(0, 23, samples, seed + 1).tolist() != epochs[0]
+    assert sample_ids(0, 40, 3, seed).tolist()[:9] == sample_ids(0, 9, 3, seed).tolist()  # a batch of many epochs
+    # These numbers are part of what a checkpoint means: they must not change with a version of numpy.
+    assert sample_ids(0, 8, 10, 1234).tolist() == [8, 1, 6, 2, 0, 3, 5, 7]
+
+
+def make(rng: random.Random, n: int, longest: int) -> list[Sample]:
+    samples = []
+    for i in range(n):
+        length = rng.randint(2, longest)
+        supervised = np.array([False] + [rng.random() < 0.5 for _ in range(length - 1)])
+        supervised[-1] = True
+        ids = np.array([rng.randrange(1, 100) for _ in range(length)], dtype=np.int32)
+        key = i.to_bytes(16, "big")
+        samples.append(Sample(key, ids, supervised, np.zeros(length, dtype=np.int32), 0, f"s:{i}"))
+    return samples
+
+
+def fields(sample: Sample) -> dict[str, np.ndarray]:
+    """Says for each supervised position which it is: checks that entries follow their positions."""
+    tags = np.array([[int.from_bytes(sample.key, "big"), t] for t in sample.positions], dtype=np.int64)
+    return {"tag": tags, "weight": sample.ids[sample.positions].astype(np.float32)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_layout_trains_on_the_same_positions(seed: int) -> None:
+    rng = random.Random(seed)
+    seq_length = rng.choice([16, 40])
+    samples = make(rng, rng.randint(1, 30), seq_length)
+    lengths = [len(sample.ids) for sample in samples]
+    expected = sorted((i, int(t)) for i, sample in enumerate(samples) for t in sample.positions)
+    for packed in (False, True):
+        bins = pack(lengths, seq_length, packed)
+        for dp, mbs in ((1, 1), (2, 1), (1, 4), (3, 2)):
+            ranks = deal(bins, lengths, dp, mbs)
+            assert len(ranks) == dp and len({len(rank) for rank in ranks}) == 1
+            rows = sum(len(rank) for rank in ranks) * mbs
+            assert rows == -(-len(bins) // (dp * mbs)) * dp * mbs
+            seen = []
+            for micro_batch in (m for rank in ranks for m in rank):
+                held = [[samples[i] for i in b] for b in micro_batch]
+                batch = collate(held, fields, seq_length, mbs, 0, fields(samples[0]))
+                check(batch, held, seq_length)
+                seen += [tuple(tag) for tag in batch["tag"].tolist()]
+            assert sorted(seen) == expected
+
+
+def check(batch: dict, rows: list[list[Sample]], seq_length: int) -> None:
+    """One micro-batch, token by token."""
+    tokens: list[int] = []
+    places: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    bounds = [0]
+    for row in rows:
+        start = len(tokens)
+        for sample in row:
+            for t in range(len(sample.ids)):
+                if t + 1 < len(sample.ids) and sample.supervised[t + 1]:
+                    positions.append(len(tokens))
+                    labels.append(int(sample.ids[t + 1]))
+                tokens.append(int(sample.ids[t]))
+                places.append(t)
+            bounds.append(len(tokens))
+        pad = seq_length - (len(tokens) - start)
+        tokens += [0] * pad
+        places += range(pad)
+        if pad:
+            bounds.append(len(tokens))
+    assert batch["tokens"].tolist() == [tokens] and batch["tokens"].dtype == torch.int64
+    assert batch["position_ids"].tolist() == [places] and batch["position_ids"].dtype == torch.int64
+    assert batch["cu_seqlens"].tolist() == bounds and batch["cu_seqlens"].dtype == torch.int32
+    assert batch["max_seqlen"] == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    assert batch["positions"].tolist() == positions and batch["labels"].tolist() == labels
+    assert batch["positions"].dtype == batch["labels"].dtype == torch.int64
+    assert batch["weight"].tolist() == [float(tokens[p]) for p in positions]
+    assert batch["keys"] == [sample.key for row in rows for sample in row]
+
+
+def test_a_filler_micro_batch_has_fields_without_entries() -> None:
+    sample = make(random.Random(0), 1, 8)[0]
+    batch = collate([[], []], fields, 8, 2, 9, fields(sample))
+    assert batch["tag"].shape == (0, 2) and batch["tag"].dtype == torch.int64
+    assert batch["cu_seqlens"].tolist() == [0, 8, 16] and batch["max_seqlen"] == 8
+    assert batch["tokens"].unique().tolist() == [9]
+    assert batch["positions"].shape == batch["labels"].shape == (0,) and batch["keys"] == []
+
+
+def test_packing_is_tight_and_dealing_is_even() -> None:
+    rng = random.Random(5)
+    lengths = [rng.randint(1, 100) for _ in range(300)]
+    bins = pack(lengths, 128, packed=True)
+    assert sorted(i for b in bins for i in b) == list(range(300))
+    assert max(sum(lengths[i] for i in b) for b in bins) <= 128
+    assert len(bins) <= 1.05 * sum(lengths) / 128 + 1
+    work = [sum(lengths[i] ** 2 for m in rank for b in m for i in b) for rank in deal(bins, lengths, 4, 2)]
+    assert max(work) < 1.02 * min(work)
+    assert pack(lengths, 128, packed=True) == bins
+
+
+def test_what_does_not_fit() -> None:
+    samples = make(random.Random(1), 3, 16)
+    with pytest.raises(ValueError, match="does not fit"):
+        pack([3, 17], 16, packed=True)
+    with pytest.raises(ValueError, match="exceed"):
+        collate([[samples[0]] * 20], fields, 16, 1, 0, fields(samples[0]))
+    with pytest.raises(ValueError, match="1 rows for a micro-batch of 2"):
+        collate([[]], fields, 16, 2, 0, fields(samples[0]))
+    with pytest.raises(ValueError, match="field 'x' has 0 entries"):
+        collate([[samples[0]]], lambda sample: {"x": np.zeros(0)}, 16, 1, 0, {"x": np.zeros(0)})
