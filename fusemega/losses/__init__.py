@@ -1,0 +1,12 @@
+"""Losses over one vocabulary-parallel kernel. Importing the package registers every objective.
+
+_head.py      one chunk of tokens: logits, sums, gradient
+vocab.py      the kernel's two entry points
+topk.py       a teacher's rows
+registry.py   objectives by name
+sft.py, distill.py    one objective a file
+"""
+
+from fusemega.losses import distill, sft
+
+__all__ = ["distill", "sft"]

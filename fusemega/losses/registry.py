@@ -1,0 +1,118 @@
+"""Training objectives by name: what a loss must say about itself for the trainer to run it under any layout.
+
+A new loss is one file: a subclass of `Objective` with its formula in the docstring, under `@register(name)`.
+
+Shape suffixes: N supervised positions of a micro-batch, P of one sample, H hidden size, V this rank's vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from fusemega.config import Section, validate
+from fusemega.errors import UserError, choose
+
+if TYPE_CHECKING:
+    from fusemega.text.sample import Sample
+    from fusemega.text.tokenizer import Tokenizer
+
+
+class ObjectiveSettings(Section):
+    """The `objective` section of a run file: `name`, then that objective's own settings."""
+
+    name: str
+
+
+class Objective(ABC):
+    """A loss, its terms and the global counts that each term is divided by.
+
+    Attributes:
+        Settings: its section of the run file.
+        terms: names of the parts of the loss, each with a denominator of its own.
+        unit: what the loss is a sum over.
+    """
+
+    Settings: ClassVar[type[ObjectiveSettings]]
+    terms: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str] = "token"
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: Any, tokenizer: Tokenizer) -> Objective:
+        """The objective for a model with this tokenizer, everything that it reads opened and checked.
+
+        Raises:
+            UserError: something it reads is missing, damaged, or does not fit the tokenizer.
+        """
+
+    @abstractmethod
+    def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
+        """Arrays [P, ...] of one sample that the micro-batch will carry as tensors [N, ...]."""
+
+    @abstractmethod
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """This micro-batch's part of each term's denominator; the trainer sums it over the whole step first."""
+
+    @abstractmethod
+    def loss(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        batch: Mapping[str, Any],
+        denominators: Mapping[str, Tensor | float],
+        head_kwargs: Mapping[str, Any],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the global loss.
+
+        Args:
+            hidden_NH: hidden states of the supervised positions.
+            weight_VH: this rank's rows of the output weight.
+            batch: `labels` int64 [N] and this objective's fields.
+            denominators: each term's count over the whole step, at least 1.
+            head_kwargs: `group`, `vocab_size`, and what else the vocabulary kernel takes.
+
+        Returns:
+            The scalar to differentiate, already divided: micro-batches and data-parallel ranks simply add. And each
+            term's sum over this micro-batch, unweighted and not divided, detached: with `counts` it gives the metric.
+        """
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {}
+Cls = TypeVar("Cls", bound=type[Objective])
+
+
+def register(name: str) -> Callable[[Cls], Cls]:
+    """Class decorator: the objective is found under `objective.name: <name>` in run files."""
+
+    def add(cls: Cls) -> Cls:
+        _OBJECTIVES[name] = cls
+        return cls
+
+    return add
+
+
+def objective_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_OBJECTIVES)
+
+
+def parse_objective(section: Mapping[str, Any]) -> ObjectiveSettings:
+    """The settings of the objective that `section["name"]` picks.
+
+    Raises:
+        UserError: no name or an unknown one (with the nearest), unknown or wrong settings by key.
+    """
+    if "name" not in section:
+        raise UserError(f"objective.name: required, and not given; allowed: {', '.join(objective_names())}")
+    name = choose("objective.name", str(section["name"]), _OBJECTIVES)
+    return validate(_OBJECTIVES[name].Settings, dict(section), f"objective {name}")
+
+
+def build_objective(settings: ObjectiveSettings, tokenizer: Tokenizer) -> Objective:
+    """The objective that `parse_objective` found the settings of; raises as `Objective.build`."""
+    return _OBJECTIVES[choose("objective.name", settings.name, _OBJECTIVES)].build(settings, tokenizer)

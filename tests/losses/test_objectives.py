@@ -1,0 +1,272 @@
+"""The objectives' formulas against plain loops, each setting, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fusemega.errors import UserError
+from fusemega.losses.distill import Distill
+from fusemega.losses.registry import build_objective, objective_names, parse_objective
+from fusemega.losses.sft import SFT
+from fusemega.losses.vocab import Query
+from fusemega.store import Manifest, Row, Store, StoreWriter
+from fusemega.text.sample import Sample
+from tests.losses.loops import loops, make_head, make_ids
+
+VOCAB, K, N = 141, 6, 4
+HEAD: dict[str, Any] = {"group": None, "vocab_size": VOCAB}
+MANIFEST = {
+    "weights": "w",
+    "tokenizer": "tok",
+    "template": None,
+    "mask_policy": "all",
+    "truncation": 16,
+    "temperature": 1.0,
+    "top_k": K,
+    "vocab_size": VOCAB,
+}
+
+
+def sample_of(length: int = 8, supervised: int = N) -> Sample:
+    mask = np.zeros(length, dtype=bool)
+    mask[-supervised:] = True
+    return Sample(
+        key=bytes(range(16)),
+        ids=np.arange(length, dtype=np.int32),
+        supervised=mask,
+        end_bytes=np.arange(length, dtype=np.int32),
+        num_bytes=9,
+        source="chat.jsonl:3",
+    )
+
+
+def row_of(sample: Sample, **changes: Any) -> Row:
+    """A teacher's row for the sample: random ids without repetition, and 30% of the mass elsewhere."""
+    generator = np.random.default_rng(5)
+    positions = len(sample.positions)
+    ids = np.stack([generator.permutation(VOCAB)[:K] for _ in range(positions)]).astype(np.int32)
+    p = generator.dirichlet(np.ones(K), size=positions) * 0.7
+    fields: dict[str, Any] = {
+        "ids_hash": sample.ids_hash,
+        "end_bytes": sample.end_bytes[sample.positions],
+        "ids_PK": ids,
+        "logp_PK": np.log(p),
+        "log_residual_P": np.full(positions, math.log(0.3)),
+        "sum_logp": -5.0,
+        "num_bytes": 9,
+    }
+    return Row(**(fields | changes))
+
+
+def store_of(folder: Path, sample: Sample, row: Row, **changes: Any) -> Store:
+    with StoreWriter(folder, Manifest(**(MANIFEST | changes))) as writer:
+        writer.add(sample.key, row)
+    return Store.open(folder)
+
+
+def distill(folder: Path, store_changes: dict[str, Any] | None = None, **settings: Any) -> Distill:
+    sample = sample_of()
+    store = store_of(folder / "store", sample, row_of(sample), **(store_changes or {}))
+    parsed = parse_objective({"name": "distill", "store": str(store.path), **settings})
+    assert isinstance(parsed, Distill.Settings)
+    return Distill(parsed, store)
+
+
+def batch_of(objective: Distill, without_row: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    fields = objective.sample_fields(sample_of())
+    batch = {name: torch.from_numpy(array.copy()) for name, array in fields.items()}
+    batch["labels"] = make_ids(tokens=N, listed=1, seed=4)[:, 0].clamp(min=0)
+    for n in without_row:
+        batch["teacher_mask"][n] = False
+        batch["teacher_ids"][n] = -1
+        batch["teacher_logp"][n] = 0.0
+        batch["teacher_log_residual"][n] = 0.0
+    return batch
+
+
+def by_hand(
+    objective: Distill, batch: dict[str, Tensor], hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, sum of CE, sum of KD) from the formulas, position by position."""
+    s, store_temperature = objective.settings, objective.store.manifest.temperature
+    label = loops(hidden, weight[:VOCAB], Query(batch["labels"][:, None]))
+    taught = loops(hidden, weight[:VOCAB], Query(batch["teacher_ids"], s.temperature, True))
+    assert taught.log_residual_T is not None
+    ce = kd = torch.zeros((), dtype=torch.float64)
+    rows = 0
+    for n in range(N):
+        ce = ce - label.logp_TK[n, 0]
+        if not batch["teacher_mask"][n]:
+            continue
+        rows += 1
+        stored = [float(x) for x in batch["teacher_logp"][n]]
+        if s.tail == "residual":
+            p = [math.exp(x) for x in stored]
+            kd = kd - math.exp(float(batch["teacher_log_residual"][n])) * taught.log_residual_T[n]
+        else:
+            raw = [math.exp(x * store_temperature / s.temperature) for x in stored]
+            p = [x / sum(raw) for x in raw]
+        for k in range(K):
+            kd = kd - p[k] * taught.logp_TK[n, k]
+    loss = s.lambda_ * ce / N + (1 - s.lambda_) * s.temperature**2 * kd / max(rows, 1)
+    return loss, ce.detach(), kd.detach()
+
+
+DISTILL_CASES: list[dict[str, Any]] = [
+    {},
+    {"lambda": 0.3},
+    {"lambda": 0.0},
+    {"lambda": 0.3, "temperature": 2.0},
+    {"lambda": 0.3, "temperature": 2.0, "store_temperature": 4.0},
+    {"lambda": 0.3, "tail": "residual"},
+    {"lambda": 0.3, "tail": "residual", "temperature": 2.0, "store_temperature": 2.0},
+]
+
+
+@pytest.mark.parametrize("case", DISTILL_CASES, ids=str)
+@pytest.mark.parametrize("without_row", [(), (0, 2), (0, 1, 2, 3)], ids=str)
+def test_distill_equals_the_formula(case: dict[str, Any], without_row: tuple[int, ...], tmp_path: Path) -> None:
+    settings = dict(case)
+    objective = distill(tmp_path, {"temperature": settings.pop("store_temperature", 1.0)}, **settings)
+    batch = batch_of(objective, without_row)
+    hidden, weight = make_head()
+    counts = objective.counts(batch)
+    assert {name: int(count) for name, count in counts.items()} == {"lm": N, "distill": N - len(without_row)}
+    denominators = {name: count.double().clamp(min=1) for name, count in counts.items()}
+    loss, sums = objective.loss(hidden, weight, batch, denominators, HEAD | {"chunk_tokens": 3})
+    wanted, ce, kd = by_hand(objective, batch, hidden, weight)
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums["lm"], ce, rtol=0, atol=1e-11)
+    torch.testing.assert_close(sums["distill"], kd, rtol=0, atol=1e-11)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(wanted, (hidden, weight)), rtol=0, atol=1e-11)
+
+
+def test_global_denominators_make_micro_batches_add_up(tmp_path: Path) -> None:
+    objective = distill(tmp_path, lambda_=0.4)
+    batch = batch_of(objective, without_row=(1,))
+    hidden, weight = make_head()
+    denominators = {"lm": torch.tensor(float(N)), "distill": torch.tensor(3.0)}
+    whole, _ = objective.loss(hidden, weight, batch, denominators, HEAD)
+    parts = torch.zeros((), dtype=torch.float64)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 4)):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        parts = parts + objective.loss(hidden[rows], weight, part, denominators, HEAD)[0]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    got = torch.autograd.grad(parts, (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(whole, (hidden, weight)), rtol=0, atol=1e-12)
+
+
+def test_every_id_listed_with_residual(tmp_path: Path) -> None:
+    """k = vocabulary: teacher's and student's residuals are both probability 0, and neither makes a nan."""
+    objective = distill(tmp_path, lambda_=0.0, tail="residual")
+    batch = batch_of(objective)
+    batch["labels"] %= K
+    batch["teacher_ids"] = torch.arange(K).repeat(N, 1)
+    batch["teacher_log_residual"] = torch.full((N,), -torch.inf)
+    hidden, weight = make_head(rows=K)
+    loss, _ = objective.loss(hidden, weight, batch, {"lm": N, "distill": N}, {"group": None, "vocab_size": K})
+    logp = (hidden @ weight.t()).log_softmax(1)
+    wanted = -(batch["teacher_logp"].double().exp() * logp).sum() / N
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-12)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(wanted, (hidden, weight)), rtol=0, atol=1e-11)
+
+
+def test_sft_is_mean_cross_entropy() -> None:
+    objective = build_objective(parse_objective({"name": "sft"}), SimpleNamespace())  # type: ignore[arg-type]
+    assert isinstance(objective, SFT) and objective.sample_fields(sample_of()) == {}
+    hidden, weight = make_head()
+    batch = {"labels": torch.tensor([3, 140, 0, 7])}
+    assert {name: int(count) for name, count in objective.counts(batch).items()} == {"lm": 4}
+    loss, sums = objective.loss(hidden, weight, batch, {"lm": torch.tensor(10.0)}, HEAD)
+    wanted = -loops(hidden, weight[:VOCAB], Query(batch["labels"][:, None])).logp_TK.sum()
+    torch.testing.assert_close(loss, wanted / 10, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums["lm"], wanted.detach(), rtol=0, atol=1e-12)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(wanted / 10, (hidden, weight)), rtol=0, atol=1e-12)
+
+
+def test_sample_fields_are_the_stored_row(tmp_path: Path) -> None:
+    objective = distill(tmp_path)
+    sample, row = sample_of(), row_of(sample_of())
+    fields = objective.sample_fields(sample)
+    assert fields["teacher_ids"].dtype == np.int64 and fields["teacher_ids"].tolist() == row.ids_PK.tolist()
+    assert fields["teacher_logp"].dtype == np.float32 and fields["teacher_mask"].all()
+    np.testing.assert_allclose(fields["teacher_logp"], row.logp_PK, rtol=2**-10)
+    np.testing.assert_allclose(fields["teacher_log_residual"], row.log_residual_P, rtol=2**-10)
+
+
+def test_a_missing_row(tmp_path: Path) -> None:
+    other = Sample(**(vars(sample_of()) | {"key": bytes(16)}))
+    with pytest.raises(UserError, match=r"chat.jsonl:3: no row in the store .*on_missing: skip"):
+        distill(tmp_path / "a").sample_fields(other)
+    fields = distill(tmp_path / "b", on_missing="skip").sample_fields(other)
+    assert not fields["teacher_mask"].any() and (fields["teacher_ids"] == -1).all()
+    present = distill(tmp_path / "c").sample_fields(sample_of())
+    assert {n: (a.shape, a.dtype) for n, a in fields.items()} == {n: (a.shape, a.dtype) for n, a in present.items()}
+
+
+def test_a_row_that_does_not_fit_the_sample(tmp_path: Path) -> None:
+    sample, settings = sample_of(), Distill.Settings(store="s")
+    store = store_of(tmp_path / "ids", sample, row_of(sample, ids_hash=b"12345678"))
+    with pytest.raises(UserError, match="chat.jsonl:3: .*other token ids"):
+        Distill(settings, store).sample_fields(sample)
+    store = store_of(tmp_path / "mask", sample, row_of(sample_of(supervised=3), ids_hash=sample.ids_hash))
+    with pytest.raises(UserError, match="has 3 positions, the sample 4"):
+        Distill(settings, store).sample_fields(sample)
+
+
+def test_residual_at_another_temperature_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"objective.temperature: found 2.0, .* was stored at 1.0"):
+        distill(tmp_path, tail="residual", temperature=2.0)
+
+
+def test_build_checks_tokenizer_and_template(tmp_path: Path) -> None:
+    store = distill(tmp_path).store
+    settings = parse_objective({"name": "distill", "store": str(store.path), "lambda": 0.25})
+
+    def tokenizer(content_hash: str, template_hash: str | None) -> Any:
+        return SimpleNamespace(content_hash=content_hash, template_hash=template_hash)
+
+    objective = build_objective(settings, tokenizer("tok", None))
+    assert isinstance(objective, Distill) and objective.settings.lambda_ == 0.25
+    with pytest.raises(UserError, match="tokenizer is 'tok', expected 'other'"):
+        build_objective(settings, tokenizer("other", None))
+    with pytest.raises(UserError, match="template is None, expected 'chatml'"):
+        build_objective(settings, tokenizer("tok", "chatml"))
+    with pytest.raises(UserError, match="nowhere: not a sample store"):
+        build_objective(
+            parse_objective({"name": "distill", "store": str(tmp_path / "nowhere")}), tokenizer("tok", None)
+        )
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, "objective.name: required"),
+        ({"name": "distil"}, "did you mean 'distill'"),
+        ({"name": "distill"}, "store: required"),
+        ({"name": "distill", "store": "s", "lambda": 1.5}, "lambda: Input should be less than or equal to 1"),
+        ({"name": "distill", "store": "s", "temperature": 0.0}, "temperature: Input should be greater than 0"),
+        ({"name": "distill", "store": "s", "tail": "residul"}, "did you mean 'residual'"),
+        ({"name": "distill", "store": "s", "on_missing": "ignore"}, "allowed: error, skip"),
+        ({"name": "distill", "store": "s", "temprature": 1.0}, "did you mean 'temperature'"),
+        ({"name": "sft", "lambda": 1.0}, "lambda: unknown key"),
+    ],
+)
+def test_wrong_sections_are_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_objective(section)
+
+
+def test_names() -> None:
+    assert {"sft", "distill"} <= set(objective_names())
