@@ -1,0 +1,196 @@
+"""Logits against transformers, and HF -> Megatron -> HF bit for bit, under several layouts.
+
+    python benchmarks/parity.py [--quick]
+
+Compares in fp32 the logits of two texts packed in one row with those transformers computes for each text alone.
+The real SmolLM2-135M-Instruct runs at TP 1 and 3, PP 1 and 2, with and without sequence parallelism; four small
+random Llamas cover TP 2 and 4, tied and untied heads, Llama 3's rope scaling and odd vocabulary sizes. `--quick`
+leaves the real model out. The last line printed is one JSON object; exit status 1 when a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = 1e-4
+ROOT = Path(__file__).resolve().parents[1]
+
+_ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_TINY_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+_TINY: dict[str, dict[str, Any]] = {
+    "tiny-mha-untied": {"vocab_size": 263, "num_attention_heads": 4},
+    "tiny-gqa-tied": {"vocab_size": 509, "num_attention_heads": 8, "tie_word_embeddings": True},
+    "tiny-llama3-rope": {"vocab_size": 258, "num_attention_heads": 8, "rope_parameters": _ROPE_LLAMA3},
+    "tiny-head-dim": {"vocab_size": 251, "num_attention_heads": 4, "head_dim": 24},
+}
+# (TP, PP, sequence parallel); what is left of the world is data parallel.
+_TINY_LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (4, 1, True), (1, 2, False), (1, 4, False), (2, 2, True)]
+_REAL_LAYOUTS = [(1, 1, False), (3, 1, False), (3, 1, True), (1, 2, False), (3, 2, True)]
+_TEXTS = (
+    "The tower is 324 metres tall, about the same height as an 81-storey building, and the tallest structure in Paris.",
+    "def add(a, b):\n    return a + b\n",
+)
+
+
+def prepare(work: Path, quick: bool) -> dict[str, int]:
+    """Folders and reference logits of every model; returns how many processes each one is to run on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    worlds = {}
+    for name, settings in _TINY.items():
+        config = LlamaConfig(**(_TINY_SHAPE | settings))
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():  # norms other than 1, logits of a trained model's size
+            for parameter in model.parameters():
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter) if parameter.dim() == 1 else 6 * parameter)
+        model.save_pretrained(work / name, max_shard_size="100KB")
+        texts = [torch.randint(0, config.vocab_size, (n,)).tolist() for n in (45, 19)]
+        _reference(work, name, model, texts)
+        worlds[name] = 4
+    if not quick:
+        from fusemega import assets
+
+        folder = assets.smollm2()
+        (work / "smollm2-135m").symlink_to(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        texts = [tokenizer(text)["input_ids"] for text in _TEXTS]
+        texts[1] = texts[1][: len(texts[1]) - (len(texts[0]) + len(texts[1])) % 3]  # sequence parallelism over 3
+        _reference(work, "smollm2-135m", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), texts)
+        worlds["smollm2-135m"] = 6
+    return worlds
+
+
+def _reference(work: Path, name: str, model: Any, texts: list[list[int]]) -> None:
+    """Logits of transformers in fp32, and how far they are from its own in fp64."""
+    import torch
+
+    def logits() -> Any:
+        with torch.no_grad():
+            return torch.cat([model(torch.tensor([text])).logits[0] for text in texts])
+
+    torch.set_num_threads(1)  # as the workers: the number of threads changes the order of sums
+    model.eval()
+    logits_SV = logits()
+    model.double()
+    error = float((logits() - logits_SV).abs().max())
+    largest = float(logits_SV.abs().max())
+    reference = {"texts": texts, "logits_SV": logits_SV, "transformers_fp32_error": error, "max_abs_logit": largest}
+    torch.save(reference, work / f"{name}.reference.pt")
+
+
+def worker(work: Path, names: list[str]) -> None:
+    """Every layout of every model, on this rank; the main process writes what came out."""
+    import torch
+    import torch.distributed as dist
+
+    from fusemega.checkpoint.hf_export import export_hf
+    from fusemega.checkpoint.hf_folder import HFFolder
+    from fusemega.checkpoint.hf_load import load_hf
+    from fusemega.models.build import build_model
+    from fusemega.models.dense_logits import dense_logits
+    from fusemega.models.rules import whole
+    from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown
+
+    results = []
+    for name in names:
+        reference = torch.load(work / f"{name}.reference.pt")
+        for tp, pp, sequence_parallel in _REAL_LAYOUTS if name == "smollm2-135m" else _TINY_LAYOUTS:
+            world = initialize(
+                ParallelConfig(
+                    tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sequence_parallel
+                )
+            )
+            model = build_model(HFFolder(work / name).config, world, torch.float32)
+            load_hf(model, work / name, world)
+            logits_SV = dense_logits(model, world, reference["texts"])
+            difference = 0.0 if logits_SV is None else float((logits_SV.cpu() - reference["logits_SV"]).abs().max())
+            if logits_SV is not None and not torch.isfinite(logits_SV).all():
+                difference = float("inf")
+            everyone: list[float] = [0.0] * world.world_size
+            dist.all_gather_object(everyone, difference)
+            label = f"TP{tp} PP{pp}{' SP' if sequence_parallel else ''} DP{world.dp_size}"
+            out = work / f"{name}.{label.replace(' ', '-')}"
+            export_hf(model, out, work / name, world)
+            if world.is_main:
+                ours, theirs = HFFolder(work / name), HFFolder(out)
+                different = sorted(set(ours) ^ set(theirs))
+                for key in set(ours) & set(theirs):
+                    a, b = (f.read(key, whole(f.shape(key))) for f in (ours, theirs))
+                    if (
+                        a.dtype != b.dtype
+                        or a.shape != b.shape
+                        or not torch.equal(*(t.view(torch.uint8) for t in (a, b)))
+                    ):
+                        different.append(key)
+                row = {"model": name, "layout": label, "max_logit_difference": max(everyone)}
+                row |= {key: reference[key] for key in ("max_abs_logit", "transformers_fp32_error")}
+                results.append(row | {"tensors": len(list(ours)), "different_tensors": different})
+                shown = f"max |dlogit| {max(everyone):.2e}  {len(different)} tensors differ"
+                print(f"{name:18} {label:14} {shown}", flush=True)
+            dist.barrier()
+            del model
+    if int(os.environ["RANK"]) == 0:
+        (work / f"results.{names[0]}.json").write_text(json.dumps(results))
+    shutdown()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the small random models only")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(Path(args.worker[0]), args.worker[1].split(","))
+        return 0
+    sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        worlds = prepare(work, args.quick)
+        results: list[dict[str, Any]] = []
+        for nproc in sorted(set(worlds.values())):
+            names = [name for name, world in worlds.items() if world == nproc]
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+            command += [str(Path(__file__).resolve()), "--worker", str(work), ",".join(names)]
+            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+            subprocess.run(command, check=True, env=env)
+            results += json.loads((work / f"results.{names[0]}.json").read_text())
+    worst = max(row["max_logit_difference"] for row in results)
+    bitwise = not any(row["different_tensors"] for row in results)
+    summary = {
+        "benchmark": "parity",
+        "quick": args.quick,
+        "tolerance": TOLERANCE,
+        "max_logit_difference": worst,
+        "round_trip_bitwise": bitwise,
+        "cases": results,
+        "ok": bool(worst <= TOLERANCE and bitwise),
+    }
+    print(json.dumps(summary))
+    return 0 if summary["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

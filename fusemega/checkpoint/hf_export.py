@@ -1,0 +1,189 @@
+"""From a Megatron model to a Hugging Face folder, as `save_pretrained` would write it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fusemega.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HFFolder, read_json
+from fusemega.checkpoint.output import on_main, output_folder
+from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards, write_file, write_index
+from fusemega.errors import UserError
+from fusemega.models.build import GPT, Placement, placements
+from fusemega.models.rules import Piece, slices, volume
+from fusemega.runtime.parallel import World
+
+MAX_SHARD_SIZE = 5_000_000_000
+# Beside the weights, what a user of the folder needs. Never Python code.
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Copy the generation settings, tokenizer and chat templates that `source` has."""
+    for name in _SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    for name in _SIDE_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, out / name)
+
+
+def export_hf(
+    model: GPT,
+    out: str | Path,
+    source_folder: str | Path,
+    world: World,
+    *,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write the model to a new folder. Collective: all processes call it; the main one writes, tensor by tensor.
+
+    Args:
+        model: its configuration becomes config.json, with the source's vocabulary size.
+        out: absent or empty; appears whole or not at all.
+        source_folder: where generation settings, tokenizer and chat template are copied from.
+        world: the layout of `model`.
+        dtype: of the written weights: one for all, or one for each HF tensor. None: those of `source_folder`'s
+            tensors, or of its config.json if it holds no weights, or else the model's own.
+        max_shard_size: bytes of weights in a file.
+
+    Raises:
+        UserError: `out` is not empty, the source cannot be read, or the disk is too small.
+    """
+    out, source = Path(out), Path(source_folder)
+    model_placements = placements(model, world)
+    on_main(world, lambda: _check_source(source))
+    infos = _tensor_infos(model, _dtypes(model, source, dtype))
+    shards = plan_shards(infos, max_shard_size)
+    sources = _Sources(model, model_placements, world)
+    with output_folder(out, world, needed_bytes=sum(info.nbytes for info in infos)) as temporary:
+        for file, shard in shards.items():
+            values = (sources.collect(info) for info in shard)
+            if world.is_main:
+                write_file(temporary / file, shard, _present(values))
+            else:
+                for _ in values:
+                    pass
+        if world.is_main:
+            copy_side_files(source, temporary)
+            write_index(temporary, shards)
+            config = json.dumps(_exported_config(model.hf_config, infos), indent=2, sort_keys=True)
+            (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
+
+
+class _Sources:
+    """Who holds what, and the transport of one whole HF tensor to the main process."""
+
+    def __init__(self, model: GPT, model_placements: list[Placement], world: World) -> None:
+        self.world = world
+        self.model = model
+        self.rules = {
+            name: rule
+            for rule in model.family.rules(model.hf_config)
+            if not rule.duplicate
+            for name in rule.hf_shapes()
+        }
+        self.parameters = {placement.rule.megatron: placement.parameter for placement in model_placements}
+        mine = (world.dp_rank, world.tp_rank, set(self.parameters))
+        everyone: list[Any] = [None] * world.world_size
+        dist.all_gather_object(everyone, mine)
+        self.ranks: dict[tuple[str, int], int] = {
+            (name, tp_rank): rank
+            for rank, (dp_rank, tp_rank, names) in reversed(list(enumerate(everyone)))
+            if dp_rank == 0
+            for name in names
+        }
+
+    def collect(self, info: TensorInfo) -> torch.Tensor | None:
+        """The whole tensor on the main process, in the written dtype; None elsewhere. Every rank calls it."""
+        rule = self.rules[info.name]
+        whole = torch.empty(info.shape, dtype=info.dtype) if self.world.is_main else None
+        for tp_rank in range(self.world.tp_size if rule.partition_dim is not None else 1):
+            pieces = [piece for piece in rule.pieces(self.world.tp_size, tp_rank) if piece.hf == info.name]
+            holder = self.ranks[rule.megatron, tp_rank]
+            if not pieces or self.world.rank not in (0, holder):
+                continue
+            if self.world.rank == holder:
+                flat = self._pack(self.parameters[rule.megatron], pieces)
+                if holder != 0:
+                    dist.send(flat, dst=0)
+            else:
+                count = sum(volume(piece.hf_box) for piece in pieces)
+                flat = torch.empty(count, dtype=self.model.config.params_dtype, device=self.world.device)
+                dist.recv(flat, src=holder)
+            if whole is not None:
+                _unpack(flat, pieces, whole)
+        return whole
+
+    def _pack(self, parameter: torch.nn.Parameter, pieces: list[Piece]) -> torch.Tensor:
+        """One message, however many pieces."""
+        return torch.cat([parameter.detach()[slices(piece.local_box)].flatten() for piece in pieces])
+
+
+def _unpack(flat: torch.Tensor, pieces: list[Piece], whole: torch.Tensor) -> None:
+    sizes = [volume(piece.hf_box) for piece in pieces]
+    for piece, part in zip(pieces, flat.split(sizes), strict=True):
+        target = whole[slices(piece.hf_box)]
+        target.copy_(part.view(target.shape))
+
+
+def _present(values: Iterator[torch.Tensor | None]) -> Iterator[torch.Tensor]:
+    for value in values:
+        assert value is not None  # the main process always gets the tensor
+        yield value
+
+
+def _check_source(source: Path) -> None:
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder to copy the tokenizer and generation settings from")
+
+
+def _tensor_infos(model: GPT, dtypes: Mapping[str, torch.dtype]) -> list[TensorInfo]:
+    """What is written, in the model's order."""
+    return [
+        TensorInfo(name, dtypes[name], shape)
+        for rule in model.family.rules(model.hf_config)
+        if not rule.duplicate
+        for name, shape in rule.hf_shapes().items()
+    ]
+
+
+def _dtypes(
+    model: GPT, source: Path, dtype: torch.dtype | Mapping[str, torch.dtype] | None
+) -> Mapping[str, torch.dtype]:
+    if isinstance(dtype, Mapping):
+        return dtype
+    names = [name for rule in model.family.rules(model.hf_config) for name in rule.hf_shapes()]
+    if dtype is None and any((source / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
+        folder = HFFolder(source)
+        return {name: folder.dtype(name) for name in names}
+    if dtype is None:
+        config = read_json(source / "config.json") if (source / "config.json").exists() else {}
+        named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+        dtype = named if isinstance(named, torch.dtype) else model.config.params_dtype
+    return dict.fromkeys(names, dtype)
+
+
+def _exported_config(hf_config: dict[str, Any], infos: list[TensorInfo]) -> dict[str, Any]:
+    """The model's configuration with `dtype` as transformers 5 writes it: that of the first tensor, the embedding."""
+    config = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
+    return config | {"dtype": str(infos[0].dtype).removeprefix("torch.")}

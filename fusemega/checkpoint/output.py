@@ -1,0 +1,94 @@
+"""Output folders that appear whole or not at all, and checks whose verdict all ranks share."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fusemega.errors import UserError
+from fusemega.runtime.parallel import World
+
+
+def on_main(world: World, action: Callable[[], None]) -> None:
+    """Run `action` on the main process; a UserError there is raised on every process. Collective."""
+    message: list[str | None] = [None]
+    if world.is_main:
+        try:
+            action()
+        except UserError as error:
+            message[0] = str(error)
+    dist.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise UserError(message[0])
+
+
+@contextmanager
+def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[Path]:
+    """A temporary sibling to write into, renamed to `path` when the block ends well. Collective.
+
+    Args:
+        path: the folder to appear; absent, or present and empty.
+        world: all its processes enter and leave together.
+        needed_bytes: refused at once when the disk has less.
+
+    Raises:
+        UserError: the folder is not empty, cannot be made, or the disk is full; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.incomplete")
+
+    def prepare() -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: exists and is not an empty folder; nothing is overwritten")
+        with _disk_errors(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            free = shutil.disk_usage(temporary).free
+            if free < needed_bytes:
+                temporary.rmdir()
+                raise UserError(f"{path}: needs {needed_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
+
+    on_main(world, prepare)
+    try:
+        with _disk_errors(path):
+            yield temporary
+            world.barrier()
+    except BaseException:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+    def finish() -> None:
+        with _disk_errors(path):
+            for folder, _, files in os.walk(temporary):
+                for name in [*files, "."]:
+                    _sync(os.path.join(folder, name))
+            os.rename(temporary, path)
+            _sync(path.parent)
+
+    on_main(world, finish)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: the disk is full; nothing was written there") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"{path}: cannot write there: {error.strerror}") from None
+        raise
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

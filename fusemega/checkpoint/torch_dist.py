@@ -1,0 +1,47 @@
+"""Megatron distributed checkpoints (format torch_dist) of a model's weights alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fusemega.errors import UserError
+from fusemega.models.build import GPT
+
+
+def save_model(model: GPT, path: str | Path) -> None:
+    """Write the weights into `path`, a folder that exists and is empty. Collective.
+
+    Not atomic: the caller gives a folder under a temporary name and renames it.
+    """
+    dist_checkpointing.save(model.sharded_state_dict(), str(path))
+
+
+@torch.no_grad()
+def load_model(model: GPT, path: str | Path) -> None:
+    """Fill a model from a checkpoint saved under any layout, with or without optimizer state. Collective.
+
+    Weights are converted to the model's dtype; vocabulary padding is zero. Megatron reads the small files of its
+    format (`common.pt`, `.metadata`) with pickle: open only checkpoints whose writer is trusted.
+
+    Raises:
+        UserError: not a checkpoint, or one of another architecture.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
+    try:
+        state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
+    except CheckpointException as error:  # torch's, not an Exception: it gathers what each rank raised
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{path}: does not fit this model, or is damaged: {_first_line(cause)}") from None
+    except (CheckpointingException, KeyError) as error:
+        raise UserError(f"{path}: does not fit this model, or is damaged: {_first_line(error)}") from None
+    model.load_state_dict(state)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

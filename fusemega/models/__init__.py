@@ -1,0 +1,1 @@
+"""Model families: Hugging Face configurations as Megatron-core models, and the rules that move their weights."""

@@ -1,0 +1,137 @@
+"""What a model family answers, and the reading of Hugging Face configurations that families share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from fusemega.errors import UserError, nearest
+from fusemega.models.rules import Rule
+
+HFConfig = Mapping[str, Any]
+
+
+class ParameterNames(NamedTuple):
+    """Megatron's parameter names under one layer spec; `{}` is the global layer index.
+
+    These are the names of the local spec. Transformer Engine's spec fuses the two norms of a layer into the
+    following linear (`linear_qkv.layer_norm_weight`, `linear_fc1.layer_norm_weight`) and is a second value of
+    this type.
+    """
+
+    embedding: str = "embedding.word_embeddings.weight"
+    attention_norm: str = "decoder.layers.{}.input_layernorm.weight"
+    qkv: str = "decoder.layers.{}.self_attention.linear_qkv.weight"
+    attention_out: str = "decoder.layers.{}.self_attention.linear_proj.weight"
+    mlp_norm: str = "decoder.layers.{}.pre_mlp_layernorm.weight"
+    mlp_in: str = "decoder.layers.{}.mlp.linear_fc1.weight"
+    mlp_out: str = "decoder.layers.{}.mlp.linear_fc2.weight"
+    final_norm: str = "decoder.final_layernorm.weight"
+    head: str = "output_layer.weight"
+
+
+LOCAL_NAMES = ParameterNames()
+
+
+class Family(Protocol):
+    """One model family. Each method takes the whole `config.json` as a mapping and may raise UserError."""
+
+    model_types: tuple[str, ...]
+
+    def check(self, hf_config: HFConfig) -> None:
+        """Refuses a configuration this family would compute wrongly.
+
+        Raises:
+            UserError: a key is missing, unknown, or has a value that changes the mathematics.
+        """
+
+    def transformer_config(self, hf_config: HFConfig) -> dict[str, Any]:
+        """Keyword arguments of Megatron's TransformerConfig that the architecture decides."""
+
+    def inv_freq(self, hf_config: HFConfig) -> torch.Tensor:
+        """Rotary inverse frequencies, float32 [D/2]."""
+
+    def rules(self, hf_config: HFConfig, names: ParameterNames = LOCAL_NAMES) -> list[Rule]:
+        """Every parameter of the whole model, in the order of HF's tensors."""
+
+    def tied(self, hf_config: HFConfig) -> bool:
+        """Whether the head is the embedding."""
+
+    def copies(self, hf_config: HFConfig) -> dict[str, str]:
+        """HF tensors that may be present as an exact copy of another: copy -> original (the head of a tied model)."""
+
+    def ignorable(self, hf_name: str) -> bool:
+        """Whether a tensor that no rule names may be left unread (buffers of old checkpoints)."""
+
+
+# Keys that say how to store, find, generate with or serve a model, and never what it computes.
+HARMLESS_KEYS = frozenset(
+    """
+    _name_or_path _model_name_or_path _from_model_config architectures model_type transformers_version dtype torch_dtype
+    use_cache initializer_range max_position_embeddings max_sequence_length pretraining_tp tokenizer_class name_or_path
+    return_dict return_dict_in_generate output_attentions output_hidden_states output_scores torchscript
+    id2label label2id problem_type finetuning_task task_specific_params prefix use_bfloat16
+    chunk_size_feed_forward is_decoder max_length min_length max_new_tokens do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens tf_legacy_loss is_llama_config transformers.js_config unsloth_fixed unsloth_version
+    _attn_implementation_autoset
+    """.split()  # noqa: SIM905  (a paragraph reads better than a hundred lines)
+)
+# Keys of any configuration that must keep the value which means "nothing unusual".
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+}
+
+
+def check_keys(hf_config: HFConfig, known: Collection[str], required_values: Mapping[str, tuple[Any, ...]]) -> None:
+    """Every key is known, harmless, or has its one accepted value.
+
+    Args:
+        hf_config: the configuration.
+        known: keys the family reads.
+        required_values: keys with the values under which the family's mathematics hold.
+
+    Raises:
+        UserError: names the key, its value and what is allowed.
+    """
+    accepted = NEUTRAL_VALUES | dict(required_values)
+    for key, value in hf_config.items():
+        if key in accepted:
+            if value not in accepted[key]:
+                allowed = " or ".join(repr(a) for a in accepted[key])
+                raise UserError(
+                    f"config.json: {key} = {value!r} changes what the model computes and is not supported; "
+                    f"allowed: {allowed}"
+                )
+        elif key not in known and key not in HARMLESS_KEYS and not key.endswith("_token_id"):
+            hint = nearest(key, [*known, *accepted])
+            raise UserError(
+                f"config.json: unknown key {key!r} (= {value!r}){hint}: it may change what the model computes, so it "
+                f"is not ignored; remove it if it does not"
+            )
+
+
+def require_int(hf_config: HFConfig, key: str, default: int | None = None) -> int:
+    """A positive integer of the configuration; `default` stands for an absent key or null.
+
+    Raises:
+        UserError: missing, or not a positive integer.
+    """
+    value = hf_config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"config.json: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"config.json: {key} = {value!r}, expected a positive integer")
+    return value

@@ -1,0 +1,228 @@
+"""Weight rules: which box of which Hugging Face tensor is which box of this rank's Megatron parameter.
+
+A rule only moves bits, it never computes, so the same list of pieces imports (HF to Megatron) and exports
+(Megatron to HF). Names on the Megatron side carry the *global* layer index, so a rule does not depend on the
+pipeline layout; a stage looks up the rules of the parameters it holds.
+
+Legend: V vocabulary, H hidden, F feed-forward, N query heads, G key/value groups, D head size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+Box = tuple[tuple[int, int], ...]
+"""One (start, stop) a dimension."""
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """The box that is all of a tensor of this shape."""
+    return tuple((0, n) for n in shape)
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    """A box as an index."""
+    return tuple(slice(start, stop) for start, stop in box)
+
+
+def volume(box: Box) -> int:
+    """Number of elements in a box."""
+    count = 1
+    for start, stop in box:
+        count *= stop - start
+    return count
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`local[slices(local_box)]` of a Megatron parameter is `hf[slices(hf_box)]` of the tensor `hf`."""
+
+    hf: str
+    hf_box: Box
+    local_box: Box
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """One Megatron parameter and the HF tensors it is made of.
+
+    Attributes:
+        megatron: the parameter's name, with the global layer index.
+        duplicate: a second copy of tensors that another rule holds (the tied head of the last pipeline stage):
+            filled on import, skipped on export.
+    """
+
+    megatron: str
+
+    @property
+    def duplicate(self) -> bool:
+        return False
+
+    @property
+    @abstractmethod
+    def partition_dim(self) -> int | None:
+        """The dimension that tensor parallelism splits; None where every rank holds the whole."""
+
+    @abstractmethod
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """HF tensor name -> shape."""
+
+    @abstractmethod
+    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+        """Shape of the parameter on each tensor-parallel rank."""
+
+    @abstractmethod
+    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
+        """What this tensor-parallel rank holds. Elements of the parameter outside all pieces are zero padding."""
+
+
+@dataclass(frozen=True)
+class Same(Rule):
+    """The same tensor on every tensor-parallel rank (norm weights)."""
+
+    hf: str
+    shape: tuple[int, ...]
+
+    @property
+    def partition_dim(self) -> None:
+        return None
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.hf: self.shape}
+
+    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+        return self.shape
+
+    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
+        return [Piece(self.hf, whole(self.shape), whole(self.shape))]
+
+
+@dataclass(frozen=True)
+class Row(Rule):
+    """A matrix whose input dimension (dim 1) is split: Megatron's RowParallelLinear."""
+
+    hf: str
+    shape: tuple[int, int]
+
+    @property
+    def partition_dim(self) -> int:
+        return 1
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.hf: self.shape}
+
+    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+        return (self.shape[0], self.shape[1] // tp_size)
+
+    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
+        rows, columns = self.local_shape(tp_size)
+        start = tp_rank * columns
+        return [Piece(self.hf, ((0, rows), (start, start + columns)), whole((rows, columns)))]
+
+
+@dataclass(frozen=True)
+class GateUp(Rule):
+    """`linear_fc1` [2F/TP, H] of a gated MLP: this rank's rows of the gate, then the same rows of the up matrix."""
+
+    gate: str
+    up: str
+    shape: tuple[int, int]
+
+    @property
+    def partition_dim(self) -> int:
+        return 0
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.gate: self.shape, self.up: self.shape}
+
+    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+        return (2 * (self.shape[0] // tp_size), self.shape[1])
+
+    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
+        rows, columns = self.shape[0] // tp_size, self.shape[1]
+        hf_box = ((tp_rank * rows, (tp_rank + 1) * rows), (0, columns))
+        return [
+            Piece(self.gate, hf_box, ((0, rows), (0, columns))),
+            Piece(self.up, hf_box, ((rows, 2 * rows), (0, columns))),
+        ]
+
+
+@dataclass(frozen=True)
+class QKV(Rule):
+    """`linear_qkv` [G/TP * (N/G + 2) * D, H]: for each group its query heads, then its key, then its value.
+
+    HF keeps three matrices: q [N*D, H], k and v [G*D, H]; query head h belongs to group h // (N/G) in both.
+    """
+
+    q: str
+    k: str
+    v: str
+    heads: int
+    groups: int
+    head_dim: int
+    hidden: int
+
+    @property
+    def partition_dim(self) -> int:
+        return 0
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        narrow = (self.groups * self.head_dim, self.hidden)
+        return {self.q: (self.heads * self.head_dim, self.hidden), self.k: narrow, self.v: narrow}
+
+    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+        return (self.groups // tp_size * (self.heads // self.groups + 2) * self.head_dim, self.hidden)
+
+    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
+        local_groups = self.groups // tp_size
+        query_rows = self.heads // self.groups * self.head_dim
+        columns = (0, self.hidden)
+        out = []
+        at = 0
+        for group in range(tp_rank * local_groups, (tp_rank + 1) * local_groups):
+            for name, rows in ((self.q, query_rows), (self.k, self.head_dim), (self.v, self.head_dim)):
+                out.append(
+                    Piece(name, ((group * rows, (group + 1) * rows), columns), ((at, at + rows), columns)),
+                )
+                at += rows
+        return out
+
+
+@dataclass(frozen=True)
+class VocabRows(Rule):
+    """Embedding or head [V_padded/TP, H]. HF's V is padded to the next multiple of TP, the least Megatron needs.
+
+    Padding rows lie at the end, so on the last rank or ranks: zero on import, dropped on export.
+    """
+
+    hf: str
+    shape: tuple[int, int]
+    is_duplicate: bool = False
+
+    @property
+    def duplicate(self) -> bool:
+        return self.is_duplicate
+
+    @property
+    def partition_dim(self) -> int:
+        return 0
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.hf: self.shape}
+
+    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+        return (padded_vocab_size(self.shape[0], tp_size) // tp_size, self.shape[1])
+
+    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
+        rows, columns = self.local_shape(tp_size)
+        start = tp_rank * rows
+        stop = min(start + rows, self.shape[0])
+        if stop <= start:
+            return []
+        return [Piece(self.hf, ((start, stop), (0, columns)), ((0, stop - start), (0, columns)))]
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """The next multiple of `tp_size`: each rank needs equally many rows, and nothing here needs more than that."""
+    return -(-vocab_size // tp_size) * tp_size

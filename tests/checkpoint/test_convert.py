@@ -1,0 +1,140 @@
+"""Import, export and verify in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fusemega.checkpoint.convert import MegatronFolder, export_megatron, import_hf, verify
+from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.errors import UserError
+from fusemega.models.build import init_random
+from fusemega.runtime.parallel import World
+from tests.checkpoint.conftest import save_llama
+
+
+def _change(folder: Path, name: str, new: torch.Tensor | None) -> None:
+    """Replaces a tensor in the shard that holds it."""
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            if new is not None:
+                tensors[name] = new
+            else:
+                flat = tensors[name].view(torch.uint8).flatten()
+                flat[5] ^= 1
+            save_file(tensors, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_there_and_back_is_bitwise_and_one_flipped_bit_is_found(
+    world: World, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    source = save_llama(tmp_path / "source", dtype, tie_word_embeddings=True)
+    import_hf(source, tmp_path / "megatron", world)
+    export_megatron(tmp_path / "megatron", tmp_path / "out", world)
+    for other in ("megatron", "out"):
+        result = verify(source, tmp_path / other, world)
+        assert result.identical and result.tensors == 20
+    _change(source, "model.layers.1.self_attn.k_proj.weight", None)
+    for other in ("megatron", "out"):
+        result = verify(source, tmp_path / other, world)
+        assert result.different == ["model.layers.1.self_attn.k_proj.weight"]
+        assert not result.identical
+
+
+def test_mixed_dtypes_come_back_as_they_were(world: World, tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", torch.bfloat16)
+    _change(source, "model.norm.weight", torch.linspace(0, 1, 32, dtype=torch.float32))
+    import_hf(source, tmp_path / "megatron", world)
+    export_megatron(tmp_path / "megatron", tmp_path / "out", world)
+    assert HFFolder(tmp_path / "out").dtype("model.norm.weight") is torch.float32
+    assert HFFolder(tmp_path / "out").dtype("lm_head.weight") is torch.bfloat16
+    assert verify(source, tmp_path / "out", world).identical
+    assert verify(source, tmp_path / "megatron", world).identical
+
+
+def test_a_wider_copy_is_different_between_hf_folders(world: World, tmp_path: Path) -> None:
+    source = save_llama(tmp_path / "source", torch.bfloat16)
+    import_hf(source, tmp_path / "megatron", world)
+    export_megatron(tmp_path / "megatron", tmp_path / "out", world, dtype=torch.float32)
+    assert len(verify(source, tmp_path / "out", world).different) == 21
+
+
+def test_another_depth_is_missing_tensors(world: World, tmp_path: Path, folder: Path) -> None:
+    import_hf(folder, tmp_path / "megatron", world)
+    shallow = save_llama(tmp_path / "shallow", num_hidden_layers=1)
+    for other in (folder, tmp_path / "megatron"):
+        result = verify(shallow, other, world)
+        assert len(result.missing) == 9 and all("layers.1." in name for name in result.missing)
+
+
+def test_the_megatron_folder_stands_alone(world: World, tmp_path: Path, folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    import_hf(folder, tmp_path / "megatron", world)
+    opened = MegatronFolder(tmp_path / "megatron")
+    assert opened.manifest["source_hash"] == HFFolder(folder).content_hash()
+    assert opened.config == HFFolder(folder).config
+    assert (opened.hf / "tokenizer.json").is_file()
+    model = opened.load(world, torch.bfloat16)
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = HFFolder(folder).read(name, ((0, 32), (0, 48)))
+    assert torch.equal(model.decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
+    init_random(model, world, seed=1)
+    assert not torch.equal(model.decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [(None, ["manifest.json: cannot read"]), ({"format": "other"}, ["format is 'other'", "fusemega-megatron-1"])],
+)
+def test_what_is_not_a_megatron_folder(
+    world: World, tmp_path: Path, manifest: dict[str, Any] | None, words: list[str]
+) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError) as error:
+        export_megatron(tmp_path, tmp_path / "out", world)
+    assert all(word in str(error.value) for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_shape_are_named(world: World, tmp_path: Path, folder: Path) -> None:
+    import_hf(folder, tmp_path / "megatron", world)
+    config = tmp_path / "megatron" / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 64}))
+    with pytest.raises(UserError, match="weights: does not fit this model"):
+        MegatronFolder(tmp_path / "megatron").load(world)
+    (tmp_path / "megatron" / "weights" / "metadata.json").unlink()
+    with pytest.raises(UserError, match="weights: not a Megatron distributed checkpoint"):
+        MegatronFolder(tmp_path / "megatron").load(world)
+
+
+def test_logits_on_a_text(world: World, tmp_path: Path, smollm2_folder: Path) -> None:
+    import_hf(smollm2_folder, tmp_path / "megatron", world)
+    result = verify(smollm2_folder, tmp_path / "megatron", world, text="The capital of France is")
+    assert result.identical and result.tensors == 272
+    assert result.max_logit_difference is not None
+    assert 0 <= result.max_logit_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [("hf_to_megatron", "no such model folder"), ("megatron_to_hf", "manifest.json: cannot read: No such file")],
+)
+def test_tools_are_the_commands(tmp_path: Path, tool: str, message: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    command = [sys.executable, root / "tools" / f"{tool}.py", tmp_path / "absent", tmp_path / "out"]
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 2, run.stderr
+    assert message in run.stderr and str(tmp_path / "absent") in run.stderr and "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []

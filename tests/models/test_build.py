@@ -1,0 +1,94 @@
+"""Building a model in one process: layouts refused, hidden states against transformers, weights drawn from a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fusemega.errors import UserError
+from fusemega.models.build import build_model, check_layout, init_random
+from fusemega.models.dense_logits import dense_logits
+from fusemega.runtime.parallel import World
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "pp_size", "words"),
+    [
+        (4, 1, ["tensor_model_parallel_size: 4", "2 key/value heads", "not supported", "allowed: 1, 2"]),
+        (3, 1, ["tensor_model_parallel_size: 3", "4 attention heads", "allowed: 1, 2"]),
+        (1, 4, ["pipeline_model_parallel_size: 4", "2 layers", "allowed: 1, 2"]),
+    ],
+)
+def test_layouts_that_do_not_divide_are_refused(tp_size: int, pp_size: int, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        check_layout(CONFIG, tp_size, pp_size)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_real_smollm2_takes_the_quickstart_layout() -> None:
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
+    check_layout(CONFIG | sizes, 3, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_gives_hidden_states_of_the_models_dtype(world: World, dtype: torch.dtype) -> None:
+    model = build_model(CONFIG, world, dtype)
+    init_random(model, world, seed=3)
+    ids = torch.arange(9)[None]
+    hidden = model(ids, ids, None)
+    assert hidden.shape == (9, 1, 32)
+    assert hidden.dtype is dtype
+    assert model.head_weight().shape == (101, 32)
+    assert model.vocab_size == 101
+    assert all(parameter.dtype is dtype for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_equal_those_of_transformers(world: World, tmp_path: Path, tied: bool) -> None:
+    from fusemega.checkpoint.hf_load import load_hf
+
+    hf = LlamaForCausalLM(
+        LlamaConfig(**{key: value for key, value in CONFIG.items() if key != "model_type"}, tie_word_embeddings=tied)
+    ).eval()
+    hf.save_pretrained(tmp_path)
+    model = build_model(CONFIG | {"tie_word_embeddings": tied}, world, torch.float32)
+    load_hf(model, tmp_path, world)
+    texts = [torch.randint(0, 101, (n,)).tolist() for n in (7, 1, 12)]
+    with torch.no_grad():
+        wanted = torch.cat([hf(torch.tensor([text])).logits[0] for text in texts])
+    got = dense_logits(model, world, texts)
+    assert got is not None
+    assert wanted.abs().max() > 0.1
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+def test_random_weights_depend_on_seed_and_name_alone(world: World) -> None:
+    def drawn(seed: int) -> dict[str, torch.Tensor]:
+        model = build_model(CONFIG | {"initializer_range": 0.05}, world, torch.float32)
+        init_random(model, world, seed)
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    first, again, other = drawn(1), drawn(1), drawn(2)
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        if "norm" in name:
+            assert torch.equal(value, torch.ones_like(value))
+        else:
+            assert not torch.equal(value, other[name])
+            assert 0.04 < value.std() < 0.06
+    a, b = (first[f"decoder.layers.{layer}.mlp.linear_fc2.weight"] for layer in (0, 1))
+    assert not torch.equal(a, b)
