@@ -1,0 +1,1 @@
+"""Published and teaching pipelines, as compositions of commands."""

@@ -1,0 +1,80 @@
+"""A pipeline of named stages in one folder: each is done once, and done again when what it was made from changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusemega.checkpoint.training_state import write_durably
+from fusemega.runtime.console import say
+from fusemega.runtime.launch import run_under_torchrun
+from fusemega.errors import UserError
+
+
+class Stages:
+    """Runs stages below `folder`, keeping a mark for each finished one in `folder/stages`.
+
+    Args:
+        folder: the pipeline's output folder.
+        nproc: processes of the stages that run a command.
+    """
+
+    def __init__(self, folder: Path, nproc: int) -> None:
+        self.folder, self.nproc = folder, nproc
+        self._marks = folder / "stages"
+        self._marks.mkdir(parents=True, exist_ok=True)
+        self._chain = ""
+
+    def run(self, name: str, settings: Any, work: Callable[[], Any], outputs: tuple[Path, ...] = ()) -> Any:
+        """`work()`, or what it returned when it was last finished with the same settings and the same stages before.
+
+        Args:
+            settings: JSON-able; everything that decides the outcome.
+            outputs: files or folders that the stage makes; old ones of other settings are removed first.
+
+        Returns:
+            What `work` returned; must be JSON-able.
+        """
+        identity = hashlib.blake2b(
+            json.dumps([self._chain, name, settings], sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
+        self._chain = identity
+        mark, begun = self._marks / f"{name}.json", self._marks / f"{name}.begun"
+        if mark.exists():
+            done = json.loads(mark.read_text())
+            if done["identity"] == identity and all(path.exists() for path in outputs):
+                say(f"[{name}] finished before, skipped")
+                return done["result"]
+        # An unfinished stage of the same settings resumes from what it left; one of other settings starts clean.
+        if not begun.exists() or begun.read_text() != identity:
+            mark.unlink(missing_ok=True)
+            for path in outputs:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            write_durably(begun, identity)
+        say(f"[{name}]")
+        started = time.monotonic()
+        result = work()
+        say(f"[{name}] done in {time.monotonic() - started:.0f} s")
+        write_durably(mark, json.dumps({"identity": identity, "result": result}))
+        return result
+
+    def command(self, verb: str, name: str, run: dict[str, Any]) -> Path:
+        """Write `run` as `folder/{name}.yaml` and run `fusemega {verb}` on it, as anyone may again by hand.
+
+        Raises:
+            UserError: what the command raised, or that it failed.
+        """
+        run_file = self.folder / f"{name}.yaml"
+        how = f"# fusemega {verb} {run_file} --nproc {self.nproc}\n"
+        write_durably(run_file, how + yaml.safe_dump(run, sort_keys=False))
+        status = run_under_torchrun([verb, str(run_file)], self.nproc)
+        if status:
+            raise UserError(f"fusemega {verb} {run_file}: ended with status {status}; its messages are above")
+        return run_file

@@ -1,0 +1,176 @@
+"""`teach` and `eval` against transformers; stores that refuse what is not theirs; distillation from a real store."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import tiny
+from fusemega.config import validate
+from fusemega.errors import UserError
+from fusemega.scoring.evaluate import EvalRun, evaluate
+from fusemega.scoring.teach import TeachRun, teach
+from fusemega.store import Store
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import TokenizedDataset, prepare
+from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.run import TrainRun
+from fusemega.training.train import open_trainer
+
+
+@pytest.fixture
+def samples(work: Path, tmp_path: Path) -> TokenizedDataset:
+    config = DataConfig(path=str(work / "chat.jsonl"), seq_length=128)
+    return prepare(config, Tokenizer.load(work / "model"), tmp_path / "cache")
+
+
+def teach_run(work: Path, store: Path, **changes: Any) -> TeachRun:
+    base: dict[str, Any] = {
+        "model": {"load": str(work / "model"), "dtype": "fp32"},
+        "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
+        "store": str(store),
+        "top_k": 7,
+    }
+    return validate(TeachRun, {**base, **changes}, "teach.yaml")
+
+
+def logits_of(folder: Path, ids: np.ndarray) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor(ids.astype("int64"))[None]).logits[0].double()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_rows_are_the_teachers_distribution(
+    work: Path, tmp_path: Path, samples: TokenizedDataset, temperature: float
+) -> None:
+    store = Store.open(teach(teach_run(work, tmp_path / "store", temperature=temperature)))
+    assert len(store) == len(samples)
+    for sample in (samples[0], samples[len(samples) - 1]):
+        row = store.get(sample.key)
+        assert row is not None and row.ids_hash == sample.ids_hash
+        logits_LV = logits_of(work / "model", sample.ids)
+        logp_PV = (logits_LV / temperature).log_softmax(-1)[sample.positions]
+        assert np.array_equal(row.end_bytes, sample.end_bytes[sample.positions])
+        expected = logp_PV.gather(1, torch.tensor(row.ids_PK.astype("int64")))
+        np.testing.assert_allclose(row.logp_PK, expected, rtol=1e-3, atol=1e-5)
+        best = logp_PV.topk(7).values
+        np.testing.assert_allclose(expected, best, atol=1e-5)
+        rest = torch.log1p(-best.exp().sum(1))
+        np.testing.assert_allclose(row.log_residual_P, rest, rtol=1e-3, atol=1e-3)
+        labels = torch.tensor(sample.ids[sample.positions + 1].astype("int64"))
+        label_logp = logits_LV.log_softmax(-1)[sample.positions].gather(1, labels[:, None])
+        assert row.sum_logp == pytest.approx(label_logp.sum().item(), rel=1e-6)
+
+
+def test_teaching_again_adds_only_what_is_missing(work: Path, tmp_path: Path, samples: TokenizedDataset) -> None:
+    store = tmp_path / "store"
+    half = {"path": str(work / "chat.jsonl"), "seq_length": 128, "limit": 8}
+    teach(teach_run(work, store, data=half))
+    before = {path: path.stat().st_mtime_ns for path in store.glob("shard-*")}
+    some = len(Store.open(store))
+    assert 0 < some < len(samples)
+    teach(teach_run(work, store))
+    assert len(Store.open(store)) == len(samples)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    teach(teach_run(work, store))
+    assert len(Store.open(store)) == len(samples)
+
+
+def test_a_store_of_another_scorer_is_refused(work: Path, tmp_path: Path) -> None:
+    store = teach(teach_run(work, tmp_path / "store"))
+    other = tiny.write_model(tmp_path / "other", work / "chat.jsonl", seed=1)
+    files = sorted(path.name for path in store.iterdir())
+    for changes, field in (
+        ({"model": {"load": str(other), "dtype": "fp32"}}, "weights"),
+        ({"temperature": 2.0}, "temperature"),
+        ({"top_k": 5}, "top_k"),
+        ({"data": {"path": str(work / "chat.jsonl"), "seq_length": 64}}, "truncation"),
+    ):
+        with pytest.raises(UserError, match=f"the store's {field} is"):
+            teach(teach_run(work, store, **changes))
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>\n", "<|im_end|>"))
+    for name in ("model.safetensors", "config.json"):
+        (other / name).write_bytes((work / "model" / name).read_bytes())
+    with pytest.raises(UserError, match="the store's template is"):
+        teach(teach_run(work, store, model={"load": str(other), "dtype": "fp32"}))
+    assert sorted(path.name for path in store.iterdir()) == files
+
+
+def test_top_k_beyond_the_vocabulary(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="top_k: 600 is more than the model's vocabulary of 509"):
+        teach(teach_run(work, tmp_path / "store", top_k=600))
+    assert not (tmp_path / "store").exists()
+
+
+def test_evaluation_equals_transformers(work: Path, samples: TokenizedDataset) -> None:
+    result, _ = evaluate(
+        validate(
+            EvalRun,
+            {
+                "model": {"load": str(work / "model"), "dtype": "fp32"},
+                "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
+                "micro_batch_size": 2,
+            },
+            "eval.yaml",
+        )
+    )
+    nats, tokens = 0.0, 0
+    for sample in samples:
+        logp = logits_of(work / "model", sample.ids).log_softmax(-1)
+        nats -= sum(float(logp[t, sample.ids[t + 1]]) for t in sample.positions)
+        tokens += len(sample.positions)
+    assert (result.tokens, result.samples) == (tokens, len(samples))
+    assert result.loss == pytest.approx(nats / tokens, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    answers = sum(
+        len(message["content"].encode())
+        for line in (work / "chat.jsonl").read_text().splitlines()
+        for message in json.loads(line)["messages"]
+        if message["role"] == "assistant"
+    )
+    assert result.bytes == answers
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / answers, rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"tail": "residual"}, {"tail": "renormalise"}, {"tail": "renormalise", "temperature": 2.0}])
+def test_distillation_from_a_store_equals_dense(
+    make_run: Callable[..., TrainRun], work: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    teacher = tiny.write_model(tmp_path / "teacher", work / "chat.jsonl", seed=3)
+    store = teach(teach_run(work, tmp_path / "store", model={"load": str(teacher), "dtype": "fp32"}))
+    objective = {"name": "distill", "store": str(store), "lambda": 0.3, **settings}
+    trainer, _ = open_trainer(make_run(objective=objective))
+    rows = Store.open(store)
+    t = settings.get("temperature", 1.0)
+    ce = kd = 0.0
+    count = 0
+    for sample in (s for part in trainer.data.step(0).samples for s in part):
+        logits = logits_of(work / "model", sample.ids)[sample.positions]
+        logq, logq_t = logits.log_softmax(-1), (logits / t).log_softmax(-1)
+        row = rows.get(sample.key)
+        assert row is not None
+        for p, position in enumerate(sample.positions):
+            ce -= float(logq[p, sample.ids[position + 1]])
+            target = torch.tensor(row.logp_PK[p]).double()
+            target = (target / t).softmax(0) if settings["tail"] == "renormalise" else target.exp()
+            ids = torch.tensor(row.ids_PK[p].astype("int64"))
+            kd -= float((target * logq_t[p, ids]).sum())
+            if settings["tail"] == "residual":
+                others = torch.ones(logits.size(1), dtype=torch.bool)
+                others[ids] = False
+                kd -= math.exp(row.log_residual_P[p]) * float(logq_t[p, others].logsumexp(0))
+            count += 1
+    values = trainer.step()
+    assert values["lm loss"] == pytest.approx(ce / count, rel=1e-5)
+    assert values["distill loss"] == pytest.approx(kd / count, rel=1e-5)
+    assert values["loss"] == pytest.approx(0.3 * ce / count + 0.7 * t**2 * kd / count, rel=1e-5)

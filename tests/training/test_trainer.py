@@ -1,0 +1,223 @@
+"""The trainer against transformers and torch: losses, gradients, updates; resume; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fusemega.errors import UserError
+from fusemega.training.metrics import read_metrics
+from fusemega.training.plan import describe
+from fusemega.training.run import TrainRun
+from fusemega.training.train import open_trainer, train
+from fusemega.training.trainer import Trainer
+
+MakeRun = Callable[..., TrainRun]
+TIMES = "iteration-time"
+
+
+def opened(run: TrainRun) -> Trainer:
+    return open_trainer(run)[0]
+
+
+def curve(run: TrainRun, steps: int | None = None) -> list[dict[str, float]]:
+    trainer = opened(run)
+    rows = [trainer.step() for _ in range(steps or trainer.train_iters)]
+    return [{key: value for key, value in row.items() if key != TIMES} for row in rows]
+
+
+def reference_loss(model: Any, trainer: Trainer, iteration: int) -> torch.Tensor:
+    """Mean cross-entropy of transformers' model over a step's samples, one unpadded sample at a time."""
+    batch = trainer.data.step(iteration)
+    total, count = torch.zeros(()), 0
+    for sample in (sample for part in batch.samples for sample in part):
+        ids = torch.tensor(sample.ids.astype("int64"))
+        logp = model(ids[None]).logits[0].log_softmax(-1)
+        targets = torch.tensor(sample.positions)
+        total = total - logp[targets, ids[targets + 1]].sum()
+        count += len(targets)
+    return total / count
+
+
+def test_three_updates_equal_transformers_and_adamw(make_run: MakeRun, work: Path) -> None:
+    run = make_run(optimizer={"lr_decay_style": "constant", "lr_warmup_fraction": 0.0, "clip_grad": 0.5})
+    trainer = opened(run)
+    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    # transformers withholds the gradient of the pad token's embedding even where it is also the turn's closing token.
+    model.model.embed_tokens.padding_idx = None
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=2e-3
+    )
+    for iteration in range(3):
+        loss = reference_loss(model, trainer, iteration)
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        adamw.step()
+        row = trainer.step()
+        assert row["lm loss"] == pytest.approx(loss.item(), rel=2e-6)
+        assert row["grad-norm"] == pytest.approx(norm.item(), rel=2e-5)
+
+
+def test_bf16_follows_fp32(make_run: MakeRun) -> None:
+    fp32, bf16 = curve(make_run()), curve(make_run(model={"dtype": "bf16"}))
+    for a, b in zip(fp32, bf16, strict=True):
+        assert b["lm loss"] == pytest.approx(a["lm loss"], rel=5e-3)
+        assert b["lm loss"] != a["lm loss"]
+
+
+CHANGES: list[dict[str, dict[str, Any]]] = [
+    {"optimizer": {"lr": 1e-3}},
+    {"optimizer": {"min_lr": 1e-3}},
+    {"optimizer": {"lr_decay_style": "linear"}},
+    {"optimizer": {"lr_decay_style": "constant"}},
+    {"optimizer": {"lr_warmup_fraction": 0.5}},
+    {"optimizer": {"weight_decay": 0.0}},
+    {"optimizer": {"adam_beta1": 0.5}},
+    {"optimizer": {"adam_beta2": 0.9}},
+    {"optimizer": {"adam_eps": 1e-3}},
+    {"optimizer": {"clip_grad": 0.1}},
+    {"training": {"global_batch_size": 7}},
+    {"training": {"seed": 5}},
+    {"data": {"seq_length": 64}},
+    {"data": {"limit": 12}},
+]
+
+
+@pytest.fixture(scope="module")
+def plain_curve() -> dict[str, list[dict[str, float]]]:
+    return {}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: json.dumps(c).translate({ord(x): None for x in '{}"'}))
+def test_every_option_changes_the_curve(
+    make_run: MakeRun, change: dict[str, dict[str, Any]], plain_curve: dict[str, list[dict[str, float]]]
+) -> None:
+    base = plain_curve.setdefault("curve", curve(make_run()) if not plain_curve else [])
+    assert [row["lm loss"] for row in curve(make_run(**change))] != [row["lm loss"] for row in base]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {"packing": False}},
+        {"training": {"micro_batch_size": 3}},
+        {"optimizer": {"use_distributed_optimizer": False}},
+    ],
+)
+def test_what_must_not_change_the_curve(make_run: MakeRun, change: dict[str, dict[str, Any]]) -> None:
+    for a, b in zip(curve(make_run()), curve(make_run(**change)), strict=True):
+        assert b["lm loss"] == pytest.approx(a["lm loss"], rel=1e-6)
+        assert b["grad-norm"] == pytest.approx(a["grad-norm"], rel=1e-5)
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make_run: MakeRun, tmp_path: Path) -> None:
+    whole = make_run(output_dir=str(tmp_path / "whole"))
+    train(whole)
+    broken = make_run(output_dir=str(tmp_path / "broken"), training={"save_interval": 2})
+    trainer = opened(broken)
+    writer = trainer._metrics_writer()
+    for _ in range(3):
+        values = trainer.step()
+        writer.write(trainer.iteration, values)
+        if trainer.iteration == 2:
+            trainer.save()
+    writer.close()  # stopped after iteration 3; the checkpoint is of iteration 2
+    torch.manual_seed(99)
+    train(broken)
+    a, b = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "broken")
+    assert [row["iteration"] for row in b] == [1, 2, 3, 4]
+    for row in (*a, *b):
+        del row[TIMES]
+    assert a == b
+
+
+def test_resume_refuses_other_settings(make_run: MakeRun) -> None:
+    train(make_run(training={"train_iters": 1}))
+    with pytest.raises(UserError, match=r"iter_0000001: cannot resume: the checkpoint has optimizer = .*this run"):
+        train(make_run(training={"train_iters": 1}, optimizer={"lr": 1e-3}))
+    with pytest.raises(UserError, match="cannot resume: the checkpoint has data"):
+        train(make_run(training={"train_iters": 1}, data={"limit": 5}))
+
+
+def test_export_is_what_was_trained(make_run: MakeRun, work: Path) -> None:
+    run = make_run(training={"export_hf": True})
+    output = train(run)
+    before, after = (load_file(folder / "model.safetensors") for folder in (work / "model", output / "hf"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    trainer = opened(run)  # resumes at the end
+    assert trainer.iteration == 4
+    loaded = AutoModelForCausalLM.from_pretrained(output / "hf", dtype=torch.float32)
+    again = make_run(output_dir=str(output / "again"), model={"load": str(output / "hf")})
+    assert opened(again).step()["lm loss"] == pytest.approx(reference_loss(loaded, trainer, 0).item(), rel=2e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_run: MakeRun, work: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken-model"
+    broken.mkdir()
+    for file in (work / "model").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    run = make_run(model={"load": str(broken)})
+    keys = {key.hex() for batch in opened(run).data.step(0).micro_batches for key in batch["keys"]}
+    with pytest.raises(UserError, match="iteration 1: the loss is not finite; stopped before the update") as caught:
+        train(run)
+    assert any(key in str(caught.value) for key in keys)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(make_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="run: exists and is no folder of a training run"):
+        train(make_run())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_dry_run_checks_and_writes_nothing(make_run: MakeRun, tmp_path: Path) -> None:
+    text = describe(make_run(parallel={"pipeline_model_parallel_size": 2}), 4)
+    assert "4 process(es): TP 1 x PP 2 x DP 2" in text and "llama, 0.2M parameters" in text
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="does not divide this model's 4 layers"):
+        describe(make_run(parallel={"pipeline_model_parallel_size": 3}), 3)
+    with pytest.raises(UserError, match="2 key/value heads"):
+        describe(make_run(parallel={"tensor_model_parallel_size": 4}), 4)
+    with pytest.raises(UserError, match="does not divide the 3 process"):
+        describe(make_run(parallel={"pipeline_model_parallel_size": 2}), 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": {"train_epochs": 1.0}}, "give exactly one of train_iters and train_epochs"),
+        ({"training": {"train_iters": None}}, "give exactly one of train_iters and train_epochs"),
+        ({"training": {"global_batch_sise": 2}}, "global_batch_sise: unknown key .*global_batch_size"),
+        ({"optimizer": {"min_lr": 1.0}}, "min_lr 1 is above lr 0.002"),
+        ({"optimizer": {"lr_decay_style": "cosin"}}, r"found 'cosin' \(did you mean 'cosine'"),
+        ({"objective": {"name": "stf"}}, r"objective.name: unknown name 'stf' \(did you mean 'sft'"),
+        ({"objective": {"name": "distill", "store": "s", "lamda": 0.5}}, "lamda: unknown key"),
+        (
+            {
+                "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+                "data": {"seq_length": 127},
+            },
+            "127 is not a multiple of tensor_model_parallel_size 2",
+        ),
+    ],
+)
+def test_run_files_refused(make_run: MakeRun, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_run(**change)
