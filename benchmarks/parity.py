@@ -17,7 +17,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusemega.checkpoint.hf_folder import HFFolder
 
 TOLERANCE = 1e-4
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,18 +113,15 @@ def worker(work: Path, names: list[str]) -> None:
     from fusemega.checkpoint.hf_load import load_hf
     from fusemega.models.build import build_model
     from fusemega.models.dense_logits import dense_logits
-    from fusemega.models.rules import whole
     from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown
 
     results = []
-    for name in names:
-        reference = torch.load(work / f"{name}.reference.pt")
-        for tp, pp, sequence_parallel in _REAL_LAYOUTS if name == "smollm2-135m" else _TINY_LAYOUTS:
-            world = initialize(
-                ParallelConfig(
-                    tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sequence_parallel
-                )
-            )
+    layouts = _REAL_LAYOUTS if "smollm2-135m" in names else _TINY_LAYOUTS
+    for tp, pp, sequence_parallel in layouts:
+        sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+        world = initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
+        for name in names:
+            reference = torch.load(work / f"{name}.reference.pt")
             model = build_model(HFFolder(work / name).config, world, torch.float32)
             load_hf(model, work / name, world)
             logits_SV = dense_logits(model, world, reference["texts"])
@@ -134,26 +134,30 @@ def worker(work: Path, names: list[str]) -> None:
             out = work / f"{name}.{label.replace(' ', '-')}"
             export_hf(model, out, work / name, world)
             if world.is_main:
-                ours, theirs = HFFolder(work / name), HFFolder(out)
-                different = sorted(set(ours) ^ set(theirs))
-                for key in set(ours) & set(theirs):
-                    a, b = (f.read(key, whole(f.shape(key))) for f in (ours, theirs))
-                    if (
-                        a.dtype != b.dtype
-                        or a.shape != b.shape
-                        or not torch.equal(*(t.view(torch.uint8) for t in (a, b)))
-                    ):
-                        different.append(key)
+                different = different_tensors(HFFolder(work / name), HFFolder(out))
                 row = {"model": name, "layout": label, "max_logit_difference": max(everyone)}
                 row |= {key: reference[key] for key in ("max_abs_logit", "transformers_fp32_error")}
-                results.append(row | {"tensors": len(list(ours)), "different_tensors": different})
+                results.append(row | {"tensors": len(list(HFFolder(out))), "different_tensors": different})
                 shown = f"max |dlogit| {max(everyone):.2e}  {len(different)} tensors differ"
                 print(f"{name:18} {label:14} {shown}", flush=True)
-            dist.barrier()
-            del model
+            world.barrier()
     if int(os.environ["RANK"]) == 0:
         (work / f"results.{names[0]}.json").write_text(json.dumps(results))
     shutdown()
+
+
+def different_tensors(ours: HFFolder, theirs: HFFolder) -> list[str]:
+    """Names that only one folder has, or whose type, shape or any bit differs."""
+    import torch
+
+    from fusemega.models.rules import whole
+
+    different = sorted(set(ours) ^ set(theirs))
+    for name in set(ours) & set(theirs):
+        a, b = (folder.read(name, whole(folder.shape(name))) for folder in (ours, theirs))
+        if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            different.append(name)
+    return different
 
 
 def main() -> int:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from fusemega.checkpoint.hf_export import MAX_SHARD_SIZE, copy_side_files, export_hf
-from fusemega.checkpoint.hf_folder import HFFolder, read_json
+from fusemega.checkpoint.hf_folder import HFFolder, functional_config, read_json
 from fusemega.checkpoint.hf_load import check_tensors, load_hf
-from fusemega.checkpoint.output import output_folder
+from fusemega.checkpoint.output import on_main, output_folder, refuse_existing
 from fusemega.checkpoint.torch_dist import load_model, save_model
 from fusemega.errors import UserError
 from fusemega.models.build import GPT, build_model, placements
@@ -67,7 +67,9 @@ def import_hf(source: str | Path, out: str | Path, world: World) -> None:
     Raises:
         UserError: the source is damaged or not supported, `out` is not empty, the disk is full.
     """
-    folder, out = HFFolder(source), Path(out)
+    out = Path(out)
+    on_main(world, lambda: refuse_existing(out))
+    folder = HFFolder(source)
     check_tensors(folder, folder.config)
     names = [name for rule in family_of(folder.config).rules(folder.config) for name in rule.hf_shapes()]
     dtypes = {name: folder.dtype(name) for name in names}
@@ -105,6 +107,8 @@ def export_megatron(
     Raises:
         UserError: the source is not a Megatron folder, `out` is not empty, the disk is full.
     """
+    out = Path(out)
+    on_main(world, lambda: refuse_existing(out))
     folder = MegatronFolder(source)
     model = folder.load(world)
     export_hf(model, out, folder.hf, world, dtype=dtype or folder.dtypes, max_shard_size=max_shard_size)
@@ -118,17 +122,19 @@ class Comparison:
         tensors: how many HF tensors were compared.
         different: names of those whose shape, dtype (between two HF folders) or any bit differs.
         missing: names that only one side has.
+        config: keys of config.json whose values differ, other than those about storage.
         max_logit_difference: largest absolute difference of fp32 logits, where a text was given.
     """
 
     tensors: int
     different: list[str]
     missing: list[str]
+    config: list[str]
     max_logit_difference: float | None
 
     @property
     def identical(self) -> bool:
-        return not self.different and not self.missing
+        return not (self.different or self.missing or self.config)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"identical": self.identical}
@@ -149,12 +155,15 @@ def verify(hf: str | Path, other: str | Path, world: World, text: str | None = N
     """
     folder = HFFolder(hf)
     check_tensors(folder, folder.config)
-    if is_megatron_folder(other):
-        compared, different, missing = _compare_megatron(folder, MegatronFolder(other), world)
+    opened = MegatronFolder(other) if is_megatron_folder(other) else HFFolder(other)
+    ours, theirs = functional_config(folder.config), functional_config(opened.config)
+    config = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if isinstance(opened, MegatronFolder):
+        compared, different, missing = _compare_megatron(folder, opened, world)
     else:
-        compared, different, missing = _compare_hf(folder, HFFolder(other))
+        compared, different, missing = _compare_hf(folder, opened)
     difference = None if text is None else _compare_logits(folder, Path(other), world, text)
-    return Comparison(compared, sorted(different), sorted(missing), difference)
+    return Comparison(compared, sorted(different), sorted(missing), config, difference)
 
 
 def _compare_hf(ours: HFFolder, theirs: HFFolder) -> tuple[int, set[str], set[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -29,7 +29,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 # Of the configuration, these say where weights came from and how they are stored, not what the model computes.
-_UNHASHED_KEYS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+_STORAGE_KEYS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class HFFolder:
 
     @cached_property
     def _content_hash(self) -> str:
-        config = {key: value for key, value in self.config.items() if key not in _UNHASHED_KEYS}
-        digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
+        config = json.dumps(functional_config(self.config), sort_keys=True)
+        digest = hashlib.blake2b(config.encode(), digest_size=16)
         for name in self:
             entry = self._entries[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
@@ -155,6 +155,11 @@ class HFFolder:
             if name not in entries:
                 raise UserError(f"{self.path / file}: does not hold tensor {name}, which {INDEX_FILE} places there")
         return entries
+
+
+def functional_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the keys that only say where weights came from and how they are stored."""
+    return {key: value for key, value in config.items() if key not in _STORAGE_KEYS}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -28,6 +28,16 @@ def on_main(world: World, action: Callable[[], None]) -> None:
         raise UserError(message[0])
 
 
+def refuse_existing(path: Path) -> None:
+    """Refuses an output that would overwrite something; to be called before any long work.
+
+    Raises:
+        UserError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty folder; nothing is overwritten")
+
+
 @contextmanager
 def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling to write into, renamed to `path` when the block ends well. Collective.
@@ -40,11 +50,11 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
     Raises:
         UserError: the folder is not empty, cannot be made, or the disk is full; nothing is left behind.
     """
+    path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.incomplete")
 
     def prepare() -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path}: exists and is not an empty folder; nothing is overwritten")
+        refuse_existing(path)
         with _disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)

@@ -4,7 +4,7 @@
 chunk of tokens at a time, and every product with the weight goes vocabulary block by vocabulary block.
 
 Shape suffixes: T tokens of the call, C tokens of one chunk, H hidden size, V this rank's real (unpadded)
-vocabulary rows, B rows of one vocabulary block, K listed ids of a query.
+vocabulary rows, B rows of one vocabulary block, P of a panel of it, K listed ids of a query.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MIB = 1 << 20
 CHUNK_BYTES = {"cpu": 96 * MIB, "cuda": 512 * MIB}
 # Weight rows multiplied at once, in the arithmetic's dtype. Above 32 MiB glibc gives freed blocks straight back.
 BLOCK_BYTES = {"cpu": 40 * MIB, "cuda": 256 * MIB}
+# Columns of logits that one product fills: on CPUs narrow panels, which stay in cache, run 1.3 times as fast.
+PANEL_COLUMNS = {"cpu": 1024, "cuda": 1 << 30}
 # Spare columns at the right of a scratch buffer: writes to ids outside the block land there. 16 keeps rows aligned.
 SINK = 16
 
@@ -112,10 +114,11 @@ class ChunkedHead:
 
         tokens, hidden_size = hidden_TH.shape
         if chunk_tokens is None:  # from the padded row count: every rank must cut the same chunks
-            chunk_tokens = _bytes(CHUNK_BYTES, device) // (weight_VH.shape[0] * self.dtype.itemsize)
+            chunk_tokens = _for_device(CHUNK_BYTES, device) // (weight_VH.shape[0] * self.dtype.itemsize)
             chunk_tokens = max(1, chunk_tokens // 64 * 64 if chunk_tokens >= 64 else chunk_tokens)
         chunk_tokens = min(chunk_tokens, max(tokens, 1))
-        rows = max(64, _bytes(BLOCK_BYTES, device) // (hidden_size * self.dtype.itemsize) // 64 * 64)
+        self._panel = _for_device(PANEL_COLUMNS, device)
+        rows = max(64, _for_device(BLOCK_BYTES, device) // (hidden_size * self.dtype.itemsize) // 64 * 64)
         self.chunks = [slice(at, min(at + chunk_tokens, tokens)) for at in range(0, max(tokens, 1), chunk_tokens)]
         self.blocks = [slice(at, min(at + rows, real)) for at in range(0, real, rows)]
         block_rows = min(rows, real)
@@ -133,7 +136,9 @@ class ChunkedHead:
         for block in self.blocks:
             logits_CB = logits_CV[:, block]
             if self.gemm_dtype == self.dtype:
-                torch.mm(hidden_CH, self._weight(block).t(), out=logits_CB)
+                panels = zip(self._weight(block).split(self._panel), logits_CB.split(self._panel, dim=1), strict=True)
+                for weight_PH, logits_CP in panels:
+                    torch.mm(hidden_CH, weight_PH.t(), out=logits_CP)
             else:
                 logits_CB.copy_(hidden_CH @ self._weight(block).t())
             if self.softcap is not None:
@@ -155,7 +160,6 @@ class ChunkedHead:
                 wide.scatter_(1, self._columns(query.ids_TK, block), -torch.inf)
                 torch.maximum(peaks[number], others_CB.amax(1), out=peaks[number])
         self._all_reduce(peaks, dist.ReduceOp.MAX)
-        peaks = torch.where(peaks == -torch.inf, 0.0, peaks)  # no unlisted id anywhere: its sum stays 0, not nan
 
         sums = logits_CV.new_zeros(len(temperatures) + len(residuals), tokens)
         for block in self.blocks:
@@ -339,7 +343,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _bytes(table: dict[str, int], device: torch.device) -> int:
+def _for_device(table: dict[str, int], device: torch.device) -> int:
     return table.get(device.type, table["cuda"])
 
 

@@ -92,6 +92,31 @@ def test_the_megatron_folder_stands_alone(world: World, tmp_path: Path, folder: 
     assert not torch.equal(model.decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
 
 
+def test_equal_weights_under_another_configuration_are_not_identical(
+    world: World, tmp_path: Path, folder: Path
+) -> None:
+    import_hf(folder, tmp_path / "megatron", world)
+    export_megatron(tmp_path / "megatron", tmp_path / "out", world)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-5, "transformers_version": "0"}))
+    for other in ("megatron", "out"):
+        result = verify(folder, tmp_path / other, world)
+        assert (result.different, result.missing, result.config) == ([], [], ["rms_norm_eps"])
+        assert not result.identical
+
+
+def test_an_output_that_exists_is_refused_before_the_weights_are_read(
+    world: World, tmp_path: Path, folder: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    (folder / "model-00001-of-00005.safetensors").unlink()
+    for convert in (import_hf, export_megatron):
+        with pytest.raises(UserError, match="out: exists and is not an empty folder"):
+            convert(folder, out, world)
+
+
 @pytest.mark.parametrize(
     ("manifest", "words"),
     [(None, ["manifest.json: cannot read"]), ({"format": "other"}, ["format is 'other'", "fusemega-megatron-1"])],

@@ -18,8 +18,9 @@ VOCAB = 141  # of the 150 rows that make_head gives: the others are padding
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 64 rows: three in the small vocabulary of these tests, the last one short."""
+    """Blocks of 64 rows: three in the small vocabulary of these tests, the last one short; three panels a block."""
     monkeypatch.setitem(_head.BLOCK_BYTES, "cpu", 1)
+    monkeypatch.setitem(_head.PANEL_COLUMNS, "cpu", 24)
 
 
 def functional(result: SparseLogProbs, rows: slice = slice(None)) -> Tensor:

@@ -45,9 +45,8 @@ def padding_is_zero(model: Any, world: World) -> bool:
     return True
 
 
-def one_layout(folder: Path, work: Path, layout: tuple[int, int, bool]) -> dict[str, Any]:
-    """Everything one layout shows, in numbers and hashes."""
-    world = world_of(*layout)
+def one_model(folder: Path, work: Path, world: World) -> dict[str, Any]:
+    """Everything one model shows under one layout, in numbers and hashes."""
     hf_config = HFFolder(folder).config
     model = build_model(hf_config, world, torch.float32)
     with torch.no_grad():  # garbage that a missed element would keep
@@ -60,7 +59,7 @@ def one_layout(folder: Path, work: Path, layout: tuple[int, int, bool]) -> dict[
     out["counted"] = sum(marks)
     logits = dense_logits(model, world, [list(range(9)), list(range(7))])
     out["logits"] = None if logits is None else logits.double().sum(1).tolist()
-    name = f"tp{layout[0]}pp{layout[1]}"
+    name = f"tp{world.tp_size}pp{world.pp_size}"
     export_hf(model, work / f"loaded-{name}", folder, world, max_shard_size=20_000)
     init_random(model, world, seed=5)
     export_hf(model, work / f"random-{name}", folder, world)
@@ -74,10 +73,10 @@ def one_layout(folder: Path, work: Path, layout: tuple[int, int, bool]) -> dict[
 def main() -> None:
     work = Path(sys.argv[1])
     out: dict[str, Any] = {}
-    for kind in ("tied", "untied"):
-        (work / kind).mkdir(exist_ok=True)
-        for name, layout in LAYOUTS.items():
-            out[f"{kind} {name}"] = one_layout(work / f"model-{kind}", work / kind, layout)
+    for name, layout in LAYOUTS.items():
+        world = world_of(*layout)  # a layout costs more than a model: some thirty process groups
+        for kind in ("tied", "untied"):
+            out[f"{kind} {name}"] = one_model(work / f"model-{kind}", work / kind, world)
     world = world_of(2, 2, True)
     import_hf(work / "model-tied", work / "megatron", world)
     world = world_of(4, 1, False)  # 101 rows of vocabulary: 102 were saved, 104 are wanted
