@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
-        found = curves(args.rank_of, args.steps, args.cases)
+        mine = curves(args.rank_of, args.steps, args.cases)
         if os.environ.get("RANK", "0") == "0":
-            (args.rank_of / f"curves-{os.environ.get('WORLD_SIZE', '1')}.json").write_text(json.dumps(found))
+            (args.rank_of / f"curves-{os.environ.get('WORLD_SIZE', '1')}.json").write_text(json.dumps(mine))
         return
 
     import tiny

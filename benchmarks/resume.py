@@ -93,7 +93,8 @@ def run_until_killed(
 
 def fingerprint(output: Path) -> dict[str, str]:
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((output / "hf").glob("*.safetensors"))
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((output / "hf").glob("*.safetensors"))
     }
 
 

@@ -28,7 +28,7 @@ def write_chat(path: Path, rows: int, characters: int) -> Path:
 
 
 def write_model(folder: Path, chat: Path, *, seed: int = 0, vocab_size: int = 509, **config: object) -> Path:
-    """A randomly initialised Llama with a byte-level BPE tokenizer trained on `chat`. `vocab_size` is odd on purpose."""
+    """A randomly initialised Llama with a byte-level BPE tokenizer trained on `chat`; its vocabulary needs padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

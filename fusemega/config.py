@@ -41,9 +41,10 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     try:
-        config = OmegaConf.create(yaml.safe_load(text) or {})
+        config: Any = OmegaConf.create(yaml.safe_load(text) or {})
         if not OmegaConf.is_dict(config):
-            raise UserError(f"{path}: a run file is a mapping of sections, found a {type(yaml.safe_load(text)).__name__}")
+            found = type(yaml.safe_load(text)).__name__
+            raise UserError(f"{path}: a run file is a mapping of sections, found a {found}")
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals or not key or any(not part for part in key.split(".")):

@@ -91,8 +91,7 @@ def test_no_network_names_the_package(tmp_path: Path, pip: FakePip) -> None:
     with pytest.raises(assets.AssetMissing) as caught:
         assets._cached(tmp_path, "thing", MEMBER, _copy)
     assert str(caught.value) == (
-        "asset some-asset==1.2: pip could not download it: "
-        "ERROR: No matching distribution found for some-asset==1.2"
+        "asset some-asset==1.2: pip could not download it: ERROR: No matching distribution found for some-asset==1.2"
     )
     assert _visible(tmp_path) == []
 

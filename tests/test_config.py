@@ -69,5 +69,5 @@ def test_names() -> None:
     assert nearest("distil", ["sft", "distill"]) == " (did you mean 'distill'?)"
     assert nearest("xyzzy", ["sft"]) == ""
     assert choose("objective", "sft", ["sft"]) == "sft"
-    with pytest.raises(UserError, match=r"objective: unknown name 'sfd' \(did you mean 'sft'\?\); allowed: distill, sft"):
+    with pytest.raises(UserError, match=r"unknown name 'sfd' \(did you mean 'sft'\?\); allowed: distill, sft"):
         choose("objective", "sfd", ["sft", "distill"])

@@ -37,7 +37,7 @@ def cut_layers(source: str | Path, out: str | Path, drop: Collection[int], world
     number = {old: new for new, old in enumerate(kept)}
 
     original: dict[str, str] = {}
-    for name in folder.keys():
+    for name in folder:
         match = _LAYER.fullmatch(name)
         if match is None:
             original[name] = name

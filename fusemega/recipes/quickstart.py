@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     rows = {"path": str(train_file), "seq_length": SEQ_LENGTH}
     store = folder / "store"
     teach = {"model": model(teacher), "parallel": parallel, "data": rows, "store": str(store), "top_k": TOP_K}
-    stages.run("teach", teach, lambda: str(stages.command("teach", "teach", teach)), (store,))
+    stages.run("teach", teach, partial(stages.command, "teach", "teach", teach), (store,))
 
     length = {"train_iters": scale.train_iters} if scale.train_iters else {"train_epochs": 1.0}
     objectives = {
@@ -105,7 +106,7 @@ def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
             "optimizer": {"lr": options.lr, "lr_warmup_fraction": 0.1, "adam_beta2": 0.95},
             "training": {"global_batch_size": scale.global_batch_size, "save_interval": 10, **length},
         }
-        stages.run(arm, run, lambda arm=arm, run=run: str(stages.command("train", arm, run)), (folder / arm,))
+        stages.run(arm, run, partial(stages.command, "train", arm, run), (folder / arm,))
 
     models = {"target": target, "control": str(folder / "control/hf"), "fused": str(folder / "fused/hf")}
     results = {}
@@ -120,7 +121,7 @@ def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
         stages.run(
             f"eval-{name}",
             evaluation,
-            lambda name=name, run=evaluation: str(stages.command("eval", f"eval-{name}", run)),
+            partial(stages.command, "eval", f"eval-{name}", evaluation),
             (output,),
         )
         results[name] = json.loads(output.read_text())
@@ -239,7 +240,7 @@ def main() -> None:
         prog="python -m fusemega.recipes.quickstart", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--smoke", dest="scale", action="store_const", const="smoke", help="two updates, under two minutes")
+    size.add_argument("--smoke", dest="scale", action="store_const", const="smoke", help="two updates")
     size.add_argument("--full", dest="scale", action="store_const", const="full", help="eight times the tokens")
     parser.add_argument("--teacher", help="HF folder or hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--target", help="HF folder or hub id with the teacher's tokenizer (default: the teacher, cut)")

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from fusemega.checkpoint.training_state import write_durably
+from fusemega.errors import UserError
 from fusemega.runtime.console import say
 from fusemega.runtime.launch import run_under_torchrun
-from fusemega.errors import UserError
 
 
 class Stages:
@@ -65,7 +65,7 @@ class Stages:
         write_durably(mark, json.dumps({"identity": identity, "result": result}))
         return result
 
-    def command(self, verb: str, name: str, run: dict[str, Any]) -> Path:
+    def command(self, verb: str, name: str, run: dict[str, Any]) -> str:
         """Write `run` as `folder/{name}.yaml` and run `fusemega {verb}` on it, as anyone may again by hand.
 
         Raises:
@@ -77,4 +77,4 @@ class Stages:
         status = run_under_torchrun([verb, str(run_file)], self.nproc)
         if status:
             raise UserError(f"fusemega {verb} {run_file}: ended with status {status}; its messages are above")
-        return run_file
+        return str(run_file)

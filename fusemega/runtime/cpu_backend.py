@@ -123,13 +123,13 @@ def _patch_torch_cuda() -> None:
 def _keep_mode_in_backward() -> None:
     # torch.autograd.backward is itself overridable, so a function mode is popped while it runs; enter it again for
     # what runs inside: recomputed forwards, backwards of custom functions, DDP's hooks.
-    engine: Callable[..., Any] = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    engine: Callable[..., Any] = torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
         with _CudaLiteralsToCpu():
             return engine(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = run_backward  # type: ignore[attr-defined]
+    torch.autograd._engine_run_backward = run_backward
 
 
 def _patch_random() -> None:
@@ -142,7 +142,7 @@ def _patch_random() -> None:
         def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
             if name not in self.states_:
                 raise RuntimeError(f"random state {name!r} has not been added to the tracker")
-            outer, outer_name = torch.get_rng_state(), self._current_state_name
+            outer, outer_name = torch.get_rng_state(), self._current_state_name  # type: ignore[has-type]
             if outer_name != "default-rng":
                 self.states_[outer_name] = outer
             torch.set_rng_state(self.states_[name])

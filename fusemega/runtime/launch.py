@@ -54,9 +54,7 @@ def run_under_torchrun(argv: Sequence[str], nproc: int) -> int:
         previous = signal.signal(signal.SIGUSR1, _pass_on)
         try:
             torchrun.run(
-                torchrun.parse_args(
-                    ["--standalone", "--nproc-per-node", str(nproc), "--module", "fusemega", *argv]
-                )
+                torchrun.parse_args(["--standalone", "--nproc-per-node", str(nproc), "--module", "fusemega", *argv])
             )
             return 0
         except ChildFailedError:

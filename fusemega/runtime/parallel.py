@@ -47,9 +47,9 @@ class ParallelConfig(Section):
         """
         if world_size % self.model_parallel_size:
             raise UserError(
-                f"parallel: tensor_model_parallel_size {self.tensor_model_parallel_size} x pipeline_model_parallel_size "
-                f"{self.pipeline_model_parallel_size} = {self.model_parallel_size} does not divide the {world_size} "
-                f"process(es) of this run; start a multiple of {self.model_parallel_size} (--nproc)"
+                f"parallel: tensor_model_parallel_size {self.tensor_model_parallel_size} x "
+                f"pipeline_model_parallel_size {self.pipeline_model_parallel_size} = {self.model_parallel_size} "
+                f"does not divide the {world_size} process(es) of this run; start a multiple of {self.model_parallel_size} (--nproc)"
             )
         return world_size // self.model_parallel_size
 
@@ -101,7 +101,10 @@ def environment_rank() -> tuple[int, int, int]:
         )
         if "MASTER_ADDR" not in env:
             hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+                ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             env["MASTER_ADDR"] = hosts.stdout.split()[0]
         # Jobs of one node must not meet on one port; the job id is what all ranks share.
@@ -134,9 +137,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         else:
             dist.init_process_group(backend, rank=rank, world_size=world_size)
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    )
+    parallel_state.initialize_model_parallel(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return World(
         rank=rank,

@@ -89,7 +89,9 @@ def score_samples(
         batch = global_batch(dataset, part, no_fields, shape, world)
         samples = iter(batch.samples)
 
-        def loss(hidden_NH: torch.Tensor, micro: Batch, samples: Iterator[list[Sample]] = samples) -> tuple[torch.Tensor, Any]:
+        def loss(
+            hidden_NH: torch.Tensor, micro: Batch, samples: Iterator[list[Sample]] = samples
+        ) -> tuple[torch.Tensor, Any]:
             return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
 
         yield (

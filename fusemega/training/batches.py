@@ -71,9 +71,7 @@ def global_batch(
 ) -> GlobalBatch:
     """Pack the samples `ids`, deal the rows over data parallelism and collate this rank's part on its device."""
     lengths = dataset.lengths[np.asarray(ids)]
-    hands = deal(
-        pack(lengths, shape.seq_length, shape.packing), lengths, world.dp_size, shape.micro_batch_size
-    )
+    hands = deal(pack(lengths, shape.seq_length, shape.packing), lengths, world.dp_size, shape.micro_batch_size)
     micro_batches, samples = [], []
     like = fields(dataset[0])
     for bins in hands[world.dp_rank]:

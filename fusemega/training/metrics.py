@@ -31,7 +31,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, iteration: int, train_iters: int, log_interval: int, print_line: Any) -> None:
         self._path = folder / METRICS_FILE
         _keep_rows_through(self._path, iteration)
-        self._file = open(self._path, "a", encoding="utf-8")
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
         self._start_iteration, self._train_iters, self._log_interval = iteration, train_iters, log_interval
         self._print = print_line
@@ -54,7 +54,8 @@ class MetricsWriter:
         done = iteration - self._start_iteration
         left = (time.monotonic() - self._started) / done * (self._train_iters - iteration)
         shown = [f"{name} {_number(value)}" for name, value in values.items() if name != "consumed-samples"]
-        return f"iteration {iteration:>{len(str(self._train_iters))}}/{self._train_iters} | {' | '.join(shown)} | left {_clock(left)}"
+        total = self._train_iters
+        return f"iteration {iteration:>{len(str(total))}}/{total} | {' | '.join(shown)} | left {_clock(left)}"
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -28,7 +28,7 @@ class TrainingSection(Section):
     packing: bool = Field(True, description="fill rows with several samples of the global batch; else one sample a row")
     seed: int = Field(1234, ge=0, description="order of the data, and random state")
     log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every one")
-    save_interval: int | None = Field(None, ge=1, description="iterations between checkpoints; the last is always saved")
+    save_interval: int | None = Field(None, ge=1, description="iterations between checkpoints; the last is saved too")
     export_hf: bool = Field(True, description="write output_dir/hf, a folder transformers loads, at the end")
 
     @model_validator(mode="after")
@@ -67,7 +67,7 @@ class TrainRun(Section):
         tokens = self.data.seq_length * self.training.micro_batch_size
         if self.parallel.sequence_parallel and tokens % tp:
             raise ValueError(
-                f"data.seq_length x training.micro_batch_size = {tokens} is not a multiple of tensor_model_parallel_size {tp}, "
-                "which sequence_parallel needs"
+                f"data.seq_length x training.micro_batch_size = {tokens} is not a multiple of "
+                f"tensor_model_parallel_size {tp}, which sequence_parallel needs"
             )
         return self

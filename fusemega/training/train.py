@@ -22,6 +22,7 @@ from fusemega.training.run import TrainRun
 from fusemega.training.trainer import Trainer
 
 RUN_RECORD = "run.json"
+DONE_MARKER = "done"  # a job script asks for it before it requeues
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
     world = initialize(run.parallel, run.training.seed)
     on_main(world, lambda: _open_output(Path(run.output_dir), run))
     dataset = prepare_together(run.data, checked.tokenizer, cache_folder() / "data", checked.vocab_size, world)
-    shape = RowShape(
-        run.data.seq_length, run.training.micro_batch_size, run.training.packing, checked.tokenizer.pad_id
-    )
+    shape = RowShape(run.data.seq_length, run.training.micro_batch_size, run.training.packing, checked.tokenizer.pad_id)
     objective = build_objective(run.objective, checked.tokenizer)
     data = TrainingData(
         dataset, objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
@@ -87,6 +86,8 @@ def train(run: TrainRun) -> Path:
         export_hf(trainer.gpt, hf, checked.source.hf, trainer.world)
         if trainer.world.is_main:
             say(f"exported {hf}")
+    if trainer.world.is_main:
+        write_durably(output / DONE_MARKER, f"{trainer.iteration}\n")
     return output
 
 

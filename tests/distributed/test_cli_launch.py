@@ -17,7 +17,7 @@ from fusemega.runtime.launch import run_under_torchrun
 ROOT = Path(__file__).resolve().parents[2]
 
 # Every process of the launch starts with this file: it puts a stand-in in the place of the command `train`.
-STAND_IN = '''
+STAND_IN = """
 import os, pathlib, signal, sys, time, types
 from fusemega.errors import UserError
 from fusemega.runtime.launch import ERROR_FILE, run_under_torchrun
@@ -44,7 +44,7 @@ def command(mode: str) -> None:
 
 sys.modules["fusemega.cli.train"] = types.ModuleType("fusemega.cli.train")
 sys.modules["fusemega.cli.train"].command = command
-'''
+"""
 
 
 def _start(mode: str, folder: Path) -> subprocess.Popen[str]:

@@ -13,9 +13,7 @@ def test_reports_come_back_in_rank_order() -> None:
     assert all(result["args"] == ["--colour", "blue"] and result["threads"] == "1" for result in results)
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"), [("--fail", "rank one gives up"), ("--mute", "no report from rank1")]
-)
+@pytest.mark.parametrize(("flag", "message"), [("--fail", "rank one gives up"), ("--mute", "no report from rank1")])
 def test_a_failing_or_silent_rank_fails_the_test(flag: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         run_ranks("launcher_probe.py", 2, flag)

@@ -31,7 +31,7 @@ def test_a_world_that_does_not_divide_is_named() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"tensor_model_paralel_size": 2}, "tensor_model_paralel_size: unknown key .*did you mean 'tensor_model_parallel"),
+        ({"tensor_model_paralel_size": 2}, "paralel_size: unknown key .*did you mean 'tensor_model_parallel"),
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size: .*greater than or equal to 1.*found 0"),
         ({"sequence_parallel": True}, "sequence_parallel needs tensor_model_parallel_size of 2"),
     ],

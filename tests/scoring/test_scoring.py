@@ -142,7 +142,10 @@ def test_evaluation_equals_transformers(work: Path, samples: TokenizedDataset) -
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / answers, rel=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"tail": "residual"}, {"tail": "renormalise"}, {"tail": "renormalise", "temperature": 2.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"tail": "residual"}, {"tail": "renormalise"}, {"tail": "renormalise", "temperature": 2.0}],
+)
 def test_distillation_from_a_store_equals_dense(
     make_run: Callable[..., TrainRun], work: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

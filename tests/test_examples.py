@@ -1,0 +1,20 @@
+"""The examples are valid run files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fusemega.config import Section, load
+from fusemega.scoring.evaluate import EvalRun
+from fusemega.scoring.teach import TeachRun
+from fusemega.training.run import TrainRun
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+KINDS: dict[str, type[Section]] = {"train": TrainRun, "teach": TeachRun, "eval": EvalRun}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(EXAMPLES)))
+def test_examples_are_valid(path: Path) -> None:
+    load(KINDS[path.stem], path)
