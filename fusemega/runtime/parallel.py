@@ -49,7 +49,8 @@ class ParallelConfig(Section):
             raise UserError(
                 f"parallel: tensor_model_parallel_size {self.tensor_model_parallel_size} x "
                 f"pipeline_model_parallel_size {self.pipeline_model_parallel_size} = {self.model_parallel_size} "
-                f"does not divide the {world_size} process(es) of this run; start a multiple of {self.model_parallel_size} (--nproc)"
+                f"does not divide the {world_size} process(es) of this run; start a multiple of "
+                f"{self.model_parallel_size} (--nproc)"
             )
         return world_size // self.model_parallel_size
 
