@@ -22,7 +22,7 @@ S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """One block of a run file: unknown keys are refused, values are not silently converted between types."""
+    """One block of a run file: unknown keys are refused, and values cannot be changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 

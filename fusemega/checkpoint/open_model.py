@@ -14,6 +14,7 @@ from fusemega.checkpoint.hub import resolve
 from fusemega.config import Section
 from fusemega.models.build import GPT, build_model, check_layout
 from fusemega.runtime.parallel import ParallelConfig, World
+from fusemega.text.tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -32,12 +33,16 @@ class ModelSource:
     Attributes:
         hf: the folder with the configuration and the tokenizer (and, for Hugging Face folders, the weights).
         hf_config: its `config.json`.
+        tokenizer: the folder's.
+        vocab_size: the model's, without padding.
 
     Raises:
-        UserError: the folder is damaged, of an unknown architecture, or the layout does not divide it.
+        UserError: the folder is damaged, of an unknown architecture, or the layout does not divide it or
+            the world; no tokenizer.
     """
 
-    def __init__(self, config: ModelConfig, parallel: ParallelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
+        parallel.data_parallel_size(world_size)
         folder = resolve(config.load)
         self.dtype = DTYPES[config.dtype]
         self._source: MegatronFolder | HFFolder
@@ -50,6 +55,8 @@ class ModelSource:
             self.hf = folder
         self.hf_config = self._source.config
         check_layout(self.hf_config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+        self.tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
+        self.vocab_size = int(self.hf_config["vocab_size"])
 
     def weights_hash(self) -> str:
         """Hex digest of configuration and weights, the same for a folder and its import. Reads all weights once."""

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all, and checks whose verdict all ranks share."""
+"""Output folders and files that appear whole or not at all, and checks whose verdict all ranks share."""
 
 from __future__ import annotations
 
@@ -102,3 +102,13 @@ def _sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small text file atomically, on disk before the function returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -26,6 +26,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
+from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
 from fusemega.runtime.parallel import World
 from fusemega.runtime.random_state import random_state, restore_random_state
@@ -52,7 +53,7 @@ def save_checkpoint(
         root: the run's `checkpoints` folder.
         iteration: finished iterations.
         ddp, optimizer: what is saved.
-        state: JSON-able values stored in `state.json`; `resume_checkpoint` gives them back.
+        state: JSON-able values stored in `state.json`; `read_state` gives them back.
         world: this process's place.
 
     Raises:
@@ -133,13 +134,3 @@ def _sharded_state(
             for name, value in random_state().items()
         },
     }
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small text file atomically, on disk before the function returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -22,7 +22,7 @@ def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None
     result, world = evaluate(run)
     if world.is_main:
         if run.output is not None:
-            from fusemega.checkpoint.training_state import write_durably
+            from fusemega.checkpoint.output import write_durably
 
             write_durably(Path(run.output), result.model_dump_json(indent=1) + "\n")
         print(result.model_dump_json())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fusemega import assets
-from fusemega.checkpoint.training_state import write_durably
+from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
 from fusemega.recipes.stages import Stages
 from fusemega.runtime.console import quiet_megatron, say

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from fusemega.checkpoint.training_state import write_durably
+from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
 from fusemega.runtime.console import say
 from fusemega.runtime.launch import run_under_torchrun

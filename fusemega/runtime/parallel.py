@@ -39,6 +39,18 @@ class ParallelConfig(Section):
     def model_parallel_size(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
+    def check_row(self, tokens: int, what: str) -> None:
+        """Refuses a micro-batch of `tokens` tokens that sequence parallelism cannot split evenly.
+
+        Raises:
+            ValueError: names `what` the tokens are the product of; pydantic makes it the run file's error.
+        """
+        if self.sequence_parallel and tokens % self.tensor_model_parallel_size:
+            raise ValueError(
+                f"{what} = {tokens} is not a multiple of tensor_model_parallel_size "
+                f"{self.tensor_model_parallel_size}, which sequence_parallel needs"
+            )
+
     def data_parallel_size(self, world_size: int) -> int:
         """World size over TP x PP.
 

@@ -9,16 +9,15 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 
 from fusemega.assets import cache_folder
 from fusemega.losses.vocab import Query, sparse_log_probs
 from fusemega.runtime.parallel import World, initialize
-from fusemega.scoring.passes import PassInputs, PassRun, score_samples
+from fusemega.scoring.passes import PassRun, score_samples
 from fusemega.text.sample import Sample
 from fusemega.training.batches import prepare_together
-from fusemega.training.forward import Batch, head_settings
+from fusemega.training.forward import Batch, head_settings, total_over_ranks
 
 
 class EvalRun(PassRun):
@@ -53,11 +52,10 @@ def evaluate(run: EvalRun) -> tuple[Evaluation, World]:
     Raises:
         UserError: bad input, before anything is allocated.
     """
-    inputs = PassInputs(run)
+    source = run.open()
     world = initialize(run.parallel)
-    dataset = prepare_together(run.data, inputs.tokenizer, cache_folder() / "data", inputs.vocab_size, world)
-    gpt = inputs.source.build(world)
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    dataset = prepare_together(run.data, source.tokenizer, cache_folder() / "data", source.vocab_size, world)
+    gpt = source.build(world)
 
     def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> torch.Tensor:
         rows = sparse_log_probs(
@@ -66,12 +64,9 @@ def evaluate(run: EvalRun) -> tuple[Evaluation, World]:
         sums = (rows.logp_TK.double().sum(), len(batch["labels"]), sum(sample.num_bytes for sample in samples))
         return torch.tensor([float(value) for value in sums], dtype=torch.float64, device=world.device)
 
-    for _, collected in score_samples(gpt, dataset, range(len(dataset)), inputs.shape, score, world):
-        for values in collected:
-            totals += values
-    dist.all_reduce(totals, group=world.dp_group)
-    dist.all_reduce(totals, group=world.pp_group)  # only the last stage has anything to add
-    logp, tokens, num_bytes = totals.tolist()
+    passes = score_samples(gpt, dataset, range(len(dataset)), run.row_shape(source.tokenizer), score, world)
+    collected = [values for _, part in passes for values in part]
+    logp, tokens, num_bytes = total_over_ranks(collected, 3, world).tolist()
     result = Evaluation(
         loss=-logp / tokens,
         perplexity=math.exp(-logp / tokens),

@@ -36,29 +36,16 @@ class PassRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide_under_sequence_parallel(self) -> PassRun:
-        tp, tokens = self.parallel.tensor_model_parallel_size, self.data.seq_length * self.micro_batch_size
-        if self.parallel.sequence_parallel and tokens % tp:
-            raise ValueError(
-                f"data.seq_length x micro_batch_size = {tokens} is not a multiple of tensor_model_parallel_size {tp}, "
-                "which sequence_parallel needs"
-            )
+        self.parallel.check_row(self.data.seq_length * self.micro_batch_size, "data.seq_length x micro_batch_size")
         return self
 
+    def open(self) -> ModelSource:
+        """The model, opened and checked; nothing is allocated yet. Raises as `ModelSource`."""
+        return ModelSource(self.model, self.parallel, environment_rank()[1])
 
-class PassInputs:
-    """A run's model and tokenizer, opened and checked; nothing is allocated yet.
-
-    Raises:
-        UserError: a damaged model folder, or a layout that does not divide model or world.
-    """
-
-    def __init__(self, run: PassRun) -> None:
-        _, world_size, _ = environment_rank()
-        run.parallel.data_parallel_size(world_size)
-        self.source = ModelSource(run.model, run.parallel)
-        self.tokenizer = Tokenizer.load(self.source.hf, trust_remote_code=run.model.trust_remote_code)
-        self.vocab_size = int(self.source.hf_config["vocab_size"])
-        self.shape = RowShape(run.data.seq_length, run.micro_batch_size, True, self.tokenizer.pad_id)
+    def row_shape(self, tokenizer: Tokenizer) -> RowShape:
+        """Packed rows of `data.seq_length` tokens."""
+        return RowShape(self.data.seq_length, self.micro_batch_size, True, tokenizer.pad_id)
 
 
 # (hidden_NH, batch, samples) -> whatever the pass collects on the last stage
@@ -96,7 +83,5 @@ def score_samples(
 
         yield (
             start + len(part),
-            run_schedule(
-                gpt, batch.micro_batches, len(batch.micro_batches), shape.tokens, loss, world, forward_only=True
-            ),
+            run_schedule(gpt, batch.micro_batches, loss, world, forward_only=True),
         )

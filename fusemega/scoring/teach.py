@@ -20,7 +20,7 @@ from fusemega.losses.topk import top_k_log_probs
 from fusemega.losses.vocab import Query, sparse_log_probs
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import initialize
-from fusemega.scoring.passes import PassInputs, PassRun, score_samples
+from fusemega.scoring.passes import PassRun, score_samples
 from fusemega.store import Manifest, Row, Store, StoreWriter
 from fusemega.text.sample import Sample
 from fusemega.training.batches import prepare_together
@@ -44,21 +44,21 @@ def teach(run: TeachRun) -> Path:
         UserError: bad input, or a store begun by another teacher, template or temperature, before anything is
             computed; a full disk; a row that is not a distribution.
     """
-    inputs = PassInputs(run)
-    if run.top_k > inputs.vocab_size:
-        raise UserError(f"top_k: {run.top_k} is more than the model's vocabulary of {inputs.vocab_size}")
+    source = run.open()
+    if run.top_k > source.vocab_size:
+        raise UserError(f"top_k: {run.top_k} is more than the model's vocabulary of {source.vocab_size}")
     world = initialize(run.parallel)
-    hashes = [inputs.source.weights_hash() if world.is_main else ""]
+    hashes = [source.weights_hash() if world.is_main else ""]
     dist.broadcast_object_list(hashes, src=0)
     manifest = Manifest(
         weights=hashes[0],
-        tokenizer=inputs.tokenizer.content_hash,
-        template=inputs.tokenizer.template_hash,
+        tokenizer=source.tokenizer.content_hash,
+        template=source.tokenizer.template_hash,
         mask_policy=MASK_POLICY,
         truncation=run.data.seq_length,
         temperature=run.temperature,
         top_k=run.top_k,
-        vocab_size=inputs.vocab_size,
+        vocab_size=source.vocab_size,
         versions={"fusemega": __version__, "torch": version("torch"), "megatron-core": version("megatron-core")},
     )
     folder = Path(run.store)
@@ -66,12 +66,12 @@ def teach(run: TeachRun) -> Path:
     with StoreWriter(folder, manifest, writer_id=world.dp_rank) as writer:
         world.barrier()
         cache = cache_folder() / "data"
-        dataset = prepare_together(run.data, inputs.tokenizer, cache, inputs.vocab_size, world)
+        dataset = prepare_together(run.data, source.tokenizer, cache, source.vocab_size, world)
         missing = [i for i in range(len(dataset)) if dataset[i].key not in writer]
         world.barrier()  # no rank may write before every rank has looked
         if world.is_main:
             say(f"teaching {len(missing)} samples; {len(dataset) - len(missing)} are in {folder} already")
-        gpt = inputs.source.build(world)
+        gpt = source.build(world)
         writes = world.tp_rank == 0 and world.is_last_stage
 
         def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
@@ -83,7 +83,7 @@ def teach(run: TeachRun) -> Path:
             labels = sparse_log_probs(hidden_NH, weight_VH, Query(batch["labels"][:, None]), **head)
             return list(_rows(samples, ids_NK, logp_NK, residual_N, labels.logp_TK[:, 0])) if writes else []
 
-        for done, collected in score_samples(gpt, dataset, missing, inputs.shape, score, world):
+        for done, collected in score_samples(gpt, dataset, missing, run.row_shape(source.tokenizer), score, world):
             for rows in collected:
                 for key, row in rows:
                     writer.add(key, row)

@@ -45,11 +45,6 @@ class RowShape:
     packing: bool
     pad_id: int
 
-    @property
-    def tokens(self) -> int:
-        """T, the tokens of one micro-batch."""
-        return self.seq_length * self.micro_batch_size
-
 
 @dataclass(frozen=True)
 class GlobalBatch:

@@ -5,10 +5,11 @@ Shapes: T tokens of the packed row, N positions whose next token is supervised, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
@@ -40,9 +41,7 @@ def supervised_hidden(hidden_S1H: torch.Tensor, positions_N: torch.Tensor, world
 
 def run_schedule(
     model: torch.nn.Module,
-    micro_batches: Iterable[Batch],
-    num_microbatches: int,
-    row_tokens: int,
+    micro_batches: Sequence[Batch],
     loss_function: LossFunction,
     world: World,
     *,
@@ -52,9 +51,7 @@ def run_schedule(
 
     Args:
         model: this rank's stage (bare or under DistributedDataParallel).
-        micro_batches: this data-parallel rank's micro-batches, in order.
-        num_microbatches: how many there are.
-        row_tokens: T, the tokens of each micro-batch's row.
+        micro_batches: this data-parallel rank's micro-batches, in order; at least one, all of the same T.
         loss_function: called on the last stage.
         forward_only: no backward.
 
@@ -77,8 +74,8 @@ def run_schedule(
         forward_step_func=forward_step,
         data_iterator=iter(micro_batches),
         model=model,
-        num_microbatches=num_microbatches,
-        seq_length=row_tokens,
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0]["tokens"].size(1),
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -88,6 +85,16 @@ def run_schedule(
 def head_settings(gpt: GPT, world: World) -> dict[str, Any]:
     """What the vocabulary kernel must know besides hidden states and weight."""
     return {"group": world.tp_group, "vocab_size": gpt.vocab_size}
+
+
+def total_over_ranks(collected: Sequence[torch.Tensor], size: int, world: World) -> torch.Tensor:
+    """fp64 [size]: the sum of what `run_schedule` collected on all ranks, on every rank. Collective."""
+    total = torch.zeros(size, dtype=torch.float64, device=world.device)
+    for values in collected:
+        total += values
+    dist.all_reduce(total, group=world.dp_group)
+    dist.all_reduce(total, group=world.pp_group)  # only the last stage has anything to add
+    return total
 
 
 def _packed(batch: Batch) -> PackedSeqParams:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from fusemega.checkpoint.output import write_durably
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -72,9 +73,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def _keep_rows_through(path: Path, iteration: int) -> None:
     kept = [row for row in read_metrics(path.parent) if row["iteration"] <= iteration]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _number(value: float) -> str:

@@ -63,11 +63,6 @@ class TrainRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide_under_sequence_parallel(self) -> TrainRun:
-        tp = self.parallel.tensor_model_parallel_size
         tokens = self.data.seq_length * self.training.micro_batch_size
-        if self.parallel.sequence_parallel and tokens % tp:
-            raise ValueError(
-                f"data.seq_length x training.micro_batch_size = {tokens} is not a multiple of "
-                f"tensor_model_parallel_size {tp}, which sequence_parallel needs"
-            )
+        self.parallel.check_row(tokens, "data.seq_length x training.micro_batch_size")
         return self

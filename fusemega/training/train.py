@@ -10,13 +10,11 @@ from fusemega import __version__
 from fusemega.assets import cache_folder
 from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.open_model import ModelSource
-from fusemega.checkpoint.output import on_main
-from fusemega.checkpoint.training_state import write_durably
+from fusemega.checkpoint.output import on_main, write_durably
 from fusemega.errors import UserError
-from fusemega.losses.registry import build_objective
+from fusemega.losses.registry import Objective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
-from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.run import TrainRun
 from fusemega.training.trainer import Trainer
@@ -31,11 +29,7 @@ class Checked:
 
     run: TrainRun
     source: ModelSource
-    tokenizer: Tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.source.hf_config["vocab_size"])
+    objective: Objective
 
     @classmethod
     def of(cls, run: TrainRun, world_size: int) -> Checked:
@@ -44,11 +38,8 @@ class Checked:
         Raises:
             UserError: a layout that does not divide, a damaged model folder, a store that does not fit.
         """
-        run.parallel.data_parallel_size(world_size)
-        source = ModelSource(run.model, run.parallel)
-        tokenizer = Tokenizer.load(source.hf, trust_remote_code=run.model.trust_remote_code)
-        build_objective(run.objective, tokenizer)
-        return cls(run, source, tokenizer)
+        source = ModelSource(run.model, run.parallel, world_size)
+        return cls(run, source, build_objective(run.objective, source.tokenizer))
 
 
 def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
@@ -61,13 +52,13 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
     checked = Checked.of(run, world_size)
     world = initialize(run.parallel, run.training.seed)
     on_main(world, lambda: _open_output(Path(run.output_dir), run))
-    dataset = prepare_together(run.data, checked.tokenizer, cache_folder() / "data", checked.vocab_size, world)
-    shape = RowShape(run.data.seq_length, run.training.micro_batch_size, run.training.packing, checked.tokenizer.pad_id)
-    objective = build_objective(run.objective, checked.tokenizer)
+    tokenizer = checked.source.tokenizer
+    dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world)
+    shape = RowShape(run.data.seq_length, run.training.micro_batch_size, run.training.packing, tokenizer.pad_id)
     data = TrainingData(
-        dataset, objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
+        dataset, checked.objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
     )
-    return Trainer.create(run, world, checked.source.build(world), objective, data), checked
+    return Trainer.create(run, world, checked.source.build(world), checked.objective, data), checked
 
 
 def train(run: TrainRun) -> Path:

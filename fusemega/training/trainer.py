@@ -22,7 +22,7 @@ from fusemega.models.build import GPT
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World
 from fusemega.training.batches import TrainingData
-from fusemega.training.forward import Batch, head_settings, run_schedule
+from fusemega.training.forward import Batch, head_settings, run_schedule, total_over_ranks
 from fusemega.training.metrics import MetricsWriter
 from fusemega.training.optimizer import schedule, wrap
 from fusemega.training.run import IDENTITY_FIELDS, TrainRun
@@ -101,13 +101,11 @@ class Trainer:
         collected = run_schedule(
             self.ddp,
             batches.micro_batches,
-            len(batches.micro_batches),
-            self.data.shape.tokens,
             loss_function,
             self.world,
             forward_only=False,
         )
-        loss, *sums = self._total(collected).tolist()
+        loss, *sums = total_over_ranks(collected, 1 + len(self.objective.terms), self.world).tolist()
         if not math.isfinite(loss):
             self._refuse_unsound(unsound)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -146,15 +144,6 @@ class Trainer:
         ).to(self.world.device)
         dist.all_reduce(totals, group=self.world.dp_group)
         return dict(zip(self.objective.terms, totals.clamp(min=1), strict=True))
-
-    def _total(self, collected: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[1 + terms] fp64: loss and numerators over all micro-batches and data-parallel ranks, on every rank."""
-        total = torch.zeros(1 + len(self.objective.terms), dtype=torch.float64, device=self.world.device)
-        for values in collected:
-            total += values
-        dist.all_reduce(total, group=self.world.dp_group)
-        dist.all_reduce(total, group=self.world.pp_group)  # only the last stage has anything to add
-        return total
 
     def _refuse_unsound(self, keys: list[str]) -> None:
         gathered: list[list[str]] = [[] for _ in range(self.world.world_size)]
