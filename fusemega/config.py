@@ -60,12 +60,21 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def validate(model: type[S], data: dict[str, Any], source: str | Path) -> S:
-    """`data` as a `model`, or one UserError that lists every mistake by key path."""
+    """`data` as a `model`, or one UserError that lists every mistake by key path after `source`."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, item) for item in error.errors()]
-        raise UserError(f"{source}: " + "; ".join(lines)) from None
+        raise UserError(f"{source}: {mistakes(model, error)}") from None
+    except UserError as error:  # of a section that is chosen by name, see `mistakes`
+        raise UserError(f"{source}: {error}") from None
+
+
+def mistakes(model: type[BaseModel], error: ValidationError, at: str = "") -> str:
+    """Every mistake of `error` by key path, each path after `at`.
+
+    A validator that picks a section's model by name raises it as a UserError; `validate` adds the file.
+    """
+    return "; ".join(at + _explain(model, item) for item in error.errors())
 
 
 def load(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:

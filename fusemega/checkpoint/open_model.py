@@ -43,26 +43,17 @@ class ModelSource:
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
         parallel.data_parallel_size(world_size)
-        folder = resolve(config.load)
         self.dtype = DTYPES[config.dtype]
-        self._source: MegatronFolder | HFFolder
-        if is_megatron_folder(folder):
-            self._source = MegatronFolder(folder)
-            self.hf = self._source.hf
-        else:
-            self._source = HFFolder(folder)
-            check_tensors(self._source, self._source.config)
-            self.hf = folder
+        self._source = _opened(config.load)
+        self.hf = self._source.hf if isinstance(self._source, MegatronFolder) else self._source.path
         self.hf_config = self._source.config
         check_layout(self.hf_config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
         self.tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
         self.vocab_size = int(self.hf_config["vocab_size"])
 
     def weights_hash(self) -> str:
-        """Hex digest of configuration and weights, the same for a folder and its import. Reads all weights once."""
-        if isinstance(self._source, MegatronFolder):
-            return str(self._source.manifest["source_hash"])
-        return self._source.content_hash()
+        """See `weights_hash`."""
+        return _hash_of(self._source)
 
     def build(self, world: World) -> GPT:
         """This rank's part of the model, with its weights. Collective."""
@@ -71,3 +62,28 @@ class ModelSource:
         model = build_model(self.hf_config, world, self.dtype)
         load_hf(model, self.hf, world)
         return model
+
+
+def weights_hash(load: str) -> str:
+    """Hex digest of configuration and weights, the same for a folder and its import. Reads all weights once.
+
+    Args:
+        load: as `ModelConfig.load`.
+
+    Raises:
+        UserError: no such folder, or a damaged one.
+    """
+    return _hash_of(_opened(load))
+
+
+def _opened(load: str) -> MegatronFolder | HFFolder:
+    folder = resolve(load)
+    if is_megatron_folder(folder):
+        return MegatronFolder(folder)
+    source = HFFolder(folder)
+    check_tensors(source, source.config)
+    return source
+
+
+def _hash_of(source: MegatronFolder | HFFolder) -> str:
+    return str(source.manifest["source_hash"]) if isinstance(source, MegatronFolder) else source.content_hash()

@@ -55,7 +55,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     def prepare() -> None:
         refuse_existing(path)
-        with _disk_errors(path):
+        with disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
@@ -65,7 +65,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     on_main(world, prepare)
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             yield temporary
             world.barrier()
     except BaseException:
@@ -74,7 +74,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
         raise
 
     def finish() -> None:
-        with _disk_errors(path):
+        with disk_errors(path):
             for folder, _, files in os.walk(temporary):
                 for name in [*files, "."]:
                     _sync(os.path.join(folder, name))
@@ -85,12 +85,13 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk, or a place that cannot be written, into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; nothing was written there") from None
+            raise UserError(f"{path}: the disk is full") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{path}: cannot write there: {error.strerror}") from None
         raise

@@ -27,6 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
 from fusemega.checkpoint.output import write_durably
+from fusemega.checkpoint.torch_dist import checkpoint_errors
 from fusemega.errors import UserError
 from fusemega.runtime.parallel import World
 from fusemega.runtime.random_state import random_state, restore_random_state
@@ -68,15 +69,18 @@ def save_checkpoint(
         temporary.mkdir()
     dist.barrier()
     try:
-        dist_checkpointing.save(_sharded_state(ddp, optimizer, world, is_loading=False), str(temporary))
+        with checkpoint_errors(f"{final}: checkpoint not saved", temporary):
+            dist_checkpointing.save(_sharded_state(ddp, optimizer, world, is_loading=False), str(temporary))
+            if world.is_main:
+                write_durably(temporary / STATE, json.dumps({"iteration": iteration, **state}, indent=1))
+                if final.exists():
+                    shutil.rmtree(final)
+                os.rename(temporary, final)
+                write_durably(root / TRACKER, str(iteration))
+    except UserError:
         if world.is_main:
-            write_durably(temporary / STATE, json.dumps({"iteration": iteration, **state}, indent=1))
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-            write_durably(root / TRACKER, str(iteration))
-    except OSError as error:
-        raise UserError(f"{temporary}: checkpoint of iteration {iteration} not saved: {error.strerror}") from error
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     dist.barrier()
     return final
 
@@ -108,10 +112,8 @@ def load_checkpoint(folder: Path, ddp: DistributedDataParallel, optimizer: Megat
     Raises:
         UserError: the folder cannot be read or does not fit the model.
     """
-    try:
+    with checkpoint_errors(f"{folder}: checkpoint cannot be loaded"):
         loaded = dist_checkpointing.load(_sharded_state(ddp, optimizer, world, is_loading=True), str(folder))
-    except (OSError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
-        raise UserError(f"{folder}: checkpoint cannot be loaded: {error}") from error
     unwrap_model(ddp).load_state_dict(loaded["model"])
     with torch.no_grad():  # fp32 parameters are updated in place, through views of leaves
         optimizer.load_state_dict(loaded["optimizer"])

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import typer
 
+from fusemega.cli.launch import error_recorded, join_launch, record_error
 from fusemega.errors import UserError
 from fusemega.runtime.console import quiet_megatron
-from fusemega.runtime.launch import error_recorded, record_error
 
 # Shown by `fusemega --help`, which therefore imports none of the modules (torch alone takes seconds).
 COMMANDS = {
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process: status 0; 2 with one line on stderr where the user can mend it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet_megatron()
+    join_launch()
     try:
         build_app(arguments[0] if arguments else None)(args=arguments, prog_name="fusemega")
     except UserError as error:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 from torch import Tensor
 
-from fusemega.config import Section, validate
+from fusemega.config import Section, mistakes
 from fusemega.errors import UserError, choose
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Objective(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, settings: Any, tokenizer: Tokenizer) -> Objective:
-        """The objective for a model with this tokenizer, everything that it reads opened and checked.
+    def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> Objective:
+        """The objective for a model with this tokenizer and vocabulary, everything that it reads opened and checked.
 
         Raises:
             UserError: something it reads is missing, damaged, or does not fit the tokenizer.
@@ -109,10 +110,13 @@ def parse_objective(section: Mapping[str, Any]) -> ObjectiveSettings:
     """
     if "name" not in section:
         raise UserError(f"objective.name: required, and not given; allowed: {', '.join(objective_names())}")
-    name = choose("objective.name", str(section["name"]), _OBJECTIVES)
-    return validate(_OBJECTIVES[name].Settings, dict(section), f"objective {name}")
+    settings = _OBJECTIVES[choose("objective.name", str(section["name"]), _OBJECTIVES)].Settings
+    try:
+        return settings.model_validate(dict(section))
+    except ValidationError as error:
+        raise UserError(mistakes(settings, error, "objective.")) from None
 
 
-def build_objective(settings: ObjectiveSettings, tokenizer: Tokenizer) -> Objective:
+def build_objective(settings: ObjectiveSettings, tokenizer: Tokenizer, vocab_size: int) -> Objective:
     """The objective that `parse_objective` found the settings of; raises as `Objective.build`."""
-    return _OBJECTIVES[choose("objective.name", settings.name, _OBJECTIVES)].build(settings, tokenizer)
+    return _OBJECTIVES[choose("objective.name", settings.name, _OBJECTIVES)].build(settings, tokenizer, vocab_size)

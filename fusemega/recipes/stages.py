@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from fusemega.checkpoint.output import write_durably
+from fusemega.cli.launch import run_under_torchrun
 from fusemega.errors import UserError
 from fusemega.runtime.console import say
-from fusemega.runtime.launch import run_under_torchrun
 
 
 class Stages:

@@ -39,7 +39,7 @@ class Checked:
             UserError: a layout that does not divide, a damaged model folder, a store that does not fit.
         """
         source = ModelSource(run.model, run.parallel, world_size)
-        return cls(run, source, build_objective(run.objective, source.tokenizer))
+        return cls(run, source, build_objective(run.objective, source.tokenizer, source.vocab_size))
 
 
 def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:

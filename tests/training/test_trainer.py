@@ -126,13 +126,13 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make_run: MakeRun, tmp_p
     train(whole)
     broken = make_run(output_dir=str(tmp_path / "broken"), training={"save_interval": 2})
     trainer = opened(broken)
-    writer = trainer._metrics_writer()
-    for _ in range(3):
-        values = trainer.step()
-        writer.write(trainer.iteration, values)
-        if trainer.iteration == 2:
-            trainer.save()
-    writer.close()  # stopped after iteration 3; the checkpoint is of iteration 2
+    with trainer._metrics_writer() as writer:
+        assert writer is not None
+        for _ in range(3):
+            values = trainer.step()
+            writer.write(trainer.iteration, values)
+            if trainer.iteration == 2:
+                trainer.save()  # stopped after iteration 3; the checkpoint is of iteration 2
     torch.manual_seed(99)
     train(broken)
     a, b = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "broken")
