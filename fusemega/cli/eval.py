@@ -22,7 +22,10 @@ def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None
     result, world = evaluate(run)
     if world.is_main:
         if run.output is not None:
-            from fusemega.checkpoint.output import write_durably
+            from fusemega.checkpoint.output import disk_errors, write_durably
 
-            write_durably(Path(run.output), result.model_dump_json(indent=1) + "\n")
+            output = Path(run.output)
+            with disk_errors(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(output, result.model_dump_json(indent=1) + "\n")
         print(result.model_dump_json())

@@ -4,7 +4,9 @@ from fusemega.runtime.console import quiet_megatron
 
 quiet_megatron()
 
-import fusemega.scoring.evaluate  # noqa: E402  (after the filters are set)
+import transformers.modeling_utils  # noqa: E402, F401  (AutoTokenizer imports it on first use, after the filters)
+
+import fusemega.scoring.evaluate  # noqa: E402
 import fusemega.scoring.teach  # noqa: E402
 import fusemega.training.metrics  # noqa: E402
 import fusemega.training.train  # noqa: E402, F401
