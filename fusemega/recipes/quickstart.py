@@ -24,7 +24,7 @@ from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
 from fusemega.recipes.stages import Stages
 from fusemega.runtime.console import quiet_megatron, say
-from fusemega.training.metrics import read_metrics
+from fusemega.training.records import read_metrics
 
 # Of the ten consecutive layers that could go, the middle ones hurt least (cross-entropy 1.96 -> 4.89 nats on eight
 # training conversations; 5.41 without layers 4 to 13, 9.63 without 16 to 25).

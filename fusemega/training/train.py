@@ -16,10 +16,11 @@ from fusemega.losses.registry import Objective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
+from fusemega.training.records import RUN_RECORD
 from fusemega.training.run import TrainRun
 from fusemega.training.trainer import Trainer
+from fusemega.training.wandb_run import require_wandb
 
-RUN_RECORD = "run.json"
 DONE_MARKER = "done"  # a job script asks for it before it requeues
 
 
@@ -38,6 +39,8 @@ class Checked:
         Raises:
             UserError: a layout that does not divide, a damaged model folder, a store that does not fit.
         """
+        if run.training.wandb_project is not None:
+            require_wandb()
         source = ModelSource(run.model, run.parallel, world_size)
         return cls(run, source, build_objective(run.objective, source.tokenizer))
 

@@ -23,9 +23,10 @@ from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World
 from fusemega.training.batches import TrainingData
 from fusemega.training.forward import Batch, head_settings, run_schedule, total_over_ranks
-from fusemega.training.metrics import MetricsWriter
+from fusemega.training.metrics import MetricsWriter, with_costs
 from fusemega.training.optimizer import schedule, wrap
 from fusemega.training.run import IDENTITY_FIELDS, TrainRun
+from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
 
@@ -71,7 +72,7 @@ class Trainer:
         writer = self._metrics_writer() if self.world.is_main else None
         try:
             while self.iteration < self.train_iters:
-                values = self.step()
+                values = with_costs(self.step(), self.world)
                 if writer is not None:
                     writer.write(self.iteration, values)
                 if self.iteration == self.train_iters or (interval and self.iteration % interval == 0):
@@ -181,9 +182,11 @@ class Trainer:
         self.scheduler.step(increment=iteration)
 
     def _metrics_writer(self) -> MetricsWriter:
-        return MetricsWriter(
-            Path(self.run.output_dir), self.iteration, self.train_iters, self.run.training.log_interval, say
-        )
+        folder, training = Path(self.run.output_dir), self.run.training
+        wandb_run = None
+        if training.wandb_project is not None:
+            wandb_run = WandbRun(training.wandb_project, folder, self.run.model_dump(mode="json"))
+        return MetricsWriter(folder, self.iteration, self.train_iters, training.log_interval, say, wandb_run)
 
 
 def _listed(keys: Sequence[str], most: int = 8) -> str:
