@@ -75,6 +75,11 @@ def cut(path: str, size: int) -> Damage:
     return lambda: Path(path).write_bytes(Path(path).read_bytes()[:size])
 
 
+def longer(path: str) -> Damage:
+    """One byte too many at the end."""
+    return lambda: Path(path).write_bytes(Path(path).read_bytes() + b"x")
+
+
 def flip(path: str, at: int) -> Damage:
     """One byte's bits turned; counted from the end where negative."""
 
@@ -108,8 +113,9 @@ def tensors(path: str, change: Callable[[dict[str, Any]], object]) -> Damage:
     return do
 
 
-def header(path: str, change: Callable[[dict[str, Any]], object]) -> Damage:
-    """A safetensors file or a store's shard with its JSON header changed, and the same bytes behind it."""
+def header(path: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """A safetensors file or a store's shard with its JSON header changed in place, or replaced by what `change`
+    returns; the same bytes stand behind it."""
 
     def do() -> None:
         content = Path(path).read_bytes()

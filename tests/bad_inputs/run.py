@@ -48,7 +48,7 @@ def found_wrong(bad: Bad, base: Path, place: Path) -> str | None:
     shutil.copytree(base, place)
     errors = io.StringIO()
     try:
-        with contextlib.chdir(place), _environment(place.with_name("cache")):
+        with standing_in(place), _environment(place.with_name("cache")):
             for damage in bad.damage:
                 damage()
             before = _snapshot()
@@ -82,6 +82,17 @@ def _snapshot() -> dict[str, str]:
         str(path): f"{path.stat().st_mtime_ns} {hashlib.md5(path.read_bytes()).hexdigest()}" if path.is_file() else ""
         for path in Path().rglob("*")
     }
+
+
+@contextlib.contextmanager
+def standing_in(folder: Path) -> Iterator[None]:
+    """contextlib.chdir, which Python 3.10 lacks."""
+    previous = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(previous)
 
 
 @contextlib.contextmanager

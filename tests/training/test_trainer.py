@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,18 @@ def test_export_is_what_was_trained(make_run: MakeRun, work: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(output / "hf", dtype=torch.float32)
     again = make_run(output_dir=str(output / "again"), model={"load": str(output / "hf")})
     assert opened(again).step()["lm loss"] == pytest.approx(reference_loss(loaded, trainer, 0).item(), rel=2e-6)
+
+
+def test_a_pad_token_that_the_model_lacks_changes_nothing(make_run: MakeRun, work: Path, tmp_path: Path) -> None:
+    padded = tmp_path / "padded"
+    shutil.copytree(work / "model", padded)
+    settings = json.loads((padded / "tokenizer_config.json").read_text())
+    (padded / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "[PAD]"}))
+    unpacked = {"packing": False}
+    trainer = opened(make_run(model={"load": str(padded)}, training=unpacked))
+    assert trainer.data.shape.pad_id == 0
+    losses = [trainer.step()["lm loss"] for _ in range(2)]
+    assert losses == [row["lm loss"] for row in curve(make_run(training=unpacked), 2)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_run: MakeRun, work: Path, tmp_path: Path) -> None:
