@@ -1,4 +1,4 @@
-"""The files a training run leaves in its folder for others to read, without torch: `run.json`, `metrics.jsonl`."""
+"""The files a training run leaves in its folder for others to read, without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 RUN_RECORD = "run.json"
 METRICS_FILE = "metrics.jsonl"
+DONE_MARKER = "done"  # a job script asks for it before it requeues
 
 # What an iteration cost, and not what it computed: never the same twice.
 TIME, THROUGHPUT = "iteration-time", "tokens-per-second"

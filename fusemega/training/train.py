@@ -16,12 +16,11 @@ from fusemega.losses.registry import Objective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
-from fusemega.training.records import RUN_RECORD
+from fusemega.training.records import DONE_MARKER, RUN_RECORD
 from fusemega.training.run import TrainRun
 from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
 
-DONE_MARKER = "done"  # a job script asks for it before it requeues
 
 
 @dataclass(frozen=True)
