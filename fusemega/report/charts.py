@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -69,7 +70,7 @@ def colour(index: int) -> str:
 
 def svg(chart: Chart) -> str:
     """The chart as one <svg> element with the page's text colour; the page has the legend."""
-    settings = {"svg.fonttype": "none", "svg.hashsalt": chart.file, "text.color": _INK}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.file, "text.color": _INK}
     settings |= {"axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
     with plt.rc_context(settings), io.StringIO() as text:
         figure = _draw(chart, (6.0, 2.9))
@@ -99,7 +100,8 @@ def png(chart: Chart) -> bytes:
 def _draw(chart: Chart, size: tuple[float, float]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     for curve in chart.curves:
-        style = {"color": colour(curve.index), "linestyle": _DASHES[curve.index // len(COLOURS) % len(_DASHES)]}
+        dashes = _DASHES[curve.index // len(COLOURS) % len(_DASHES)]
+        style: dict[str, Any] = {"color": colour(curve.index), "linestyle": dashes}
         smooth = len(curve.points) >= _SMOOTH_FROM
         name = curve.name.replace("$", r"\$")
         raw = thinned(curve.points)

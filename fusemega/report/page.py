@@ -139,7 +139,8 @@ def _points(run: Run, metric: str, tokens: bool) -> list[tuple[float, float]]:
 
 
 def _batch(run: Run) -> tuple[str, ...]:
-    return tuple(_written(run.settings.get(key)) for key in ("training.global_batch_size", "data.seq_length", "data.path"))
+    keys = ("training.global_batch_size", "data.seq_length", "data.path")
+    return tuple(_written(run.settings.get(key)) for key in keys)
 
 
 def _written(value: Any) -> str:
@@ -155,6 +156,7 @@ def _number(value: float | None) -> str:
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours}:{minutes:02d}:{rest:02.0f}" if hours else (f"{minutes}:{rest:02.0f}" if minutes else f"{rest:.1f} s")
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

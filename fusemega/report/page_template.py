@@ -1,4 +1,4 @@
-"""The HTML of a report, as a jinja2 template. It asks for nothing from outside: no script, font, image or style sheet."""
+"""The HTML of a report, as a jinja2 template. It asks for nothing from outside: no script, font, image or style."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .88em; }
 <h2>Evaluations</h2>
 {% if evaluations %}
 <div class="wide"><table class="outcome">
-<thead><tr><th>run</th><th>evaluation</th>{% for key in evaluations["keys"] %}<th>{{ key }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>run</th><th>evaluation</th>\
+{% for key in evaluations["keys"] %}<th>{{ key }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for run, i, name, cells in evaluations["lines"] %}
 <tr><th>{{ run_name(i) }}</th><td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -106,7 +107,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .88em; }
 </ul>
 {% endif %}
 {% if figures|selectattr("0.is_smoothed")|list %}
-<p class="soft">Long series: the line is a running mean over a fiftieth of the run, the faint one the values themselves.</p>
+<p class="soft">Long series: the line is a running mean over a fiftieth of the run, the faint one the values.</p>
 {% endif %}
 <div class="charts" style="margin-top:1rem">
 {% for chart, drawing in figures %}

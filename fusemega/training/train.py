@@ -22,7 +22,6 @@ from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
 
 
-
 @dataclass(frozen=True)
 class Checked:
     """A run whose inputs were all opened and found to fit; nothing is allocated or written yet."""

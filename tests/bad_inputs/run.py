@@ -23,7 +23,8 @@ class Bad:
     """One row of the table.
 
     Attributes:
-        kind: what is malformed: configuration, weights, index, tokenizer, data, store, checkpoint, report.
+        kind: what is malformed: configuration, model configuration, weights, index, tokenizer, data, store,
+            checkpoint, report.
         name: what is wrong with it.
         command: the words after `fusemega`, in the damaged copy of the base.
         words: what the line on stderr must contain.

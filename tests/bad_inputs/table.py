@@ -30,6 +30,7 @@ NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
 TOKENIZER, SETTINGS, TEMPLATE = "model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja"
 SHARD, STORE_MANIFEST = "store/shard-00000-000000.bin", "store/manifest.json"
 TRACKER, STATE = "run/checkpoints/latest_checkpointed_iteration.txt", "run/checkpoints/iter_0000002/state.json"
+METRICS = "run/metrics.jsonl"
 MEGATRON = "train train.yaml model.load=megatron"
 
 
@@ -49,6 +50,7 @@ def _of(kind: str) -> Row:
 
 _c, _m, _w, _i = _of("configuration"), _of("model configuration"), _of("weights"), _of("index")
 _t, _d, _s, _k = _of("tokenizer"), _of("data"), _of("store"), _of("checkpoint")
+_r = _of("report")
 
 TABLE: list[Bad] = [
     # Run files.
@@ -249,6 +251,20 @@ TABLE: list[Bad] = [
     _s("goes on with a damaged shard", MORE, "truncated shard", cut(SHARD, -1)),
     _s("inside a file", TEACH + " store=data.jsonl/x", "data.jsonl/x: cannot create the store"),
     _s("in somebody's folder", TEACH + " store=model", "model: exists and is no sample store"),
+    # Reports of runs.
+    _r("no such folder", "report nowhere", "nowhere: no such folder of a training run"),
+    _r("no run", "report model", "model: not the folder of a training run (no run.json)"),
+    _r("one run twice", "report run ./run", "run: given twice"),
+    _r("a record torn", "report run", "run/run.json: malformed JSON", cut("run/run.json", 40)),
+    _r("a record without settings", "report run", "run/run.json: has no settings", put("run/run.json", {"run": 3})),
+    _r("nothing recorded", "report run", "run: no iteration is recorded yet", gone(METRICS)),
+    _r("a damaged line", "report run", "run/metrics.jsonl:1: malformed JSON", flip(METRICS, 0)),
+    _r("a line that is no row", "report run", "run/metrics.jsonl:1: not a row of metrics", put(METRICS, "[1]\n")),
+    _r("a row of words", "report run", "run/metrics.jsonl:1: not a row of metrics", put(METRICS, {"iteration": "one"})),
+    _r("a row of no iteration", "report run", "run/metrics.jsonl:1: the row has no iteration", put(METRICS, {"loss": 1.0})),
+    _r("a summary of something else", "report run", "has no bits_per_byte", put("run/summary.json", {})),
+    _r("over something", "report run --out model", "model: exists and is no report"),
+    _r("inside a file", "report run --out data.jsonl/x", "data.jsonl/x: cannot write there"),
     # Checkpoints: of a training run, and imported.
     _k("the tracker of nothing", RESUME, "names iteration '7'", put(TRACKER, "7")),
     _k("the tracker empty", RESUME, "names iteration ''", put(TRACKER, "")),
