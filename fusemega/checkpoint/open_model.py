@@ -35,6 +35,7 @@ class ModelSource:
         hf_config: its `config.json`.
         tokenizer: the folder's.
         vocab_size: the model's, without padding.
+        pad_id: what fills up rows, inside that vocabulary; nothing is computed from it.
 
     Raises:
         UserError: the folder is damaged, of an unknown architecture, or the layout does not divide it or
@@ -50,6 +51,8 @@ class ModelSource:
         check_layout(self.hf_config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
         self.tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
         self.vocab_size = int(self.hf_config["vocab_size"])
+        # A pad token added to the tokenizer alone is common, and the model has no row for it.
+        self.pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id < self.vocab_size else 0
 
     def weights_hash(self) -> str:
         """See `weights_hash`."""

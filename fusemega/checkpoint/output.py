@@ -38,6 +38,28 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path}: exists and is not an empty folder; nothing is overwritten")
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a path that nothing could be written to; to be called before any long work. Makes nothing.
+
+    Raises:
+        UserError: a file stands where a folder would have to be, or the nearest existing folder cannot be written.
+    """
+    above = Path(os.path.abspath(path))
+    while not os.path.lexists(above):
+        above = above.parent
+    if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot write there: no permission to write in {above}")
+    if not above.is_dir() and above != Path(os.path.abspath(path)):
+        raise UserError(f"{path}: cannot write there: {above} is not a folder")
+
+
+def check_output_file(path: Path) -> None:
+    """`check_writable` for a file, which may be there already."""
+    if path.is_dir():
+        raise UserError(f"{path}: cannot write there: it is a folder")
+    check_writable(path)
+
+
 @contextmanager
 def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling to write into, renamed to `path` when the block ends well. Collective.

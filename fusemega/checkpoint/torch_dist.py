@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from fusemega.checkpoint.hf_folder import read_json
 from fusemega.errors import UserError
 from fusemega.models.build import GPT
 
@@ -44,11 +46,26 @@ def load_model(model: GPT, path: str | Path) -> None:
     Raises:
         UserError: not a checkpoint, or one of another architecture.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
+    check_files(Path(path))
     with checkpoint_errors(f"{path}: does not fit this model, or is damaged"):
         state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
     model.load_state_dict(state)
+
+
+def check_files(path: Path) -> None:
+    """The small files of a distributed checkpoint are there and whole, as far as can be told without unpickling.
+
+    Raises:
+        UserError: names the file.
+    """
+    if not (path / "metadata.json").is_file():
+        raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
+    read_json(path / "metadata.json")
+    for name in ("common.pt", ".metadata"):
+        if not (path / name).is_file():
+            raise UserError(f"{path / name}: missing; the checkpoint is damaged")
+    if not zipfile.is_zipfile(path / "common.pt"):
+        raise UserError(f"{path / 'common.pt'}: truncated, or not a file of torch; the checkpoint is damaged")
 
 
 @contextmanager

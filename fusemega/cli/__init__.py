@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Train a model as a run file says.",
     "teach": "Store a teacher's top-k distributions for a data set.",
     "eval": "Perplexity and bits per byte of a model on a data set.",
+    "report": "A page about one or several training runs, with their curves.",
     "env": "What this machine has, what is missing, and what that costs.",
 }
 GROUPS = {"convert": "Between Hugging Face folders and Megatron checkpoints: import, export, verify."}

@@ -36,6 +36,7 @@ from fusemega.store import Manifest, Store
 from fusemega.text.document import MASK_POLICY
 
 if TYPE_CHECKING:
+    from fusemega.text.dataset import TokenizedDataset
     from fusemega.text.sample import Sample
     from fusemega.text.tokenizer import Tokenizer
 
@@ -107,10 +108,7 @@ class Distill(Objective):
         positions = len(sample.positions)
         if row is None:
             if self.settings.on_missing == "error":
-                raise UserError(
-                    f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip); "
-                    "it was written from other data, or with another seq_length"
-                )
+                raise UserError(self._no_row(sample))
             k = self.store.manifest.top_k
             return {
                 "teacher_ids": np.full((positions, k), -1, dtype=np.int64),
@@ -137,6 +135,13 @@ class Distill(Objective):
             "teacher_log_residual": row.log_residual_P.astype(np.float32),
             "teacher_mask": np.ones(positions, dtype=bool),
         }
+
+    def check_data(self, dataset: TokenizedDataset) -> None:
+        self.sample_fields(dataset[0])  # reads one shard whole, and compares the tokenizations
+        if self.settings.on_missing == "error":
+            for sample in dataset:
+                if sample.key not in self.store:
+                    raise UserError(self._no_row(sample))
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return {"lm": torch.tensor(len(batch["labels"])), "distill": batch["teacher_mask"].sum()}
@@ -170,6 +175,12 @@ class Distill(Objective):
         ]
         loss, sums_M = fused_token_loss(hidden_NH, weight_VH, queries, token_loss, **head_kwargs)
         return loss, {"lm": sums_M[0], "distill": sums_M[1]}
+
+    def _no_row(self, sample: Sample) -> str:
+        return (
+            f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip); "
+            "it was written from other data, or with another seq_length"
+        )
 
     def _teacher(self, batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The row as probabilities [N, K], and that of all other ids [N] if it is kept; 0 where there is no row."""

@@ -19,6 +19,7 @@ from fusemega.config import Section, mistakes
 from fusemega.errors import UserError, choose
 
 if TYPE_CHECKING:
+    from fusemega.text.dataset import TokenizedDataset
     from fusemega.text.sample import Sample
     from fusemega.text.tokenizer import Tokenizer
 
@@ -54,6 +55,13 @@ class Objective(ABC):
     @abstractmethod
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         """Arrays [P, ...] of one sample that the micro-batch will carry as tensors [N, ...]."""
+
+    def check_data(self, dataset: TokenizedDataset) -> None:  # noqa: B027  (most objectives ask nothing of it)
+        """Refuses, before anything is allocated, data that this objective could not be computed on.
+
+        Raises:
+            UserError: names the sample.
+        """
 
     @abstractmethod
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

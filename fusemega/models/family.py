@@ -122,6 +122,13 @@ def check_keys(hf_config: HFConfig, known: Collection[str], required_values: Map
             )
 
 
+def require_number(hf_config: HFConfig, key: str) -> None:
+    """Refuses a key that is there and is not a positive number."""
+    value = hf_config.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+        raise UserError(f"config.json: {key} = {value!r}, expected a positive number")
+
+
 def require_int(hf_config: HFConfig, key: str, default: int | None = None) -> int:
     """A positive integer of the configuration; `default` stands for an absent key or null.
 

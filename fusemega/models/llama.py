@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fusemega.errors import UserError
-from fusemega.models.family import LOCAL_NAMES, HFConfig, ParameterNames, check_keys, require_int
+from fusemega.models.family import LOCAL_NAMES, HFConfig, ParameterNames, check_keys, require_int, require_number
 from fusemega.models.rope import inverse_frequencies, rope_parameters
 from fusemega.models.rules import QKV, GateUp, Row, Rule, Same, VocabRows
 
@@ -37,6 +37,11 @@ class Llama:
         check_keys(hf_config, _KNOWN, _REQUIRED_VALUES)
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
             require_int(hf_config, key)
+        require_int(hf_config, "max_position_embeddings", 2048)
+        require_number(hf_config, "rms_norm_eps")
+        tied = hf_config.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise UserError(f"config.json: tie_word_embeddings = {tied!r}, expected true or false")
         heads, groups, head_dim = self._heads(hf_config)
         if heads % groups:
             raise UserError(

@@ -27,7 +27,7 @@ from fusemega import assets  # noqa: E402  (after the filters are set)
 from fusemega.checkpoint.output import write_durably  # noqa: E402
 from fusemega.errors import UserError  # noqa: E402
 from fusemega.recipes.stages import Stages  # noqa: E402
-from fusemega.training.metrics import read_metrics  # noqa: E402
+from fusemega.training.records import read_metrics  # noqa: E402
 
 # Of the ten consecutive layers that could go, the middle ones hurt least (cross-entropy 1.96 -> 4.89 nats on eight
 # training conversations; 5.41 without layers 4 to 13, 9.63 without 16 to 25).

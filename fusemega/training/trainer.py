@@ -25,9 +25,10 @@ from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World
 from fusemega.training.batches import TrainingData
 from fusemega.training.forward import Batch, head_settings, run_schedule, total_over_ranks
-from fusemega.training.metrics import MetricsWriter
+from fusemega.training.metrics import MetricsWriter, with_costs
 from fusemega.training.optimizer import schedule, wrap
 from fusemega.training.run import IDENTITY_FIELDS, TrainRun
+from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
 
@@ -72,7 +73,7 @@ class Trainer:
         interval = self.run.training.save_interval
         with disk_errors(Path(self.run.output_dir)), self._metrics_writer() as writer:
             while self.iteration < self.train_iters:
-                values = self.step()
+                values = with_costs(self.step(), self.world)
                 if writer is not None:
                     writer.write(self.iteration, values)
                 if self.iteration == self.train_iters or (interval and self.iteration % interval == 0):
@@ -181,8 +182,13 @@ class Trainer:
     def _metrics_writer(self) -> AbstractContextManager[MetricsWriter | None]:
         if not self.world.is_main:
             return nullcontext()
-        folder, interval = Path(self.run.output_dir), self.run.training.log_interval
-        return closing(MetricsWriter(folder, self.iteration, self.train_iters, interval, say))
+        folder, training = Path(self.run.output_dir), self.run.training
+        wandb_run = None
+        if training.wandb_project is not None:
+            wandb_run = WandbRun(training.wandb_project, folder, self.run.model_dump(mode="json"))
+        return closing(
+            MetricsWriter(folder, self.iteration, self.train_iters, training.log_interval, say, wandb_run)
+        )
 
 
 def _listed(keys: Sequence[str], most: int = 8) -> str:
