@@ -123,9 +123,9 @@ def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype) -> GPT:
     )
     model = GPT(config, hf_config, family, world).to(world.device)
     for placement in placements(model, world):
-        # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off.
-        # Without them its gradient norm counts a split matrix on the first rank alone.
-        if placement.rule.partition_dim is not None:
+        # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off; it
+        # has set those of biases. Without them its gradient norm counts a split matrix on the first rank alone.
+        if placement.rule.partition_dim is not None and not hasattr(placement.parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(placement.parameter, True, placement.rule.partition_dim, 1)
     return model
 
@@ -181,8 +181,9 @@ def fill(model: GPT, world: World, read: Callable[[str, Box], torch.Tensor]) -> 
 def init_random(model: GPT, world: World, seed: int) -> None:
     """Draw the weights a model starts with when it is trained from scratch; the same under every layout.
 
-    Matrices are normal(0, `initializer_range`, 0.02 where the configuration has none) and norms 1, as transformers
-    initialises them. Each HF tensor is drawn whole in float32 from a generator seeded by `seed` and its name.
+    Matrices are normal(0, `initializer_range`, 0.02 where the configuration has none), norms 1 and biases 0, as
+    transformers initialises them. Each HF tensor is drawn whole in float32 from a generator seeded by `seed` and its
+    name.
     """
     std = model.hf_config.get("initializer_range", 0.02)
     shapes = {name: shape for rule in model.family.rules(model.hf_config) for name, shape in rule.hf_shapes().items()}
@@ -193,7 +194,7 @@ def init_random(model: GPT, world: World, seed: int) -> None:
             if len(last) == 3:
                 last.clear()
             if len(shapes[name]) == 1:
-                last[name] = torch.ones(shapes[name])
+                last[name] = (torch.zeros if name.endswith(".bias") else torch.ones)(shapes[name])
             else:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                 last[name] = torch.empty(shapes[name]).normal_(0.0, std, generator=generator)
