@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -139,3 +139,16 @@ def require_int(hf_config: HFConfig, key: str, default: int | None = None, *, mi
         expected = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
         raise UserError(f"config.json: {key} = {value!r}, expected {expected}")
     return value
+
+
+def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The configuration of a model with only these layers, numbered from 0, in this order.
+
+    What configurations say layer by layer (`layer_types`, or the first layer that has a window) follows its layer.
+    """
+    out = {**hf_config, "num_hidden_layers": len(kept)}
+    if isinstance(hf_config.get("layer_types"), list):
+        out["layer_types"] = [hf_config["layer_types"][layer] for layer in kept]
+    if isinstance(hf_config.get("max_window_layers"), int):
+        out["max_window_layers"] = sum(layer < hf_config["max_window_layers"] for layer in kept)
+    return out
