@@ -49,9 +49,14 @@ class MegatronFolder:
             name: getattr(torch, dtype) for name, dtype in self.manifest["dtypes"].items()
         }
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all stored parameters: it holds every tensor's own type exactly."""
+        return _container(set(self.dtypes.values()))
+
     def load(self, world: World, dtype: torch.dtype | None = None) -> GPT:
         """The model under this layout, in the stored dtype unless another is asked for. Collective."""
-        model = build_model(self.config, world, dtype or _container(set(self.dtypes.values())))
+        model = build_model(self.config, world, dtype or self.dtype)
         load_model(model, self.path / "weights")
         return model
 

@@ -25,6 +25,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  
 from megatron.core.transformer import TransformerConfig  # isort: skip
 
 
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+
+
 class GPT(GPTModel):
     """Megatron's GPTModel without its vocabulary step: the last stage returns hidden states, never logits.
 
@@ -85,6 +88,29 @@ def check_layout(hf_config: HFConfig, tp_size: int, pp_size: int) -> None:
             f"parallel.pipeline_model_parallel_size: {pp_size} does not divide this model's {layers} layers; "
             f"allowed: {', '.join(map(str, allowed))}"
         )
+
+
+def stage_rules(hf_config: HFConfig, pp_size: int, pp_rank: int) -> list[Rule]:
+    """The rules of the parameters that `build_model` makes on one stage, without making any.
+
+    Args:
+        hf_config: `config.json` as a mapping.
+        pp_size: the number of stages, which divides the layers (see `check_layout`).
+        pp_rank: the stage.
+    """
+    family = family_of(hf_config)
+    layers_each = family.transformer_config(hf_config)["num_layers"] // pp_size
+    out = []
+    for rule in family.rules(hf_config):
+        match = _LAYER.match(rule.megatron)
+        if match is not None:
+            stage = int(match[1]) // layers_each
+        else:
+            stage = 0 if rule.megatron.startswith("embedding.") else pp_size - 1
+        # The copy of a tied head exists only where the embedding is on another stage.
+        if stage == pp_rank and not (rule.duplicate and pp_size == 1):
+            out.append(rule)
+    return out
 
 
 def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype) -> GPT:
@@ -155,7 +181,7 @@ def placements(model: GPT, world: World) -> list[Placement]:
 
 def _global_name(model: GPT, name: str) -> str:
     """A stage numbers its layers from 0; rules number those of the whole model."""
-    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    match = _LAYER.match(name)
     if match is None:
         return name
     layer = model.decoder.layers[int(match[1])].layer_number - 1
