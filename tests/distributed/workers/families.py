@@ -65,10 +65,8 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
     if logits_SV is not None and world.dp_rank == 0 and world.tp_rank == 0:
         torch.save(logits_SV, f"{out}.logits.pt")
 
-    ddp, optimizer = wrap(model, OptimizerSection(use_distributed_optimizer=False, clip_grad=0.0, weight_decay=0.1))
-    decay = {
-        id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
-    }
+    ddp, optimizer = wrap(model, OptimizerSection(lr=1e-3, use_distributed_optimizer=False, clip_grad=0.0))
+    decay = {id(parameter): group["wd_mult"] for group in optimizer.param_groups for parameter in group["params"]}
     ddp.zero_grad_buffer()
     batch = row_of(texts)
     objective = SFT()
