@@ -59,9 +59,14 @@ class MegatronFolder:
         where = f"{self.path / 'manifest.json'}: dtypes"
         return {name: known[choose(f"{where}.{name}", str(dtype), known)] for name, dtype in given.items()}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all stored parameters: it holds every tensor's own type exactly."""
+        return _container(set(self.dtypes.values()))
+
     def load(self, world: World, dtype: torch.dtype | None = None) -> GPT:
         """The model under this layout, in the stored dtype unless another is asked for. Collective."""
-        model = build_model(self.config, world, dtype or _container(set(self.dtypes.values())))
+        model = build_model(self.config, world, dtype or self.dtype)
         load_model(model, self.path / "weights")
         return model
 

@@ -73,6 +73,10 @@ class HFFolder:
         """Shape of a tensor."""
         return self._entry(name).shape
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._entry(name).shard
+
     def dtype(self, name: str) -> torch.dtype:
         """Data type of a tensor.
 

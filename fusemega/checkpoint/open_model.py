@@ -11,6 +11,7 @@ from fusemega.checkpoint.convert import MegatronFolder, is_megatron_folder
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hf_load import check_tensors, load_hf
 from fusemega.checkpoint.hub import resolve
+from fusemega.checkpoint.read_plan import RankReads, plan_reads
 from fusemega.config import Section
 from fusemega.models.build import GPT, build_model, check_layout
 from fusemega.runtime.parallel import ParallelConfig, World
@@ -44,6 +45,7 @@ class ModelSource:
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
         parallel.data_parallel_size(world_size)
+        self._parallel = parallel
         self.dtype = DTYPES[config.dtype]
         self._source = _opened(config.load)
         self.hf = self._source.hf if isinstance(self._source, MegatronFolder) else self._source.path
@@ -57,6 +59,11 @@ class ModelSource:
     def weights_hash(self) -> str:
         """See `weights_hash`."""
         return _hash_of(self._source)
+
+    def plan_reads(self) -> list[RankReads]:
+        """What each model-parallel rank would read of the weights. Reads none of them."""
+        tp_size, pp_size = self._parallel.tensor_model_parallel_size, self._parallel.pipeline_model_parallel_size
+        return plan_reads(self._source, tp_size, pp_size)
 
     def build(self, world: World) -> GPT:
         """This rank's part of the model, with its weights. Collective."""

@@ -205,6 +205,7 @@ def test_a_folder_of_something_else_is_left_alone(make_run: MakeRun, tmp_path: P
 def test_dry_run_checks_and_writes_nothing(make_run: MakeRun, tmp_path: Path) -> None:
     text = describe(make_run(parallel={"pipeline_model_parallel_size": 2}), 4)
     assert "4 process(es): TP 1 x PP 2 x DP 2" in text and "llama, 0.2M parameters" in text
+    assert "read by each of 2 data-parallel replica(s)" in text and "2 rank(s) read" in text
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="does not divide this model's 4 layers"):
         describe(make_run(parallel={"pipeline_model_parallel_size": 3}), 3)
