@@ -26,6 +26,7 @@ from fusemega.models.dense_logits import dense_logits
 from fusemega.models.registry import family_of
 from fusemega.models.rules import slices, whole
 from fusemega.runtime.parallel import World
+from fusemega.runtime.precision import LOCAL, Kernels
 
 FORMAT = "fusemega-megatron-1"
 
@@ -49,9 +50,9 @@ class MegatronFolder:
             name: getattr(torch, dtype) for name, dtype in self.manifest["dtypes"].items()
         }
 
-    def load(self, world: World, dtype: torch.dtype | None = None) -> GPT:
+    def load(self, world: World, dtype: torch.dtype | None = None, kernels: Kernels = LOCAL) -> GPT:
         """The model under this layout, in the stored dtype unless another is asked for. Collective."""
-        model = build_model(self.config, world, dtype or _container(set(self.dtypes.values())))
+        model = build_model(self.config, world, dtype or _container(set(self.dtypes.values())), kernels)
         load_model(model, self.path / "weights")
         return model
 

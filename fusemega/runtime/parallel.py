@@ -1,6 +1,7 @@
 """Process groups and parallel dimensions: one object that says who this process is.
 
-Importing this module enables the CPU backend where there is no CUDA; nothing above `runtime/` asks again.
+Importing this module enables the CPU backend where there is no CUDA; nothing above `runtime/` asks again. It raises
+UserError where an installed package would make megatron-core compute wrongly.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pydantic import Field, model_validator
 
 from fusemega.config import Section
 from fusemega.errors import UserError
-from fusemega.runtime import cpu_backend
+from fusemega.runtime import cpu_backend, kernel_packages
 
+kernel_packages.refuse_harmful()
 cpu_backend.enable()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the backend is in place)
