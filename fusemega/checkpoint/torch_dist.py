@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fusemega.errors import UserError
@@ -53,7 +54,7 @@ def loadable_state(model: GPT, path: str | Path) -> dict[str, Any]:
     state: dict[str, Any] = model.sharded_state_dict()
     present: set[str] = set()
     if model.config.fp8 is not None and model.config.fp8_recipe == "delayed":
-        present = {value.key for value in dist_checkpointing.load_sharded_metadata(str(path)).values()}
+        present = {value.key for value in load_sharded_metadata(str(path)).values()}
     return {name: value for name, value in state.items() if not _is_extra(name) or value.key in present}
 
 

@@ -16,9 +16,18 @@ import enum
 import os
 import sys
 import types
+import warnings
 from typing import Any
 
 import torch
+
+# TransformerConfig's settings for the pure-PyTorch current scaling that ships in the wheel: hybrid, a scale a tensor.
+REFERENCE_FP8 = {
+    "fp8": "hybrid",
+    "fp8_recipe": "custom",
+    "fp8_quantizer_factory": "transformer_engine.pytorch.custom_recipes.quantization_current_scaling."
+    "current_scaling_ref_quantizer_factory",
+}
 
 # Whose questions are answered as on a Hopper GPU.
 _ANSWERED = ("transformer_engine.", "megatron.core.extensions.transformer_engine")
@@ -126,7 +135,9 @@ def install() -> None:
     for name in cpu_ops.__all__:
         setattr(extension, name, getattr(cpu_ops, name))
     _answer_for_cuda()
-    import transformer_engine.common as common
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the extension's file is not found: it is not looked for again
+        import transformer_engine.common as common
 
     common.load_framework_extension = lambda framework: None
     # It takes over the extension's names by `import *`, which finds only those that are listed.
