@@ -1,4 +1,4 @@
-"""Transformer Engine's layer spec beside the local one: the same weights under other names, and the same checkpoints."""
+"""Transformer Engine's layer spec beside the local one: the same weights under other names, the same checkpoints."""
 
 from __future__ import annotations
 
@@ -97,14 +97,12 @@ def scales(model: GPT) -> Any:
 def test_delayed_scaling_keeps_its_scales_and_no_other_model_unpickles_them(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.core.fp8_utils import get_fp8_recipe
+    from megatron.core.fp8_utils import get_fp8_context
     from transformer_engine.pytorch.module import base
 
     source = drawn(world, DELAYED)
-    module = source.decoder.layers[1].mlp.linear_fc1
-    module.fp8 = True
-    module.fp8_meta["recipe"] = get_fp8_recipe(source.config)
-    module.init_fp8_meta_tensors(module.fp8_meta["recipe"])
+    with torch.no_grad(), get_fp8_context(source.config):  # as the first forward pass does
+        source.decoder.layers[1].mlp.linear_fc1.init_fp8_metadata()
     scales(source)["scaling_fwd"].scale.fill_(8.0)
     scales(source)["scaling_bwd"].amax_history.fill_(5.0)
     save_model(source, tmp_path)
