@@ -27,6 +27,7 @@ from fusemega.models.dense_logits import dense_logits
 from fusemega.models.registry import family_of
 from fusemega.models.rules import slices, whole
 from fusemega.runtime.parallel import World
+from fusemega.runtime.precision import LOCAL, Kernels
 
 FORMAT = "fusemega-megatron-1"
 
@@ -64,9 +65,9 @@ class MegatronFolder:
         """Of all stored parameters: it holds every tensor's own type exactly."""
         return _container(set(self.dtypes.values()))
 
-    def load(self, world: World, dtype: torch.dtype | None = None) -> GPT:
+    def load(self, world: World, dtype: torch.dtype | None = None, kernels: Kernels = LOCAL) -> GPT:
         """The model under this layout, in the stored dtype unless another is asked for. Collective."""
-        model = build_model(self.config, world, dtype or self.dtype)
+        model = build_model(self.config, world, dtype or self.dtype, kernels)
         load_model(model, self.path / "weights")
         return model
 

@@ -98,7 +98,7 @@ class _Sources:
         self.model = model
         self.rules = {
             name: rule
-            for rule in model.family.rules(model.hf_config)
+            for rule in model.rules()
             if not rule.duplicate
             for name in rule.hf_shapes()
         }
@@ -161,7 +161,7 @@ def _tensor_infos(model: GPT, dtypes: Mapping[str, torch.dtype]) -> list[TensorI
     """What is written, in the model's order."""
     return [
         TensorInfo(name, dtypes[name], shape)
-        for rule in model.family.rules(model.hf_config)
+        for rule in model.rules()
         if not rule.duplicate
         for name, shape in rule.hf_shapes().items()
     ]
@@ -172,7 +172,7 @@ def _dtypes(
 ) -> Mapping[str, torch.dtype]:
     if isinstance(dtype, Mapping):
         return dtype
-    names = [name for rule in model.family.rules(model.hf_config) for name in rule.hf_shapes()]
+    names = [name for rule in model.rules() for name in rule.hf_shapes()]
     if dtype is None and any((source / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
         folder = HFFolder(source)
         return {name: folder.dtype(name) for name in names}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from pydantic import Field
 
@@ -12,19 +10,19 @@ from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hf_load import check_tensors, load_hf
 from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.read_plan import RankReads, plan_reads
-from fusemega.config import Section
 from fusemega.models.build import GPT, build_model, check_layout
+from fusemega.models.registry import family_of
 from fusemega.runtime.parallel import ParallelConfig, World
+from fusemega.runtime.precision import Precision
 from fusemega.text.tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class ModelConfig(Section):
+class ModelConfig(Precision):
     """Which weights, and the precision they are computed in."""
 
     load: str = Field(description="Hugging Face folder or hub id, or a folder made by `fusemega convert import`")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of parameters and activations; gradients are fp32")
     trust_remote_code: bool = Field(False, description="let the tokenizer's folder bring its own Python code")
 
 
@@ -40,7 +38,7 @@ class ModelSource:
 
     Raises:
         UserError: the folder is damaged, of an unknown architecture, or the layout does not divide it or
-            the world; no tokenizer.
+            the world; no tokenizer; FP8 or Transformer Engine is asked for and cannot be had.
     """
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
@@ -51,6 +49,8 @@ class ModelSource:
         self.hf = self._source.hf if isinstance(self._source, MegatronFolder) else self._source.path
         self.hf_config = self._source.config
         check_layout(self.hf_config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+        config.check_layers(family_of(self.hf_config).transformer_config(self.hf_config), parallel)
+        self.kernels = config.kernels()
         self.tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
         self.vocab_size = int(self.hf_config["vocab_size"])
         # A pad token added to the tokenizer alone is common, and the model has no row for it.
@@ -68,8 +68,8 @@ class ModelSource:
     def build(self, world: World) -> GPT:
         """This rank's part of the model, with its weights. Collective."""
         if isinstance(self._source, MegatronFolder):
-            return self._source.load(world, self.dtype)
-        model = build_model(self.hf_config, world, self.dtype)
+            return self._source.load(world, self.dtype, self.kernels)
+        model = build_model(self.hf_config, world, self.dtype, self.kernels)
         load_hf(model, self.hf, world)
         return model
 

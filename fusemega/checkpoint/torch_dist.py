@@ -11,11 +11,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fusemega.checkpoint.hf_folder import read_json
@@ -48,8 +50,37 @@ def load_model(model: GPT, path: str | Path) -> None:
     """
     check_files(Path(path))
     with checkpoint_errors(f"{path}: does not fit this model, or is damaged"):
-        state = dist_checkpointing.load(model.sharded_state_dict(), str(path))
-    model.load_state_dict(state)
+        state = dist_checkpointing.load(loadable_state(model, path), str(path))
+    fill_from_state(model, state)
+
+
+def loadable_state(model: GPT, path: str | Path) -> dict[str, Any]:
+    """What to ask of the checkpoint `path`: the model's sharded state, whichever layer spec it was saved from.
+
+    Both specs share the keys of their weights. Transformer Engine's modules keep FP8 state beside them, of which only
+    delayed scaling's (scales and maxima) is needed again; it is pickled, so it is left unread by every other model.
+    """
+    state: dict[str, Any] = model.sharded_state_dict()
+    present: set[str] = set()
+    if model.config.fp8 is not None and model.config.fp8_recipe == "delayed":
+        present = {value.key for value in load_sharded_metadata(str(path)).values()}
+    return {name: value for name, value in state.items() if not _is_extra(name) or value.key in present}
+
+
+def fill_from_state(model: GPT, state: dict[str, Any]) -> None:
+    """Set the weights, and the FP8 state that was loaded with them.
+
+    Raises:
+        RuntimeError: the state is not one that `loadable_state` asked for.
+    """
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [*unexpected, *(name for name in missing if not _is_extra(name))]
+    if wrong:
+        raise RuntimeError(f"not the state of this model: {', '.join(wrong)}")
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith("._extra_state")
 
 
 def check_files(path: Path) -> None:

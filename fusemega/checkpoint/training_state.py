@@ -28,7 +28,7 @@ from megatron.core.utils import unwrap_model
 
 from fusemega.checkpoint.hf_folder import read_json
 from fusemega.checkpoint.output import write_durably
-from fusemega.checkpoint.torch_dist import check_files, checkpoint_errors
+from fusemega.checkpoint.torch_dist import check_files, checkpoint_errors, fill_from_state, loadable_state
 from fusemega.errors import UserError
 from fusemega.runtime.parallel import World
 from fusemega.runtime.random_state import random_state, restore_random_state
@@ -71,7 +71,8 @@ def save_checkpoint(
     dist.barrier()
     try:
         with checkpoint_errors(f"{final}: checkpoint not saved", temporary):
-            dist_checkpointing.save(_sharded_state(ddp, optimizer, world, is_loading=False), str(temporary))
+            model_state = unwrap_model(ddp).sharded_state_dict()
+            dist_checkpointing.save(_sharded_state(model_state, optimizer, world, is_loading=False), str(temporary))
             if world.is_main:
                 write_durably(temporary / STATE, json.dumps({"iteration": iteration, **state}, indent=1))
                 if final.exists():
@@ -122,17 +123,17 @@ def load_checkpoint(folder: Path, ddp: DistributedDataParallel, optimizer: Megat
     """
     check_files(folder)
     with checkpoint_errors(f"{folder}: checkpoint cannot be loaded"):
-        loaded = dist_checkpointing.load(_sharded_state(ddp, optimizer, world, is_loading=True), str(folder))
-    unwrap_model(ddp).load_state_dict(loaded["model"])
+        model_state = loadable_state(unwrap_model(ddp), folder)
+        loaded = dist_checkpointing.load(_sharded_state(model_state, optimizer, world, is_loading=True), str(folder))
+    fill_from_state(unwrap_model(ddp), loaded["model"])
     with torch.no_grad():  # fp32 parameters are updated in place, through views of leaves
         optimizer.load_state_dict(loaded["optimizer"])
     restore_random_state({name: value[0].clone() for name, value in loaded["random_state"].items()})
 
 
 def _sharded_state(
-    ddp: DistributedDataParallel, optimizer: MegatronOptimizer, world: World, *, is_loading: bool
+    model_state: dict[str, Any], optimizer: MegatronOptimizer, world: World, *, is_loading: bool
 ) -> dict[str, Any]:
-    model_state = unwrap_model(ddp).sharded_state_dict()
     return {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from fusemega.errors import UserError
-from fusemega.models.family import Family, HFConfig
+from fusemega.models.family import LOCAL_NAMES, TRANSFORMER_ENGINE_NAMES, Family, HFConfig
 from fusemega.models.registry import family_of
 from fusemega.models.rules import Box, Piece, Rule, padded_vocab_size, slices, volume
 from fusemega.runtime.parallel import World
+from fusemega.runtime.precision import LOCAL, Kernels
 from fusemega.runtime.specs import block_spec
 
 from megatron.core.models.gpt import GPTModel  # isort: skip  (after runtime.parallel has enabled the CPU backend)
@@ -58,6 +59,11 @@ class GPT(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
+
+    def rules(self) -> list[Rule]:
+        """The family's weight rules, under the parameter names of this model's layer spec."""
+        fused = self.config.transformer_impl == "transformer_engine"
+        return self.family.rules(self.hf_config, TRANSFORMER_ENGINE_NAMES if fused else LOCAL_NAMES)
 
     def head_weight(self) -> torch.nn.Parameter:
         """The head's rows on this rank, [V_padded / TP, H], tied or not. Only on the last stage."""
@@ -113,7 +119,7 @@ def stage_rules(hf_config: HFConfig, pp_size: int, pp_rank: int) -> list[Rule]:
     return out
 
 
-def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype) -> GPT:
+def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype, kernels: Kernels = LOCAL) -> GPT:
     """This rank's part of the model, on `world.device`, with *uninitialised* weights (see `fill`, `init_random`).
 
     Collective over the embedding group when embeddings are tied and there are several stages.
@@ -122,6 +128,7 @@ def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype) -> GPT:
         hf_config: `config.json` as a mapping.
         world: the layout.
         dtype: of the parameters, and of what pipeline stages send each other.
+        kernels: whose layers, and FP8; the weights are the same whichever it is.
 
     Raises:
         UserError: the family refuses the configuration, or the layout does not divide it.
@@ -130,6 +137,7 @@ def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype) -> GPT:
     check_layout(hf_config, world.tp_size, world.pp_size)
     config = TransformerConfig(
         **family.transformer_config(hf_config),
+        **kernels.transformer_config(),
         tensor_model_parallel_size=world.tp_size,
         pipeline_model_parallel_size=world.pp_size,
         sequence_parallel=world.sequence_parallel,
@@ -150,7 +158,8 @@ def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype) -> GPT:
     model = GPT(config, hf_config, family, world).to(world.device)
     for placement in placements(model, world):
         # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off; it
-        # has set those of biases. Without them its gradient norm counts a split matrix on the first rank alone.
+        # has set those of biases, and Transformer Engine sets its own. Without them Megatron's gradient norm counts a
+        # split matrix on the first rank alone.
         if placement.rule.partition_dim is not None and not hasattr(placement.parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(placement.parameter, True, placement.rule.partition_dim, 1)
     return model
@@ -167,7 +176,7 @@ class Placement:
 
 def placements(model: GPT, world: World) -> list[Placement]:
     """Every parameter of this rank with its rule, in the model's order."""
-    rules = {rule.megatron: rule for rule in model.family.rules(model.hf_config)}
+    rules = {rule.megatron: rule for rule in model.rules()}
     out = []
     for name, parameter in model.named_parameters():
         rule = rules[_global_name(model, name)]
@@ -212,7 +221,7 @@ def init_random(model: GPT, world: World, seed: int) -> None:
     name.
     """
     std = model.hf_config.get("initializer_range", 0.02)
-    shapes = {name: shape for rule in model.family.rules(model.hf_config) for name, shape in rule.hf_shapes().items()}
+    shapes = {name: shape for rule in model.rules() for name, shape in rule.hf_shapes().items()}
     last: dict[str, torch.Tensor] = {}
 
     def read(name: str, box: Box) -> torch.Tensor:

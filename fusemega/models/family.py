@@ -16,9 +16,7 @@ HFConfig = Mapping[str, Any]
 class ParameterNames(NamedTuple):
     """Megatron's parameter names under one layer spec; `{}` is the global layer index.
 
-    These are the names of the local spec. Transformer Engine's spec fuses the two norms of a layer into the
-    following linear (`linear_qkv.layer_norm_weight`, `linear_fc1.layer_norm_weight`) and is a second value of
-    this type.
+    The defaults are the names of the local spec.
     """
 
     embedding: str = "embedding.word_embeddings.weight"
@@ -36,6 +34,11 @@ class ParameterNames(NamedTuple):
 
 
 LOCAL_NAMES = ParameterNames()
+# Transformer Engine's spec fuses the two norms of a layer into the linear that follows each.
+TRANSFORMER_ENGINE_NAMES = ParameterNames(
+    attention_norm="decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight",
+    mlp_norm="decoder.layers.{}.mlp.linear_fc1.layer_norm_weight",
+)
 
 
 class Family(Protocol):

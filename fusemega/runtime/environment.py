@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -13,14 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.specifiers import SpecifierSet
-
 from fusemega.assets import cache_folder
+from fusemega.runtime.kernel_packages import (
+    FP8_RECIPES,
+    foreign_apex,
+    installed_version,
+    recipe_problem,
+    transformer_engine_fault,
+    transformer_engine_problem,
+)
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 GIB = 1 << 30
 MIN_SHM_BYTES = GIB
-TRANSFORMER_ENGINE_RANGE = SpecifierSet(">=2.9,<2.12")
 
 # Distribution -> what its absence breaks. All are in setup.py's install_requires.
 _REQUIRED = {
@@ -63,25 +66,18 @@ def examine() -> list[Item]:
     return [*_software(), *_accelerators(), *_machine()]
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _software() -> Iterator[Item]:
     python_ok = sys.version_info >= (3, 10)
     yield Item("python", platform.python_version(), OK if python_ok else BROKEN, "" if python_ok else "needs 3.10")
     yield _torch()
     yield _megatron_core()
     for name, breaks in _REQUIRED.items():
-        version = _version(name)
+        version = installed_version(name)
         yield Item(name, version or "-", OK if version else BROKEN, "" if version else breaks)
-    yield _transformer_engine()
+    yield from _transformer_engine()
     yield _apex()
     for name, costs in _OPTIONAL.items():
-        version = _version(name)
+        version = installed_version(name)
         yield Item(name, version or "-", OK if version else MISSING, "" if version else costs)
 
 
@@ -90,7 +86,7 @@ def _torch() -> Item:
         import torch
         import torch.distributed as dist
     except (ImportError, OSError) as error:
-        return Item("torch", _version("torch") or "-", BROKEN, f"cannot be imported: {error}")
+        return Item("torch", installed_version("torch") or "-", BROKEN, f"cannot be imported: {error}")
     build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
     if not torch.cuda.is_available() and not dist.is_gloo_available():
         return Item("torch", f"{torch.__version__}, {build}", BROKEN, "neither CUDA nor gloo: no process group at all")
@@ -100,38 +96,40 @@ def _torch() -> Item:
 def _megatron_core() -> Item:
     from fusemega.runtime.cpu_backend import MEGATRON_CORE_PIN
 
-    version = _version("megatron-core")
+    version = installed_version("megatron-core")
     if version == MEGATRON_CORE_PIN:
         return Item("megatron-core", version)
     mend = f"pip install megatron-core=={MEGATRON_CORE_PIN}"
     return Item("megatron-core", version or "-", BROKEN, f"no other release is tested, or runs without CUDA: {mend}")
 
 
-def _transformer_engine() -> Item:
-    version = _version("transformer-engine")
-    if version is None:
-        cost = "no FP8; norms, attention and Adam run on torch's kernels: pip install 'fusemega[gpu]'"
-        return Item("transformer-engine", "-", MISSING, cost)
-    if version not in TRANSFORMER_ENGINE_RANGE:
-        return Item("transformer-engine", version, BROKEN, f"megatron-core wants {TRANSFORMER_ENGINE_RANGE}")
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # its loader raises RuntimeError, OSError or ImportError, by what is wrong
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Item("transformer-engine", version, BROKEN, f"cannot be imported, so megatron-core cannot: {first}")
-    return Item("transformer-engine", version)
+def _transformer_engine() -> Iterator[Item]:
+    """The package, and which FP8 recipes it can run here."""
+    installed, problem = installed_version("transformer-engine"), transformer_engine_problem()
+    if installed is None:
+        cost = "norms, attention and Adam run on torch's kernels: pip install 'fusemega[gpu]'"
+        yield Item("transformer-engine", "-", MISSING, cost)
+    elif fault := transformer_engine_fault():
+        yield Item("transformer-engine", installed, BROKEN, fault)
+    else:
+        yield Item("transformer-engine", installed, OK, "" if problem is None else "unused: it needs a GPU")
+    if problem is not None:
+        yield Item("FP8", "-", MISSING, "needs Transformer Engine, and a GPU")
+        return
+    reasons = {recipe: recipe_problem(recipe) for recipe in FP8_RECIPES}
+    usable = [recipe for recipe, reason in reasons.items() if reason is None]
+    note = "; ".join(f"no {recipe}: {reason}" for recipe, reason in reasons.items() if reason)
+    yield Item("FP8", ", ".join(usable) or "-", OK if usable else MISSING, note)
 
 
 def _apex() -> Item:
     """NVIDIA's apex is not on the Python registry; a web toolkit of that name is, and flips Megatron's switches."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
+    if foreign_apex():
+        note = "not NVIDIA's apex: megatron-core would take it for that and lose its norms: pip uninstall apex"
+        return Item("apex", installed_version("apex") or "found", BROKEN, note)
+    if importlib.util.find_spec("apex") is None:
         return Item("apex", "-", MISSING, "nothing beside Transformer Engine; without either, torch's norms and Adam")
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        return Item("apex", _version("apex") or "found")
-    note = "not NVIDIA's apex: megatron-core would take it for that and lose its norms: pip uninstall apex"
-    return Item("apex", _version("apex") or "found", BROKEN, note)
+    return Item("apex", installed_version("apex") or "found")
 
 
 def _accelerators() -> Iterator[Item]:
@@ -184,7 +182,7 @@ def _gpus() -> Iterator[Item]:
 
 def _machine() -> Iterator[Item]:
     yield Item("cores", str(len(os.sched_getaffinity(0))))
-    if _version("psutil"):
+    if installed_version("psutil"):
         import psutil
 
         memory = psutil.virtual_memory()

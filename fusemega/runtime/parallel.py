@@ -1,7 +1,7 @@
 """Process groups and parallel dimensions: one object that says who this process is.
 
 Importing this module enables the CPU backend where there is no CUDA, and mends megatron-core's own faults; nothing
-above `runtime/` asks again.
+above `runtime/` asks again. It raises UserError where an installed package would make megatron-core compute wrongly.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pydantic import Field, model_validator
 
 from fusemega.config import Section
 from fusemega.errors import UserError
-from fusemega.runtime import cpu_backend, megatron_fixes
+from fusemega.runtime import cpu_backend, kernel_packages, megatron_fixes
 
+kernel_packages.refuse_harmful()
 cpu_backend.enable()
 megatron_fixes.apply()
 

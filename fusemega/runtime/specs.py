@@ -1,4 +1,4 @@
-"""Layer specs that need neither Transformer Engine nor apex.
+"""Layer specs: one that needs neither Transformer Engine nor apex, and Transformer Engine's.
 
 Shapes: S sequence (or all tokens T of a packed row), B batch, N query heads, G key/value heads, D head size.
 """
@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
@@ -132,6 +135,14 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers and the final norm (a bare layer spec would bring Megatron's own norm back)."""
+    """This pipeline stage's layers and the final norm (a bare layer spec would bring Megatron's own norm back).
+
+    `config.transformer_impl` says whose.
+    """
     layers = get_num_layers_to_build(config)
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=TENorm)
     return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=RMSNorm)

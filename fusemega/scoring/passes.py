@@ -34,8 +34,10 @@ class PassRun(Section):
     micro_batch_size: int = Field(1, ge=1, description="rows of data.seq_length tokens in one forward pass")
 
     @model_validator(mode="after")
-    def _rows_divide_under_sequence_parallel(self) -> PassRun:
-        self.parallel.check_row(self.data.seq_length * self.micro_batch_size, "data.seq_length x micro_batch_size")
+    def _rows_divide(self) -> PassRun:
+        tokens = self.data.seq_length * self.micro_batch_size
+        self.parallel.check_row(tokens, "data.seq_length x micro_batch_size")
+        self.model.check_row(tokens, "data.seq_length x micro_batch_size", self.parallel)
         return self
 
     def open(self) -> ModelSource:

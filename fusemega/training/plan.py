@@ -39,7 +39,8 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     newest = latest_checkpoint(Path(run.output_dir) / CHECKPOINTS)
     start = f"resumes after iteration {read_state(newest)['iteration']}" if newest else "starts from the loaded weights"
     lines = {
-        "model": f"{run.model.load}: {hf_config['model_type']}, {parameters / 1e6:.1f}M parameters, {run.model.dtype}",
+        "model": f"{run.model.load}: {hf_config['model_type']}, {parameters / 1e6:.1f}M parameters, {run.model.dtype}, "
+        f"{checked.source.kernels}",
         "layout": f"{world_size} process(es): TP {parallel.tensor_model_parallel_size} x PP "
         f"{parallel.pipeline_model_parallel_size} x DP {dp}" + (", SP" if parallel.sequence_parallel else ""),
         "data": f"{len(files)} file(s): {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}",

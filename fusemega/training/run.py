@@ -63,7 +63,8 @@ class TrainRun(Section):
         return parse_objective(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
-    def _rows_divide_under_sequence_parallel(self) -> TrainRun:
+    def _rows_divide(self) -> TrainRun:
         tokens = self.data.seq_length * self.training.micro_batch_size
         self.parallel.check_row(tokens, "data.seq_length x training.micro_batch_size")
+        self.model.check_row(tokens, "data.seq_length x training.micro_batch_size", self.parallel)
         return self

@@ -15,6 +15,7 @@ from fusemega.errors import UserError
 from fusemega.losses.registry import Objective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
+from fusemega.runtime.precision import Kernels
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.records import DONE_MARKER, RUN_RECORD
 from fusemega.training.run import TrainRun
@@ -75,7 +76,7 @@ def train(run: TrainRun) -> Path:
     """
     trainer, checked = open_trainer(run)
     if trainer.world.is_main:
-        say(_summary(trainer))
+        say(_summary(trainer, checked.source.kernels))
     trainer.fit()
     output = Path(run.output_dir)
     hf = output / "hf"
@@ -105,12 +106,12 @@ def _write_record(output: Path, run: TrainRun) -> None:
         raise UserError(f"{output}: cannot write there: {error.strerror}") from None
 
 
-def _summary(trainer: Trainer) -> str:
+def _summary(trainer: Trainer, kernels: Kernels) -> str:
     world, dataset = trainer.world, trainer.data.dataset
     skipped = "".join(f"; skipped {count} ({reason})" for reason, count in dataset.skipped.items())
     start = f"resuming after iteration {trainer.iteration}" if trainer.iteration else "starting"
     return (
         f"{start} of {trainer.train_iters} | TP {world.tp_size} PP {world.pp_size} DP {world.dp_size}"
-        f"{' SP' if world.sequence_parallel else ''} | {len(dataset)} samples, {int(dataset.lengths.sum())} tokens, "
-        f"{dataset.num_supervised} supervised{skipped}"
+        f"{' SP' if world.sequence_parallel else ''} | {trainer.run.model.dtype}, {kernels} | "
+        f"{len(dataset)} samples, {int(dataset.lengths.sum())} tokens, {dataset.num_supervised} supervised{skipped}"
     )

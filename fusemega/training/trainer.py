@@ -160,6 +160,7 @@ class Trainer:
             "train_iters": self.train_iters,
             "world_size": self.world.world_size,
             "parallel": self.run.parallel.model_dump(),
+            "fp8": self.run.model.fp8_settings() or None,
             "data": self.data.dataset.folder.name,
             "objective": self.run.objective.model_dump(mode="json"),
             "optimizer": self.run.optimizer.model_dump(),

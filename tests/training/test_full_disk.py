@@ -27,7 +27,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         return folder
 
     yield mount
-    subprocess.run(["umount", str(folder)], capture_output=True)
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
 def test_during_the_first_checkpoint(make_run: Callable[..., TrainRun], small_disk: Callable[[str], Path]) -> None:
