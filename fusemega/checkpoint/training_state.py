@@ -61,7 +61,7 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    final = root / f"iter_{iteration:07d}"
+    final = checkpoint_folder(root, iteration)
     temporary = final.with_name(final.name + ".tmp")
     if world.is_main:
         root.mkdir(parents=True, exist_ok=True)
@@ -87,6 +87,21 @@ def save_checkpoint(
     return final
 
 
+def checkpoint_folder(root: Path, iteration: int) -> Path:
+    """Where the checkpoint after `iteration` updates lies."""
+    return root / f"iter_{iteration:07d}"
+
+
+def prune_checkpoints(root: Path, keep: int, also: Path | None) -> None:
+    """Removes all but the `keep` newest checkpoints below `root`, and the one `also`. By one process only."""
+    whole = sorted(path for path in root.glob("iter_*") if path.suffix != ".tmp")
+    for folder in whole[:-keep]:
+        if folder != also:
+            doomed = folder.with_suffix(".tmp")  # a kill in the middle leaves no folder that looks whole
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+
+
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest whole checkpoint below `root`, or None.
 
@@ -97,7 +112,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     if not tracker.exists():
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    folder = root / f"iter_{int(text):07d}" if text.isdigit() else None
+    folder = checkpoint_folder(root, int(text)) if text.isdigit() else None
     if folder is None or not (folder / STATE).exists():
         raise UserError(f"{tracker}: names iteration {text!r}, but {root}/iter_{text:0>7}/{STATE} is not there")
     return folder

@@ -84,7 +84,8 @@ def run_under_torchrun(argv: Sequence[str], nproc: int) -> int:
         previous = signal.signal(signal.SIGUSR1, lambda number, _: _pass_on(number, folder))
         try:
             elastic_launch(config, entry)(*arguments)
-            return 0
+            stopped = folder / "stopped"
+            return int(stopped.read_text()) if stopped.is_file() else 0
         except ChildFailedError:
             if (folder / "error").is_file():
                 raise UserError((folder / "error").read_text(encoding="utf-8")) from None
@@ -116,6 +117,17 @@ def record_error(error: UserError) -> bool:
     with contextlib.suppress(FileExistsError):
         os.link(own, folder / "error")
     return True
+
+
+def stopped_status(number: int) -> int:
+    """Exit status of a process that signal `number` stopped in good order: 128 + number, as a shell expects.
+
+    A rank ends with 0, since to its launcher anything else is a crash; the parent that `run_under_torchrun` is tells
+    the shell.
+    """
+    if folder := _launch_folder():
+        (folder / "stopped").write_text(str(128 + number))
+    return 0 if "WORLD_SIZE" in os.environ else 128 + number
 
 
 def error_recorded() -> bool:

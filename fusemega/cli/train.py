@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
+from fusemega.cli.launch import stopped_status
 from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_continue
 
 
@@ -33,4 +35,5 @@ def command(
     elif not launch_or_continue(nproc, run.parallel):
         from fusemega.training.train import train
 
-        train(run)
+        if number := train(run):
+            sys.exit(stopped_status(number))

@@ -1,28 +1,14 @@
-"""A model over a data set, forward only: what `teach` and `eval` share.
-
-Shapes: N supervised positions of a micro-batch, H hidden size.
-"""
+"""What the run files of `teach` and `eval` share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import torch
 from pydantic import Field, model_validator
 
 from fusemega.checkpoint.open_model import ModelConfig, ModelSource
 from fusemega.config import Section
-from fusemega.models.build import GPT
-from fusemega.runtime.parallel import ParallelConfig, World, environment_rank
+from fusemega.runtime.parallel import ParallelConfig, environment_rank
 from fusemega.text.data import DataConfig
-from fusemega.text.dataset import TokenizedDataset
-from fusemega.text.sample import Sample
-from fusemega.training.batches import RowShape, global_batch, no_fields
-from fusemega.training.forward import Batch, run_schedule
-
-# Rows of a pass for each data-parallel rank: enough micro-batches to fill a pipeline, few enough to report often.
-ROWS_PER_PASS = 16
+from fusemega.training.batches import RowShape
 
 
 class PassRun(Section):
@@ -47,42 +33,3 @@ class PassRun(Section):
     def row_shape(self, source: ModelSource) -> RowShape:
         """Packed rows of `data.seq_length` tokens."""
         return RowShape(self.data.seq_length, self.micro_batch_size, True, source.pad_id)
-
-
-# (hidden_NH, batch, samples) -> whatever the pass collects on the last stage
-ScoreFunction = Callable[[torch.Tensor, Batch, Sequence[Sample]], Any]
-
-
-@torch.no_grad()
-def score_samples(
-    gpt: GPT,
-    dataset: TokenizedDataset,
-    ids: Sequence[int],
-    shape: RowShape,
-    score: ScoreFunction,
-    world: World,
-) -> Iterator[tuple[int, list[Any]]]:
-    """`score` of every micro-batch of the samples `ids`, pass by pass.
-
-    Yields:
-        (samples done so far on all ranks, what `score` returned for this rank's micro-batches of the pass; empty except
-        on the last stage). The same number of times on every rank.
-    """
-    gpt.eval()
-    per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size
-    # Samples of similar length share a pass; rows then pack well.
-    ordered = sorted(ids, key=lambda i: -int(dataset.lengths[i]))
-    for start in range(0, len(ordered), per_pass):
-        part = ordered[start : start + per_pass]
-        batch = global_batch(dataset, part, no_fields, shape, world)
-        samples = iter(batch.samples)
-
-        def loss(
-            hidden_NH: torch.Tensor, micro: Batch, samples: Iterator[list[Sample]] = samples
-        ) -> tuple[torch.Tensor, Any]:
-            return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
-
-        yield (
-            start + len(part),
-            run_schedule(gpt, batch.micro_batches, loss, world, forward_only=True),
-        )

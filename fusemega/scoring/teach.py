@@ -19,12 +19,13 @@ from fusemega.errors import UserError
 from fusemega.losses.topk import top_k_log_probs
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import initialize
-from fusemega.scoring.passes import PassRun, score_samples
+from fusemega.scoring.passes import PassRun
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
 from fusemega.training.batches import prepare_together
 from fusemega.training.forward import Batch, head_settings
+from fusemega.training.passes import score_samples
 
 
 class TeachRun(PassRun):

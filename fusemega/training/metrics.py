@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,17 @@ from torch.utils.tensorboard import SummaryWriter
 from fusemega.checkpoint.output import write_durably
 from fusemega.runtime.memory import peak_memory
 from fusemega.runtime.parallel import World
-from fusemega.training.records import CPU_MEMORY, GPU_MEMORY, METRICS_FILE, THROUGHPUT, TIME, read_metrics
+from fusemega.training.evaluation import Evaluation
+from fusemega.training.records import (
+    CPU_MEMORY,
+    EVALUATIONS_FILE,
+    GPU_MEMORY,
+    METRICS_FILE,
+    THROUGHPUT,
+    TIME,
+    read_evaluations,
+    read_metrics,
+)
 from fusemega.training.wandb_run import WandbRun
 
 _NOT_ON_THE_CONSOLE = ("consumed-samples", "tokens", GPU_MEMORY, CPU_MEMORY)
@@ -36,7 +46,7 @@ class MetricsWriter:
     those of an uninterrupted run.
 
     Args:
-        folder: the run's output folder; `metrics.jsonl` and `tensorboard/` are written there.
+        folder: the run's output folder; `metrics.jsonl`, `evaluations.jsonl` and `tensorboard/` are written there.
         iteration: the iteration the run starts or resumes from; 0 for a fresh run.
         train_iters: the last iteration, for the time left.
         log_interval: console lines are this many iterations apart.
@@ -53,9 +63,10 @@ class MetricsWriter:
         print_line: Any,
         wandb_run: WandbRun | None = None,
     ) -> None:
-        self._path = folder / METRICS_FILE
-        _keep_rows_through(self._path, iteration)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+        self._evaluations = folder / EVALUATIONS_FILE
+        _keep_rows(self._evaluations, [row for row in read_evaluations(folder) if row["iteration"] <= iteration])
+        _keep_rows(folder / METRICS_FILE, [row for row in read_metrics(folder) if row["iteration"] <= iteration])
+        self._file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
         self._start_iteration, self._train_iters, self._log_interval = iteration, train_iters, log_interval
         self._print, self._wandb = print_line, wandb_run
@@ -72,6 +83,22 @@ class MetricsWriter:
         if iteration % self._log_interval == 0 or iteration == self._train_iters:
             self._print(self._line(iteration, values))
 
+    def write_evaluation(self, iteration: int, found: Evaluation) -> None:
+        """Record an evaluation after `iteration` updates."""
+        with open(self._evaluations, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, **found.model_dump()}) + "\n")
+        values = {
+            "lm loss validation": found.loss,
+            "lm loss validation ppl": found.perplexity,
+            "bits-per-byte validation": found.bits_per_byte,
+        }
+        for name, value in values.items():
+            self._board.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(iteration, values)
+        shown = " | ".join(f"{name} {_number(value)}" for name, value in values.items())
+        self._print(f"validation at iteration {iteration} | {shown} | {found.tokens} tokens")
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
@@ -86,9 +113,9 @@ class MetricsWriter:
         return f"iteration {iteration:>{len(str(total))}}/{total} | {' | '.join(shown)} | left {_clock(left)}"
 
 
-def _keep_rows_through(path: Path, iteration: int) -> None:
-    kept = [row for row in read_metrics(path.parent) if row["iteration"] <= iteration]
-    write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
+def _keep_rows(path: Path, kept: Sequence[Mapping[str, float]]) -> None:
+    if kept or path.exists():
+        write_durably(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _number(value: float) -> str:

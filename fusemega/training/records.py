@@ -7,6 +7,7 @@ from pathlib import Path
 
 RUN_RECORD = "run.json"
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 DONE_MARKER = "done"  # a job script asks for it before it requeues
 
 # What an iteration cost, and not what it computed: never the same twice.
@@ -18,8 +19,16 @@ COSTS = (TIME, THROUGHPUT, GPU_MEMORY, CPU_MEMORY)
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
+    return _rows(folder / METRICS_FILE)
+
+
+def read_evaluations(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's `evaluations.jsonl`: `iteration` (0: before the first update) and what was found."""
+    return _rows(folder / EVALUATIONS_FILE)
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
     rows = []
-    path = folder / METRICS_FILE
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))

@@ -12,6 +12,7 @@ from fusemega.config import Section
 from fusemega.losses.registry import ObjectiveSettings, parse_objective
 from fusemega.runtime.parallel import ParallelConfig
 from fusemega.text.data import DataConfig
+from fusemega.training.evaluation import EvaluationSection
 from fusemega.training.optimizer import OptimizerSection
 
 # The fields of `training` that decide the loss curve: a resumed run must not change them.
@@ -29,6 +30,9 @@ class TrainingSection(Section):
     seed: int = Field(1234, ge=0, description="order of the data, and random state")
     log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every one")
     save_interval: int | None = Field(None, ge=1, description="iterations between checkpoints; the last is saved too")
+    keep_checkpoints: int | None = Field(
+        None, ge=1, description="how many of the newest checkpoints to keep, besides the best one; all if left out"
+    )
     wandb_project: str | None = Field(None, description="also log to this project of Weights & Biases")
     export_hf: bool = Field(True, description="write output_dir/hf, a folder transformers loads, at the end")
 
@@ -56,6 +60,7 @@ class TrainRun(Section):
     objective: SerializeAsAny[ObjectiveSettings] = Field(description="`name` picks the objective, its settings follow")
     optimizer: OptimizerSection
     training: TrainingSection
+    evaluation: EvaluationSection | None = Field(None, description="held-out text to score on the way")
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -67,4 +72,8 @@ class TrainRun(Section):
         tokens = self.data.seq_length * self.training.micro_batch_size
         self.parallel.check_row(tokens, "data.seq_length x training.micro_batch_size")
         self.model.check_row(tokens, "data.seq_length x training.micro_batch_size", self.parallel)
+        if self.evaluation is not None:
+            tokens = self.evaluation.data.seq_length * self.training.micro_batch_size
+            self.parallel.check_row(tokens, "evaluation.data.seq_length x training.micro_batch_size")
+            self.model.check_row(tokens, "evaluation.data.seq_length x training.micro_batch_size", self.parallel)
         return self

@@ -11,6 +11,7 @@ from fusemega.assets import cache_folder
 from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.output import check_writable, on_main, write_durably
+from fusemega.checkpoint.torch_dist import load_model
 from fusemega.errors import UserError
 from fusemega.losses.registry import Objective, build_objective
 from fusemega.runtime.console import say
@@ -62,14 +63,22 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
     data = TrainingData(
         dataset, checked.objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
     )
-    trainer = Trainer.create(run, world, checked.source.build(world), checked.objective, data)
+    held_out = None
+    if run.evaluation is not None:
+        held_out = prepare_together(
+            run.evaluation.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world
+        )
+    trainer = Trainer.create(run, world, checked.source.build(world), checked.objective, data, held_out)
     # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
     on_main(world, lambda: _write_record(output, run))
     return trainer, checked
 
 
-def train(run: TrainRun) -> Path:
-    """Run, or resume, a training run in this process and its peers. Returns the output folder.
+def train(run: TrainRun) -> int:
+    """Run, or resume, a training run in this process and its peers.
+
+    Returns:
+        0; or the number of the signal that stopped the run, after a checkpoint, before its end.
 
     Raises:
         UserError: bad input, before anything is allocated or written; a loss that is not finite; a full disk.
@@ -77,16 +86,21 @@ def train(run: TrainRun) -> Path:
     trainer, checked = open_trainer(run)
     if trainer.world.is_main:
         say(_summary(trainer, checked.source.kernels))
-    trainer.fit()
+    if stopped := trainer.fit():
+        say(f"stopped after iteration {trainer.iteration}, with a checkpoint; the same command goes on from there")
+        return stopped
     output = Path(run.output_dir)
     hf = output / "hf"
     if run.training.export_hf and not hf.exists():
+        if best := trainer.best_checkpoint():
+            load_model(trainer.gpt, best)
+            say(f"exporting the best checkpoint, of iteration {trainer.best.iteration}")
         export_hf(trainer.gpt, hf, checked.source.hf, trainer.world)
         if trainer.world.is_main:
             say(f"exported {hf}")
     if trainer.world.is_main:
         write_durably(output / DONE_MARKER, f"{trainer.iteration}\n")
-    return output
+    return 0
 
 
 def _check_output(output: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,13 +17,23 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fusemega.checkpoint.output import disk_errors
-from fusemega.checkpoint.training_state import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from fusemega.checkpoint.training_state import (
+    checkpoint_folder,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
 from fusemega.errors import UserError
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World
+from fusemega.runtime.signals import StopSignals
+from fusemega.text.dataset import TokenizedDataset
 from fusemega.training.batches import TrainingData
+from fusemega.training.evaluation import evaluate_model
 from fusemega.training.forward import Batch, head_settings, run_schedule, total_over_ranks
 from fusemega.training.metrics import MetricsWriter, with_costs
 from fusemega.training.optimizer import schedule, wrap
@@ -31,6 +41,23 @@ from fusemega.training.run import IDENTITY_FIELDS, TrainRun
 from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The evaluation of lowest loss so far.
+
+    Attributes:
+        data: which held-out text, by the name of its tokenized form.
+        loss: its loss; None before the first evaluation.
+        iteration: when.
+        evaluations_since: how many evaluations were no better.
+    """
+
+    data: str = ""
+    loss: float | None = None
+    iteration: int = 0
+    evaluations_since: int = 0
 
 
 @dataclass
@@ -46,10 +73,20 @@ class Trainer:
     objective: Objective
     data: TrainingData
     train_iters: int
+    held_out: TokenizedDataset | None = None
     iteration: int = 0
+    best: Best = Best()
 
     @classmethod
-    def create(cls, run: TrainRun, world: World, gpt: GPT, objective: Objective, data: TrainingData) -> Trainer:
+    def create(
+        cls,
+        run: TrainRun,
+        world: World,
+        gpt: GPT,
+        objective: Objective,
+        data: TrainingData,
+        held_out: TokenizedDataset | None = None,
+    ) -> Trainer:
         """Wrap the model; start from the newest checkpoint of `run.output_dir`, if there is one.
 
         Raises:
@@ -58,26 +95,50 @@ class Trainer:
         train_iters = run.training.iterations(len(data.dataset))
         ddp, optimizer = wrap(gpt, run.optimizer)
         scheduler = schedule(optimizer, run.optimizer, train_iters)
-        trainer = cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters)
-        folder = latest_checkpoint(Path(run.output_dir) / CHECKPOINTS)
+        trainer = cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, held_out)
+        folder = latest_checkpoint(trainer._checkpoints)
         if folder is not None:
             trainer._resume(folder)
         return trainer
 
-    def fit(self) -> None:
-        """Train to the last iteration, with checkpoints on the way and at the end.
+    def fit(self) -> int:
+        """Train to the last iteration, or until evaluations stop improving, with checkpoints on the way and at the end.
+
+        Returns:
+            0; or the number of the signal that stopped the run, after a checkpoint, before its end.
 
         Raises:
             UserError: a loss or gradient that is not finite (names the step and the sample keys); a full disk.
         """
-        interval = self.run.training.save_interval
-        with disk_errors(Path(self.run.output_dir)), self._metrics_writer() as writer:
-            while self.iteration < self.train_iters:
+        output = Path(self.run.output_dir)
+        with disk_errors(output), self._metrics_writer() as writer, StopSignals(self.world) as signals:
+            if self.iteration == 0:
+                self._evaluate(writer)
+            while not self.finished:
                 values = with_costs(self.step(), self.world)
                 if writer is not None:
                     writer.write(self.iteration, values)
-                if self.iteration == self.train_iters or (interval and self.iteration % interval == 0):
+                stop = signals.requested()
+                is_best = self._is_due(self._evaluation_interval) and self._evaluate(writer)
+                if self._is_due(self.run.training.save_interval) or self.finished or stop or is_best:
                     self.save()
+                if stop and not self.finished:
+                    return stop
+        return 0
+
+    @property
+    def finished(self) -> bool:
+        """The last iteration is done, or patience has run out."""
+        section = self.run.evaluation
+        patience = None if section is None else section.patience
+        return self.iteration == self.train_iters or (patience is not None and self.best.evaluations_since >= patience)
+
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint of lowest evaluation loss, where the run keeps one."""
+        section = self.run.evaluation
+        if section is None or not section.keep_best or self.best.iteration == 0:
+            return None
+        return checkpoint_folder(self._checkpoints, self.best.iteration)
 
     def step(self) -> dict[str, float]:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
@@ -131,9 +192,39 @@ class Trainer:
         }
 
     def save(self) -> Path:
-        """A checkpoint of this iteration. Collective."""
-        root = Path(self.run.output_dir) / CHECKPOINTS
-        return save_checkpoint(root, self.iteration, self.ddp, self.optimizer, self._identity(), self.world)
+        """A checkpoint of this iteration; older ones go, as far as the run file says so. Collective."""
+        state = {**self._identity(), "best": asdict(self.best)}
+        folder = save_checkpoint(self._checkpoints, self.iteration, self.ddp, self.optimizer, state, self.world)
+        keep = self.run.training.keep_checkpoints
+        if keep is not None and self.world.is_main:
+            prune_checkpoints(self._checkpoints, keep, self.best_checkpoint())
+        return folder
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.run.output_dir) / CHECKPOINTS
+
+    @property
+    def _evaluation_interval(self) -> int | None:
+        return None if self.run.evaluation is None else self.run.evaluation.interval
+
+    def _is_due(self, interval: int | None) -> bool:
+        return interval is not None and (self.iteration % interval == 0 or self.iteration == self.train_iters)
+
+    def _evaluate(self, writer: MetricsWriter | None) -> bool:
+        """Scores the held-out text. Returns whether a checkpoint of this iteration is to be kept as the best."""
+        section = self.run.evaluation
+        if self.held_out is None or section is None:
+            return False
+        shape = replace(self.data.shape, seq_length=section.data.seq_length, packing=True)
+        found = evaluate_model(self.gpt, self.held_out, shape, self.world)
+        if writer is not None:
+            writer.write_evaluation(self.iteration, found)
+        if self.best.loss is None or found.loss < self.best.loss:
+            self.best = Best(self.held_out.folder.name, found.loss, self.iteration)
+            return section.keep_best
+        self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)
+        return False
 
     def _denominators(self, micro_batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Global count of each term of the loss, at least 1: this rank's samples, summed over data parallelism."""
@@ -171,6 +262,9 @@ class Trainer:
         saved = read_state(folder)
         iteration = saved.pop("iteration")
         self.iteration = iteration
+        best = Best(**saved.pop("best"))
+        if self.held_out is not None and best.data == self.held_out.folder.name:
+            self.best = best  # on other text, losses do not compare
         for name, value in json.loads(json.dumps(self._identity())).items():
             if saved.get(name) != value:
                 raise UserError(

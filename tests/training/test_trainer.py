@@ -155,7 +155,8 @@ def test_resume_refuses_other_settings(make_run: MakeRun) -> None:
 
 def test_export_is_what_was_trained(make_run: MakeRun, work: Path) -> None:
     run = make_run(training={"export_hf": True})
-    output = train(run)
+    train(run)
+    output = Path(run.output_dir)
     before, after = (load_file(folder / "model.safetensors") for folder in (work / "model", output / "hf"))
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
