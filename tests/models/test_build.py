@@ -76,6 +76,17 @@ def test_logits_equal_those_of_transformers(world: World, tmp_path: Path, tied: 
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_random_biases_are_0_and_norms_1(world: World, model_type: str) -> None:
+    model = build_model(CONFIG | {"model_type": model_type, "head_dim": 8}, world, torch.float32)
+    init_random(model, world, seed=1)
+    vectors = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 1}
+    kinds = {name.split(".")[-2] for name in vectors}
+    assert {"qwen2": {"linear_qkv"}, "qwen3": {"q_layernorm", "k_layernorm"}}[model_type] <= kinds
+    for name, vector in vectors.items():
+        assert torch.equal(vector, torch.zeros_like(vector) if name.endswith("bias") else torch.ones_like(vector))
+
+
 def test_random_weights_depend_on_seed_and_name_alone(world: World) -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
         model = build_model(CONFIG | {"initializer_range": 0.05}, world, torch.float32)
