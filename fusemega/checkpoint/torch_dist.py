@@ -50,8 +50,11 @@ def load_model(model: GPT, path: str | Path) -> None:
     """
     check_files(Path(path))
     with checkpoint_errors(f"{path}: does not fit this model, or is damaged"):
-        state = dist_checkpointing.load(loadable_state(model, path), str(path))
-    fill_from_state(model, state)
+        wanted = loadable_state(model, path)
+        names = list(wanted)
+        loaded = dist_checkpointing.load(wanted, str(path))
+    # A training checkpoint's settings of the optimizer come along.
+    fill_from_state(model, {name: loaded[name] for name in names})
 
 
 def loadable_state(model: GPT, path: str | Path) -> dict[str, Any]:
