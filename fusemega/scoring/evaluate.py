@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fusemega.assets import cache_folder
 from fusemega.losses.vocab import Query, sparse_log_probs
@@ -23,7 +23,7 @@ from fusemega.training.forward import Batch, head_settings, total_over_ranks
 class EvalRun(PassRun):
     """Run file of `fusemega eval`."""
 
-    output: str | None = None
+    output: str | None = Field(None, description="JSON file of the result; null prints it only")
 
 
 class Evaluation(BaseModel):

@@ -35,6 +35,7 @@ class PassRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide_under_sequence_parallel(self) -> PassRun:
+        """Under sequence parallelism, data.seq_length x micro_batch_size is a multiple of TP."""
         self.parallel.check_row(self.data.seq_length * self.micro_batch_size, "data.seq_length x micro_batch_size")
         return self
 

@@ -34,6 +34,7 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
+        """Exactly one of train_iters and train_epochs is given."""
         if (self.train_iters is None) == (self.train_epochs is None):
             raise ValueError("give exactly one of train_iters and train_epochs")
         return self
@@ -64,6 +65,7 @@ class TrainRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide_under_sequence_parallel(self) -> TrainRun:
+        """Under sequence parallelism, data.seq_length x training.micro_batch_size is a multiple of TP."""
         tokens = self.data.seq_length * self.training.micro_batch_size
         self.parallel.check_row(tokens, "data.seq_length x training.micro_batch_size")
         return self
