@@ -110,6 +110,11 @@ def objective_names() -> list[str]:
     return sorted(_OBJECTIVES)
 
 
+def objective_named(name: str) -> type[Objective]:
+    """The class registered under a name."""
+    return _OBJECTIVES[choose("objective.name", name, _OBJECTIVES)]
+
+
 def parse_objective(section: Mapping[str, Any]) -> ObjectiveSettings:
     """The settings of the objective that `section["name"]` picks.
 

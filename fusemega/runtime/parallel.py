@@ -34,6 +34,7 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _sequence_parallel_needs_tp(self) -> ParallelConfig:
+        """sequence_parallel needs a tensor_model_parallel_size of 2 or more."""
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size of 2 or more")
         return self

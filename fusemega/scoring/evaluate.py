@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from fusemega.assets import cache_folder
 from fusemega.runtime.parallel import World, initialize
 from fusemega.scoring.passes import PassRun
@@ -12,7 +14,7 @@ from fusemega.training.evaluation import Evaluation, evaluate_model
 class EvalRun(PassRun):
     """Run file of `fusemega eval`."""
 
-    output: str | None = None
+    output: str | None = Field(None, description="JSON file of the result; null prints it only")
 
 
 def evaluate(run: EvalRun) -> tuple[Evaluation, World]:

@@ -21,6 +21,7 @@ class PassRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> PassRun:
+        """data.seq_length x micro_batch_size suits sequence parallelism and FP8."""
         tokens = self.data.seq_length * self.micro_batch_size
         self.parallel.check_row(tokens, "data.seq_length x micro_batch_size")
         self.model.check_row(tokens, "data.seq_length x micro_batch_size", self.parallel)

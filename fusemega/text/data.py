@@ -26,23 +26,14 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class DataConfig(Section):
-    """The `data` section of a run file.
+    """Which rows, and the windows they are cut into."""
 
-    Attributes:
-        path: a file, folder, glob or `datasets` hub name, or a list of files, folders and globs.
-        name: the hub data set's configuration, where it has several.
-        split: split of a hub data set, or of a folder that `datasets` saved.
-        seq_length: tokens in a row of a micro-batch; longer documents are cut into windows of at most this length.
-        on_bad_row: stop at a row that cannot be used, or skip and count it.
-        limit: use the first rows only.
-    """
-
-    path: str | list[str]
-    name: str | None = None
-    split: str = "train"
-    seq_length: int = Field(2048, ge=2)
-    on_bad_row: Literal["error", "skip"] = "error"
-    limit: int | None = Field(None, ge=1)
+    path: str | list[str] = Field(description="file, folder, glob or `datasets` hub name; or a list of the first three")
+    name: str | None = Field(None, description="the hub data set's configuration, where it has several")
+    split: str = Field("train", description="of a hub data set, or of a folder that `datasets` saved")
+    seq_length: int = Field(2048, ge=2, description="tokens in a row; longer documents are cut into windows of it")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip and count it")
+    limit: int | None = Field(None, ge=1, description="use the first rows only")
 
 
 @dataclass(frozen=True)

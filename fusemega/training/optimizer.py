@@ -35,6 +35,7 @@ class OptimizerSection(Section):
 
     @model_validator(mode="after")
     def _min_below_peak(self) -> OptimizerSection:
+        """min_lr is at most lr."""
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         return self

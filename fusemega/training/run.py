@@ -38,6 +38,7 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
+        """Exactly one of train_iters and train_epochs is given."""
         if (self.train_iters is None) == (self.train_epochs is None):
             raise ValueError("give exactly one of train_iters and train_epochs")
         return self
@@ -69,6 +70,7 @@ class TrainRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> TrainRun:
+        """seq_length x training.micro_batch_size suits sequence parallelism and FP8 (also the evaluation's)."""
         tokens = self.data.seq_length * self.training.micro_batch_size
         self.parallel.check_row(tokens, "data.seq_length x training.micro_batch_size")
         self.model.check_row(tokens, "data.seq_length x training.micro_batch_size", self.parallel)

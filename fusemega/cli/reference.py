@@ -1,0 +1,170 @@
+"""The reference pages of run files and commands, written from the typed models and the command line themselves."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from fusemega import cli
+from fusemega.config import Section
+
+_WRITTEN = "<!-- Written by tools/make_reference.py from the code: change it there. -->\n"
+_CONSTRAINTS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def pages() -> dict[str, str]:
+    """File name below docs/reference -> its text."""
+    return {"config.md": config_page(), "cli.md": cli_page()}
+
+
+def write(folder: Path) -> None:
+    """Writes the pages into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def config_page() -> str:
+    """Every key of every run file: type, default, meaning, constraints."""
+    from fusemega.losses.registry import objective_named, objective_names
+    from fusemega.scoring.evaluate import EvalRun
+    from fusemega.scoring.teach import TeachRun
+    from fusemega.training.run import TrainRun
+
+    runs: dict[str, type[Section]] = {"train": TrainRun, "teach": TeachRun, "eval": EvalRun}
+    lines = [
+        "# Run files\n",
+        _WRITTEN,
+        "YAML, read by `fusemega train`, `teach` and `eval`; any value can be replaced on the command line, as in",
+        "`optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys that are not listed here are",
+        "refused, and so is a key that stands twice.\n",
+    ]
+    sections: dict[type[Section], str] = {}
+    for verb, run in runs.items():
+        lines += [f"## `fusemega {verb}`\n", *_table(run)]
+        for name, field in run.model_fields.items():
+            section = _section(field.annotation)
+            if section is not None and name != "objective":
+                sections.setdefault(section, name)
+    for section, name in sections.items():
+        lines += [f"## `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
+    lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
+    for name in objective_names():
+        objective = objective_named(name)
+        settings = _table(objective.Settings, without="name")
+        has_any = len(objective.Settings.model_fields) > 1
+        lines += [f"### `{name}`\n", f"{_first_paragraph(objective)}\n", *(settings if has_any else ["No settings.\n"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def cli_page() -> str:
+    """Every command with its arguments and options."""
+    lines = ["# Commands\n", _WRITTEN]
+    lines += ["Exit status: 0; 2 for what the user can mend, with one line on stderr; 1 for any other failure.\n"]
+    for name in cli.COMMANDS:
+        lines += _command(f"fusemega {name}", _asked(name).commands[name])
+    for name in cli.GROUPS:
+        group = _asked(name).commands[name]
+        for verb, command in group.commands.items():
+            lines += _command(f"fusemega {name} {verb}", command)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _asked(name: str) -> Any:
+    return typer.main.get_command(cli.build_app(name))
+
+
+def _command(title: str, command: Any) -> list[str]:
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
+    options = [param for param in command.params if param.param_type_name == "option" and param.name != "help"]
+    usage = " ".join([title, *(_metavar(param) for param in arguments), *(["[OPTIONS]"] if options else [])])
+    lines = [f"## `{title}`\n", f"    {usage}\n", *_reflowed(command.help or "")]
+    rows = [(f"`{_metavar(param)}`", "", param.help or "") for param in arguments if param.help]
+    for param in options:
+        default = "" if param.default in (None, False) else f"`{param.default}`"
+        rows.append((", ".join(f"`{name}`" for name in param.opts), default, param.help or ""))
+    if rows:
+        lines += ["| | default | |", "|---|---|---|"]
+        lines += [f"| {name} | {default} | {_cell(text)} |" for name, default, text in rows] + [""]
+    return lines
+
+
+def _metavar(param: Any) -> str:
+    return str(param.metavar or param.name.rstrip("_").upper())
+
+
+def _reflowed(text: str) -> Iterator[str]:
+    for paragraph in text.strip().split("\n\n"):
+        yield " ".join(paragraph.split()) + "\n"
+
+
+def _table(model: type[Section], without: str = "") -> list[str]:
+    lines = ["| key | type | default | |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if name == without:
+            continue
+        shown = field.alias or name
+        section = _section(field.annotation)
+        meaning = field.description or (f"see [`{name}`](#{name})" if section else "")
+        limits = [f"{_CONSTRAINTS[key]} {value:g}" for key, value in _limits(field)]
+        meaning = "; ".join([meaning, *([" and ".join(limits)] if limits else [])])
+        kind = "section" if section is not None else _type(field.annotation)
+        lines.append(f"| `{shown}` | {_cell(kind)} | {_default(field, section)} | {_cell(meaning)} |")
+    rules = [" ".join(doc.split()) for doc in _rules(model)]
+    return [*lines, "", *(f"{rule}\n" for rule in rules)]
+
+
+def _limits(field: FieldInfo) -> Iterator[tuple[str, float]]:
+    for constraint in field.metadata:
+        for key in _CONSTRAINTS:
+            if hasattr(constraint, key):
+                yield key, getattr(constraint, key)
+
+
+def _rules(model: type[Section]) -> list[str]:
+    """What the model checks of several keys together, in its validators' own words."""
+    validators = model.__pydantic_decorators__.model_validators.values()
+    return [validator.func.__doc__ or "" for validator in validators]
+
+
+def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if section is not None:
+        return "as below"
+    return f"`{json.dumps(field.default)}`"
+
+
+def _type(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(part) for part in parts)
+    if origin is list:
+        return f"list of {_type(parts[0])}"
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    return names[annotation]
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((hit for part in get_args(annotation) if (hit := _section(part))), None)
+
+
+def _first_paragraph(described: type) -> str:
+    return " ".join((described.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
