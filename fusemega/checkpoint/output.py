@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from fusemega.errors import UserError
-from fusemega.runtime.parallel import World
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
+    from fusemega.runtime.parallel import World
 
 
 def on_main(world: World, action: Callable[[], None]) -> None:
@@ -55,7 +58,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     def prepare() -> None:
         refuse_existing(path)
-        with _disk_errors(path):
+        with disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
@@ -65,7 +68,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     on_main(world, prepare)
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             yield temporary
             world.barrier()
     except BaseException:
@@ -74,23 +77,29 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
         raise
 
     def finish() -> None:
-        with _disk_errors(path):
-            for folder, _, files in os.walk(temporary):
-                for name in [*files, "."]:
-                    _sync(os.path.join(folder, name))
-            os.rename(temporary, path)
-            _sync(path.parent)
+        with disk_errors(path):
+            publish(temporary, path)
 
     on_main(world, finish)
 
 
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, with all its files on disk before and the name after."""
+    for folder, _, files in os.walk(temporary):
+        for name in [*files, "."]:
+            _sync(os.path.join(folder, name))
+    os.rename(temporary, path)
+    _sync(path.parent)
+
+
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the system says of writing to `path`, as UserErrors where a user can help."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; nothing was written there") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"{path}: the disk is full (or a file too large); nothing was written there") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{path}: cannot write there: {error.strerror}") from None
         raise
