@@ -8,10 +8,12 @@ journalled: an interrupted conversion goes on where it stopped, and the output h
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,8 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
     items, chunks, global_shapes = _plan_import(folder)
     identity = _identity("import", folder.files())
     with start_workers(workers) as pool:
+        if workers > 1:  # a second of imports that only the end needs
+            threading.Thread(target=import_module, args=("torch.distributed.checkpoint",), daemon=True).start()
         _check_copies(folder, pool)
         with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items)) as unfinished:
             (unfinished.folder / "weights").mkdir(exist_ok=True)

@@ -16,17 +16,18 @@ import xxhash
 from fusemega.checkpoint.moves import ITEM_BYTES, Assembled, Item, Move, Stored
 from fusemega.errors import UserError
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20  # stays in a core's cache between reading, hashing and writing
 Tap = Callable[[Stored, int, memoryview], None]
 """(tensor, first byte in it, bytes): called with everything that is read."""
 
 
 class Reader:
-    """Open source files, and one buffer for rows that must be cut or converted."""
+    """Open source files, a buffer for a block, and one for rows that must be cut or converted."""
 
     def __init__(self, tap: Tap | None = None) -> None:
         self._tap = tap
         self._files: dict[str, int] = {}
+        self._block = bytearray()
         self._spare = bytearray()
 
     def __enter__(self) -> Reader:
@@ -40,7 +41,7 @@ class Reader:
         """The tensor's bytes in row-major order; each block is overwritten by the next. Gaps between moves are 0."""
         row_bytes = _row_bytes(tensor.shape, tensor.dtype)
         rows_each = max(1, BLOCK_BYTES // row_bytes)
-        buffer = bytearray(min(rows_each, tensor.shape[0]) * row_bytes)
+        buffer = self._block = _at_least(self._block, min(rows_each, tensor.shape[0]) * row_bytes)
         gaps = not tensor.complete
         for first in range(0, tensor.shape[0], rows_each):
             last = min(first + rows_each, tensor.shape[0])
@@ -83,8 +84,7 @@ class Reader:
         row_bytes = _row_bytes(source.shape, source.dtype)
         rows = target_rows[1] - target_rows[0]
         rows_each = max(1, BLOCK_BYTES // row_bytes)
-        if len(self._spare) < min(rows, rows_each) * row_bytes:
-            self._spare = bytearray(min(rows, rows_each) * row_bytes)
+        self._spare = _at_least(self._spare, min(rows, rows_each) * row_bytes)
         target = np.frombuffer(block, dtype=_unsigned(tensor.dtype)).reshape(-1, *tensor.shape[1:])
         target_inner = tuple(slice(*span) for span in move.target_box[1:])
         source_inner = tuple(slice(*span) for span in move.source_box[1:])
@@ -96,6 +96,11 @@ class Reader:
             cut = values[(slice(None), *source_inner)]
             here = slice(target_rows[0] + at, target_rows[0] + at + count)
             target[(here, *target_inner)] = cut if source.dtype == tensor.dtype else _convert(cut, source, tensor)
+
+
+def _at_least(buffer: bytearray, size: int) -> bytearray:
+    """The buffer, or a larger one: fresh memory costs more than the copy into it."""
+    return buffer if len(buffer) >= size else bytearray(size)
 
 
 def _convert(values: object, source: Stored, target: Assembled) -> object:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, Any, cast
 
 import torch
 
@@ -30,9 +30,6 @@ from fusemega.errors import UserError
 from fusemega.models.family import LOCAL_NAMES, HFConfig
 from fusemega.models.registry import family_of
 from fusemega.models.rules import Rule, whole
-
-if TYPE_CHECKING:  # importing torch.distributed.checkpoint takes a second; an import needs it at its end only
-    from torch.distributed.checkpoint import Metadata
 
 CHECKPOINT_NAMES = LOCAL_NAMES._replace(
     attention_norm="decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight",
@@ -156,6 +153,7 @@ def empty_object() -> bytes:
 
 def write_metadata(folder: Path, chunks: Iterable[Chunk], global_shapes: Mapping[str, tuple[int, ...]]) -> None:
     """The small files, given the chunks that the `.distcp` files hold. The same chunks give the same bytes."""
+    # Here, because it takes a second: `convert.import_hf` has it imported while the chunks are copied.
     from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
     from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -200,10 +198,9 @@ class Checkpoint:
         files: dict[str, IO[bytes]] = {}
         try:
             for index, where in metadata.storage_data.items():
-                if index.offset is None:
+                if getattr(index, "offset", None) is None:  # an object, such as an extra state
                     continue
-                entry: Any = metadata.state_dict_metadata[index.fqn]
-                self.shapes[index.fqn] = tuple(entry.size)
+                self.shapes[index.fqn] = tuple(metadata.state_dict_metadata[index.fqn].size)
                 if where.relative_path not in files:
                     files[where.relative_path] = open(path / where.relative_path, "rb")  # noqa: SIM115  (closed below)
                 stored = _open_chunk(index.fqn, path / where.relative_path, files[where.relative_path], where)
@@ -323,31 +320,36 @@ class _View(io.RawIOBase):
         return len(data)
 
 
-# A torch_dist index is a pickle. It may name these, which only hold numbers and names; anything else could run code.
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
-_ALLOWED_NAMES = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-}
+class _Record:
+    """Stands for every class of torch.distributed.checkpoint: holds what the pickle says, and can do nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+# An index is a pickle, which could name any function to be called. Beside records, it may name these.
+_ALLOWED_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    """Reads an index without the code of torch.distributed.checkpoint, which takes a second to import."""
+
     def find_class(self, module: str, name: str) -> Any:
-        # A dotted name could walk from an allowed module into those that it imports.
-        if "." not in name and (module in _ALLOWED_MODULES or module == "torch" or (module, name) in _ALLOWED_NAMES):
-            found = super().find_class(module, name)
-            own = isinstance(found, type) and found.__module__ == module
-            if (module, name) in _ALLOWED_NAMES or isinstance(found, torch.dtype) or (own and module != "torch"):
-                return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
+        if module.startswith("torch.distributed.checkpoint."):
+            return _Record
+        if (module, name) in _ALLOWED_NAMES:
+            return super().find_class(module, name)
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
+        return dtype
 
 
-def _read_metadata(path: Path) -> Metadata:
+def _read_metadata(path: Path) -> Any:
     if not (path / "metadata.json").is_file():
         raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
     index = path / ".metadata"

@@ -34,7 +34,7 @@ RESUME = Annotated[
 def import_(source: str, out: Path, workers: WORKERS = None, resume: RESUME = False) -> None:
     """SOURCE (a Hugging Face folder or hub id) to OUT (a Megatron folder, to be loaded in any layout).
 
-    Needs memory for a few blocks of 8 MB a process, however large the model is.
+    Memory does not grow with the model: each process holds a few blocks of 1 MB.
     """
     from fusemega.checkpoint.convert import import_hf
     from fusemega.checkpoint.hub import resolve
