@@ -38,7 +38,10 @@ class Reader:
             os.close(descriptor)
 
     def blocks(self, tensor: Assembled) -> Iterator[memoryview]:
-        """The tensor's bytes in row-major order; each block is overwritten by the next. Gaps between moves are 0."""
+        """The tensor's bytes in row-major order. Gaps between moves are 0.
+
+        A reader has one block: what it yields is overwritten by its next, of this tensor or of another.
+        """
         row_bytes = _row_bytes(tensor.shape, tensor.dtype)
         rows_each = max(1, BLOCK_BYTES // row_bytes)
         buffer = self._block = _at_least(self._block, min(rows_each, tensor.shape[0]) * row_bytes)
@@ -192,6 +195,5 @@ def write_item(root: str, item: Item) -> Written:
 
 def same_bits(pair: tuple[Assembled, Assembled]) -> bool:
     """Whether two tensors of one shape and type hold the same bits; NaNs and signed zeros by theirs."""
-    ours, theirs = pair
-    with Reader() as reader:
-        return all(a == b for a, b in zip(reader.blocks(ours), reader.blocks(theirs), strict=True))
+    with Reader() as ours, Reader() as theirs:  # two, because a reader has one block
+        return all(a == b for a, b in zip(ours.blocks(pair[0]), theirs.blocks(pair[1]), strict=True))
