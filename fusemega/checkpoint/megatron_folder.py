@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fusemega.checkpoint.hf_folder import HFFolder, read_json
+from fusemega.checkpoint.hf_folder import DTYPES, HFFolder, read_json
 from fusemega.checkpoint.integrity import check_sizes
 from fusemega.checkpoint.side_files import copy_side_files
-from fusemega.errors import UserError
+from fusemega.errors import UserError, choose
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
     from fusemega.models.build import GPT
@@ -42,20 +42,34 @@ class MegatronFolder:
         if self.manifest.get("format") != FORMAT:
             found = self.manifest.get("format")
             raise UserError(f"{self.path / MANIFEST}: format is {found!r}, expected {FORMAT!r}; import it again")
-        check_sizes(self.path)
         self.weights = self.path / "weights"
         self.hf = self.path / "hf"
         self.config = read_json(self.hf / "config.json")
-        self.dtypes: dict[str, torch.dtype] = {
-            name: getattr(torch, dtype) for name, dtype in self.manifest["dtypes"].items()
-        }
+        self.dtypes = self._dtypes()
+        if not isinstance(self.manifest.get("source_hash"), str):
+            raise UserError(f"{self.path / MANIFEST}: source_hash is missing")
+        check_sizes(self.path)
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor, as it was imported."""
+        given = self.manifest.get("dtypes")
+        if not isinstance(given, dict) or not given:
+            raise UserError(f"{self.path / MANIFEST}: dtypes is not a mapping of tensors to types")
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+        where = f"{self.path / MANIFEST}: dtypes"
+        return {name: known[choose(f"{where}.{name}", str(dtype), known)] for name, dtype in given.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Holds every tensor's own type exactly."""
+        return common_dtype(self.dtypes.values())
 
     def load(self, world: World, dtype: torch.dtype | None = None) -> GPT:
         """The model under this layout, in the stored dtype unless another is asked for. Collective."""
         from fusemega.checkpoint.torch_dist import load_model
         from fusemega.models.build import build_model
 
-        model = build_model(self.config, world, dtype or common_dtype(self.dtypes.values()))
+        model = build_model(self.config, world, dtype or self.dtype)
         load_model(model, self.weights)
         return model
 

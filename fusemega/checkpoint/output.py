@@ -41,6 +41,28 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path}: exists and is not an empty folder; nothing is overwritten")
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a path that nothing could be written to; to be called before any long work. Makes nothing.
+
+    Raises:
+        UserError: a file stands where a folder would have to be, or the nearest existing folder cannot be written.
+    """
+    above = Path(os.path.abspath(path))
+    while not os.path.lexists(above):
+        above = above.parent
+    if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot write there: no permission to write in {above}")
+    if not above.is_dir() and above != Path(os.path.abspath(path)):
+        raise UserError(f"{path}: cannot write there: {above} is not a folder")
+
+
+def check_output_file(path: Path) -> None:
+    """`check_writable` for a file, which may be there already."""
+    if path.is_dir():
+        raise UserError(f"{path}: cannot write there: it is a folder")
+    check_writable(path)
+
+
 @contextmanager
 def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling to write into, renamed to `path` when the block ends well. Collective.
@@ -94,12 +116,14 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """What the system says of writing to `path`, as UserErrors where a user can help."""
+    """Turns a full disk, or a place that cannot be written, into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{path}: the disk is full (or a file too large); nothing was written there") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: the disk is full") from None
+        if error.errno == errno.EFBIG:
+            raise UserError(f"{path}: a file grew larger than this process or file system may write") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{path}: cannot write there: {error.strerror}") from None
         raise

@@ -28,10 +28,24 @@ WORKERS = Annotated[
 RESUME = Annotated[
     bool, typer.Option("--resume", help="Go on with what an interrupted call has finished (in .OUT.incomplete).")
 ]
+DRY_RUN = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, print what each rank of a run would read of SOURCE, and stop."),
+]
+DRY_TP = Annotated[int, typer.Option("--tensor-model-parallel-size", min=1, help="The layout --dry-run speaks of.")]
+DRY_PP = Annotated[int, typer.Option("--pipeline-model-parallel-size", min=1, help="The layout --dry-run speaks of.")]
 
 
 @app.command("import")
-def import_(source: str, out: Path, workers: WORKERS = None, resume: RESUME = False) -> None:
+def import_(
+    source: str,
+    out: Path,
+    workers: WORKERS = None,
+    resume: RESUME = False,
+    dry_run: DRY_RUN = False,
+    tp: DRY_TP = 1,
+    pp: DRY_PP = 1,
+) -> None:
     """SOURCE (a Hugging Face folder or hub id) to OUT (a Megatron folder, to be loaded in any layout).
 
     Memory does not grow with the model: each process holds a few blocks of 1 MB.
@@ -40,6 +54,12 @@ def import_(source: str, out: Path, workers: WORKERS = None, resume: RESUME = Fa
     from fusemega.checkpoint.hub import resolve
     from fusemega.checkpoint.workers import default_workers
 
+    if dry_run:
+        from fusemega.checkpoint.read_plan import describe_import
+
+        typer.echo(describe_import(resolve(source), out, tp, pp))
+        return
+    _check_no_layout(tp, pp)
     _once(out, lambda: import_hf(resolve(source), out, workers=workers or default_workers(), resume=resume))
 
 
@@ -51,6 +71,9 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
     workers: WORKERS = None,
     resume: RESUME = False,
+    dry_run: DRY_RUN = False,
+    tp: DRY_TP = 1,
+    pp: DRY_PP = 1,
 ) -> None:
     """SOURCE (a Megatron folder) to OUT (a Hugging Face folder that transformers loads)."""
     chosen = None if dtype is None else choose("--dtype", dtype, _DTYPES)
@@ -60,12 +83,19 @@ def export(
     from fusemega.checkpoint.convert import export_megatron
     from fusemega.checkpoint.workers import default_workers
 
+    torch_dtype = None if chosen is None else getattr(torch, chosen)
+    if dry_run:
+        from fusemega.checkpoint.read_plan import describe_export
+
+        typer.echo(describe_export(source, out, tp, pp, dtype=torch_dtype, max_shard_size=size))
+        return
+    _check_no_layout(tp, pp)
     _once(
         out,
         lambda: export_megatron(
             source,
             out,
-            dtype=None if chosen is None else getattr(torch, chosen),
+            dtype=torch_dtype,
             max_shard_size=size,
             workers=workers or default_workers(),
             resume=resume,
@@ -126,6 +156,14 @@ def parse_size(text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise UserError(f"--max-shard-size: found {text!r}; expected a number of KB, MB or GB, such as 5GB")
     return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _check_no_layout(tp: int, pp: int) -> None:
+    if (tp, pp) != (1, 1):
+        raise UserError(
+            "--tensor-model-parallel-size and --pipeline-model-parallel-size belong to --dry-run: a conversion writes "
+            "the same files for every layout, and --workers says how many processes do it"
+        )
 
 
 def _once(out: Path, conversion: Callable[[], Report]) -> None:

@@ -15,22 +15,29 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusemega.checkpoint import convert
-from fusemega.checkpoint.convert import import_hf
+from fusemega.checkpoint.convert import export_megatron, import_hf
 from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.checkpoint.megatron_folder import MegatronFolder
 from fusemega.checkpoint.torch_dist import save_model
 from fusemega.checkpoint.torch_dist_files import Checkpoint, empty_object, envelope
 from fusemega.checkpoint.workers import peak_memory
 from fusemega.errors import UserError
 from fusemega.models.build import build_model, init_random
 from fusemega.runtime.parallel import World
-from tests.checkpoint.conftest import save_llama
+from tests.checkpoint.conftest import SETTINGS
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_keys_shapes_and_objects_are_those_of_megatron_core(world: World, tmp_path: Path, tied: bool) -> None:
-    source = save_llama(tmp_path / "source", torch.bfloat16, tie_word_embeddings=tied)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_keys_shapes_and_objects_are_those_of_megatron_core(
+    world: World, tmp_path: Path, model_type: str, tied: bool
+) -> None:
+    source = tmp_path / "source"
+    config = AutoConfig.for_model(model_type, **SETTINGS, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(source)
     import_hf(source, tmp_path / "megatron")
     ours = FileSystemReader(tmp_path / "megatron" / "weights").read_metadata().state_dict_metadata
     state = build_model(HFFolder(source).config, world, torch.bfloat16).sharded_state_dict()
@@ -41,6 +48,8 @@ def test_keys_shapes_and_objects_are_those_of_megatron_core(world: World, tmp_pa
     assert {key: tuple(value.size) for key, value in ours.items() if hasattr(value, "size")} == tensors
     assert {key for key, value in ours.items() if not hasattr(value, "size")} == objects
     assert all(value.properties.dtype is torch.bfloat16 for value in ours.values() if hasattr(value, "size"))
+    export_megatron(tmp_path / "megatron", tmp_path / "out")
+    assert HFFolder(tmp_path / "out").content_hash() == HFFolder(source).content_hash()
 
 
 def test_the_small_files_are_those_of_megatron_core(world: World, tmp_path: Path, folder: Path) -> None:
@@ -79,7 +88,7 @@ def test_parameters_cut_into_chunks_load_whole(
         if hasattr(value, "chunks")
     ]
     assert max(sizes) > 10
-    model = convert.MegatronFolder(tmp_path / "megatron").load(world)
+    model = MegatronFolder(tmp_path / "megatron").load(world)
     source = HFFolder(folder)
     layer = model.decoder.layers[1]
     gate, up = (source.read(f"model.layers.1.mlp.{name}_proj.weight", ((0, 48), (0, 32))) for name in ("gate", "up"))

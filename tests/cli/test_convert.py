@@ -26,7 +26,7 @@ def test_import_export_verify(runner: CliRunner, tmp_path: Path) -> None:
     assert runner.invoke(convert.app, ["import", str(source), str(megatron)]).exit_code == 0
     done = runner.invoke(convert.app, ["export", str(megatron), str(out), "--max-shard-size", "20KB", "--workers", "1"])
     assert done.exit_code == 0 and done.stdout.startswith(f"wrote {out}: ")
-    assert re.search(r"kB in \d+\.\d s \([\d.]+ [kM]B/s\), peak memory [\d.]+ MB in 1 process\n$", done.stdout)
+    assert re.search(r"kB in \d+\.\d s \([\d.]+ [kM]B/s\), peak memory [\d.]+ [MG]B in 1 process\n$", done.stdout)
     assert len(list(out.glob("*.safetensors"))) == 5
     done = runner.invoke(convert.app, ["verify", str(source), str(out)])
     assert done.exit_code == 0 and json.loads(done.output)["identical"] is True
@@ -54,6 +54,24 @@ def test_only_one_rank_of_a_launcher_converts(
     assert (done.exit_code, done.stdout) == (0, "") and not (tmp_path / "out").exists()
 
 
+def test_dry_runs_print_what_each_rank_would_read_and_write_nothing(runner: CliRunner, tmp_path: Path) -> None:
+    source, megatron, out = save_llama(tmp_path / "source"), tmp_path / "megatron", tmp_path / "out"
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--dry-run"]
+    done = runner.invoke(convert.app, ["import", str(source), str(megatron), *layout])
+    assert done.exit_code == 0, done.output
+    assert "4 rank(s) read" in done.output and f"of weights to {megatron}" in done.output
+    assert not megatron.exists()
+    runner.invoke(convert.app, ["import", str(source), str(megatron)])
+    done = runner.invoke(convert.app, ["export", str(megatron), str(out), "--max-shard-size", "20KB", *layout])
+    assert "would write 21 tensors" in done.output and "in 5 file(s)" in done.output
+    assert not out.exists()
+    wide = ["--tensor-model-parallel-size", "4", "--dry-run"]
+    for arguments in (["import", str(source), str(out)], ["export", str(megatron), str(out)]):
+        assert "does not divide this model's" in str(runner.invoke(convert.app, [*arguments, *wide]).exception)
+    for arguments in (["import", str(source), str(source)], ["export", str(megatron), str(source)]):
+        assert "not an empty folder" in str(runner.invoke(convert.app, [*arguments, "--dry-run"]).exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,6 +80,7 @@ def test_only_one_rank_of_a_launcher_converts(
         (["export", "m", "o", "--max-shard-size", "0GB"], "--max-shard-size: found '0GB'; expected"),
         (["import", "./m", "o"], "m: no such model folder"),
         (["export", "./m", "o"], "m/manifest.json: cannot read: No such file"),
+        (["import", "./m", "o", "--tensor-model-parallel-size", "2"], "belong to --dry-run"),
     ],
 )
 def test_mistakes(runner: CliRunner, arguments: list[str], message: str) -> None:
