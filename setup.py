@@ -32,6 +32,7 @@ setup(
         "tokenizers",
         "sentencepiece",
         "safetensors",
+        "xxhash",
         "jinja2",
         "packaging",
         "pyarrow",

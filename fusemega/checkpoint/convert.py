@@ -1,266 +1,279 @@
-"""Whole-folder conversions: Hugging Face to Megatron, back, and the proof that nothing changed.
+"""Whole folders between Hugging Face and Megatron, bit for bit: planned first, then copied by a few small processes.
 
-A Megatron folder holds `weights/` (torch_dist, loadable under any layout), `hf/` (config.json, tokenizer and the other
-small files, so that the folder stands alone) and `manifest.json`.
+No model is built. A plan says which boxes of which files make up every tensor of the output; it is cut into items,
+which processes write one by one, a block at a time, so that memory does not grow with the model. Finished items are
+journalled: an interrupted conversion goes on where it stopped, and the output has its name only when it is whole.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from rich.filesize import decimal
 
-from fusemega.checkpoint.hf_export import MAX_SHARD_SIZE, copy_side_files, export_hf
-from fusemega.checkpoint.hf_folder import DTYPES as HF_DTYPES
-from fusemega.checkpoint.hf_folder import HFFolder, functional_config, read_json
-from fusemega.checkpoint.hf_load import check_tensors, load_hf
-from fusemega.checkpoint.output import on_main, output_folder, refuse_existing
-from fusemega.checkpoint.torch_dist import load_model, save_model
-from fusemega.errors import UserError, choose
-from fusemega.models.build import GPT, build_model, placements
-from fusemega.models.dense_logits import dense_logits
+from fusemega.checkpoint.copying import Written, same_bits, write_item
+from fusemega.checkpoint.hf_check import check_tensors
+from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.checkpoint.integrity import write_integrity
+from fusemega.checkpoint.megatron_folder import MegatronFolder, common_dtype, describe_source
+from fusemega.checkpoint.moves import ITEM_BYTES, Assembled, Item, Move, Part, as_is, window
+from fusemega.checkpoint.output import refuse_existing
+from fusemega.checkpoint.progress import meter
+from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
+from fusemega.checkpoint.side_files import copy_side_files, exported_config
+from fusemega.checkpoint.torch_dist_files import (
+    Checkpoint,
+    Chunk,
+    Place,
+    empty_object,
+    envelope,
+    places,
+    write_metadata,
+)
+from fusemega.checkpoint.unfinished import Unfinished, unfinished_folder
+from fusemega.checkpoint.workers import Workers, start_workers
+from fusemega.errors import UserError
 from fusemega.models.registry import family_of
-from fusemega.models.rules import slices, whole
-from fusemega.runtime.parallel import World
-from fusemega.runtime.precision import LOCAL, Kernels
+from fusemega.models.rules import whole
+from fusemega.runtime.console import say
 
-FORMAT = "fusemega-megatron-1"
+# A chunk is read whole by every rank that needs a part of it, so it is small; a file is the unit of resumption.
+CHUNK_BYTES = 64 << 20
+ITEM_TARGET_BYTES = 256 << 20
+_PLAN_VERSION = 1
 
 
-class MegatronFolder:
-    """A folder that `import_hf` wrote.
+@dataclass(frozen=True)
+class Report:
+    """What a conversion took.
 
-    Raises:
-        UserError: not such a folder.
+    Attributes:
+        byte_count: written, without what an earlier call had finished.
+        seconds: from the call to the output's name.
+        peak_bytes: resident memory of all processes together, at most.
+        processes: this one and those that copied.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.manifest = read_json(self.path / "manifest.json")
-        if self.manifest.get("format") != FORMAT:
-            found = self.manifest.get("format")
-            raise UserError(f"{self.path / 'manifest.json'}: format is {found!r}, expected {FORMAT!r}")
-        self.hf = self.path / "hf"
-        self.config = read_json(self.hf / "config.json")
-        self.dtypes = self._dtypes()
-        if not isinstance(self.manifest.get("source_hash"), str):
-            raise UserError(f"{self.path / 'manifest.json'}: source_hash is missing")
+    byte_count: int
+    seconds: float
+    peak_bytes: int
+    processes: int
 
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        """Of each tensor, as it was imported."""
-        given = self.manifest.get("dtypes")
-        if not isinstance(given, dict) or not given:
-            raise UserError(f"{self.path / 'manifest.json'}: dtypes is not a mapping of tensors to types")
-        known = {str(dtype).removeprefix("torch."): dtype for dtype in HF_DTYPES.values()}
-        where = f"{self.path / 'manifest.json'}: dtypes"
-        return {name: known[choose(f"{where}.{name}", str(dtype), known)] for name, dtype in given.items()}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all stored parameters: it holds every tensor's own type exactly."""
-        return _container(set(self.dtypes.values()))
-
-    def load(self, world: World, dtype: torch.dtype | None = None, kernels: Kernels = LOCAL) -> GPT:
-        """The model under this layout, in the stored dtype unless another is asked for. Collective."""
-        model = build_model(self.config, world, dtype or self.dtype, kernels)
-        load_model(model, self.path / "weights")
-        return model
+    def __str__(self) -> str:
+        speed = decimal(int(self.byte_count / self.seconds))
+        many = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return (
+            f"{decimal(self.byte_count)} in {self.seconds:.1f} s ({speed}/s), "
+            f"peak memory {decimal(self.peak_bytes)} in {many}"
+        )
 
 
-def is_megatron_folder(path: str | Path) -> bool:
-    """Whether `path` has the form `import_hf` writes."""
-    return (Path(path) / "manifest.json").is_file() and (Path(path) / "weights").is_dir()
+def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: bool = False) -> Report:
+    """Hugging Face folder to Megatron folder, bit for bit. One process calls it.
 
-
-def import_hf(source: str | Path, out: str | Path, world: World) -> None:
-    """Hugging Face folder to Megatron folder, bit for bit. Collective; any layout gives the same checkpoint.
+    Args:
+        source: a local Hugging Face folder.
+        out: absent or empty; appears whole or not at all.
+        workers: processes that copy.
+        resume: go on with what an interrupted call has finished.
 
     Raises:
         UserError: the source is damaged or not supported, `out` is not empty, the disk is full.
     """
+    begun = time.monotonic()
     out = Path(out)
-    on_main(world, lambda: refuse_existing(out))
+    refuse_existing(out)
     folder = HFFolder(source)
     check_tensors(folder, folder.config)
-    names = [name for rule in family_of(folder.config).rules(folder.config) for name in rule.hf_shapes()]
-    dtypes = {name: folder.dtype(name) for name in names}
-    model = build_model(folder.config, world, _container(set(dtypes.values())))
-    load_hf(model, source, world)
-    weight_bytes = sum(torch.Size(folder.shape(name)).numel() * dtypes[name].itemsize for name in dtypes)
-    with output_folder(out, world, needed_bytes=weight_bytes) as temporary:
-        if world.is_main:
-            (temporary / "hf").mkdir()
-            (temporary / "weights").mkdir()
-            copy_side_files(folder.path, temporary / "hf")
-            _write_json(temporary / "hf" / "config.json", folder.config)
-            manifest = {
-                "format": FORMAT,
-                "source": str(folder.path),
-                "source_hash": folder.content_hash(),
-                "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()},
-                "versions": {name: version(name) for name in ("torch", "megatron-core", "safetensors")},
-            }
-            _write_json(temporary / "manifest.json", manifest)
-        world.barrier()
-        save_model(model, temporary / "weights")
+    items, chunks, global_shapes = _plan_import(folder)
+    identity = _identity("import", folder.files())
+    with start_workers(workers) as pool:
+        if workers > 1:  # a second of imports that only the end needs
+            threading.Thread(target=import_module, args=("torch.distributed.checkpoint",), daemon=True).start()
+        _check_copies(folder, pool)
+        with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items)) as unfinished:
+            (unfinished.folder / "weights").mkdir(exist_ok=True)
+            copied = _write(items, unfinished, pool, f"importing {folder.path.name}")
+            written = {item: Written(item.name, *unfinished.finished[item.name]) for item in items}
+            digests = {name: digest for done in written.values() for name, digest in done.digests.items()}
+            names = [name for place in places(folder.config) for name in place.rule.hf_shapes()]
+            write_metadata(unfinished.folder / "weights", chunks, global_shapes)
+            describe_source(unfinished.folder, folder, names, digests)
+            write_integrity(unfinished.folder, {item.file: done.hash for item, done in written.items()})
+        return _report(copied, begun, pool)
 
 
 def export_megatron(
     source: str | Path,
     out: str | Path,
-    world: World,
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
-) -> None:
-    """Megatron folder to Hugging Face folder; each tensor in the dtype it was imported from, or in `dtype`. Collective.
+    workers: int = 1,
+    resume: bool = False,
+) -> Report:
+    """Megatron folder to Hugging Face folder. One process calls it.
+
+    Args:
+        source: a folder that `import_hf` wrote.
+        out: absent or empty; appears whole or not at all.
+        dtype: of the written weights (rounded to nearest even where narrower); None: those they were imported from.
+        max_shard_size: bytes of weights in a file.
+        workers: processes that copy.
+        resume: go on with what an interrupted call has finished.
 
     Raises:
         UserError: the source is not a Megatron folder, `out` is not empty, the disk is full.
     """
+    begun = time.monotonic()
     out = Path(out)
-    on_main(world, lambda: refuse_existing(out))
+    refuse_existing(out)
     folder = MegatronFolder(source)
-    model = folder.load(world)
-    export_hf(model, out, folder.hf, world, dtype=dtype or folder.dtypes, max_shard_size=max_shard_size)
+    checkpoint = Checkpoint(folder.weights)
+    tensors = checkpoint.hf_tensors(folder.config)
+    infos = [TensorInfo(name, dtype or folder.dtypes[name], tensor.shape) for name, tensor in tensors.items()]
+    shards = plan_shards(infos, max_shard_size)
+    items = _plan_export(tensors, shards)
+    identity = _identity("export", checkpoint.files()) | {"dtype": str(dtype), "max_shard_size": max_shard_size}
+    with start_workers(workers) as pool:
+        with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items)) as unfinished:
+            copied = _write(items, unfinished, pool, f"exporting {folder.path.name}")
+            copy_side_files(folder.hf, unfinished.folder)
+            write_index(unfinished.folder, shards)
+            config = json.dumps(exported_config(folder.config, infos[0].dtype), indent=2, sort_keys=True)
+            (unfinished.folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        return _report(copied, begun, pool)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What `verify` found.
-
-    Attributes:
-        tensors: how many HF tensors were compared.
-        different: names of those whose shape, dtype (between two HF folders) or any bit differs.
-        missing: names that only one side has.
-        config: keys of config.json whose values differ, other than those about storage.
-        max_logit_difference: largest absolute difference of fp32 logits, where a text was given.
-    """
-
-    tensors: int
-    different: list[str]
-    missing: list[str]
-    config: list[str]
-    max_logit_difference: float | None
-
-    @property
-    def identical(self) -> bool:
-        return not (self.different or self.missing or self.config)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"identical": self.identical}
+def _plan_import(folder: HFFolder) -> tuple[list[Item], list[Chunk], dict[str, tuple[int, ...]]]:
+    """The `.distcp` files, each an item; what the index says of them; and the shapes of the global tensors."""
+    all_places = places(folder.config)
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for place in all_places:
+        dtypes.setdefault(place.key, set()).update(folder.dtype(name) for name in place.rule.hf_shapes())
+    stored_as = {key: str(common_dtype(found)).removeprefix("torch.") for key, found in dtypes.items()}
+    items: list[Item] = []
+    chunks: list[Chunk] = []
+    for group in _grouped(all_places, lambda place: _parameter_bytes(place, stored_as[place.key]), ITEM_TARGET_BYTES):
+        file = f"__0_{len(items)}.distcp"
+        parts: list[Part] = []
+        at = 0
+        for place in group:
+            for part, key, offsets, sizes in _parts(place, folder, stored_as[place.key]):
+                parts.append(part)
+                chunks.append(Chunk(key, offsets, sizes, stored_as[place.key], file, at, part.nbytes))
+                at += part.nbytes
+        items.append(Item(f"weights/{file}", 0, tuple(parts)))
+    return items, chunks, {place.key: place.global_shape for place in all_places}
 
 
-def verify(hf: str | Path, other: str | Path, world: World, text: str | None = None) -> Comparison:
-    """Compare a Hugging Face folder with another, or with a Megatron folder, bit for bit. Collective.
-
-    Args:
-        hf: a Hugging Face folder, whose tokenizer is used for `text`.
-        other: a Hugging Face or Megatron folder.
-        world: the layout in which a Megatron folder is read.
-        text: when given, logits of both sides on it are compared too, in fp32; transformers computes those of an HF
-            folder.
-
-    Raises:
-        UserError: a folder is damaged, or the two are not of one architecture.
-    """
-    folder = HFFolder(hf)
-    check_tensors(folder, folder.config)
-    opened = MegatronFolder(other) if is_megatron_folder(other) else HFFolder(other)
-    ours, theirs = functional_config(folder.config), functional_config(opened.config)
-    config = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
-    if isinstance(opened, MegatronFolder):
-        compared, different, missing = _compare_megatron(folder, opened, world)
-    else:
-        compared, different, missing = _compare_hf(folder, opened)
-    difference = None if text is None else _compare_logits(folder, Path(other), world, text)
-    return Comparison(compared, sorted(different), sorted(missing), config, difference)
+def _parts(
+    place: Place, folder: HFFolder, dtype: str
+) -> Iterable[tuple[Part, str, tuple[int, ...] | None, tuple[int, ...]]]:
+    """One parameter as entries of a file: (part, key, offsets, sizes), its rows cut into chunks."""
+    moves = [Move(folder.stored(p.hf), p.hf_box, p.local_box) for p in place.rule.pieces(1, 0)]
+    rows, *inner = place.shape
+    row_bytes = _parameter_bytes(place, dtype) // rows
+    rows_each = max(1, CHUNK_BYTES // row_bytes)
+    ones = (1,) * len(place.leading)
+    for start in range(0, rows, rows_each):
+        stop = min(start + rows_each, rows)
+        cut = window(moves, ((start, stop), *whole(tuple(inner))), (0,) * len(place.shape))
+        shape = (stop - start, *inner)
+        head, tail = envelope((*ones, *shape), dtype)
+        tensor = Assembled(place.key, shape, dtype, tuple(cut))
+        offsets = (*place.leading, start, *(0 for _ in inner))
+        yield Part(head, tensor, tail), place.key, offsets, (*ones, *shape)
+    extra = place.extra_state()
+    if extra is not None:
+        yield Part(empty_object()), extra, None, ()
 
 
-def _compare_hf(ours: HFFolder, theirs: HFFolder) -> tuple[int, set[str], set[str]]:
-    """Tensors that a family may leave out (copies, old buffers) count as equal where one side lacks them."""
-    family = family_of(ours.config)
-    check_tensors(theirs, theirs.config)
-    optional = {name for name in {*ours, *theirs} if family.ignorable(name)}
-    optional |= family.copies(ours.config).keys()
-    mine, other = set(ours), set(theirs)
-    different = set()
-    for name in mine & other:
-        box = whole(ours.shape(name))
-        same_form = ours.shape(name) == theirs.shape(name) and ours.dtype(name) == theirs.dtype(name)
-        if not same_form or not _same_bits(ours.read(name, box), theirs.read(name, box)):
-            different.add(name)
-    return len(mine & other), different, (mine ^ other) - optional
+def _parameter_bytes(place: Place, dtype: str) -> int:
+    return torch.Size(place.shape).numel() * ITEM_BYTES[dtype]
 
 
-def _compare_megatron(folder: HFFolder, megatron: MegatronFolder, world: World) -> tuple[int, set[str], set[str]]:
-    names = set(megatron.dtypes)
-    family = family_of(folder.config)
-    expected = {name for rule in family.rules(folder.config) for name in rule.hf_shapes()}
-    missing = names ^ expected
-    model = megatron.load(world)
-    different: set[str] = set()
-    for placement in placements(model, world):
-        for piece in placement.pieces:
-            if piece.hf in missing or piece.hf in different:
-                continue
-            here = placement.parameter.detach()[slices(piece.local_box)].cpu()
-            if placement.rule.hf_shapes()[piece.hf] != folder.shape(piece.hf) or not _same_bits(
-                here, folder.read(piece.hf, piece.hf_box)
-            ):
-                different.add(piece.hf)
-    everyone: list[set[str]] = [set()] * world.world_size
-    dist.all_gather_object(everyone, different)
-    return len(names & expected), set().union(*everyone), missing
+def _plan_export(tensors: Mapping[str, Assembled], shards: Mapping[str, list[TensorInfo]]) -> list[Item]:
+    """Runs of tensors of the safetensors files; the first of each file begins with its header."""
+    items = []
+    for file, shard in shards.items():
+        at = 0
+        head = file_header(shard)
+        for group in _grouped(shard, lambda info: info.nbytes, ITEM_TARGET_BYTES):
+            parts = []
+            for info in group:
+                dtype = str(info.dtype).removeprefix("torch.")
+                parts.append(Part(head, Assembled(info.name, info.shape, dtype, tensors[info.name].moves)))
+                head = b""
+            items.append(Item(file, at, tuple(parts)))
+            at += items[-1].nbytes
+    return items
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal after the exact conversion to the wider of the two types; NaNs and signed zeros by their bits."""
-    wide = torch.promote_types(a.dtype, b.dtype)
-    a, b = a.to(wide).contiguous(), b.to(wide).contiguous()
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+def _grouped(values: Iterable[Any], nbytes: Any, target: int) -> list[list[Any]]:
+    """Consecutive values in groups of about `target` bytes; a larger value is a group of its own."""
+    groups: list[list[Any]] = []
+    filled = target
+    for value in values:
+        if filled + nbytes(value) > target:
+            groups.append([])
+            filled = 0
+        groups[-1].append(value)
+        filled += nbytes(value)
+    return groups
 
 
-def _compare_logits(folder: HFFolder, other: Path, world: World, text: str) -> float:
-    """The largest difference on the main process and every other."""
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(folder.path)(text)["input_ids"]
-    ids = ids[: len(ids) // world.tp_size * world.tp_size]  # sequence parallelism splits tokens evenly
-    if not ids:
-        raise UserError(f"text {text!r}: no tokens to compare logits on")
-    ours_SV = transformers_logits(folder.path, ids)
-    if is_megatron_folder(other):
-        theirs_SV = dense_logits(MegatronFolder(other).load(world, torch.float32), world, [ids])
-    else:
-        theirs_SV = transformers_logits(other, ids)
-    largest = 0.0 if theirs_SV is None else float((ours_SV - theirs_SV.cpu()).abs().max())
-    everyone: list[float] = [0.0] * world.world_size
-    dist.all_gather_object(everyone, largest)
-    return max(everyone)
+def _identity(kind: str, files: Iterable[Path]) -> dict[str, Any]:
+    """What decides the output: the source's files as they are now, and the plan's own numbers."""
+    seen = {str(path): [(status := path.stat()).st_size, status.st_mtime_ns] for path in files}
+    return {"kind": kind, "version": [_PLAN_VERSION, CHUNK_BYTES, ITEM_TARGET_BYTES], "files": seen}
 
 
-@torch.no_grad()
-def transformers_logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    """fp32 logits [S, V] of one text, computed by transformers."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model(torch.tensor([ids])).logits[0]
-
-
-def _container(dtypes: set[torch.dtype]) -> torch.dtype:
-    """One parameter type that holds all of these exactly."""
-    first, *rest = sorted(dtypes, key=str)
-    for dtype in rest:
-        first = torch.promote_types(first, dtype)
-    return first
+def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str) -> int:
+    """Make the items that are not finished; the bytes that were written."""
+    left = [item for item in items if not _is_finished(item, unfinished)]
+    if len(left) < len(items):
+        say(f"{what}: {len(items) - len(left)} of {len(items)} parts are finished already")
+    left.sort(key=lambda item: -item.nbytes)
+    byte_count = sum(item.nbytes for item in left)
+    with meter(what, byte_count) as done:
+        for item, written in pool.map(partial(write_item, str(unfinished.folder)), left):
+            unfinished.record(item.name, [written.hash, written.digests])
+            done.add(item.nbytes)
+    return byte_count
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _report(byte_count: int, begun: float, pool: Workers) -> Report:
+    processes = 1 if pool.count == 1 else 1 + pool.count
+    return Report(byte_count, time.monotonic() - begun, pool.peak_bytes, processes)
+
+
+def _is_finished(item: Item, unfinished: Unfinished) -> bool:
+    path = unfinished.folder / item.file
+    return item.name in unfinished.finished and path.exists() and path.stat().st_size >= item.offset + item.nbytes
+
+
+def _check_copies(folder: HFFolder, pool: Workers) -> None:
+    """A tied model's folder may hold the head too: then it must be the embedding."""
+    pairs = [
+        (as_is(folder.stored(copy)), as_is(folder.stored(original)))
+        for copy, original in family_of(folder.config).copies(folder.config).items()
+        if copy in folder
+    ]
+    alike = [pair for pair in pairs if pair[0].dtype == pair[1].dtype]
+    equal = [pair for pair, same in pool.map(same_bits, alike) if same]
+    for copy, original in pairs:
+        if (copy, original) not in equal:
+            raise UserError(
+                f"{folder.path}: config.json ties the head to the embedding, but {copy.name} differs from "
+                f"{original.name}"
+            )

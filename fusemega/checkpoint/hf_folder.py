@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
+from fusemega.checkpoint.moves import Stored
 from fusemega.errors import UserError, nearest
 from fusemega.models.rules import Box, slices
 
@@ -58,6 +59,7 @@ class HFFolder:
         self.config = read_json(self.path / "config.json")
         self._entries = self._open()
         self._handles: dict[Path, Any] = {}
+        self._content_hash: str | None = None
 
     def keys(self) -> list[str]:
         """Tensor names, sorted."""
@@ -101,26 +103,38 @@ class HFFolder:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{entry.shard}: cannot read tensor {name}: {error}") from None
 
-    def content_hash(self) -> str:
-        """32 hex digits of blake2b over the configuration and every tensor's name, type, shape and bytes.
+    def stored(self, name: str) -> Stored:
+        """Where in which file a tensor lies.
+
+        Raises:
+            UserError: as `dtype`.
+        """
+        entry = self._entry(name)
+        dtype = str(self.dtype(name)).removeprefix("torch.")
+        return Stored(name, str(entry.shard), entry.start, entry.shape, dtype)
+
+    def files(self) -> list[Path]:
+        """config.json and the files that hold weights."""
+        return [self.path / "config.json", *sorted({entry.shard for entry in self._entries.values()})]
+
+    def content_hash(self, digests: Mapping[str, str] | None = None) -> str:
+        """32 hex digits of blake2b over the configuration and every tensor's name, type, shape and XXH3-128.
 
         Independent of the split into shards and of keys that do not change what the model computes. Reads all
-        weights once, about a second a GB; the result is kept.
-        """
-        return self._content_hash
+        weights once, at the speed of the disk; the result is kept.
 
-    @cached_property
-    def _content_hash(self) -> str:
-        config = json.dumps(functional_config(self.config), sort_keys=True)
-        digest = hashlib.blake2b(config.encode(), digest_size=16)
-        for name in self:
-            entry = self._entries[name]
-            digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-            with open(entry.shard, "rb") as file:
-                file.seek(entry.start)
-                for at in range(entry.start, entry.stop, _HASH_CHUNK_BYTES):
-                    digest.update(file.read(min(_HASH_CHUNK_BYTES, entry.stop - at)))
-        return digest.hexdigest()
+        Args:
+            digests: XXH3-128 of tensors that have been read already, by name; those are not read again.
+        """
+        if self._content_hash is None:
+            config = json.dumps(functional_config(self.config), sort_keys=True)
+            digest = hashlib.blake2b(config.encode(), digest_size=16)
+            for name in self:
+                entry = self._entries[name]
+                bits = (digests or {}).get(name) or _bits_hash(entry)
+                digest.update(json.dumps([name, entry.dtype, entry.shape, bits]).encode())
+            self._content_hash = digest.hexdigest()
+        return self._content_hash
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -159,6 +173,15 @@ class HFFolder:
             if name not in entries:
                 raise UserError(f"{self.path / file}: does not hold tensor {name}, which {INDEX_FILE} places there")
         return entries
+
+
+def _bits_hash(entry: _Entry) -> str:
+    digest = xxhash.xxh3_128()
+    with open(entry.shard, "rb") as file:
+        file.seek(entry.start)
+        for at in range(entry.start, entry.stop, _HASH_CHUNK_BYTES):
+            digest.update(file.read(min(_HASH_CHUNK_BYTES, entry.stop - at)))
+    return digest.hexdigest()
 
 
 def functional_config(config: Mapping[str, Any]) -> dict[str, Any]:

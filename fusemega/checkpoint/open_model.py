@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from fusemega.checkpoint.convert import MegatronFolder, is_megatron_folder
+from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hf_load import check_tensors, load_hf
+from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.hub import resolve
+from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
 from fusemega.checkpoint.read_plan import RankReads, plan_reads
 from fusemega.models.build import GPT, build_model, check_layout
 from fusemega.models.registry import family_of

@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from fusemega.errors import UserError
-from fusemega.runtime.parallel import World
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
+    from fusemega.runtime.parallel import World
 
 
 def on_main(world: World, action: Callable[[], None]) -> None:
@@ -97,13 +100,18 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     def finish() -> None:
         with disk_errors(path):
-            for folder, _, files in os.walk(temporary):
-                for name in [*files, "."]:
-                    _sync(os.path.join(folder, name))
-            os.rename(temporary, path)
-            _sync(path.parent)
+            publish(temporary, path)
 
     on_main(world, finish)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished folder to `path`, with all its files on disk before and the name after."""
+    for folder, _, files in os.walk(temporary):
+        for name in [*files, "."]:
+            _sync(os.path.join(folder, name))
+    os.rename(temporary, path)
+    _sync(path.parent)
 
 
 @contextmanager
@@ -114,6 +122,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full") from None
+        if error.errno == errno.EFBIG:
+            raise UserError(f"{path}: a file grew larger than this process or file system may write") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{path}: cannot write there: {error.strerror}") from None
         raise

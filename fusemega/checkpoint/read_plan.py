@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from fusemega.checkpoint.convert import MegatronFolder
+from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hf_load import check_tensors
+from fusemega.checkpoint.megatron_folder import MegatronFolder
 from fusemega.checkpoint.output import refuse_existing
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
 from fusemega.models.build import check_layout, stage_rules
@@ -94,7 +94,7 @@ def size(nbytes: int) -> str:
 
 
 def describe_import(source: str | Path, out: Path, tp_size: int, pp_size: int) -> str:
-    """What `fusemega convert import` would read, rank by rank, and write.
+    """What `fusemega convert import` would write, and what a run from the source would read, rank by rank.
 
     Raises:
         UserError: what the import itself would refuse.
@@ -111,7 +111,7 @@ def describe_import(source: str | Path, out: Path, tp_size: int, pp_size: int) -
 def describe_export(
     source: str | Path, out: Path, tp_size: int, pp_size: int, *, dtype: torch.dtype | None, max_shard_size: int
 ) -> str:
-    """What `fusemega convert export` would read, rank by rank, and write; arguments as those of `export_megatron`.
+    """What `fusemega convert export` would write, and what a run from the source would read, rank by rank.
 
     Raises:
         UserError: what the export itself would refuse.

@@ -12,6 +12,7 @@ import torch
 
 from fusemega.checkpoint.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE
 
+MAX_SHARD_SIZE = 5_000_000_000
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -54,8 +55,8 @@ def plan_shards(tensors: Iterable[TensorInfo], max_shard_size: int) -> dict[str,
     return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": shard for i, shard in enumerate(ordered, 1)}
 
 
-def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Tensor]) -> None:
-    """One file. `values` yields the tensors in the order of `tensors`, on any device, of that dtype and shape."""
+def file_header(tensors: list[TensorInfo]) -> bytes:
+    """All that a file holds before its weights, which follow in the order of `tensors`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for info in tensors:
@@ -67,8 +68,13 @@ def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Ten
         at += info.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Tensor]) -> None:
+    """One file. `values` yields the tensors in the order of `tensors`, on any device, of that dtype and shape."""
     with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(file_header(tensors))
         for info, value in zip(tensors, values, strict=True):
             if value.dtype != info.dtype or tuple(value.shape) != info.shape:
                 raise RuntimeError(f"{info.name}: planned {info}, got {value.dtype} {tuple(value.shape)}")

@@ -4,41 +4,63 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from fusemega.checkpoint import convert, read_plan
-from fusemega.checkpoint.hub import resolve
 from fusemega.errors import UserError, choose
-from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
+from fusemega.runtime.console import global_rank
+
+if TYPE_CHECKING:
+    from fusemega.checkpoint.convert import Report
 
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints: Hugging Face <-> Megatron, bit for bit.")
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-TP = Annotated[int, typer.Option("--tensor-model-parallel-size", min=1, help="Ranks that share each layer.")]
-PP = Annotated[int, typer.Option("--pipeline-model-parallel-size", min=1, help="Stages the layers are spread over.")]
-DRY_RUN = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, print what each rank would read, and stop: any layout.")
+WORKERS = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes that copy, on this machine.", show_default="one a core, at most 8"),
 ]
+RESUME = Annotated[
+    bool, typer.Option("--resume", help="Go on with what an interrupted call has finished (in .OUT.incomplete).")
+]
+DRY_RUN = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, print what each rank of a run would read of SOURCE, and stop."),
+]
+DRY_TP = Annotated[int, typer.Option("--tensor-model-parallel-size", min=1, help="The layout --dry-run speaks of.")]
+DRY_PP = Annotated[int, typer.Option("--pipeline-model-parallel-size", min=1, help="The layout --dry-run speaks of.")]
 
 
 @app.command("import")
-def import_(source: str, out: Path, tp: TP = 1, pp: PP = 1, dry_run: DRY_RUN = False) -> None:
-    """SOURCE (a Hugging Face folder or hub id) to OUT (a Megatron folder). Any layout writes the same checkpoint."""
+def import_(
+    source: str,
+    out: Path,
+    workers: WORKERS = None,
+    resume: RESUME = False,
+    dry_run: DRY_RUN = False,
+    tp: DRY_TP = 1,
+    pp: DRY_PP = 1,
+) -> None:
+    """SOURCE (a Hugging Face folder or hub id) to OUT (a Megatron folder, to be loaded in any layout).
+
+    Memory does not grow with the model: each process holds a few blocks of 1 MB.
+    """
+    from fusemega.checkpoint.convert import import_hf
+    from fusemega.checkpoint.hub import resolve
+    from fusemega.checkpoint.workers import default_workers
+
     if dry_run:
-        typer.echo(read_plan.describe_import(resolve(source), out, tp, pp))
+        from fusemega.checkpoint.read_plan import describe_import
+
+        typer.echo(describe_import(resolve(source), out, tp, pp))
         return
-    with _world(tp, pp) as world:
-        convert.import_hf(resolve(source), out, world)
-        if world.is_main:
-            typer.echo(f"wrote {out}")
+    _check_no_layout(tp, pp)
+    _once(out, lambda: import_hf(resolve(source), out, workers=workers or default_workers(), resume=resume))
 
 
 @app.command("export")
@@ -47,38 +69,79 @@ def export(
     out: Path,
     dtype: Annotated[str | None, typer.Option(help="Of the weights; by default what they were imported from.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
-    tp: TP = 1,
-    pp: PP = 1,
+    workers: WORKERS = None,
+    resume: RESUME = False,
     dry_run: DRY_RUN = False,
+    tp: DRY_TP = 1,
+    pp: DRY_PP = 1,
 ) -> None:
     """SOURCE (a Megatron folder) to OUT (a Hugging Face folder that transformers loads)."""
-    chosen = None if dtype is None else _DTYPES[choose("--dtype", dtype, _DTYPES)]
+    chosen = None if dtype is None else choose("--dtype", dtype, _DTYPES)
     size = parse_size(max_shard_size)
+    import torch
+
+    from fusemega.checkpoint.convert import export_megatron
+    from fusemega.checkpoint.workers import default_workers
+
+    torch_dtype = None if chosen is None else getattr(torch, chosen)
     if dry_run:
-        typer.echo(read_plan.describe_export(source, out, tp, pp, dtype=chosen, max_shard_size=size))
+        from fusemega.checkpoint.read_plan import describe_export
+
+        typer.echo(describe_export(source, out, tp, pp, dtype=torch_dtype, max_shard_size=size))
         return
-    with _world(tp, pp) as world:
-        convert.export_megatron(source, out, world, dtype=chosen, max_shard_size=size)
-        if world.is_main:
-            typer.echo(f"wrote {out}")
+    _check_no_layout(tp, pp)
+    _once(
+        out,
+        lambda: export_megatron(
+            source,
+            out,
+            dtype=torch_dtype,
+            max_shard_size=size,
+            workers=workers or default_workers(),
+            resume=resume,
+        ),
+    )
 
 
 @app.command("verify")
 def verify(
     hf: str,
     other: Path,
-    text: Annotated[str | None, typer.Option(help="Compare the logits on this text too, in fp32.")] = None,
-    tp: TP = 1,
-    pp: PP = 1,
+    text: Annotated[
+        str | None,
+        typer.Option(help="A text, or a file of text: compare the logits on its first 512 tokens too, in fp32."),
+    ] = None,
+    workers: WORKERS = None,
+    tp: Annotated[
+        int, typer.Option("--tensor-model-parallel-size", min=1, help="Ranks that share each layer, for --text.")
+    ] = 1,
+    pp: Annotated[
+        int, typer.Option("--pipeline-model-parallel-size", min=1, help="Stages of the layers, for --text.")
+    ] = 1,
 ) -> None:
-    """Compare HF (a Hugging Face folder or hub id) with OTHER (a Hugging Face or Megatron folder), tensor by tensor.
+    """Compare HF (a folder or hub id) with OTHER (a folder), either of Hugging Face's or of Megatron's form.
 
-    Prints one JSON object; exit status 1 when they differ.
+    Every bit of every tensor, and the files of a Megatron folder against its integrity manifest, in little memory;
+    with --text both models are loaded whole. Prints one JSON object; exit status 1 when they differ.
     """
-    with _world(tp, pp) as world:
-        result = convert.verify(resolve(hf), other, world, text)
-        if world.is_main:
-            typer.echo(json.dumps(result.as_dict()))
+    from fusemega.checkpoint import verify as verification
+    from fusemega.checkpoint.hub import resolve
+    from fusemega.checkpoint.workers import default_workers
+
+    folder = resolve(hf)
+    difference = None
+    if text is not None:
+        from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown
+
+        world = initialize(ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
+        try:
+            difference = verification.logit_difference(folder, other, world, _read_text(text))
+        finally:
+            shutdown()
+    if global_rank() != 0:
+        return
+    result = verification.verify(folder, other, workers=workers or default_workers())
+    typer.echo(json.dumps(result.as_dict() | {"max_logit_difference": difference}))
     if not result.identical:
         raise typer.Exit(1)
 
@@ -95,10 +158,26 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-@contextmanager
-def _world(tp: int, pp: int) -> Iterator[World]:
-    world = initialize(ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
+def _check_no_layout(tp: int, pp: int) -> None:
+    if (tp, pp) != (1, 1):
+        raise UserError(
+            "--tensor-model-parallel-size and --pipeline-model-parallel-size belong to --dry-run: a conversion writes "
+            "the same files for every layout, and --workers says how many processes do it"
+        )
+
+
+def _once(out: Path, conversion: Callable[[], Report]) -> None:
+    """A conversion starts its own processes: under torchrun or srun, one rank does it and the others have nothing."""
+    if global_rank() == 0:
+        typer.echo(f"wrote {out}: {conversion()}")
+
+
+def _read_text(text: str) -> str:
+    """The contents of a file, or the text itself where no file has that name."""
     try:
-        yield world
-    finally:
-        shutdown()
+        path = Path(text)
+        return path.read_text(encoding="utf-8") if path.is_file() else text
+    except OSError:  # longer than a file's name may be
+        return text
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text: {text} is not UTF-8 text (byte {error.start})") from None

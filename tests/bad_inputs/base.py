@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from benchmarks import tiny
 from fusemega.checkpoint.convert import import_hf
 from fusemega.config import validate
-from fusemega.runtime.parallel import ParallelConfig, initialize
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.training.run import TrainRun
 from fusemega.training.train import train
@@ -58,6 +57,6 @@ def build() -> None:
     AutoModelForCausalLM.from_pretrained("model").save_pretrained("sharded", max_shard_size="30KB")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         Path("sharded", name).write_bytes(Path("model", name).read_bytes())
-    import_hf("model", "megatron", initialize(ParallelConfig()))
+    import_hf("model", "megatron")
     teach(validate(TeachRun, TEACH, "more.yaml"))
     train(validate(TrainRun, TRAIN, "resume.yaml"))

@@ -288,7 +288,9 @@ TABLE: list[Bad] = [
     _k("an import without its source", "teach teach.yaml model.load=megatron", "source_hash", key("megatron/manifest.json", "source_hash")),
     _k("an import without weights", MEGATRON, "megatron/weights", gone("megatron/weights"), folder("megatron/weights")),
     _k("an import without config", MEGATRON, "megatron/hf/config.json: cannot read", gone("megatron/hf/config.json")),
-    _k("an import of another size", MEGATRON, "megatron/weights: does not fit", key("megatron/hf/config.json", "intermediate_size", 64)),
-    _k("an import with a torn part", MEGATRON, "megatron/weights: ", cut("megatron/weights/__0_0.distcp", 50)),
+    _k("an import of another size", MEGATRON, "megatron/hf/config.json: truncated", key("megatron/hf/config.json", "intermediate_size", 64)),
+    _k("an import without integrity", MEGATRON, "megatron/integrity.json: cannot read", gone("megatron/integrity.json")),
+    _k("an import's integrity torn", MEGATRON, "megatron/integrity.json: not an", cut("megatron/integrity.json", 50)),
+    _k("an import with a torn part", MEGATRON, "megatron/weights/__0_0.distcp: truncated", cut("megatron/weights/__0_0.distcp", 50)),
     _k("an export of no import", "convert export model out", "model/manifest.json: cannot read"),
 ]

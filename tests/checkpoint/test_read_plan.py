@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusemega.checkpoint.convert import MegatronFolder, import_hf
+from fusemega.checkpoint.convert import import_hf
 from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.checkpoint.megatron_folder import MegatronFolder
 from fusemega.checkpoint.read_plan import RankReads, plan_reads, size, table
 from fusemega.errors import UserError
 from fusemega.models.build import build_model, fill, placements
@@ -36,7 +37,7 @@ def test_one_process_reads_what_the_plan_says(world: World, tmp_path: Path, dtyp
     fill(model, world, spy)
     files = len(list(folder.path.glob("*.safetensors")))
     assert plan_reads(folder, 1, 1) == [RankReads(0, 0, len(read), read.total(), nbytes, files)]
-    import_hf(folder.path, tmp_path / "megatron", world)
+    import_hf(folder.path, tmp_path / "megatron")
     held = sum(volume(piece.local_box) for placement in placements(model, world) for piece in placement.pieces)
     count = len(list(model.parameters()))
     wanted = [RankReads(0, 0, count, count, held * dtype.itemsize, 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,22 @@ from typer.testing import CliRunner
 
 from fusemega.cli import convert
 from fusemega.errors import UserError
+from fusemega.runtime import parallel
 from tests.checkpoint.conftest import save_llama
 
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
-    monkeypatch.setattr(convert, "shutdown", lambda: None)  # the process group serves the other tests too
+    monkeypatch.setattr(parallel, "shutdown", lambda: None)  # the process group serves the other tests too
     return CliRunner()
 
 
 def test_import_export_verify(runner: CliRunner, tmp_path: Path) -> None:
     source, megatron, out = save_llama(tmp_path / "source"), tmp_path / "megatron", tmp_path / "out"
     assert runner.invoke(convert.app, ["import", str(source), str(megatron)]).exit_code == 0
-    done = runner.invoke(convert.app, ["export", str(megatron), str(out), "--max-shard-size", "20KB"])
-    assert (done.exit_code, done.output) == (0, f"wrote {out}\n")
+    done = runner.invoke(convert.app, ["export", str(megatron), str(out), "--max-shard-size", "20KB", "--workers", "1"])
+    assert done.exit_code == 0 and done.stdout.startswith(f"wrote {out}: ")
+    assert re.search(r"kB in \d+\.\d s \([\d.]+ [kM]B/s\), peak memory [\d.]+ [MG]B in 1 process\n$", done.stdout)
     assert len(list(out.glob("*.safetensors"))) == 5
     done = runner.invoke(convert.app, ["verify", str(source), str(out)])
     assert done.exit_code == 0 and json.loads(done.output)["identical"] is True
@@ -31,6 +34,24 @@ def test_import_export_verify(runner: CliRunner, tmp_path: Path) -> None:
     assert runner.invoke(convert.app, ["export", str(megatron), str(half), "--dtype", "bfloat16"]).exit_code == 0
     done = runner.invoke(convert.app, ["verify", str(source), str(half)])
     assert done.exit_code == 1 and len(json.loads(done.output)["different"]) == 21
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_verify_on_a_text(runner: CliRunner, tmp_path: Path, smollm2_folder: Path, as_file: bool) -> None:
+    text = "Paris is the capital of France. " * 2
+    if as_file:
+        (tmp_path / "text.txt").write_text(text)
+    argument = str(tmp_path / "text.txt") if as_file else text
+    done = runner.invoke(convert.app, ["verify", str(smollm2_folder), str(smollm2_folder), "--text", argument])
+    assert done.exit_code == 0 and json.loads(done.stdout)["max_logit_difference"] == 0.0
+
+
+def test_only_one_rank_of_a_launcher_converts(
+    runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    done = runner.invoke(convert.app, ["import", str(save_llama(tmp_path / "source")), str(tmp_path / "out")])
+    assert (done.exit_code, done.stdout) == (0, "") and not (tmp_path / "out").exists()
 
 
 def test_dry_runs_print_what_each_rank_would_read_and_write_nothing(runner: CliRunner, tmp_path: Path) -> None:
@@ -58,7 +79,8 @@ def test_dry_runs_print_what_each_rank_would_read_and_write_nothing(runner: CliR
         (["export", "m", "o", "--max-shard-size", "5"], "--max-shard-size: found '5'; expected"),
         (["export", "m", "o", "--max-shard-size", "0GB"], "--max-shard-size: found '0GB'; expected"),
         (["import", "./m", "o"], "m: no such model folder"),
-        (["import", "./m", "o", "--tensor-model-parallel-size", "2"], "does not divide the 1 process"),
+        (["export", "./m", "o"], "m/manifest.json: cannot read: No such file"),
+        (["import", "./m", "o", "--tensor-model-parallel-size", "2"], "belong to --dry-run"),
     ],
 )
 def test_mistakes(runner: CliRunner, arguments: list[str], message: str) -> None:

@@ -1,0 +1,112 @@
+"""`integrity.json`: the size and hash of every file of a folder, so that damage is found before it is used.
+
+Sizes are compared whenever a folder is opened (one stat a file); hashes, which read everything, by `fusemega convert
+verify`. The hash is XXH3-128, as `xxh128sum` prints it: it finds damage at the speed of memory, and does not claim to
+stop a forger, who would write this file anew. Imports neither torch nor numpy: light processes use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from fusemega.errors import UserError
+
+FILE = "integrity.json"
+_FORMAT = "fusemega-integrity-1"
+_BLOCK_BYTES = 1 << 22
+
+
+def file_hash(path: Path) -> str:
+    """32 hex digits of XXH3-128 over a file's bytes."""
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(_BLOCK_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def write_integrity(folder: Path, known: Mapping[str, str] | None = None, threads: int = 4) -> None:
+    """Describe every file below `folder` in `folder/integrity.json`; to be called when all of them are written.
+
+    Args:
+        folder: what is described, subfolders included.
+        known: hashes that the writer has taken already, by path relative to `folder` with forward slashes; such a file
+            is not read again.
+        threads: files hashed at once (hashing leaves Python's lock).
+    """
+    known = known or {}
+    names = [name for name in _files(folder) if name != FILE]
+    with ThreadPoolExecutor(threads) as pool:
+        hashes = pool.map(lambda name: known[name] if name in known else file_hash(folder / name), names)
+        files = {
+            name: {"size": (folder / name).stat().st_size, "xxh3_128": digest}
+            for name, digest in zip(names, hashes, strict=True)
+        }
+    (folder / FILE).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def check_sizes(folder: Path) -> None:
+    """Every file that the manifest names is there, at its size. Reads no contents; other files are nobody's business.
+
+    Raises:
+        UserError: names the first file that is missing or of another size, or says that the manifest is unreadable.
+    """
+    for name, (size, _) in _read(folder).items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            raise UserError(f"{folder / name}: {FILE} lists it, and it cannot be read: {error.strerror}") from None
+        if found != size:
+            state = "truncated" if found < size else "too long"
+            raise UserError(f"{folder / name}: {state}: {found} bytes, and {FILE} says {size}")
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """Relative path -> hash, as the manifest has them.
+
+    Raises:
+        UserError: the manifest is missing or malformed.
+    """
+    return {name: digest for name, (_, digest) in _read(folder).items()}
+
+
+def damaged_files(folder: Path, threads: int = 4) -> list[str]:
+    """The files, by relative path, whose bytes are not those that the manifest describes. Reads everything once.
+
+    Raises:
+        UserError: a file is missing or of another size, or the manifest cannot be read.
+    """
+    check_sizes(folder)
+    recorded = recorded_hashes(folder)
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda name: file_hash(folder / name), recorded)
+        return [name for (name, digest), now in zip(recorded.items(), found, strict=True) if digest != now]
+
+
+def _read(folder: Path) -> dict[str, tuple[int, str]]:
+    path = folder / FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise UserError(f"{path}: format is {manifest['format']!r}, expected {_FORMAT!r}")
+        files = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in manifest["files"].items()}
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not an integrity manifest") from None
+    for name in files:
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise UserError(f"{path}: names a file outside the folder: {name!r}")
+    return files
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative paths with forward slashes, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,111 @@
+"""The folder that `fusemega convert import` writes: a Megatron checkpoint that stands alone.
+
+    weights/         torch_dist, loadable under any layout
+    hf/              config.json, tokenizer and the other small files
+    manifest.json    where the weights came from
+    integrity.json   sizes and hashes of all of these
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fusemega.checkpoint.hf_folder import DTYPES, HFFolder, read_json
+from fusemega.checkpoint.integrity import check_sizes
+from fusemega.checkpoint.side_files import copy_side_files
+from fusemega.errors import UserError, choose
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
+    from fusemega.models.build import GPT
+    from fusemega.runtime.parallel import World
+    from fusemega.runtime.precision import Kernels
+
+FORMAT = "fusemega-megatron-2"
+MANIFEST = "manifest.json"
+
+
+class MegatronFolder:
+    """An imported folder, its files checked for their sizes.
+
+    Raises:
+        UserError: not such a folder, or a file of it is missing or truncated.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = read_json(self.path / MANIFEST)
+        if self.manifest.get("format") != FORMAT:
+            found = self.manifest.get("format")
+            raise UserError(f"{self.path / MANIFEST}: format is {found!r}, expected {FORMAT!r}; import it again")
+        self.weights = self.path / "weights"
+        self.hf = self.path / "hf"
+        self.config = read_json(self.hf / "config.json")
+        self.dtypes = self._dtypes()
+        if not isinstance(self.manifest.get("source_hash"), str):
+            raise UserError(f"{self.path / MANIFEST}: source_hash is missing")
+        check_sizes(self.path)
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor, as it was imported."""
+        given = self.manifest.get("dtypes")
+        if not isinstance(given, dict) or not given:
+            raise UserError(f"{self.path / MANIFEST}: dtypes is not a mapping of tensors to types")
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+        where = f"{self.path / MANIFEST}: dtypes"
+        return {name: known[choose(f"{where}.{name}", str(dtype), known)] for name, dtype in given.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Holds every tensor's own type exactly."""
+        return common_dtype(self.dtypes.values())
+
+    def load(self, world: World, dtype: torch.dtype | None = None, kernels: Kernels | None = None) -> GPT:
+        """The model under this layout, in the stored dtype unless another is asked for. Collective."""
+        from fusemega.checkpoint.torch_dist import load_model
+        from fusemega.models.build import build_model
+        from fusemega.runtime.precision import LOCAL
+
+        model = build_model(self.config, world, dtype or self.dtype, kernels or LOCAL)
+        load_model(model, self.weights)
+        return model
+
+
+def is_megatron_folder(path: str | Path) -> bool:
+    """Whether `path` has the form of an imported folder."""
+    return (Path(path) / MANIFEST).is_file() and (Path(path) / "weights").is_dir()
+
+
+def describe_source(folder: Path, source: HFFolder, names: Iterable[str], digests: Mapping[str, str]) -> None:
+    """Write `hf/` and `manifest.json` of a folder that is being imported.
+
+    Args:
+        folder: being written.
+        source: what is imported.
+        names: its tensors that are stored.
+        digests: XXH3-128 of its tensors, as far as they are known.
+    """
+    (folder / "hf").mkdir(exist_ok=True)
+    copy_side_files(source.path, folder / "hf")
+    manifest = {
+        "format": FORMAT,
+        "source": str(source.path),
+        "source_hash": source.content_hash(digests),
+        "dtypes": {name: str(source.dtype(name)).removeprefix("torch.") for name in names},
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "safetensors")},
+    }
+    for path, value in ((folder / "hf" / "config.json", source.config), (folder / MANIFEST, manifest)):
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """One type that holds all of these exactly."""
+    first, *rest = sorted(set(dtypes), key=str)
+    for dtype in rest:
+        first = torch.promote_types(first, dtype)
+    return first

@@ -1,0 +1,41 @@
+"""What a Hugging Face folder holds beside its weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Beside the weights, what a user of the folder needs. Never Python code.
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+def copy_side_files(source: Path, out: Path) -> None:
+    """Copy the generation settings, tokenizer and chat templates that `source` has."""
+    for name in _SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    for name in _SIDE_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, out / name, dirs_exist_ok=True)
+
+
+def exported_config(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration with `dtype` as transformers 5 writes it: that of the first tensor, the embedding."""
+    config = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}
+    return config | {"dtype": str(dtype).removeprefix("torch.")}

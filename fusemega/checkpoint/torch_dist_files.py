@@ -1,0 +1,358 @@
+"""The files of a Megatron distributed checkpoint (torch_dist), read and written without building a model.
+
+    common.pt       what is not a tensor: nothing, for weights alone
+    metadata.json   megatron-core's note of the format
+    .metadata       torch.distributed.checkpoint's index, a pickle: global shapes, chunks, and where each chunk lies
+    *.distcp        chunks, each a `torch.save` of one box of one global tensor
+
+Megatron stacks the layers: `decoder.layers.3.mlp.linear_fc2.weight` [H, F] is element 3 of the global tensor
+`decoder.layers.mlp.linear_fc2.weight` [layers, H, F]. Its keys are those of Transformer Engine's layer spec, whatever
+the spec of the model that is saved. Each linear layer of a block also has an `_extra_state` object, empty without FP8.
+The tests hold keys, shapes and objects against megatron-core's own `sharded_state_dict`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+from fusemega.checkpoint.moves import Assembled, Move, Stored, window
+from fusemega.errors import UserError
+from fusemega.models.family import TRANSFORMER_ENGINE_NAMES, HFConfig
+from fusemega.models.registry import family_of
+from fusemega.models.rules import Rule, whole
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rule's parameter, as one rank would hold it whole, lies in the checkpoint.
+
+    Attributes:
+        rule: the rule.
+        key: of the global tensor.
+        global_shape: of the global tensor.
+        layer: its index along the leading dimension of layers; None where there is none.
+    """
+
+    rule: Rule
+    key: str
+    global_shape: tuple[int, ...]
+    layer: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter, without the dimension of layers."""
+        return self.global_shape if self.layer is None else self.global_shape[1:]
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Its offset along the dimension of layers, if it has one."""
+        return () if self.layer is None else (self.layer,)
+
+    def extra_state(self) -> str | None:
+        """Key of the object that Megatron's linear layers save beside their weight; None for other parameters."""
+        if self.layer is None or self.rule.partition_dim is None or not self.key.endswith(".weight"):
+            return None
+        return f"{self.key.removesuffix('weight')}_extra_state/shard_{self.layer}_{self.global_shape[0]}"
+
+
+def places(hf_config: HFConfig) -> list[Place]:
+    """Every parameter of the model, in the order of HF's tensors; second copies (a tied head) are not stored."""
+    out = []
+    for rule in family_of(hf_config).rules(hf_config, TRANSFORMER_ENGINE_NAMES):
+        if rule.duplicate:
+            continue
+        match = _LAYER.fullmatch(rule.megatron)
+        shape = rule.local_shape(1)
+        if match is None:
+            out.append(Place(rule, rule.megatron, shape, None))
+        else:
+            layers = hf_config["num_hidden_layers"]
+            out.append(Place(rule, f"decoder.layers.{match[2]}", (layers, *shape), int(match[1])))
+    return out
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One entry of a `.distcp` file.
+
+    Attributes:
+        key: of the global tensor, or of an object.
+        offsets: of the chunk in the global tensor; None for an object.
+        sizes: of the chunk.
+        dtype: torch's name.
+        file, start, length: bytes of a file, relative to the checkpoint.
+    """
+
+    key: str
+    offsets: tuple[int, ...] | None
+    sizes: tuple[int, ...]
+    dtype: str
+    file: str
+    start: int
+    length: int
+
+
+class _Gap(io.RawIOBase):
+    """Keeps what is written before and after the one gap that a writer seeks over."""
+
+    def __init__(self) -> None:
+        self.parts = [bytearray()]
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.parts[-1] += data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        assert whence == io.SEEK_CUR and len(self.parts) == 1, "torch.save seeks over the data, once"
+        self.parts.append(bytearray())
+        return offset
+
+
+@lru_cache
+def envelope(shape: tuple[int, ...], dtype: str) -> tuple[bytes, bytes]:
+    """What `torch.save` writes before and after the data of a tensor. Allocates no memory for it."""
+    out = _Gap()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(shape, dtype=getattr(torch, dtype)), cast(IO[bytes], out))
+    head, tail = out.parts
+    return bytes(head), bytes(tail)
+
+
+@lru_cache
+def empty_object() -> bytes:
+    """An `_extra_state` without content, as Megatron writes it."""
+    out = io.BytesIO()
+    torch.save([None], out)
+    return out.getvalue()
+
+
+def write_metadata(folder: Path, chunks: Iterable[Chunk], global_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The small files, given the chunks that the `.distcp` files hold. The same chunks give the same bytes."""
+    # Here, because it takes a second: `convert.import_hf` has it imported while the chunks are copied.
+    from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        MetadataIndex,
+        TensorProperties,
+    )
+
+    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for chunk in chunks:
+        storage[MetadataIndex(chunk.key, chunk.offsets)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
+        if chunk.offsets is None:
+            tensors[chunk.key] = BytesStorageMetadata()
+            continue
+        if chunk.key not in tensors:
+            properties = TensorProperties(dtype=getattr(torch, chunk.dtype))
+            tensors[chunk.key] = TensorStorageMetadata(properties, torch.Size(global_shapes[chunk.key]), [])
+        entry = tensors[chunk.key]
+        assert isinstance(entry, TensorStorageMetadata)
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+    metadata = Metadata(state_dict_metadata=tensors, storage_data=storage, version=CURRENT_DCP_VERSION)
+    with open(folder / ".metadata", "wb") as file:
+        pickle.dump(metadata, file)
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+
+
+class Checkpoint:
+    """The tensors of a checkpoint that any layout has written.
+
+    Raises:
+        UserError: not a checkpoint, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        metadata = _read_metadata(path)
+        self._chunks: dict[str, list[tuple[tuple[int, ...], Stored]]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        files: dict[str, IO[bytes]] = {}
+        try:
+            for index, where in metadata.storage_data.items():
+                if getattr(index, "offset", None) is None:  # an object, such as an extra state
+                    continue
+                self.shapes[index.fqn] = tuple(metadata.state_dict_metadata[index.fqn].size)
+                if where.relative_path not in files:
+                    files[where.relative_path] = open(path / where.relative_path, "rb")  # noqa: SIM115  (closed below)
+                stored = _open_chunk(index.fqn, path / where.relative_path, files[where.relative_path], where)
+                self._chunks.setdefault(index.fqn, []).append((tuple(index.offset), stored))
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot read: {error.strerror}") from None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{path / '.metadata'}: damaged: {error}") from None
+        finally:
+            for file in files.values():
+                file.close()
+
+    def files(self) -> list[Path]:
+        """The index and the files that hold weights."""
+        chunks = {Path(stored.path) for group in self._chunks.values() for _, stored in group}
+        return [self.path / ".metadata", *sorted(chunks)]
+
+    def hf_tensors(self, hf_config: HFConfig) -> dict[str, Assembled]:
+        """Each HF tensor, in the model's order, as boxes of the chunks; each in the type it is stored in.
+
+        Raises:
+            UserError: the checkpoint lacks a part of the model.
+        """
+        out = {}
+        for place in places(hf_config):
+            shapes = place.rule.hf_shapes()
+            chunks = self._of(place)
+            moves: dict[str, list[Move]] = {name: [] for name in shapes}
+            for piece in place.rule.pieces(1, 0):
+                at = tuple(start for start, _ in piece.hf_box)
+                moves[piece.hf] += window(chunks, piece.local_box, at)
+            for name, shape in shapes.items():
+                dtype = chunks[0].source.dtype if chunks else "float32"
+                out[name] = Assembled(name, shape, dtype, tuple(moves[name]))
+                if not out[name].complete:
+                    found = self.shapes.get(place.key)
+                    what = "is not there" if found is None else f"is of shape {list(found)}, or has a gap"
+                    raise UserError(
+                        f"{self.path}: does not fit this model, or is damaged: {place.key} {what}; "
+                        f"config.json says {list(place.global_shape)}"
+                    )
+        return out
+
+    def _of(self, place: Place) -> list[Move]:
+        """The chunks that hold parts of a parameter, as moves into it."""
+        shape = self.shapes.get(place.key, ())
+        # Rows of vocabulary beyond HF's are padding of the layout that wrote it; any other difference is another model.
+        rows = len(place.leading)
+        fits = len(shape) == len(place.global_shape) and all(
+            a == b or (i == rows and place.layer is None and a > b)
+            for i, (a, b) in enumerate(zip(shape, place.global_shape, strict=True))
+        )
+        if not fits:
+            return []
+        moves = []
+        for offsets, stored in self._chunks.get(place.key, []):
+            box = tuple((start, start + size) for start, size in zip(offsets, stored.shape, strict=True))
+            moves.append(Move(stored, whole(stored.shape), box))
+        if place.layer is None:
+            return moves
+        layer = window(moves, ((place.layer, place.layer + 1), *whole(place.shape)), (0,) * len(shape))
+        return [_without_leading(move) for move in layer]
+
+
+def _without_leading(move: Move) -> Move:
+    """A move of one layer, with that layer's part of the chunk as its source."""
+    source = move.source
+    (first, _), *inner = move.source_box
+    one = Stored(source.name, source.path, source.offset, source.shape[1:], source.dtype)
+    return Move(
+        Stored(one.name, one.path, one.offset + first * one.nbytes, one.shape, one.dtype),
+        tuple(inner),
+        move.target_box[1:],
+    )
+
+
+def _open_chunk(key: str, path: Path, file: IO[bytes], where: Any) -> Stored:
+    """Where a chunk's data lie: its header says, which is read without them."""
+    try:
+        view = cast(IO[bytes], _View(file, where.offset, where.length))
+        tensor = torch.load(view, map_location="meta", weights_only=True)
+        start = tensor.untyped_storage()._checkpoint_offset
+    except (RuntimeError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: truncated or damaged at {key}: {str(error).splitlines()[0]}") from None
+    if not tensor.is_contiguous() or tensor.storage_offset():
+        raise UserError(f"{path}: {key} is stored with strides {tensor.stride()}, and only dense tensors are read")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Stored(key, str(path), where.offset + start, tuple(tensor.shape), dtype)
+
+
+class _View(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._length - self._at))
+        self._file.seek(self._start + self._at)
+        data = self._file.read(wanted)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class _Record:
+    """Stands for every class of torch.distributed.checkpoint: holds what the pickle says, and can do nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+# An index is a pickle, which could name any function to be called. Beside records, it may name these.
+_ALLOWED_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads an index without the code of torch.distributed.checkpoint, which takes a second to import."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("torch.distributed.checkpoint."):
+            return _Record
+        if (module, name) in _ALLOWED_NAMES:
+            return super().find_class(module, name)
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
+        return dtype
+
+
+def _read_metadata(path: Path) -> Any:
+    if not (path / "metadata.json").is_file():
+        raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
+    index = path / ".metadata"
+    try:
+        with open(index, "rb") as file:
+            return _IndexUnpickler(file).load()
+    except OSError as error:
+        raise UserError(f"{index}: cannot read: {error.strerror}") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{index}: not an index of a torch_dist checkpoint: {error}") from None

@@ -1,0 +1,108 @@
+"""Outputs that take long: written under a temporary name together with a journal, resumed from it, renamed when whole.
+
+    .OUT.incomplete/
+      journal.jsonl    a line of JSON: what is being made; then a line for each finished item
+      out/             the output's files, whole or not; renamed to OUT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from fusemega.checkpoint.output import disk_errors, publish, refuse_existing
+from fusemega.errors import UserError
+from fusemega.runtime.console import say
+
+_JOURNAL = "journal.jsonl"
+
+
+class Unfinished:
+    """An output that is being made.
+
+    Attributes:
+        folder: where it is written.
+        finished: what the journal holds of items that were finished before, by name.
+    """
+
+    def __init__(self, folder: Path, finished: dict[str, Any], journal: TextIO) -> None:
+        self.folder = folder
+        self.finished = finished
+        self._journal = journal
+
+    def record(self, name: str, result: Any) -> None:
+        """An item is finished, its bytes on disk: it will not be made again. `result` is JSON-able."""
+        self._journal.write(json.dumps([name, result]) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+        self.finished[name] = result
+
+
+@contextmanager
+def unfinished_folder(path: Path, identity: Mapping[str, Any], resume: bool, needed_bytes: int) -> Iterator[Unfinished]:
+    """The folder to write into; it becomes `path` when the block ends well, and stays, for `resume`, when it does not.
+
+    Args:
+        path: absent, or an empty folder.
+        identity: what decides every byte of the output (JSON-able). An output begun with another is not continued.
+        resume: go on with what an interrupted call has left, if anything; otherwise that is deleted.
+        needed_bytes: of the whole output; refused at once when the disk has less.
+
+    Raises:
+        UserError: `path` is not empty or cannot be made, what is there was begun with another `identity`, or the disk
+            is full. Where no item has been finished, nothing is left behind.
+    """
+    path = Path(os.path.abspath(path))
+    refuse_existing(path)
+    place = path.with_name(f".{path.name}.incomplete")
+    folder = place / "out"
+    with disk_errors(path):
+        if resume and (place / _JOURNAL).exists() and folder.exists():
+            finished = _read_journal(place / _JOURNAL, identity)
+        else:
+            finished = {}
+            shutil.rmtree(place, ignore_errors=True)
+            folder.mkdir(parents=True)
+        present = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+        available = present + shutil.disk_usage(folder).free
+        if available < needed_bytes:
+            if not finished:
+                shutil.rmtree(place)
+            needed, free = f"{needed_bytes / 1e9:.2f} GB", f"{available / 1e9:.2f} GB"
+            raise UserError(f"{path}: needs {needed}, and the disk has {free} free")
+        with open(place / _JOURNAL, "a", encoding="utf-8") as journal:
+            if not finished:
+                journal.truncate(0)
+                journal.write(json.dumps(identity) + "\n")
+            unfinished = Unfinished(folder, finished, journal)
+            try:
+                yield unfinished
+            except BaseException:
+                if unfinished.finished:
+                    say(f"{place}: keeps the {len(unfinished.finished)} finished parts; --resume goes on from there")
+                else:
+                    shutil.rmtree(place, ignore_errors=True)
+                raise
+        publish(folder, path)
+        shutil.rmtree(place)
+
+
+def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Its items; the last line of a killed process may be half a line, and is dropped from the file too."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    whole = lines[:-1]
+    if not whole:
+        return {}
+    if json.loads(whole[0]) != json.loads(json.dumps(identity)):
+        raise UserError(
+            f"{path.parent}: was begun from other files or with other options, so it cannot be resumed; "
+            f"leave --resume out to start again"
+        )
+    if lines[-1]:
+        os.truncate(path, len("\n".join([*whole, ""]).encode()))
+    return dict(json.loads(line) for line in whole[1:])

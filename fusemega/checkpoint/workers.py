@@ -1,0 +1,98 @@
+"""A few processes on this machine that share a list of work items, and how much memory all of them took."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import connection, get_context, parent_process
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def default_workers() -> int:
+    """One a core, and no more than a disk can feed."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+class Workers:
+    """`map` over processes that import next to nothing; with one worker, over this process.
+
+    Attributes:
+        peak_bytes: the sum of every process's own peak of resident memory so far, this one's included; never less than
+            the peak of their sum.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor | None, count: int) -> None:
+        self._pool = pool
+        self._peaks: dict[int, int] = {}
+        self.count = count
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+        """(item, result) in the order in which they are finished; an item's exception is raised here.
+
+        Args:
+            function: of a module that imports little; it, the items and the results are pickled.
+            items: started in this order.
+        """
+        if self._pool is None:
+            for item in items:
+                yield item, function(item)
+            return
+        waiting: dict[Future[tuple[R, int, int]], T] = {
+            self._pool.submit(partial(_measured, function), item): item for item in items
+        }
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    result, process, peak = future.result()
+                    self._peaks[process] = peak
+                    yield waiting.pop(future), result
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    @property
+    def peak_bytes(self) -> int:
+        return peak_memory() + sum(self._peaks.values())
+
+
+@contextmanager
+def start_workers(count: int) -> Iterator[Workers]:
+    """`count` processes, gone when the block ends; they also go when this process is killed."""
+    if count == 1:
+        yield Workers(None, 1)
+        return
+    # Spawned, not forked: a fork would carry this process's memory and its threads' locks along.
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_follow_parent) as pool:
+        yield Workers(pool, count)
+
+
+def peak_memory() -> int:
+    """Bytes of resident memory that this process has taken at most."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except OSError:  # not Linux: the same figure, but a child's begins with its parent's
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _measured(function: Callable[[T], R], item: T) -> tuple[R, int, int]:
+    return function(item), os.getpid(), peak_memory()
+
+
+def _follow_parent() -> None:
+    """A pool's processes outlive a parent that is killed, waiting for work for ever; these do not."""
+    parent: Any = parent_process()
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
