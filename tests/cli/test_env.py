@@ -72,7 +72,8 @@ def test_another_megatron_core_is_broken(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_absent_option_only_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     _versions(monkeypatch, gguf=None, transformer_engine=None)
     assert _found("gguf").status == MISSING and "fusemega[gguf]" in _found("gguf").note
-    assert _found("transformer-engine").status == MISSING and "FP8" in _found("transformer-engine").note
+    assert _found("transformer-engine").status == MISSING and "fusemega[gpu]" in _found("transformer-engine").note
+    assert _found("FP8").status == MISSING and "Transformer Engine" in _found("FP8").note
 
 
 def test_transformer_engine_out_of_range_or_not_importable(monkeypatch: pytest.MonkeyPatch) -> None:

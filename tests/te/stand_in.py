@@ -153,11 +153,11 @@ def _answer_for_cuda() -> None:
         return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(_ANSWERED)
 
     real_available, real_properties = cuda.is_available, cuda.get_device_properties
-    real_capability, real_is_cuda = cuda.get_device_capability, torch.Tensor.is_cuda
+    tensor: Any = torch.Tensor
+    real_capability, real_is_cuda = cuda.get_device_capability, tensor.is_cuda
     cuda.is_available = lambda: answered() or real_available()
     cuda.get_device_properties = lambda device=None: _Hopper if answered() else real_properties(device)
     cuda.get_device_capability = lambda device=None: (9, 0) if answered() else real_capability(device)
-    tensor: Any = torch.Tensor
     tensor.is_cuda = property(lambda self: answered() or real_is_cuda.__get__(self))
     cuda.is_current_stream_capturing = lambda: False
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
