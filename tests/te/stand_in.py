@@ -116,10 +116,7 @@ class _Hopper:
 
 
 def install() -> None:
-    """Make `transformer_engine.pytorch` importable in this process, and its modules constructible on CPU tensors.
-
-    Enables fusemega's CPU backend first, which must not hear that there is CUDA.
-    """
+    """Make `transformer_engine.pytorch` importable in this process, and its modules constructible on CPU tensors."""
     if "transformer_engine_torch" in sys.modules:
         return
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no search for cuDNN, NVRTC and the core library
