@@ -3,9 +3,10 @@
     python benchmarks/parity.py [--quick]
 
 Compares in fp32 the logits of two texts packed in one row with those transformers computes for each text alone.
-The real SmolLM2-135M-Instruct runs at TP 1 and 3, PP 1 and 2, with and without sequence parallelism; four small
-random Llamas cover TP 2 and 4, tied and untied heads, Llama 3's rope scaling and odd vocabulary sizes. `--quick`
-leaves the real model out. The last line printed is one JSON object; exit status 1 when a check fails.
+The real SmolLM2-135M-Instruct runs at TP 1 and 3, PP 1 and 2, with and without sequence parallelism; small random
+models of every family cover TP 2 and 4, tied and untied heads, Llama 3's rope scaling, sliding windows (in all layers
+and in some), QKV biases, q/k norms and odd vocabulary sizes. `--quick` leaves the real model out. The last line
+printed is one JSON object; exit status 1 when a check fails.
 """
 
 from __future__ import annotations
@@ -45,6 +46,17 @@ _TINY: dict[str, dict[str, Any]] = {
     "tiny-gqa-tied": {"vocab_size": 509, "num_attention_heads": 8, "tie_word_embeddings": True},
     "tiny-llama3-rope": {"vocab_size": 258, "num_attention_heads": 8, "rope_parameters": _ROPE_LLAMA3},
     "tiny-head-dim": {"vocab_size": 251, "num_attention_heads": 4, "head_dim": 24},
+    "tiny-mistral": {"model_type": "mistral", "vocab_size": 257, "num_attention_heads": 8, "sliding_window": 16},
+    "tiny-qwen2": {"model_type": "qwen2", "vocab_size": 263, "num_attention_heads": 8, "tie_word_embeddings": True},
+    "tiny-qwen2-window": {
+        "model_type": "qwen2",
+        "vocab_size": 258,
+        "num_attention_heads": 4,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 2,
+    },
+    "tiny-qwen3": {"model_type": "qwen3", "vocab_size": 251, "num_attention_heads": 8, "head_dim": 24},
 }
 # (TP, PP, sequence parallel); what is left of the world is data parallel.
 _TINY_LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (4, 1, True), (1, 2, False), (1, 4, False), (2, 2, True)]
@@ -58,16 +70,17 @@ _TEXTS = (
 def prepare(work: Path, quick: bool) -> dict[str, int]:
     """Folders and reference logits of every model; returns how many processes each one is to run on."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     worlds = {}
     for name, settings in _TINY.items():
-        config = LlamaConfig(**(_TINY_SHAPE | settings))
+        config = AutoConfig.for_model(**({"model_type": "llama"} | _TINY_SHAPE | settings))
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        with torch.no_grad():  # norms other than 1, logits of a trained model's size
-            for parameter in model.parameters():
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter) if parameter.dim() == 1 else 6 * parameter)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():  # norms other than 1, biases other than 0, logits of a trained model's size
+            for key, parameter in model.named_parameters():
+                vector = 0.2 * torch.randn_like(parameter) + key.endswith("norm.weight")
+                parameter.copy_(vector if parameter.dim() == 1 else 6 * parameter)
         model.save_pretrained(work / name, max_shard_size="100KB")
         texts = [torch.randint(0, config.vocab_size, (n,)).tolist() for n in (45, 19)]
         _reference(work, name, model, texts)

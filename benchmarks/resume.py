@@ -27,6 +27,8 @@ import psutil
 import tiny
 import yaml
 
+from fusemega.training.records import COSTS
+
 STEPS, SAVE_INTERVAL = 60, 3
 
 
@@ -99,7 +101,7 @@ def fingerprint(output: Path) -> dict[str, str]:
 
 
 def curve(output: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "iteration-time"} for row in rows(output)]
+    return [{key: value for key, value in row.items() if key not in COSTS} for row in rows(output)]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ overrides and validates. Nothing here knows any particular section.
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +15,48 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from fusemega.errors import UserError, nearest
 
 S = TypeVar("S", bound="Section")
 
+# What pydantic puts into a key's path for the types of a union: `data.path.list[str]`.
+_UNION_MEMBER = re.compile(r"(constrained-)?(str|int|float|bool)|(list|dict)\[.*\]")
+
 
 class Section(BaseModel):
-    """One block of a run file: unknown keys are refused, and values cannot be changed afterwards."""
+    """One block of a run file: unknown keys are refused, and values cannot be changed afterwards.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    Nor does an empty text stand for a path (it would be the current folder), an infinity or `yes` for a number.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, str_min_length=1
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):
+            raise ValueError("yes, no, true and false mean nothing here")
+        return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two values one would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -41,15 +73,10 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     try:
-        config: Any = OmegaConf.create(yaml.safe_load(text) or {})
-        if not OmegaConf.is_dict(config):
-            found = type(yaml.safe_load(text)).__name__
-            raise UserError(f"{path}: a run file is a mapping of sections, found a {found}")
-        for override in overrides:
-            key, equals, _ = override.partition("=")
-            if not equals or not key or any(not part for part in key.split(".")):
-                raise UserError(f"override {override!r}: expected key=value, such as training.lr=1e-5")
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        values = yaml.load(text, _Loader)
+        if not isinstance(values, dict | None):
+            raise UserError(f"{path}: a run file is a mapping of sections, found a {type(values).__name__}")
+        config = OmegaConf.merge(OmegaConf.create(values or {}), *map(_override, overrides))
         return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -57,15 +84,26 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise UserError(f"{where}: malformed YAML: {getattr(error, 'problem', error)}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise UserError(f"{path}: a value that contains itself, or is nested too deeply") from None
 
 
 def validate(model: type[S], data: dict[str, Any], source: str | Path) -> S:
-    """`data` as a `model`, or one UserError that lists every mistake by key path."""
+    """`data` as a `model`, or one UserError that lists every mistake by key path after `source`."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, item) for item in error.errors()]
-        raise UserError(f"{source}: " + "; ".join(lines)) from None
+        raise UserError(f"{source}: {mistakes(model, error)}") from None
+    except UserError as error:  # of a section that is chosen by name, see `mistakes`
+        raise UserError(f"{source}: {error}") from None
+
+
+def mistakes(model: type[BaseModel], error: ValidationError, at: str = "") -> str:
+    """Every mistake of `error` by key path, each path after `at`.
+
+    A validator that picks a section's model by name raises it as a UserError; `validate` adds the file.
+    """
+    return "; ".join(at + _explain(model, item) for item in error.errors())
 
 
 def load(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
@@ -73,8 +111,19 @@ def load(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     return validate(model, read_yaml(path, overrides), path)
 
 
+def _override(text: str) -> Any:
+    """The configuration that one `a.b=c` gives."""
+    key, equals, _ = text.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise UserError(f"override {text!r}: expected key=value, such as training.lr=1e-5")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: malformed value: {getattr(error, 'problem', error)}") from None
+
+
 def _explain(model: type[BaseModel], item: Any) -> str:
-    path = [str(part) for part in item["loc"]]
+    path = [str(part) for part in item["loc"] if not _UNION_MEMBER.fullmatch(str(part))]
     key = ".".join(path) or "(top level)"
     if item["type"] == "extra_forbidden":
         section = _section_at(model, item["loc"][:-1])

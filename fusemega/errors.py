@@ -10,8 +10,11 @@ class UserError(Exception):
     """Something the user can mend: a file, a row, a key, a layout.
 
     The message is one line that names the file, row or key, what was found and what is allowed.
-    Commands print it without a traceback and exit with status 2.
+    Commands print it without a traceback and exit with status 2. Line breaks of a library's message become spaces.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 def nearest(name: object, allowed: Iterable[object]) -> str:

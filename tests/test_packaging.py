@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imported name -> distribution, where the two differ.
 DISTRIBUTIONS = {"megatron": "megatron-core", "pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
 # Looked up by `fusemega env`, or imported only with an extra.
-OPTIONAL = {"accelerate", "gguf", "transformer_engine"}
+OPTIONAL = {"accelerate", "gguf", "transformer_engine", "wandb"}
 
 
 def _setup_call() -> dict[str, object]:

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from fusemega.checkpoint.hf_export import MAX_SHARD_SIZE, copy_side_files, export_hf
+from fusemega.checkpoint.hf_folder import DTYPES as HF_DTYPES
 from fusemega.checkpoint.hf_folder import HFFolder, functional_config, read_json
 from fusemega.checkpoint.hf_load import check_tensors, load_hf
 from fusemega.checkpoint.output import on_main, output_folder, refuse_existing
 from fusemega.checkpoint.torch_dist import load_model, save_model
-from fusemega.errors import UserError
+from fusemega.errors import UserError, choose
 from fusemega.models.build import GPT, build_model, placements
 from fusemega.models.dense_logits import dense_logits
 from fusemega.models.registry import family_of
@@ -46,13 +47,27 @@ class MegatronFolder:
             raise UserError(f"{self.path / 'manifest.json'}: format is {found!r}, expected {FORMAT!r}")
         self.hf = self.path / "hf"
         self.config = read_json(self.hf / "config.json")
-        self.dtypes: dict[str, torch.dtype] = {
-            name: getattr(torch, dtype) for name, dtype in self.manifest["dtypes"].items()
-        }
+        self.dtypes = self._dtypes()
+        if not isinstance(self.manifest.get("source_hash"), str):
+            raise UserError(f"{self.path / 'manifest.json'}: source_hash is missing")
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor, as it was imported."""
+        given = self.manifest.get("dtypes")
+        if not isinstance(given, dict) or not given:
+            raise UserError(f"{self.path / 'manifest.json'}: dtypes is not a mapping of tensors to types")
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in HF_DTYPES.values()}
+        where = f"{self.path / 'manifest.json'}: dtypes"
+        return {name: known[choose(f"{where}.{name}", str(dtype), known)] for name, dtype in given.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all stored parameters: it holds every tensor's own type exactly."""
+        return _container(set(self.dtypes.values()))
 
     def load(self, world: World, dtype: torch.dtype | None = None, kernels: Kernels = LOCAL) -> GPT:
         """The model under this layout, in the stored dtype unless another is asked for. Collective."""
-        model = build_model(self.config, world, dtype or _container(set(self.dtypes.values())), kernels)
+        model = build_model(self.config, world, dtype or self.dtype, kernels)
         load_model(model, self.path / "weights")
         return model
 

@@ -15,6 +15,7 @@ from fusemega.checkpoint.hf_load import check_tensors
 from fusemega.checkpoint.output import output_folder
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards, write_file, write_index
 from fusemega.errors import UserError
+from fusemega.models.family import keep_layers
 from fusemega.models.rules import whole
 from fusemega.runtime.parallel import World
 
@@ -55,7 +56,7 @@ def cut_layers(source: str | Path, out: str | Path, drop: Collection[int], world
             write_file(temporary / file, shard, values(shard))
         write_index(temporary, shards)
         copy_side_files(folder.path, temporary)
-        config = folder.config | {"num_hidden_layers": len(kept)}
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        config = json.dumps(keep_layers(folder.config, kept), indent=2)
+        (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
     cut = HFFolder(out)
     check_tensors(cut, cut.config)

@@ -73,6 +73,10 @@ class HFFolder:
         """Shape of a tensor."""
         return self._entry(name).shape
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._entry(name).shard
+
     def dtype(self, name: str) -> torch.dtype:
         """Data type of a tensor.
 
@@ -176,6 +180,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{path}: malformed JSON: nested too deeply") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -192,7 +198,7 @@ def _read_header(shard: Path) -> Iterator[tuple[str, _Entry]]:
             header = json.loads(file.read(header_bytes))
     except OSError as error:
         raise UserError(f"{shard}: cannot read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{shard}: not a safetensors file: its header is not JSON") from None
     try:
         header.pop("__metadata__", None)

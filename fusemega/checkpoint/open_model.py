@@ -9,6 +9,7 @@ from fusemega.checkpoint.convert import MegatronFolder, is_megatron_folder
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hf_load import check_tensors, load_hf
 from fusemega.checkpoint.hub import resolve
+from fusemega.checkpoint.read_plan import RankReads, plan_reads
 from fusemega.models.build import GPT, build_model, check_layout
 from fusemega.models.registry import family_of
 from fusemega.runtime.parallel import ParallelConfig, World
@@ -33,6 +34,7 @@ class ModelSource:
         hf_config: its `config.json`.
         tokenizer: the folder's.
         vocab_size: the model's, without padding.
+        pad_id: what fills up rows, inside that vocabulary; nothing is computed from it.
 
     Raises:
         UserError: the folder is damaged, of an unknown architecture, or the layout does not divide it or
@@ -41,28 +43,27 @@ class ModelSource:
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
         parallel.data_parallel_size(world_size)
-        folder = resolve(config.load)
+        self._parallel = parallel
         self.dtype = DTYPES[config.dtype]
-        self._source: MegatronFolder | HFFolder
-        if is_megatron_folder(folder):
-            self._source = MegatronFolder(folder)
-            self.hf = self._source.hf
-        else:
-            self._source = HFFolder(folder)
-            check_tensors(self._source, self._source.config)
-            self.hf = folder
+        self._source = _opened(config.load)
+        self.hf = self._source.hf if isinstance(self._source, MegatronFolder) else self._source.path
         self.hf_config = self._source.config
         check_layout(self.hf_config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
         config.check_layers(family_of(self.hf_config).transformer_config(self.hf_config), parallel)
         self.kernels = config.kernels()
         self.tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
         self.vocab_size = int(self.hf_config["vocab_size"])
+        # A pad token added to the tokenizer alone is common, and the model has no row for it.
+        self.pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id < self.vocab_size else 0
 
     def weights_hash(self) -> str:
-        """Hex digest of configuration and weights, the same for a folder and its import. Reads all weights once."""
-        if isinstance(self._source, MegatronFolder):
-            return str(self._source.manifest["source_hash"])
-        return self._source.content_hash()
+        """See `weights_hash`."""
+        return _hash_of(self._source)
+
+    def plan_reads(self) -> list[RankReads]:
+        """What each model-parallel rank would read of the weights. Reads none of them."""
+        tp_size, pp_size = self._parallel.tensor_model_parallel_size, self._parallel.pipeline_model_parallel_size
+        return plan_reads(self._source, tp_size, pp_size)
 
     def build(self, world: World) -> GPT:
         """This rank's part of the model, with its weights. Collective."""
@@ -71,3 +72,28 @@ class ModelSource:
         model = build_model(self.hf_config, world, self.dtype, self.kernels)
         load_hf(model, self.hf, world)
         return model
+
+
+def weights_hash(load: str) -> str:
+    """Hex digest of configuration and weights, the same for a folder and its import. Reads all weights once.
+
+    Args:
+        load: as `ModelConfig.load`.
+
+    Raises:
+        UserError: no such folder, or a damaged one.
+    """
+    return _hash_of(_opened(load))
+
+
+def _opened(load: str) -> MegatronFolder | HFFolder:
+    folder = resolve(load)
+    if is_megatron_folder(folder):
+        return MegatronFolder(folder)
+    source = HFFolder(folder)
+    check_tensors(source, source.config)
+    return source
+
+
+def _hash_of(source: MegatronFolder | HFFolder) -> str:
+    return str(source.manifest["source_hash"]) if isinstance(source, MegatronFolder) else source.content_hash()

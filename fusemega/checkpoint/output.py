@@ -38,6 +38,28 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path}: exists and is not an empty folder; nothing is overwritten")
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a path that nothing could be written to; to be called before any long work. Makes nothing.
+
+    Raises:
+        UserError: a file stands where a folder would have to be, or the nearest existing folder cannot be written.
+    """
+    above = Path(os.path.abspath(path))
+    while not os.path.lexists(above):
+        above = above.parent
+    if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot write there: no permission to write in {above}")
+    if not above.is_dir() and above != Path(os.path.abspath(path)):
+        raise UserError(f"{path}: cannot write there: {above} is not a folder")
+
+
+def check_output_file(path: Path) -> None:
+    """`check_writable` for a file, which may be there already."""
+    if path.is_dir():
+        raise UserError(f"{path}: cannot write there: it is a folder")
+    check_writable(path)
+
+
 @contextmanager
 def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[Path]:
     """A temporary sibling to write into, renamed to `path` when the block ends well. Collective.
@@ -55,7 +77,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     def prepare() -> None:
         refuse_existing(path)
-        with _disk_errors(path):
+        with disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
@@ -65,7 +87,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     on_main(world, prepare)
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             yield temporary
             world.barrier()
     except BaseException:
@@ -74,7 +96,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
         raise
 
     def finish() -> None:
-        with _disk_errors(path):
+        with disk_errors(path):
             for folder, _, files in os.walk(temporary):
                 for name in [*files, "."]:
                     _sync(os.path.join(folder, name))
@@ -85,12 +107,13 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk, or a place that cannot be written, into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; nothing was written there") from None
+            raise UserError(f"{path}: the disk is full") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{path}: cannot write there: {error.strerror}") from None
         raise

@@ -1,18 +1,33 @@
-"""Megatron distributed checkpoints (format torch_dist) of a model's weights alone."""
+"""Megatron distributed checkpoints (format torch_dist): weights alone, and what goes wrong with any of them."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
+from fusemega.checkpoint.hf_folder import read_json
 from fusemega.errors import UserError
 from fusemega.models.build import GPT
+
+MIB = 1 << 20
+
+# It logs what a writer process raised; `checkpoint_errors` says it, once and with the path.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
 
 
 def save_model(model: GPT, path: str | Path) -> None:
@@ -33,15 +48,9 @@ def load_model(model: GPT, path: str | Path) -> None:
     Raises:
         UserError: not a checkpoint, or one of another architecture.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
-    try:
+    check_files(Path(path))
+    with checkpoint_errors(f"{path}: does not fit this model, or is damaged"):
         state = dist_checkpointing.load(loadable_state(model, path), str(path))
-    except CheckpointException as error:  # torch's, not an Exception: it gathers what each rank raised
-        cause = next(iter(error.failures.values()))[0]
-        raise UserError(f"{path}: does not fit this model, or is damaged: {_first_line(cause)}") from None
-    except (CheckpointingException, KeyError) as error:
-        raise UserError(f"{path}: does not fit this model, or is damaged: {_first_line(error)}") from None
     fill_from_state(model, state)
 
 
@@ -74,5 +83,44 @@ def _is_extra(name: str) -> bool:
     return name.endswith("._extra_state")
 
 
-def _first_line(error: BaseException) -> str:
+def check_files(path: Path) -> None:
+    """The small files of a distributed checkpoint are there and whole, as far as can be told without unpickling.
+
+    Raises:
+        UserError: names the file.
+    """
+    if not (path / "metadata.json").is_file():
+        raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
+    read_json(path / "metadata.json")
+    for name in ("common.pt", ".metadata"):
+        if not (path / name).is_file():
+            raise UserError(f"{path / name}: missing; the checkpoint is damaged")
+    if not zipfile.is_zipfile(path / "common.pt"):
+        raise UserError(f"{path / 'common.pt'}: truncated, or not a file of torch; the checkpoint is damaged")
+
+
+@contextmanager
+def checkpoint_errors(what: str, written: Path | None = None) -> Iterator[None]:
+    """Turns what saving and loading raise, here or on another rank, into a UserError that begins with `what`.
+
+    Args:
+        written: the folder being written; torch's serializer does not say that the disk under it is full.
+    """
+    try:
+        yield
+    except CheckpointException as error:  # torch's, not an Exception: raised on every rank when any of them failed
+        causes = [cause for cause, _ in error.failures.values()]
+        reason = [_reason(causes[0], written) if causes else None]
+        dist.broadcast_object_list(reason, src=0)  # a failed save tells the cause to its coordinator alone
+        raise UserError(f"{what}: {reason[0]}") from error
+    except (CheckpointingException, KeyError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{what}: {_reason(error, written)}") from error
+
+
+def _reason(error: BaseException, written: Path | None) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (written is not None and written.exists() and shutil.disk_usage(written).free < MIB):
+        return "the disk is full"
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
     return (str(error).splitlines() or [type(error).__name__])[0]

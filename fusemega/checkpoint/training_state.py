@@ -26,8 +26,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
+from fusemega.checkpoint.hf_folder import read_json
 from fusemega.checkpoint.output import write_durably
-from fusemega.checkpoint.torch_dist import fill_from_state, loadable_state
+from fusemega.checkpoint.torch_dist import check_files, checkpoint_errors, fill_from_state, loadable_state
 from fusemega.errors import UserError
 from fusemega.runtime.parallel import World
 from fusemega.runtime.random_state import random_state, restore_random_state
@@ -69,16 +70,19 @@ def save_checkpoint(
         temporary.mkdir()
     dist.barrier()
     try:
-        model_state = unwrap_model(ddp).sharded_state_dict()
-        dist_checkpointing.save(_sharded_state(model_state, optimizer, world, is_loading=False), str(temporary))
+        with checkpoint_errors(f"{final}: checkpoint not saved", temporary):
+            model_state = unwrap_model(ddp).sharded_state_dict()
+            dist_checkpointing.save(_sharded_state(model_state, optimizer, world, is_loading=False), str(temporary))
+            if world.is_main:
+                write_durably(temporary / STATE, json.dumps({"iteration": iteration, **state}, indent=1))
+                if final.exists():
+                    shutil.rmtree(final)
+                os.rename(temporary, final)
+                write_durably(root / TRACKER, str(iteration))
+    except UserError:
         if world.is_main:
-            write_durably(temporary / STATE, json.dumps({"iteration": iteration, **state}, indent=1))
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-            write_durably(root / TRACKER, str(iteration))
-    except OSError as error:
-        raise UserError(f"{temporary}: checkpoint of iteration {iteration} not saved: {error.strerror}") from error
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     dist.barrier()
     return final
 
@@ -92,7 +96,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     tracker = root / TRACKER
     if not tracker.exists():
         return None
-    text = tracker.read_text().strip()
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     folder = root / f"iter_{int(text):07d}" if text.isdigit() else None
     if folder is None or not (folder / STATE).exists():
         raise UserError(f"{tracker}: names iteration {text!r}, but {root}/iter_{text:0>7}/{STATE} is not there")
@@ -100,8 +104,15 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state of one checkpoint."""
-    return dict(json.loads((folder / STATE).read_text()))
+    """The JSON state of one checkpoint.
+
+    Raises:
+        UserError: damaged.
+    """
+    state = read_json(folder / STATE)
+    if not isinstance(state.get("iteration"), int):
+        raise UserError(f"{folder / STATE}: iteration is {state.get('iteration')!r}, expected a number")
+    return state
 
 
 def load_checkpoint(folder: Path, ddp: DistributedDataParallel, optimizer: MegatronOptimizer, world: World) -> None:
@@ -110,12 +121,10 @@ def load_checkpoint(folder: Path, ddp: DistributedDataParallel, optimizer: Megat
     Raises:
         UserError: the folder cannot be read or does not fit the model.
     """
-    try:
+    check_files(folder)
+    with checkpoint_errors(f"{folder}: checkpoint cannot be loaded"):
         model_state = loadable_state(unwrap_model(ddp), folder)
-        wanted = _sharded_state(model_state, optimizer, world, is_loading=True)
-        loaded = dist_checkpointing.load(wanted, str(folder))
-    except (OSError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
-        raise UserError(f"{folder}: checkpoint cannot be loaded: {error}") from error
+        loaded = dist_checkpointing.load(_sharded_state(model_state, optimizer, world, is_loading=True), str(folder))
     fill_from_state(unwrap_model(ddp), loaded["model"])
     with torch.no_grad():  # fp32 parameters are updated in place, through views of leaves
         optimizer.load_state_dict(loaded["optimizer"])

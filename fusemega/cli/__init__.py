@@ -12,15 +12,16 @@ from collections.abc import Sequence
 
 import typer
 
+from fusemega.cli.launch import error_recorded, join_launch, record_error
 from fusemega.errors import UserError
 from fusemega.runtime.console import quiet_megatron
-from fusemega.runtime.launch import error_recorded, record_error
 
 # Shown by `fusemega --help`, which therefore imports none of the modules (torch alone takes seconds).
 COMMANDS = {
     "train": "Train a model as a run file says.",
     "teach": "Store a teacher's top-k distributions for a data set.",
     "eval": "Perplexity and bits per byte of a model on a data set.",
+    "report": "A page about one or several training runs, with their curves.",
     "env": "What this machine has, what is missing, and what that costs.",
 }
 GROUPS = {"convert": "Between Hugging Face folders and Megatron checkpoints: import, export, verify."}
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process: status 0; 2 with one line on stderr where the user can mend it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet_megatron()
+    join_launch()
     try:
         build_app(arguments[0] if arguments else None)(args=arguments, prog_name="fusemega")
     except UserError as error:

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from fusemega.checkpoint import convert
+from fusemega.checkpoint import convert, read_plan
 from fusemega.checkpoint.hub import resolve
 from fusemega.errors import UserError, choose
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
@@ -24,11 +24,17 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 TP = Annotated[int, typer.Option("--tensor-model-parallel-size", min=1, help="Ranks that share each layer.")]
 PP = Annotated[int, typer.Option("--pipeline-model-parallel-size", min=1, help="Stages the layers are spread over.")]
+DRY_RUN = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print what each rank would read, and stop: any layout.")
+]
 
 
 @app.command("import")
-def import_(source: str, out: Path, tp: TP = 1, pp: PP = 1) -> None:
+def import_(source: str, out: Path, tp: TP = 1, pp: PP = 1, dry_run: DRY_RUN = False) -> None:
     """SOURCE (a Hugging Face folder or hub id) to OUT (a Megatron folder). Any layout writes the same checkpoint."""
+    if dry_run:
+        typer.echo(read_plan.describe_import(resolve(source), out, tp, pp))
+        return
     with _world(tp, pp) as world:
         convert.import_hf(resolve(source), out, world)
         if world.is_main:
@@ -43,10 +49,14 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
     tp: TP = 1,
     pp: PP = 1,
+    dry_run: DRY_RUN = False,
 ) -> None:
     """SOURCE (a Megatron folder) to OUT (a Hugging Face folder that transformers loads)."""
     chosen = None if dtype is None else _DTYPES[choose("--dtype", dtype, _DTYPES)]
     size = parse_size(max_shard_size)
+    if dry_run:
+        typer.echo(read_plan.describe_export(source, out, tp, pp, dtype=chosen, max_shard_size=size))
+        return
     with _world(tp, pp) as world:
         convert.export_megatron(source, out, world, dtype=chosen, max_shard_size=size)
         if world.is_main:

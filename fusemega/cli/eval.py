@@ -13,16 +13,20 @@ def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None
     Prints one JSON object on stdout, and writes it to the run file's `output` when that is set. Bits per byte compare
     models with different tokenizers; perplexities do not.
     """
+    from fusemega.checkpoint.output import check_output_file, disk_errors, write_durably
     from fusemega.config import load
     from fusemega.scoring.evaluate import EvalRun, evaluate
 
     run = load(EvalRun, run_file, overrides or [])
+    if run.output is not None:
+        check_output_file(Path(run.output))
     if launch_or_continue(nproc, run.parallel):
         return
     result, world = evaluate(run)
     if world.is_main:
         if run.output is not None:
-            from fusemega.checkpoint.output import write_durably
-
-            write_durably(Path(run.output), result.model_dump_json(indent=1) + "\n")
+            output = Path(run.output)
+            with disk_errors(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(output, result.model_dump_json(indent=1) + "\n")
         print(result.model_dump_json())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fusemega.cli.launch import run_under_torchrun, warm_up
+
 if TYPE_CHECKING:
     from fusemega.runtime.parallel import ParallelConfig
 
@@ -18,7 +20,11 @@ OVERRIDES = Annotated[
 ]
 NPROC = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes to start on this machine. Leave it out under torchrun or srun."),
+    typer.Option(
+        min=1,
+        help="Processes to start on this machine. Leave it out under torchrun or srun.",
+        callback=lambda nproc: _begin_launch(nproc),
+    ),
 ]
 
 
@@ -31,13 +37,18 @@ def launch_or_continue(nproc: int | None, parallel: ParallelConfig) -> bool:
     if nproc is None or nproc == 1:
         return False
     parallel.data_parallel_size(nproc)
-    from fusemega.runtime.launch import run_under_torchrun
-
     argv = _without_nproc(sys.argv[1:])
     status = run_under_torchrun(argv, nproc)
     if status:
         sys.exit(status)
     return True
+
+
+def _begin_launch(nproc: int | None) -> int | None:
+    """While this process imports what reading a run file takes, the ranks' imports run beside it."""
+    if nproc is not None and nproc > 1:
+        warm_up()
+    return nproc
 
 
 def _without_nproc(argv: list[str]) -> list[str]:

@@ -27,12 +27,16 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from fusemega.checkpoint.open_model import weights_hash
 from fusemega.errors import UserError
 from fusemega.losses.registry import Objective, ObjectiveSettings, register
 from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss
+from fusemega.runtime.console import global_rank
 from fusemega.store import Manifest, Store
+from fusemega.text.document import MASK_POLICY
 
 if TYPE_CHECKING:
+    from fusemega.text.dataset import TokenizedDataset
     from fusemega.text.sample import Sample
     from fusemega.text.tokenizer import Tokenizer
 
@@ -44,6 +48,8 @@ class Distill(Objective):
     Args:
         settings: as in the run file.
         store: the teacher's rows, of the same tokenizer as the student.
+        vocab_size: the student's. Models of one tokenizer may pad their vocabularies differently: a teacher with more
+            rows is welcome as long as no row lists an id that the student lacks.
 
     Raises:
         UserError: `tail: residual` at another temperature than the store's.
@@ -54,6 +60,9 @@ class Distill(Objective):
 
         name: Literal["distill"] = "distill"
         store: str = Field(description="folder of a sample store, written by `fusemega teach`")
+        teacher: str | None = Field(
+            None, description="the model that the store must be of, a folder or hub id; reads all its weights once"
+        )
         lambda_: float = Field(0.9, alias="lambda", ge=0, le=1, description="weight of the cross-entropy on labels")
         temperature: float = Field(1.0, gt=0, description="of teacher and student in the distillation term")
         tail: Literal["renormalise", "residual"] = Field("renormalise", description="the mass outside the k stored ids")
@@ -61,15 +70,24 @@ class Distill(Objective):
 
     terms = ("lm", "distill")
 
-    def __init__(self, settings: Distill.Settings, store: Store) -> None:
-        self.settings, self.store = settings, store
+    def __init__(self, settings: Distill.Settings, store: Store, vocab_size: int) -> None:
+        self.settings, self.store, self.vocab_size = settings, store, vocab_size
         self.check_store(store.manifest)
 
     @classmethod
-    def build(cls, settings: Distill.Settings, tokenizer: Tokenizer) -> Distill:
+    def build(cls, settings: Distill.Settings, tokenizer: Tokenizer, vocab_size: int) -> Distill:
         store = Store.open(settings.store)
-        store.check({"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash})
-        return cls(settings, store)
+        hashes = {"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash}
+        store.check(hashes | {"mask_policy": MASK_POLICY})
+        # One rank reads the weights for all: where it refuses, the launch ends.
+        if settings.teacher is not None and global_rank() == 0:
+            found = weights_hash(settings.teacher)
+            if found != store.manifest.weights:
+                raise UserError(
+                    f"objective.teacher: {store.path} holds rows of other weights than {settings.teacher} "
+                    f"(store {store.manifest.weights[:12]}, model {found[:12]})"
+                )
+        return cls(settings, store, vocab_size)
 
     def check_store(self, manifest: Manifest) -> None:
         """Raises UserError where the store's temperature rules out these settings."""
@@ -83,16 +101,14 @@ class Distill(Objective):
         """teacher_ids int64 [P, K] (-1: none), teacher_logp fp32 [P, K], teacher_log_residual fp32 [P], teacher_mask.
 
         Raises:
-            UserError: no row (unless `on_missing: skip`), or a row of another tokenization or mask.
+            UserError: no row (unless `on_missing: skip`), or a row of another tokenization or mask, or with ids beyond
+                the student's vocabulary.
         """
         row = self.store.get(sample.key)
         positions = len(sample.positions)
         if row is None:
             if self.settings.on_missing == "error":
-                raise UserError(
-                    f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip); "
-                    "it was written from other data, or with another seq_length"
-                )
+                raise UserError(self._no_row(sample))
             k = self.store.manifest.top_k
             return {
                 "teacher_ids": np.full((positions, k), -1, dtype=np.int64),
@@ -107,12 +123,25 @@ class Distill(Objective):
                 f"{sample.source}: the row in the store {self.store.path} has {row.num_tokens} positions, "
                 f"the sample {positions} supervised tokens"
             )
+        ids_PK = row.ids_PK.astype(np.int64)
+        if ids_PK.max(initial=-1) >= self.vocab_size:
+            raise UserError(
+                f"{sample.source}: the row in the store {self.store.path} lists id {ids_PK.max()}, and the model in "
+                f"training has a vocabulary of {self.vocab_size}"
+            )
         return {
-            "teacher_ids": row.ids_PK.astype(np.int64),
+            "teacher_ids": ids_PK,
             "teacher_logp": row.logp_PK.astype(np.float32),
             "teacher_log_residual": row.log_residual_P.astype(np.float32),
             "teacher_mask": np.ones(positions, dtype=bool),
         }
+
+    def check_data(self, dataset: TokenizedDataset) -> None:
+        self.sample_fields(dataset[0])  # reads one shard whole, and compares the tokenizations
+        if self.settings.on_missing == "error":
+            for sample in dataset:
+                if sample.key not in self.store:
+                    raise UserError(self._no_row(sample))
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return {"lm": torch.tensor(len(batch["labels"])), "distill": batch["teacher_mask"].sum()}
@@ -146,6 +175,12 @@ class Distill(Objective):
         ]
         loss, sums_M = fused_token_loss(hidden_NH, weight_VH, queries, token_loss, **head_kwargs)
         return loss, {"lm": sums_M[0], "distill": sums_M[1]}
+
+    def _no_row(self, sample: Sample) -> str:
+        return (
+            f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip); "
+            "it was written from other data, or with another seq_length"
+        )
 
     def _teacher(self, batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The row as probabilities [N, K], and that of all other ids [N] if it is kept; 0 where there is no row."""

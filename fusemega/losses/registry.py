@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 from torch import Tensor
 
-from fusemega.config import Section, validate
+from fusemega.config import Section, mistakes
 from fusemega.errors import UserError, choose
 
 if TYPE_CHECKING:
+    from fusemega.text.dataset import TokenizedDataset
     from fusemega.text.sample import Sample
     from fusemega.text.tokenizer import Tokenizer
 
@@ -43,8 +45,8 @@ class Objective(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, settings: Any, tokenizer: Tokenizer) -> Objective:
-        """The objective for a model with this tokenizer, everything that it reads opened and checked.
+    def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> Objective:
+        """The objective for a model with this tokenizer and vocabulary, everything that it reads opened and checked.
 
         Raises:
             UserError: something it reads is missing, damaged, or does not fit the tokenizer.
@@ -53,6 +55,13 @@ class Objective(ABC):
     @abstractmethod
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         """Arrays [P, ...] of one sample that the micro-batch will carry as tensors [N, ...]."""
+
+    def check_data(self, dataset: TokenizedDataset) -> None:  # noqa: B027  (most objectives ask nothing of it)
+        """Refuses, before anything is allocated, data that this objective could not be computed on.
+
+        Raises:
+            UserError: names the sample.
+        """
 
     @abstractmethod
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -109,10 +118,13 @@ def parse_objective(section: Mapping[str, Any]) -> ObjectiveSettings:
     """
     if "name" not in section:
         raise UserError(f"objective.name: required, and not given; allowed: {', '.join(objective_names())}")
-    name = choose("objective.name", str(section["name"]), _OBJECTIVES)
-    return validate(_OBJECTIVES[name].Settings, dict(section), f"objective {name}")
+    settings = _OBJECTIVES[choose("objective.name", str(section["name"]), _OBJECTIVES)].Settings
+    try:
+        return settings.model_validate(dict(section))
+    except ValidationError as error:
+        raise UserError(mistakes(settings, error, "objective.")) from None
 
 
-def build_objective(settings: ObjectiveSettings, tokenizer: Tokenizer) -> Objective:
+def build_objective(settings: ObjectiveSettings, tokenizer: Tokenizer, vocab_size: int) -> Objective:
     """The objective that `parse_objective` found the settings of; raises as `Objective.build`."""
-    return _OBJECTIVES[choose("objective.name", settings.name, _OBJECTIVES)].build(settings, tokenizer)
+    return _OBJECTIVES[choose("objective.name", settings.name, _OBJECTIVES)].build(settings, tokenizer, vocab_size)

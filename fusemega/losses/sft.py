@@ -32,7 +32,7 @@ class SFT(Objective):
     terms = ("lm",)
 
     @classmethod
-    def build(cls, settings: SFT.Settings, tokenizer: Tokenizer) -> SFT:
+    def build(cls, settings: SFT.Settings, tokenizer: Tokenizer, vocab_size: int) -> SFT:
         return cls()
 
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:

@@ -17,21 +17,25 @@ def top_k_log_probs(
     hidden_TH: Tensor,
     weight_VH: Tensor,
     k: int,
+    labels_T: Tensor,
     *,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     vocab_size: int,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest log-probabilities of softmax(logits / temperature), and the log of all the rest.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k largest log-probabilities of softmax(logits / temperature), the log of all the rest, and the labels'.
 
-    Args: as `fusemega.losses.vocab.sparse_log_probs`.
+    Args:
+        labels_T: int64, the token that follows; from the same logits, so that the head is multiplied with once.
+        (others): as in `fusemega.losses.vocab.sparse_log_probs`.
 
     Returns:
         ids_TK: int64, by falling probability; equal logits by rising id, whatever the number of ranks.
         logp_TK: fp32 (float64 for float64 inputs).
         log_residual_T: log of the probability outside the row, summed over those ids; -inf when k = vocab_size.
+        label_logp_T: log softmax(logits) at the labels, at temperature 1.
 
     Raises:
         ValueError: k outside [1, vocab_size]; shapes or dtypes that do not fit.
@@ -41,18 +45,25 @@ def top_k_log_probs(
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: expected a positive number")
     head = ChunkedHead(
-        hidden_TH, weight_VH, [], group=group, vocab_size=vocab_size, softcap=softcap, chunk_tokens=chunk_tokens
+        hidden_TH,
+        weight_VH,
+        [Query(labels_T[:, None])],
+        group=group,
+        vocab_size=vocab_size,
+        softcap=softcap,
+        chunk_tokens=chunk_tokens,
     )
-    ids, logps, residuals = [], [], []
+    ids, logps, residuals, labels = [], [], [], []
     for rows in head.chunks:
         logits_CV = head.logits(rows)
         query = Query(_largest(logits_CV, k, head), temperature, residual=True)
-        (result,), _ = head.reduce(logits_CV, [query])
+        (result, label), _ = head.reduce(logits_CV, [query, Query(labels_T[rows, None])])
         assert result.log_residual_T is not None
         ids.append(query.ids_TK)
         logps.append(result.logp_TK)
         residuals.append(result.log_residual_T)
-    return torch.cat(ids), torch.cat(logps), torch.cat(residuals)
+        labels.append(label.logp_TK[:, 0])
+    return torch.cat(ids), torch.cat(logps), torch.cat(residuals), torch.cat(labels)
 
 
 def _largest(logits_CV: Tensor, k: int, head: ChunkedHead) -> Tensor:

@@ -26,6 +26,9 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  
 from megatron.core.transformer import TransformerConfig  # isort: skip
 
 
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+
+
 class GPT(GPTModel):
     """Megatron's GPTModel without its vocabulary step: the last stage returns hidden states, never logits.
 
@@ -93,6 +96,29 @@ def check_layout(hf_config: HFConfig, tp_size: int, pp_size: int) -> None:
         )
 
 
+def stage_rules(hf_config: HFConfig, pp_size: int, pp_rank: int) -> list[Rule]:
+    """The rules of the parameters that `build_model` makes on one stage, without making any.
+
+    Args:
+        hf_config: `config.json` as a mapping.
+        pp_size: the number of stages, which divides the layers (see `check_layout`).
+        pp_rank: the stage.
+    """
+    family = family_of(hf_config)
+    layers_each = family.transformer_config(hf_config)["num_layers"] // pp_size
+    out = []
+    for rule in family.rules(hf_config):
+        match = _LAYER.match(rule.megatron)
+        if match is not None:
+            stage = int(match[1]) // layers_each
+        else:
+            stage = 0 if rule.megatron.startswith("embedding.") else pp_size - 1
+        # The copy of a tied head exists only where the embedding is on another stage.
+        if stage == pp_rank and not (rule.duplicate and pp_size == 1):
+            out.append(rule)
+    return out
+
+
 def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype, kernels: Kernels = LOCAL) -> GPT:
     """This rank's part of the model, on `world.device`, with *uninitialised* weights (see `fill`, `init_random`).
 
@@ -131,8 +157,9 @@ def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype, kernels: 
     )
     model = GPT(config, hf_config, family, world).to(world.device)
     for placement in placements(model, world):
-        # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off.
-        # Without them its gradient norm counts a split matrix on the first rank alone. Transformer Engine sets its own.
+        # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off; it
+        # has set those of biases, and Transformer Engine sets its own. Without them Megatron's gradient norm counts a
+        # split matrix on the first rank alone.
         if placement.rule.partition_dim is not None and not hasattr(placement.parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(placement.parameter, True, placement.rule.partition_dim, 1)
     return model
@@ -163,7 +190,7 @@ def placements(model: GPT, world: World) -> list[Placement]:
 
 def _global_name(model: GPT, name: str) -> str:
     """A stage numbers its layers from 0; rules number those of the whole model."""
-    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    match = _LAYER.match(name)
     if match is None:
         return name
     layer = model.decoder.layers[int(match[1])].layer_number - 1
@@ -189,8 +216,9 @@ def fill(model: GPT, world: World, read: Callable[[str, Box], torch.Tensor]) -> 
 def init_random(model: GPT, world: World, seed: int) -> None:
     """Draw the weights a model starts with when it is trained from scratch; the same under every layout.
 
-    Matrices are normal(0, `initializer_range`, 0.02 where the configuration has none) and norms 1, as transformers
-    initialises them. Each HF tensor is drawn whole in float32 from a generator seeded by `seed` and its name.
+    Matrices are normal(0, `initializer_range`, 0.02 where the configuration has none), norms 1 and biases 0, as
+    transformers initialises them. Each HF tensor is drawn whole in float32 from a generator seeded by `seed` and its
+    name.
     """
     std = model.hf_config.get("initializer_range", 0.02)
     shapes = {name: shape for rule in model.rules() for name, shape in rule.hf_shapes().items()}
@@ -201,7 +229,7 @@ def init_random(model: GPT, world: World, seed: int) -> None:
             if len(last) == 3:
                 last.clear()
             if len(shapes[name]) == 1:
-                last[name] = torch.ones(shapes[name])
+                last[name] = (torch.zeros if name.endswith(".bias") else torch.ones)(shapes[name])
             else:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                 last[name] = torch.empty(shapes[name]).normal_(0.0, std, generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,9 @@ class ParameterNames(NamedTuple):
     embedding: str = "embedding.word_embeddings.weight"
     attention_norm: str = "decoder.layers.{}.input_layernorm.weight"
     qkv: str = "decoder.layers.{}.self_attention.linear_qkv.weight"
+    qkv_bias: str = "decoder.layers.{}.self_attention.linear_qkv.bias"
+    q_norm: str = "decoder.layers.{}.self_attention.q_layernorm.weight"
+    k_norm: str = "decoder.layers.{}.self_attention.k_layernorm.weight"
     attention_out: str = "decoder.layers.{}.self_attention.linear_proj.weight"
     mlp_norm: str = "decoder.layers.{}.pre_mlp_layernorm.weight"
     mlp_in: str = "decoder.layers.{}.mlp.linear_fc1.weight"
@@ -102,13 +105,13 @@ def check_keys(hf_config: HFConfig, known: Collection[str], required_values: Map
 
     Args:
         hf_config: the configuration.
-        known: keys the family reads.
+        known: keys the family reads and checks itself.
         required_values: keys with the values under which the family's mathematics hold.
 
     Raises:
         UserError: names the key, its value and what is allowed.
     """
-    accepted = NEUTRAL_VALUES | dict(required_values)
+    accepted = {key: values for key, values in NEUTRAL_VALUES.items() if key not in known} | dict(required_values)
     for key, value in hf_config.items():
         if key in accepted:
             if value not in accepted[key]:
@@ -125,16 +128,37 @@ def check_keys(hf_config: HFConfig, known: Collection[str], required_values: Map
             )
 
 
-def require_int(hf_config: HFConfig, key: str, default: int | None = None) -> int:
-    """A positive integer of the configuration; `default` stands for an absent key or null.
+def require_number(hf_config: HFConfig, key: str) -> None:
+    """Refuses a key that is there and is not a positive number."""
+    value = hf_config.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+        raise UserError(f"config.json: {key} = {value!r}, expected a positive number")
+
+
+def require_int(hf_config: HFConfig, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    """An integer of the configuration, of at least `minimum`; `default` stands for an absent key or null.
 
     Raises:
-        UserError: missing, or not a positive integer.
+        UserError: missing, or no such integer.
     """
     value = hf_config.get(key)
     value = default if value is None else value
     if value is None:
         raise UserError(f"config.json: {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json: {key} = {value!r}, expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        expected = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+        raise UserError(f"config.json: {key} = {value!r}, expected {expected}")
     return value
+
+
+def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The configuration of a model with only these layers, numbered from 0, in this order.
+
+    What configurations say layer by layer (`layer_types`, or the first layer that has a window) follows its layer.
+    """
+    out = {**hf_config, "num_hidden_layers": len(kept)}
+    if isinstance(hf_config.get("layer_types"), list):
+        out["layer_types"] = [hf_config["layer_types"][layer] for layer in kept]
+    if isinstance(hf_config.get("max_window_layers"), int):
+        out["max_window_layers"] = sum(layer < hf_config["max_window_layers"] for layer in kept)
+    return out

@@ -5,8 +5,10 @@ from __future__ import annotations
 from fusemega.errors import UserError, choose
 from fusemega.models.family import Family, HFConfig
 from fusemega.models.llama import Llama
+from fusemega.models.mistral import Mistral
+from fusemega.models.qwen import Qwen2, Qwen3
 
-FAMILIES: tuple[Family, ...] = (Llama(),)
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
 
 
 def family_of(hf_config: HFConfig) -> Family:

@@ -153,6 +153,7 @@ class QKV(Rule):
     """`linear_qkv` [G/TP * (N/G + 2) * D, H]: for each group its query heads, then its key, then its value.
 
     HF keeps three matrices: q [N*D, H], k and v [G*D, H]; query head h belongs to group h // (N/G) in both.
+    `columns` is (H,); of the bias, which lies in the same order and has no columns, it is ().
     """
 
     q: str
@@ -161,29 +162,29 @@ class QKV(Rule):
     heads: int
     groups: int
     head_dim: int
-    hidden: int
+    columns: tuple[int, ...]
 
     @property
     def partition_dim(self) -> int:
         return 0
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        narrow = (self.groups * self.head_dim, self.hidden)
-        return {self.q: (self.heads * self.head_dim, self.hidden), self.k: narrow, self.v: narrow}
+        narrow = (self.groups * self.head_dim, *self.columns)
+        return {self.q: (self.heads * self.head_dim, *self.columns), self.k: narrow, self.v: narrow}
 
     def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        return (self.groups // tp_size * (self.heads // self.groups + 2) * self.head_dim, self.hidden)
+        return (self.groups // tp_size * (self.heads // self.groups + 2) * self.head_dim, *self.columns)
 
     def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
         local_groups = self.groups // tp_size
         query_rows = self.heads // self.groups * self.head_dim
-        columns = (0, self.hidden)
+        columns = whole(self.columns)
         out = []
         at = 0
         for group in range(tp_rank * local_groups, (tp_rank + 1) * local_groups):
             for name, rows in ((self.q, query_rows), (self.k, self.head_dim), (self.v, self.head_dim)):
                 out.append(
-                    Piece(name, ((group * rows, (group + 1) * rows), columns), ((at, at + rows), columns)),
+                    Piece(name, ((group * rows, (group + 1) * rows), *columns), ((at, at + rows), *columns)),
                 )
                 at += rows
         return out

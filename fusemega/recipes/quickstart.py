@@ -19,12 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemega import assets
-from fusemega.checkpoint.output import write_durably
-from fusemega.errors import UserError
-from fusemega.recipes.stages import Stages
 from fusemega.runtime.console import quiet_megatron, say
-from fusemega.training.metrics import read_metrics
+
+quiet_megatron()
+
+from fusemega import assets  # noqa: E402  (after the filters are set)
+from fusemega.checkpoint.output import write_durably  # noqa: E402
+from fusemega.errors import UserError  # noqa: E402
+from fusemega.recipes.stages import Stages  # noqa: E402
+from fusemega.training.records import read_metrics  # noqa: E402
 
 # Of the ten consecutive layers that could go, the middle ones hurt least (cross-entropy 1.96 -> 4.89 nats on eight
 # training conversations; 5.41 without layers 4 to 13, 9.63 without 16 to 25).
@@ -65,6 +68,7 @@ def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     begun = time.monotonic()
 
     teacher = options.teacher or str(assets.smollm2())
+    _link(folder / "teacher", teacher)
     train_source, held_out_source = _data_sources(options)
     sizes = {"tokens": scale.train_tokens, "held_out_rows": scale.held_out_rows, "seq_length": SEQ_LENGTH}
     train_file, held_out_file = folder / "data" / "train.jsonl", folder / "data" / "held_out.jsonl"
@@ -111,20 +115,9 @@ def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     models = {"target": target, "control": str(folder / "control/hf"), "fused": str(folder / "fused/hf")}
     results = {}
     for name, load in (models | {"teacher": teacher}).items():
-        output = folder / f"eval-{name}.json"
-        evaluation = {
-            "model": model(load),
-            "parallel": parallel,
-            "data": {"path": str(held_out_file), "seq_length": SEQ_LENGTH},
-            "output": str(output),
-        }
-        stages.run(
-            f"eval-{name}",
-            evaluation,
-            partial(stages.command, "eval", f"eval-{name}", evaluation),
-            (output,),
-        )
-        results[name] = json.loads(output.read_text())
+        evaluation = {"model": model(load), "data": {"path": str(held_out_file), "seq_length": SEQ_LENGTH}}
+        stages.write_run_file("eval", f"eval-{name}", evaluation, nproc=1)
+        results[name] = stages.run(f"eval-{name}", evaluation, partial(_evaluate, evaluation))
 
     sentence = stages.run("sentence", options.prompt, lambda: _sentence(models["fused"], options.prompt))
     curves = {arm: _curve(folder / arm) for arm in objectives}
@@ -146,6 +139,16 @@ def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
 
     plot_arms(summary["bits_per_byte"], curves, "fusemega quickstart", folder / "summary.png")
     return summary
+
+
+def _link(place: Path, teacher: str) -> None:
+    """The folder's teacher by a name that run files can use."""
+    from fusemega.checkpoint.hub import resolve
+
+    target = resolve(teacher).resolve()
+    if place.is_symlink():
+        place.unlink()
+    place.symlink_to(target)
 
 
 def _data_sources(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -190,12 +193,18 @@ def _choose_data(
 def _cut(teacher: str, target: Path) -> list[int]:
     from fusemega.checkpoint.cut_layers import cut_layers
     from fusemega.checkpoint.hub import resolve
-    from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown
+    from fusemega.runtime.parallel import ParallelConfig, initialize
 
-    world = initialize(ParallelConfig())
-    cut_layers(resolve(teacher), target, CUT_LAYERS, world)
-    shutdown()
+    cut_layers(resolve(teacher), target, CUT_LAYERS, initialize(ParallelConfig()))
     return list(CUT_LAYERS)
+
+
+def _evaluate(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """`fusemega eval` in this process: one model of this size needs no launch."""
+    from fusemega.config import validate
+    from fusemega.scoring.evaluate import EvalRun, evaluate
+
+    return evaluate(validate(EvalRun, evaluation, "eval"))[0].model_dump()
 
 
 def _curve(output: Path) -> list[tuple[float, float]]:
@@ -258,7 +267,6 @@ def main() -> None:
     options = parser.parse_args()
     scale = options.scale or "default"
     options.out = options.out or ("runs/quickstart" if scale == "default" else f"runs/quickstart-{scale}")
-    quiet_megatron()
     try:
         summary = quickstart(options, SCALES[scale])
     except UserError as error:

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from fusemega.checkpoint.output import write_durably
+from fusemega.cli.launch import run_under_torchrun
 from fusemega.errors import UserError
 from fusemega.runtime.console import say
-from fusemega.runtime.launch import run_under_torchrun
 
 
 class Stages:
@@ -66,15 +66,20 @@ class Stages:
         return result
 
     def command(self, verb: str, name: str, run: dict[str, Any]) -> str:
-        """Write `run` as `folder/{name}.yaml` and run `fusemega {verb}` on it, as anyone may again by hand.
+        """Write `run` as `folder/{name}.yaml` and run `fusemega {verb}` on it.
 
         Raises:
             UserError: what the command raised, or that it failed.
         """
-        run_file = self.folder / f"{name}.yaml"
-        how = f"# fusemega {verb} {run_file} --nproc {self.nproc}\n"
-        write_durably(run_file, how + yaml.safe_dump(run, sort_keys=False))
+        run_file = self.write_run_file(verb, name, run, self.nproc)
         status = run_under_torchrun([verb, str(run_file)], self.nproc)
         if status:
             raise UserError(f"fusemega {verb} {run_file}: ended with status {status}; its messages are above")
         return str(run_file)
+
+    def write_run_file(self, verb: str, name: str, run: dict[str, Any], nproc: int) -> Path:
+        """`run` as `folder/{name}.yaml`, which anyone may run again by hand."""
+        run_file = self.folder / f"{name}.yaml"
+        how = f"# fusemega {verb} {run_file}" + (f" --nproc {nproc}" if nproc > 1 else "")
+        write_durably(run_file, how + "\n" + yaml.safe_dump(run, sort_keys=False))
+        return run_file

@@ -19,6 +19,8 @@ _NOISE: tuple[tuple[str, type[Warning]], ...] = (
     (r"\s*The 'megatron\.core\.transformer\.custom_layers\.transformer_engine'", DeprecationWarning),
     (r"The following imports from `dynamic_context\.py` will be removed", DeprecationWarning),
     (r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", FutureWarning),
+    (r"`load_state_dict` is deprecated and will be removed", FutureWarning),
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
     (r"`torch\.jit\.script(_method)?` is deprecated", DeprecationWarning),
 )

@@ -1,7 +1,7 @@
 """Process groups and parallel dimensions: one object that says who this process is.
 
-Importing this module enables the CPU backend where there is no CUDA; nothing above `runtime/` asks again. It raises
-UserError where an installed package would make megatron-core compute wrongly.
+Importing this module enables the CPU backend where there is no CUDA, and mends megatron-core's own faults; nothing
+above `runtime/` asks again. It raises UserError where an installed package would make megatron-core compute wrongly.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pydantic import Field, model_validator
 
 from fusemega.config import Section
 from fusemega.errors import UserError
-from fusemega.runtime import cpu_backend, kernel_packages
+from fusemega.runtime import cpu_backend, kernel_packages, megatron_fixes
 
 kernel_packages.refuse_harmful()
 cpu_backend.enable()
+megatron_fixes.apply()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the backend is in place)
 
@@ -151,7 +152,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, rank=rank, world_size=world_size)
-    parallel_state.destroy_model_parallel()
+    _free_groups()
     parallel_state.initialize_model_parallel(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return World(
@@ -177,3 +178,14 @@ def shutdown() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _free_groups() -> None:
+    """Ends the groups of the layout before, with their threads: megatron-core forgets most of them. Collective."""
+    groups = parallel_state._global_process_group_list or []
+    if groups:
+        dist.barrier()  # no rank may leave a group that another still talks in
+    for group in groups:
+        if group is not None:  # None stands for the world, which stays
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()

@@ -19,6 +19,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.utils import is_layer_window_attention
+
+_WINDOW_BLOCK = 512  # queries that share one mask, [block, window + block] bits
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -36,7 +39,8 @@ class SDPAttention(MegatronModule):
     """Causal core attention on `scaled_dot_product_attention`, with grouped queries and packed sequences.
 
     A packed row ("thd") is one attention call a segment: block-diagonal without ever holding a [T, T] mask, and no
-    work between segments.
+    work between segments. In a layer with a sliding window (`config.window_size` = (W, 0): a query sees W tokens
+    before itself), a segment longer than the window goes block of queries by block, each against the keys it can see.
     """
 
     def __init__(
@@ -53,6 +57,11 @@ class SDPAttention(MegatronModule):
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"SDPAttention is causal; layer {layer_number} asks for {attn_mask_type}")
         self.softmax_scale = softmax_scale
+        self.window: int | None = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window, ahead = config.window_size
+            if self.window < 0 or ahead != 0:
+                raise ValueError(f"SDPAttention: window_size {config.window_size} is not (tokens before the query, 0)")
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -80,23 +89,48 @@ class SDPAttention(MegatronModule):
         return torch.cat(parts).flatten(1)
 
     def _attend(self, query_BNSD: torch.Tensor, key_BGSD: torch.Tensor, value_BGSD: torch.Tensor) -> torch.Tensor:
+        length = query_BNSD.size(2)
+        if self.window is None or length <= self.window + 1:
+            return self._sdpa(query_BNSD, key_BGSD, value_BGSD)
+        position_S = torch.arange(length, device=query_BNSD.device)
+        parts = []
+        for start in range(0, length, _WINDOW_BLOCK):
+            rows = slice(start, start + _WINDOW_BLOCK)
+            seen = slice(max(0, start - self.window), start + _WINDOW_BLOCK)
+            back = position_S[rows, None] - position_S[None, seen]
+            mask = (back >= 0) & (back <= self.window)
+            parts.append(self._sdpa(query_BNSD[:, :, rows], key_BGSD[:, :, seen], value_BGSD[:, :, seen], mask))
+        return torch.cat(parts, dim=2)
+
+    def _sdpa(
+        self,
+        query_BNSD: torch.Tensor,
+        key_BGSD: torch.Tensor,
+        value_BGSD: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal without a mask; else each query sees the keys where the mask [queries, keys] is true."""
         return F.scaled_dot_product_attention(
             query_BNSD,
             key_BGSD,
             value_BGSD,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
             enable_gqa=query_BNSD.size(1) != key_BGSD.size(1),
         )
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One decoder layer: megatron-core's local spec with the two modules above."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = SDPAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SDPAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
 
 
@@ -111,4 +145,4 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=RMSNorm)

@@ -64,7 +64,7 @@ def evaluate(run: EvalRun) -> tuple[Evaluation, World]:
         sums = (rows.logp_TK.double().sum(), len(batch["labels"]), sum(sample.num_bytes for sample in samples))
         return torch.tensor([float(value) for value in sums], dtype=torch.float64, device=world.device)
 
-    passes = score_samples(gpt, dataset, range(len(dataset)), run.row_shape(source.tokenizer), score, world)
+    passes = score_samples(gpt, dataset, range(len(dataset)), run.row_shape(source), score, world)
     collected = [values for _, part in passes for values in part]
     logp, tokens, num_bytes = total_over_ranks(collected, 3, world).tolist()
     result = Evaluation(

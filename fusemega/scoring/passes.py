@@ -18,7 +18,6 @@ from fusemega.runtime.parallel import ParallelConfig, World, environment_rank
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.sample import Sample
-from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.batches import RowShape, global_batch, no_fields
 from fusemega.training.forward import Batch, run_schedule
 
@@ -45,9 +44,9 @@ class PassRun(Section):
         """The model, opened and checked; nothing is allocated yet. Raises as `ModelSource`."""
         return ModelSource(self.model, self.parallel, environment_rank()[1])
 
-    def row_shape(self, tokenizer: Tokenizer) -> RowShape:
+    def row_shape(self, source: ModelSource) -> RowShape:
         """Packed rows of `data.seq_length` tokens."""
-        return RowShape(self.data.seq_length, self.micro_batch_size, True, tokenizer.pad_id)
+        return RowShape(self.data.seq_length, self.micro_batch_size, True, source.pad_id)
 
 
 # (hidden_NH, batch, samples) -> whatever the pass collects on the last stage

@@ -17,16 +17,14 @@ from fusemega import __version__
 from fusemega.assets import cache_folder
 from fusemega.errors import UserError
 from fusemega.losses.topk import top_k_log_probs
-from fusemega.losses.vocab import Query, sparse_log_probs
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import initialize
 from fusemega.scoring.passes import PassRun, score_samples
-from fusemega.store import Manifest, Row, Store, StoreWriter
+from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
+from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
 from fusemega.training.batches import prepare_together
 from fusemega.training.forward import Batch, head_settings
-
-MASK_POLICY = "assistant turns with their closing token; completions; whole texts with eos"
 
 
 class TeachRun(PassRun):
@@ -62,28 +60,29 @@ def teach(run: TeachRun) -> Path:
         versions={"fusemega": __version__, "torch": version("torch"), "megatron-core": version("megatron-core")},
     )
     folder = Path(run.store)
-    # Opened on every rank: each must know what is durable already, and a wrong store is refused before any work.
+    check_store(folder, manifest)
+    dataset = prepare_together(run.data, source.tokenizer, cache_folder() / "data", source.vocab_size, world)
+    gpt = source.build(world)
+    # Opened on every rank: each must know what is durable already.
     with StoreWriter(folder, manifest, writer_id=world.dp_rank) as writer:
-        world.barrier()
-        cache = cache_folder() / "data"
-        dataset = prepare_together(run.data, source.tokenizer, cache, source.vocab_size, world)
         missing = [i for i in range(len(dataset)) if dataset[i].key not in writer]
         world.barrier()  # no rank may write before every rank has looked
         if world.is_main:
             say(f"teaching {len(missing)} samples; {len(dataset) - len(missing)} are in {folder} already")
-        gpt = source.build(world)
         writes = world.tp_rank == 0 and world.is_last_stage
 
         def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
-            head = head_settings(gpt, world)
-            weight_VH = gpt.head_weight()
-            ids_NK, logp_NK, residual_N = top_k_log_probs(
-                hidden_NH, weight_VH, run.top_k, temperature=run.temperature, **head
+            columns_N = top_k_log_probs(
+                hidden_NH,
+                gpt.head_weight(),
+                run.top_k,
+                batch["labels"],
+                temperature=run.temperature,
+                **head_settings(gpt, world),
             )
-            labels = sparse_log_probs(hidden_NH, weight_VH, Query(batch["labels"][:, None]), **head)
-            return list(_rows(samples, ids_NK, logp_NK, residual_N, labels.logp_TK[:, 0])) if writes else []
+            return list(_rows(samples, *columns_N)) if writes else []
 
-        for done, collected in score_samples(gpt, dataset, missing, run.row_shape(source.tokenizer), score, world):
+        for done, collected in score_samples(gpt, dataset, missing, run.row_shape(source), score, world):
             for rows in collected:
                 for key, row in rows:
                     writer.add(key, row)

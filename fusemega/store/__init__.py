@@ -9,6 +9,6 @@ reader.py     rows by key, memory-mapped
 from fusemega.store.manifest import Manifest
 from fusemega.store.reader import Store
 from fusemega.store.shard import Row
-from fusemega.store.writer import StoreWriter
+from fusemega.store.writer import StoreWriter, check_store
 
-__all__ = ["Manifest", "Row", "Store", "StoreWriter"]
+__all__ = ["Manifest", "Row", "Store", "StoreWriter", "check_store"]

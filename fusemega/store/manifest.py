@@ -14,6 +14,7 @@ from fusemega.config import Section
 from fusemega.errors import UserError, choose
 
 _NAME = "manifest.json"
+_FORMAT = 1
 
 
 class Manifest(Section):
@@ -40,7 +41,7 @@ class Manifest(Section):
     top_k: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     versions: dict[str, str] = {}
-    format: int = 1
+    format: int = _FORMAT
 
     def check(self, expected: Mapping[str, Any], path: Path) -> None:
         """Raises UserError naming the first field of `expected` that has another value here."""
@@ -54,7 +55,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest in `folder`; UserError if there is none or it is damaged."""
     path = folder / _NAME
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder}: not a sample store (no {_NAME})") from None
     except OSError as error:
@@ -62,6 +63,21 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: damaged: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
+    if manifest.format != _FORMAT:
+        raise UserError(f"{path}: the store's format is {manifest.format}, and this version reads {_FORMAT}")
+    return manifest
+
+
+def check_claim(folder: Path, manifest: Manifest) -> None:
+    """Whether `folder` may be this scorer's store. Writes nothing.
+
+    Raises:
+        UserError: it is a store of another manifest (names the field), or holds something else.
+    """
+    if (folder / _NAME).exists():
+        read_manifest(folder).check(manifest.model_dump(exclude={"versions"}), folder / _NAME)
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"{folder}: exists and is no sample store; choose another folder")
 
 
 def claim_manifest(folder: Path, manifest: Manifest) -> None:
@@ -69,6 +85,7 @@ def claim_manifest(folder: Path, manifest: Manifest) -> None:
 
     Safe when several writers start at once: exactly one creates the file, the others compare.
     """
+    check_claim(folder, manifest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _NAME).exists():

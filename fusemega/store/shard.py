@@ -163,11 +163,14 @@ class Shard:
             entry = self._columns.get(name)
             if entry is None or entry["dtype"] != dtype:
                 raise UserError(f"{self.path}: damaged shard: column {name} is missing or of another type")
-            begin = self._origin + entry["offset"]
-            column = file[begin : begin + math.prod(entry["shape"]) * np.dtype(dtype).itemsize]
-            if zlib.crc32(column.data) != entry["crc32"]:
-                raise UserError(f"{self.path}: damaged shard: checksum of {name} does not match")
-            arrays[name] = column.view(dtype).reshape(entry["shape"])
+            try:
+                begin = self._origin + entry["offset"]
+                column = file[begin : begin + math.prod(entry["shape"]) * np.dtype(dtype).itemsize]
+                if zlib.crc32(column.data) != entry["crc32"]:
+                    raise UserError(f"{self.path}: damaged shard: checksum of {name} does not match")
+                arrays[name] = column.view(dtype).reshape(entry["shape"])
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{self.path}: damaged shard: its header on column {name}") from None
         return arrays
 
 

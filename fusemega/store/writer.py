@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 
 from fusemega.errors import UserError
-from fusemega.store.manifest import Manifest, claim_manifest
+from fusemega.store.manifest import Manifest, check_claim, claim_manifest
 from fusemega.store.shard import HASH_BYTES, KEY_BYTES, Row, Shard, write_shard
 
 _NAME = re.compile(r"shard-(\d{5})-(\d{6})\.bin")
@@ -18,6 +18,19 @@ _NAME = re.compile(r"shard-(\d{5})-(\d{6})\.bin")
 def shard_paths(folder: Path) -> list[Path]:
     """The store's whole shards, sorted by name."""
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def check_store(folder: Path, manifest: Manifest) -> None:
+    """Whether a `StoreWriter` could begin, or go on, there; to be called before any long work. Writes nothing.
+
+    Raises:
+        UserError: another manifest (naming the field), somebody's folder, a damaged shard, a path that is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: exists and is no sample store")
+    check_claim(folder, manifest)
+    for path in shard_paths(folder) if folder.is_dir() else []:
+        Shard(path)
 
 
 class StoreWriter:

@@ -28,7 +28,15 @@ _DATE_MACRO = (
 )
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 _Place = tuple[tuple[int, int], str]  # a content's range, and the literal after it
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def prepare(
 
     Args:
         vocab_size: the model's; ids beyond it make a row bad. None: not checked.
-        progress: show rows done on stderr.
+        progress: show rows done on stderr, where that is a terminal.
 
     Raises:
         UserError: an unreadable file; a bad row under `on_bad_row: error` ("file:row: ..."); no usable sample.
@@ -224,6 +224,7 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
 @contextmanager
 def _progress(shown: bool) -> Iterator[Callable[[int], None]]:
     columns = (SpinnerColumn(), TextColumn("tokenizing"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task("tokenizing", total=None)
         yield lambda rows: bar.advance(task, rows)

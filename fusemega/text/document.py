@@ -12,6 +12,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# Which tokens are supervised, by the name that stores carry; `parse` and `fusemega.text.sample` decide it.
+MASK_POLICY = "assistant turns with their closing token; completions; whole texts with eos"
+
 # Fields that change what a template renders and that this package does not carry: never ignored in silence.
 _MEANINGFUL_EXTRAS = ("tool_calls", "tools", "images", "reasoning_content")
 

@@ -69,6 +69,8 @@ class Tokenizer:
         added = self._encoder.get_added_tokens_decoder()
         self.special_ids = np.array(sorted(i for i, token in added.items() if token.special), dtype=np.int32)
         self.added_tokens = tuple(sorted((token.content for token in added.values()), key=len, reverse=True))
+        if not self._encoder.encode("a", add_special_tokens=False).ids:
+            raise UserError(f"{source}: the tokenizer makes no token of the text 'a': its vocabulary is damaged")
         framed = self._encoder.encode("a", add_special_tokens=True)
         leading = framed.special_tokens_mask.index(0) if 0 in framed.special_tokens_mask else 0
         self.prefix_ids = tuple(framed.ids[:leading])
@@ -89,8 +91,18 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The default chat template's source, or None."""
-        return self.hf.get_chat_template() if self.hf.chat_template else None
+        """The default chat template's source, or None.
+
+        Raises:
+            UserError: something else than a text, or several by name and none of them the default.
+        """
+        try:
+            template = self.hf.get_chat_template() if self.hf.chat_template else None
+        except ValueError as error:
+            raise UserError(f"{self.source}: no default chat template: {error}") from None
+        if template is not None and not isinstance(template, str):
+            raise UserError(f"{self.source}: the chat template is a {type(template).__name__}, expected a text")
+        return template
 
     def token(self, token_id: int) -> str:
         """The token's form in the vocabulary, for messages."""

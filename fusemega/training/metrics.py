@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, `metrics.jsonl` and TensorBoard, under Megatron's names."""
+"""Where a run's numbers go: the console, `metrics.jsonl`, TensorBoard and, where asked, W&B, under Megatron's names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from fusemega.checkpoint.output import write_durably
+from fusemega.runtime.memory import peak_memory
+from fusemega.runtime.parallel import World
+from fusemega.training.records import CPU_MEMORY, GPU_MEMORY, METRICS_FILE, THROUGHPUT, TIME, read_metrics
+from fusemega.training.wandb_run import WandbRun
 
-METRICS_FILE = "metrics.jsonl"
+_NOT_ON_THE_CONSOLE = ("consumed-samples", "tokens", GPU_MEMORY, CPU_MEMORY)
+
+
+def with_costs(values: Mapping[str, float], world: World) -> dict[str, float]:
+    """`values` of an iteration with its tokens a second and the most memory any rank has held so far. Collective."""
+    largest = torch.tensor(peak_memory(world.device), dtype=torch.int64, device=world.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    memory = GPU_MEMORY if world.device.type == "cuda" else CPU_MEMORY
+    return {**values, THROUGHPUT: values["tokens"] / values[TIME], memory: int(largest)}
 
 
 class MetricsWriter:
@@ -27,15 +41,24 @@ class MetricsWriter:
         train_iters: the last iteration, for the time left.
         log_interval: console lines are this many iterations apart.
         print_line: where console lines go.
+        wandb_run: takes every row too; `close` finishes it.
     """
 
-    def __init__(self, folder: Path, iteration: int, train_iters: int, log_interval: int, print_line: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        iteration: int,
+        train_iters: int,
+        log_interval: int,
+        print_line: Any,
+        wandb_run: WandbRun | None = None,
+    ) -> None:
         self._path = folder / METRICS_FILE
         _keep_rows_through(self._path, iteration)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
         self._start_iteration, self._train_iters, self._log_interval = iteration, train_iters, log_interval
-        self._print = print_line
+        self._print, self._wandb = print_line, wandb_run
         self._started = time.monotonic()
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
@@ -44,31 +67,23 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(iteration, values)
         if iteration % self._log_interval == 0 or iteration == self._train_iters:
             self._print(self._line(iteration, values))
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def _line(self, iteration: int, values: Mapping[str, float]) -> str:
         done = iteration - self._start_iteration
         left = (time.monotonic() - self._started) / done * (self._train_iters - iteration)
-        shown = [f"{name} {_number(value)}" for name, value in values.items() if name != "consumed-samples"]
+        shown = [f"{name} {_number(value)}" for name, value in values.items() if name not in _NOT_ON_THE_CONSOLE]
         total = self._train_iters
         return f"iteration {iteration:>{len(str(total))}}/{total} | {' | '.join(shown)} | left {_clock(left)}"
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
-    rows = []
-    path = folder / METRICS_FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _keep_rows_through(path: Path, iteration: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from fusemega.checkpoint.read_plan import NOTHING_DONE, table
 from fusemega.checkpoint.training_state import latest_checkpoint, read_state
 from fusemega.models.registry import family_of
 from fusemega.runtime.parallel import environment_rank
@@ -49,4 +50,6 @@ def describe(run: TrainRun, nproc: int | None) -> str:
         "length": f"{length}; {start}",
         "output": run.output_dir,
     }
-    return "\n".join(f"{name:<10} {value}" for name, value in lines.items()) + "\nnothing was allocated or written"
+    summary = "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+    reads = table(checked.source.plan_reads())
+    return f"{summary}\n\nweights, read by each of {dp} data-parallel replica(s):\n{reads}\n{NOTHING_DONE}"

@@ -29,6 +29,7 @@ class TrainingSection(Section):
     seed: int = Field(1234, ge=0, description="order of the data, and random state")
     log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every one")
     save_interval: int | None = Field(None, ge=1, description="iterations between checkpoints; the last is saved too")
+    wandb_project: str | None = Field(None, description="also log to this project of Weights & Biases")
     export_hf: bool = Field(True, description="write output_dir/hf, a folder transformers loads, at the end")
 
     @model_validator(mode="after")

@@ -10,18 +10,17 @@ from fusemega import __version__
 from fusemega.assets import cache_folder
 from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.open_model import ModelSource
-from fusemega.checkpoint.output import on_main, write_durably
+from fusemega.checkpoint.output import check_writable, on_main, write_durably
 from fusemega.errors import UserError
 from fusemega.losses.registry import Objective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
+from fusemega.training.records import DONE_MARKER, RUN_RECORD
 from fusemega.training.run import TrainRun
 from fusemega.training.trainer import Trainer
-
-RUN_RECORD = "run.json"
-DONE_MARKER = "done"  # a job script asks for it before it requeues
+from fusemega.training.wandb_run import require_wandb
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,10 @@ class Checked:
         Raises:
             UserError: a layout that does not divide, a damaged model folder, a store that does not fit.
         """
+        if run.training.wandb_project is not None:
+            require_wandb()
         source = ModelSource(run.model, run.parallel, world_size)
-        return cls(run, source, build_objective(run.objective, source.tokenizer))
+        return cls(run, source, build_objective(run.objective, source.tokenizer, source.vocab_size))
 
 
 def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
@@ -52,14 +53,19 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
     _, world_size, _ = environment_rank()
     checked = Checked.of(run, world_size)
     world = initialize(run.parallel, run.training.seed)
-    on_main(world, lambda: _open_output(Path(run.output_dir), run))
+    output = Path(run.output_dir)
+    on_main(world, lambda: _check_output(output))
     tokenizer = checked.source.tokenizer
     dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world)
-    shape = RowShape(run.data.seq_length, run.training.micro_batch_size, run.training.packing, tokenizer.pad_id)
+    checked.objective.check_data(dataset)
+    shape = RowShape(run.data.seq_length, run.training.micro_batch_size, run.training.packing, checked.source.pad_id)
     data = TrainingData(
         dataset, checked.objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
     )
-    return Trainer.create(run, world, checked.source.build(world), checked.objective, data), checked
+    trainer = Trainer.create(run, world, checked.source.build(world), checked.objective, data)
+    # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
+    on_main(world, lambda: _write_record(output, run))
+    return trainer, checked
 
 
 def train(run: TrainRun) -> Path:
@@ -83,14 +89,19 @@ def train(run: TrainRun) -> Path:
     return output
 
 
-def _open_output(output: Path, run: TrainRun) -> None:
-    """The run's folder, with the run file's resolved form; an unrelated folder is left alone."""
-    record = output / RUN_RECORD
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not record.is_file())):
+def _check_output(output: Path) -> None:
+    """An unrelated folder is left alone."""
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / RUN_RECORD).is_file())):
         raise UserError(f"{output}: exists and is no folder of a training run; choose another output_dir")
+    check_writable(output)
+
+
+def _write_record(output: Path, run: TrainRun) -> None:
+    """The run's folder, with the run file's resolved form."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_durably(record, json.dumps({"fusemega": __version__, "run": run.model_dump(mode="json")}, indent=1))
+        record = {"fusemega": __version__, "run": run.model_dump(mode="json")}
+        write_durably(output / RUN_RECORD, json.dumps(record, indent=1))
     except OSError as error:
         raise UserError(f"{output}: cannot write there: {error.strerror}") from None
 

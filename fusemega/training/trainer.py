@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from fusemega.checkpoint.output import disk_errors
 from fusemega.checkpoint.training_state import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from fusemega.errors import UserError
 from fusemega.losses.registry import Objective
@@ -23,9 +25,10 @@ from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World
 from fusemega.training.batches import TrainingData
 from fusemega.training.forward import Batch, head_settings, run_schedule, total_over_ranks
-from fusemega.training.metrics import MetricsWriter
+from fusemega.training.metrics import MetricsWriter, with_costs
 from fusemega.training.optimizer import schedule, wrap
 from fusemega.training.run import IDENTITY_FIELDS, TrainRun
+from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
 
@@ -68,17 +71,13 @@ class Trainer:
             UserError: a loss or gradient that is not finite (names the step and the sample keys); a full disk.
         """
         interval = self.run.training.save_interval
-        writer = self._metrics_writer() if self.world.is_main else None
-        try:
+        with disk_errors(Path(self.run.output_dir)), self._metrics_writer() as writer:
             while self.iteration < self.train_iters:
-                values = self.step()
+                values = with_costs(self.step(), self.world)
                 if writer is not None:
                     writer.write(self.iteration, values)
                 if self.iteration == self.train_iters or (interval and self.iteration % interval == 0):
                     self.save()
-        finally:
-            if writer is not None:
-                writer.close()
 
     def step(self) -> dict[str, float]:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
@@ -181,9 +180,15 @@ class Trainer:
         load_checkpoint(folder, self.ddp, self.optimizer, self.world)
         self.scheduler.step(increment=iteration)
 
-    def _metrics_writer(self) -> MetricsWriter:
-        return MetricsWriter(
-            Path(self.run.output_dir), self.iteration, self.train_iters, self.run.training.log_interval, say
+    def _metrics_writer(self) -> AbstractContextManager[MetricsWriter | None]:
+        if not self.world.is_main:
+            return nullcontext()
+        folder, training = Path(self.run.output_dir), self.run.training
+        wandb_run = None
+        if training.wandb_project is not None:
+            wandb_run = WandbRun(training.wandb_project, folder, self.run.model_dump(mode="json"))
+        return closing(
+            MetricsWriter(folder, self.iteration, self.train_iters, training.log_interval, say, wandb_run)
         )
 
 

@@ -33,6 +33,24 @@ def test_import_export_verify(runner: CliRunner, tmp_path: Path) -> None:
     assert done.exit_code == 1 and len(json.loads(done.output)["different"]) == 21
 
 
+def test_dry_runs_print_what_each_rank_would_read_and_write_nothing(runner: CliRunner, tmp_path: Path) -> None:
+    source, megatron, out = save_llama(tmp_path / "source"), tmp_path / "megatron", tmp_path / "out"
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--dry-run"]
+    done = runner.invoke(convert.app, ["import", str(source), str(megatron), *layout])
+    assert done.exit_code == 0, done.output
+    assert "4 rank(s) read" in done.output and f"of weights to {megatron}" in done.output
+    assert not megatron.exists()
+    runner.invoke(convert.app, ["import", str(source), str(megatron)])
+    done = runner.invoke(convert.app, ["export", str(megatron), str(out), "--max-shard-size", "20KB", *layout])
+    assert "would write 21 tensors" in done.output and "in 5 file(s)" in done.output
+    assert not out.exists()
+    wide = ["--tensor-model-parallel-size", "4", "--dry-run"]
+    for arguments in (["import", str(source), str(out)], ["export", str(megatron), str(out)]):
+        assert "does not divide this model's" in str(runner.invoke(convert.app, [*arguments, *wide]).exception)
+    for arguments in (["import", str(source), str(source)], ["export", str(megatron), str(source)]):
+        assert "not an empty folder" in str(runner.invoke(convert.app, [*arguments, "--dry-run"]).exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

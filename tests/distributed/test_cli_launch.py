@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fusemega.cli.launch import run_under_torchrun
 from fusemega.errors import UserError
-from fusemega.runtime.launch import run_under_torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = """
 import os, pathlib, signal, sys, time, types
 from fusemega.errors import UserError
-from fusemega.runtime.launch import ERROR_FILE, run_under_torchrun
+from fusemega.cli.launch import LAUNCH_FOLDER, run_under_torchrun
 
 def command(mode: str) -> None:
     if "RANK" not in os.environ:
@@ -32,7 +32,7 @@ def command(mode: str) -> None:
     if mode == "one-error":
         if rank == "1":
             raise UserError("rank one only: disk full")
-        while not os.path.exists(os.environ[ERROR_FILE]):
+        while not os.path.exists(os.environ[LAUNCH_FOLDER] + "/error"):
             time.sleep(0.05)
         raise RuntimeError("Connection closed by peer")
     if mode == "crash" and rank == "1":

@@ -22,3 +22,4 @@ def test_equals_the_dense_head(ranks: int) -> None:
         assert [rows["ids"] for rows in found["top_k"]] == [[ids] * 3 for ids in TIED]
         for rows in found["top_k"]:
             assert rows["mass"] == pytest.approx([1.0] * 3, abs=1e-6)
+            assert rows["label_gaps"] == pytest.approx([1.0, 2.0, 0.0], abs=1e-6)

@@ -18,6 +18,7 @@ from fusemega.losses.registry import build_objective, objective_names, parse_obj
 from fusemega.losses.sft import SFT
 from fusemega.losses.vocab import Query
 from fusemega.store import Manifest, Row, Store, StoreWriter
+from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
 from tests.losses.loops import loops, make_head, make_ids
 
@@ -27,7 +28,7 @@ MANIFEST = {
     "weights": "w",
     "tokenizer": "tok",
     "template": None,
-    "mask_policy": "all",
+    "mask_policy": MASK_POLICY,
     "truncation": 16,
     "temperature": 1.0,
     "top_k": K,
@@ -77,7 +78,7 @@ def distill(folder: Path, store_changes: dict[str, Any] | None = None, **setting
     store = store_of(folder / "store", sample, row_of(sample), **(store_changes or {}))
     parsed = parse_objective({"name": "distill", "store": str(store.path), **settings})
     assert isinstance(parsed, Distill.Settings)
-    return Distill(parsed, store)
+    return Distill(parsed, store, VOCAB)
 
 
 def batch_of(objective: Distill, without_row: tuple[int, ...] = ()) -> dict[str, Tensor]:
@@ -182,7 +183,7 @@ def test_every_id_listed_with_residual(tmp_path: Path) -> None:
 
 
 def test_sft_is_mean_cross_entropy() -> None:
-    objective = build_objective(parse_objective({"name": "sft"}), SimpleNamespace())  # type: ignore[arg-type]
+    objective = build_objective(parse_objective({"name": "sft"}), SimpleNamespace(), VOCAB)  # type: ignore[arg-type]
     assert isinstance(objective, SFT) and objective.sample_fields(sample_of()) == {}
     hidden, weight = make_head()
     batch = {"labels": torch.tensor([3, 140, 0, 7])}
@@ -219,10 +220,15 @@ def test_a_row_that_does_not_fit_the_sample(tmp_path: Path) -> None:
     sample, settings = sample_of(), Distill.Settings(store="s")
     store = store_of(tmp_path / "ids", sample, row_of(sample, ids_hash=b"12345678"))
     with pytest.raises(UserError, match="chat.jsonl:3: .*other token ids"):
-        Distill(settings, store).sample_fields(sample)
+        Distill(settings, store, VOCAB).sample_fields(sample)
     store = store_of(tmp_path / "mask", sample, row_of(sample_of(supervised=3), ids_hash=sample.ids_hash))
     with pytest.raises(UserError, match="has 3 positions, the sample 4"):
-        Distill(settings, store).sample_fields(sample)
+        Distill(settings, store, VOCAB).sample_fields(sample)
+    store = store_of(tmp_path / "vocabulary", sample, row_of(sample))
+    largest = int(row_of(sample).ids_PK.max())
+    assert Distill(settings, store, largest + 1).sample_fields(sample)["teacher_ids"].max() == largest
+    with pytest.raises(UserError, match=f"chat.jsonl:3: .*lists id {largest}, .*a vocabulary of {largest}"):
+        Distill(settings, store, largest).sample_fields(sample)
 
 
 def test_residual_at_another_temperature_is_refused(tmp_path: Path) -> None:
@@ -237,16 +243,19 @@ def test_build_checks_tokenizer_and_template(tmp_path: Path) -> None:
     def tokenizer(content_hash: str, template_hash: str | None) -> Any:
         return SimpleNamespace(content_hash=content_hash, template_hash=template_hash)
 
-    objective = build_objective(settings, tokenizer("tok", None))
+    objective = build_objective(settings, tokenizer("tok", None), VOCAB)
     assert isinstance(objective, Distill) and objective.settings.lambda_ == 0.25
     with pytest.raises(UserError, match="tokenizer is 'tok', expected 'other'"):
-        build_objective(settings, tokenizer("other", None))
+        build_objective(settings, tokenizer("other", None), VOCAB)
     with pytest.raises(UserError, match="template is None, expected 'chatml'"):
-        build_objective(settings, tokenizer("tok", "chatml"))
+        build_objective(settings, tokenizer("tok", "chatml"), VOCAB)
     with pytest.raises(UserError, match="nowhere: not a sample store"):
         build_objective(
-            parse_objective({"name": "distill", "store": str(tmp_path / "nowhere")}), tokenizer("tok", None)
+            parse_objective({"name": "distill", "store": str(tmp_path / "nowhere")}), tokenizer("tok", None), VOCAB
         )
+    other = distill(tmp_path / "b", {"mask_policy": "everything"}).store
+    with pytest.raises(UserError, match="mask_policy is 'everything', expected"):
+        build_objective(parse_objective({"name": "distill", "store": str(other.path)}), tokenizer("tok", None), VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +263,8 @@ def test_build_checks_tokenizer_and_template(tmp_path: Path) -> None:
     [
         ({}, "objective.name: required"),
         ({"name": "distil"}, "did you mean 'distill'"),
-        ({"name": "distill"}, "store: required"),
-        ({"name": "distill", "store": "s", "lambda": 1.5}, "lambda: Input should be less than or equal to 1"),
+        ({"name": "distill"}, "objective.store: required"),
+        ({"name": "distill", "store": "s", "lambda": 1.5}, "objective.lambda: Input should be less than or equal to 1"),
         ({"name": "distill", "store": "s", "temperature": 0.0}, "temperature: Input should be greater than 0"),
         ({"name": "distill", "store": "s", "tail": "residul"}, "did you mean 'residual'"),
         ({"name": "distill", "store": "s", "on_missing": "ignore"}, "allowed: error, skip"),

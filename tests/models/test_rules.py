@@ -65,10 +65,11 @@ def check(rule: Rule, tp_size: int, expected: list[np.ndarray], *, replicated: b
         if heads % groups == 0 and groups % tp_size == 0
     ],
 )
-def test_qkv(heads: int, groups: int, head_dim: int, tp_size: int) -> None:
-    rule = QKV("qkv", "q", "k", "v", heads=heads, groups=groups, head_dim=head_dim, hidden=HIDDEN)
+@pytest.mark.parametrize("columns", [(HIDDEN,), ()], ids=["weight", "bias"])
+def test_qkv(heads: int, groups: int, head_dim: int, tp_size: int, columns: tuple[int, ...]) -> None:
+    rule = QKV("qkv", "q", "k", "v", heads=heads, groups=groups, head_dim=head_dim, columns=columns)
     hf = numbered(rule.hf_shapes())
-    q, k, v = (hf[name].reshape(-1, head_dim, HIDDEN) for name in "qkv")
+    q, k, v = (hf[name].reshape(-1, head_dim, *columns) for name in "qkv")
     rows: list[np.ndarray] = []
     for group in range(groups):  # Megatron's order, one head at a time
         rows += [q[head] for head in range(heads) if head // (heads // groups) == group]

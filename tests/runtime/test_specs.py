@@ -8,6 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
+from fusemega.runtime import specs
 from fusemega.runtime.specs import RMSNorm, SDPAttention
 
 T, N, G, D = 13, 6, 2, 8
@@ -18,18 +19,21 @@ def config(**changes: object) -> TransformerConfig:
     return TransformerConfig(**{**base, "attention_dropout": 0.0, "use_cpu_initialization": True, **changes})
 
 
-def attention(**changes: object) -> SDPAttention:
-    return SDPAttention(config(**changes), 1, AttnMaskType.causal, "self").double()
+def attention(layer: int = 1, **changes: object) -> SDPAttention:
+    return SDPAttention(config(**changes), layer, AttnMaskType.causal, "self").double()
 
 
-def plain_attention(q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
-    """Loops over positions and heads."""
+def plain_attention(
+    q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, before: int | None = None
+) -> torch.Tensor:
+    """Loops over positions and heads; a query sees `before` tokens before itself, or all."""
     out = torch.zeros_like(q_TND)
     for t in range(q_TND.size(0)):
         for n in range(q_TND.size(1)):
             g = n // (q_TND.size(1) // k_TGD.size(1))
-            scores = torch.stack([q_TND[t, n] @ k_TGD[s, g] for s in range(t + 1)]) / q_TND.size(2) ** 0.5
-            out[t, n] = scores.softmax(0) @ v_TGD[: t + 1, g]
+            first = 0 if before is None else max(0, t - before)
+            scores = torch.stack([q_TND[t, n] @ k_TGD[s, g] for s in range(first, t + 1)]) / q_TND.size(2) ** 0.5
+            out[t, n] = scores.softmax(0) @ v_TGD[first : t + 1, g]
     return out.flatten(1)
 
 
@@ -53,6 +57,36 @@ def test_packed_segments_do_not_see_each_other(lengths: list[int]) -> None:
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     expected = torch.cat([plain_attention(*part) for part in parts])
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("before", [0, 1, 4, 11, 12, 30])
+@pytest.mark.parametrize("block", [1, 5, 512])
+@pytest.mark.parametrize("lengths", [[13], [1, 12], [5, 8]])
+def test_a_sliding_window_equals_plain_loops(
+    monkeypatch: pytest.MonkeyPatch, before: int, block: int, lengths: list[int]
+) -> None:
+    monkeypatch.setattr(specs, "_WINDOW_BLOCK", block)
+    q, k, v = (t.requires_grad_() for t in qkv())
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=max(lengths))
+    windowed = attention(window_size=(before, 0))
+    out = windowed(q, k, v, None, packed_seq_params=packed)
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    expected = torch.cat([plain_attention(*part, before=before) for part in parts])
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(out)
+    for got, wanted in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (out, expected)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+    if len(lengths) == 1:
+        dense = windowed(q[:, None], k[:, None], v[:, None], None)
+        torch.testing.assert_close(dense[:, 0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_holds_in_the_layers_that_ask_for_it() -> None:
+    changes = {"window_size": (4, 0), "window_attn_skip_freq": [0, 1, 0]}
+    assert [attention(layer, **changes).window for layer in (1, 2, 3)] == [None, 4, None]
+    with pytest.raises(ValueError, match=r"\(4, 2\) is not"):
+        attention(window_size=(4, 2))
 
 
 def test_a_mask_is_refused_rather_than_ignored() -> None:

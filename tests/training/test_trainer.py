@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fusemega.errors import UserError
-from fusemega.training.metrics import read_metrics
 from fusemega.training.plan import describe
+from fusemega.training.records import COSTS, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train
 from fusemega.training.trainer import Trainer
 
 MakeRun = Callable[..., TrainRun]
-TIMES = "iteration-time"
 
 
 def opened(run: TrainRun) -> Trainer:
@@ -31,7 +31,12 @@ def opened(run: TrainRun) -> Trainer:
 def curve(run: TrainRun, steps: int | None = None) -> list[dict[str, float]]:
     trainer = opened(run)
     rows = [trainer.step() for _ in range(steps or trainer.train_iters)]
-    return [{key: value for key, value in row.items() if key != TIMES} for row in rows]
+    return [without_costs(row) for row in rows]
+
+
+def without_costs(row: dict[str, float]) -> dict[str, float]:
+    """A row of metrics without what is never the same twice."""
+    return {key: value for key, value in row.items() if key not in COSTS}
 
 
 def reference_loss(model: Any, trainer: Trainer, iteration: int) -> torch.Tensor:
@@ -126,20 +131,18 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make_run: MakeRun, tmp_p
     train(whole)
     broken = make_run(output_dir=str(tmp_path / "broken"), training={"save_interval": 2})
     trainer = opened(broken)
-    writer = trainer._metrics_writer()
-    for _ in range(3):
-        values = trainer.step()
-        writer.write(trainer.iteration, values)
-        if trainer.iteration == 2:
-            trainer.save()
-    writer.close()  # stopped after iteration 3; the checkpoint is of iteration 2
+    with trainer._metrics_writer() as writer:
+        assert writer is not None
+        for _ in range(3):
+            values = trainer.step()
+            writer.write(trainer.iteration, values)
+            if trainer.iteration == 2:
+                trainer.save()  # stopped after iteration 3; the checkpoint is of iteration 2
     torch.manual_seed(99)
     train(broken)
     a, b = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "broken")
     assert [row["iteration"] for row in b] == [1, 2, 3, 4]
-    for row in (*a, *b):
-        del row[TIMES]
-    assert a == b
+    assert [without_costs(row) for row in a] == [without_costs(row) for row in b]
 
 
 def test_resume_refuses_other_settings(make_run: MakeRun) -> None:
@@ -161,6 +164,18 @@ def test_export_is_what_was_trained(make_run: MakeRun, work: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(output / "hf", dtype=torch.float32)
     again = make_run(output_dir=str(output / "again"), model={"load": str(output / "hf")})
     assert opened(again).step()["lm loss"] == pytest.approx(reference_loss(loaded, trainer, 0).item(), rel=2e-6)
+
+
+def test_a_pad_token_that_the_model_lacks_changes_nothing(make_run: MakeRun, work: Path, tmp_path: Path) -> None:
+    padded = tmp_path / "padded"
+    shutil.copytree(work / "model", padded)
+    settings = json.loads((padded / "tokenizer_config.json").read_text())
+    (padded / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": "[PAD]"}))
+    unpacked = {"packing": False}
+    trainer = opened(make_run(model={"load": str(padded)}, training=unpacked))
+    assert trainer.data.shape.pad_id == 0
+    losses = [trainer.step()["lm loss"] for _ in range(2)]
+    assert losses == [row["lm loss"] for row in curve(make_run(training=unpacked), 2)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_run: MakeRun, work: Path, tmp_path: Path) -> None:
@@ -190,6 +205,7 @@ def test_a_folder_of_something_else_is_left_alone(make_run: MakeRun, tmp_path: P
 def test_dry_run_checks_and_writes_nothing(make_run: MakeRun, tmp_path: Path) -> None:
     text = describe(make_run(parallel={"pipeline_model_parallel_size": 2}), 4)
     assert "4 process(es): TP 1 x PP 2 x DP 2" in text and "llama, 0.2M parameters" in text
+    assert "read by each of 2 data-parallel replica(s)" in text and "2 rank(s) read" in text
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="does not divide this model's 4 layers"):
         describe(make_run(parallel={"pipeline_model_parallel_size": 3}), 3)

@@ -95,13 +95,15 @@ def top_k() -> list[dict[str, Any]]:
     weight_VH[[399, 5]] = 1.0
     local = weight_VH[rank * 400 // ranks : (rank + 1) * 400 // ranks]
     hidden_TH = torch.ones(3, 1)
+    labels_T = torch.tensor([5, 10, 7])  # logits 1, 2, 0
     found = []
     for k, vocab_size in ((3, 400), (6, 400), (9, 400), (6, 360), (10, 105)):
-        ids, logp, residual = top_k_log_probs(
-            hidden_TH, local, k, group=dist.group.WORLD, vocab_size=vocab_size, chunk_tokens=2
+        ids, logp, residual, label_logp = top_k_log_probs(
+            hidden_TH, local, k, labels_T, group=dist.group.WORLD, vocab_size=vocab_size, chunk_tokens=2
         )
         mass = logp.double().exp().sum(1) + residual.double().exp()
-        found.append({"ids": ids.tolist(), "mass": mass.tolist()})
+        gaps = (label_logp - label_logp[2]).tolist()
+        found.append({"ids": ids.tolist(), "mass": mass.tolist(), "label_gaps": gaps})
     return found
 
 

@@ -1,0 +1,132 @@
+"""What each rank of a layout would read of a model's weights, from configurations and file headers alone.
+
+Nothing is allocated, no process group is needed: one process plans for any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from pathlib import Path
+
+import torch
+
+from fusemega.checkpoint.convert import MegatronFolder
+from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.checkpoint.hf_load import check_tensors
+from fusemega.checkpoint.output import refuse_existing
+from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
+from fusemega.models.build import check_layout, stage_rules
+from fusemega.models.registry import family_of
+from fusemega.models.rules import volume
+
+
+@dataclass(frozen=True)
+class RankReads:
+    """What one rank reads, alike for its data-parallel peers.
+
+    Attributes:
+        pp_rank, tp_rank: its place.
+        tensors: how many tensors it reads something of.
+        boxes: how many boxes of them; each is one read of the file (in a Megatron folder, one a tensor).
+        nbytes: bytes of weights in those boxes.
+        files: weight files it opens; 0 where the format does not say (Megatron's).
+    """
+
+    pp_rank: int
+    tp_rank: int
+    tensors: int
+    boxes: int
+    nbytes: int
+    files: int
+
+
+def plan_reads(source: HFFolder | MegatronFolder, tp_size: int, pp_size: int) -> list[RankReads]:
+    """One entry a model-parallel rank, stage by stage.
+
+    Raises:
+        UserError: the layout does not divide the model.
+    """
+    check_layout(source.config, tp_size, pp_size)
+    rank_reads = _hf_reads if isinstance(source, HFFolder) else _megatron_reads
+    return [
+        rank_reads(source, pp_rank, pp_size, tp_rank, tp_size)  # type: ignore[arg-type]
+        for pp_rank in range(pp_size)
+        for tp_rank in range(tp_size)
+    ]
+
+
+def _hf_reads(folder: HFFolder, pp_rank: int, pp_size: int, tp_rank: int, tp_size: int) -> RankReads:
+    rules = stage_rules(folder.config, pp_size, pp_rank)
+    pieces = [piece for rule in rules for piece in rule.pieces(tp_size, tp_rank)]
+    names = {piece.hf for piece in pieces}
+    nbytes = sum(volume(piece.hf_box) * folder.dtype(piece.hf).itemsize for piece in pieces)
+    return RankReads(pp_rank, tp_rank, len(names), len(pieces), nbytes, len({folder.file(name) for name in names}))
+
+
+def _megatron_reads(folder: MegatronFolder, pp_rank: int, pp_size: int, tp_rank: int, tp_size: int) -> RankReads:
+    rules = stage_rules(folder.config, pp_size, pp_rank)
+    elements = sum(volume(piece.local_box) for rule in rules for piece in rule.pieces(tp_size, tp_rank))
+    return RankReads(pp_rank, tp_rank, len(rules), len(rules), elements * folder.dtype.itemsize, 0)
+
+
+def table(reads: Sequence[RankReads]) -> str:
+    """The plan as text: a line for each run of tensor-parallel ranks of a stage that read equally much."""
+    lines = [f"{'stage':>5} {'TP ranks':>8} {'tensors':>8} {'boxes':>8} {'each reads':>11} {'files':>6}"]
+    for key, run in groupby(reads, lambda r: (r.pp_rank, r.tensors, r.boxes, r.nbytes, r.files)):
+        pp_rank, tensors, boxes, nbytes, files = key
+        ranks = [r.tp_rank for r in run]
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        lines.append(f"{pp_rank:>5} {span:>8} {tensors:>8} {boxes:>8} {size(nbytes):>11} {files or '-':>6}")
+    total, most = sum(r.nbytes for r in reads), max(r.nbytes for r in reads)
+    lines.append(f"{len(reads)} rank(s) read {size(total)} in all, {size(most)} at most")
+    return "\n".join(lines)
+
+
+def size(nbytes: int) -> str:
+    """Decimal units, three digits or more."""
+    for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.{2 if nbytes < 10 * scale else 1}f} {unit}"
+    return f"{nbytes} B"
+
+
+def describe_import(source: str | Path, out: Path, tp_size: int, pp_size: int) -> str:
+    """What `fusemega convert import` would read, rank by rank, and write.
+
+    Raises:
+        UserError: what the import itself would refuse.
+    """
+    refuse_existing(out)
+    folder = HFFolder(source)
+    check_tensors(folder, folder.config)
+    reads = table(plan_reads(folder, tp_size, pp_size))
+    names = {name for rule in family_of(folder.config).rules(folder.config) for name in rule.hf_shapes()}
+    nbytes = sum(prod(folder.shape(name)) * folder.dtype(name).itemsize for name in names)
+    return f"{reads}\nwould write {size(nbytes)} of weights to {out}\n{NOTHING_DONE}"
+
+
+def describe_export(
+    source: str | Path, out: Path, tp_size: int, pp_size: int, *, dtype: torch.dtype | None, max_shard_size: int
+) -> str:
+    """What `fusemega convert export` would read, rank by rank, and write; arguments as those of `export_megatron`.
+
+    Raises:
+        UserError: what the export itself would refuse.
+    """
+    refuse_existing(out)
+    folder = MegatronFolder(source)
+    reads = table(plan_reads(folder, tp_size, pp_size))
+    infos = [
+        TensorInfo(name, dtype or folder.dtypes[name], shape)
+        for rule in family_of(folder.config).rules(folder.config)
+        if not rule.duplicate
+        for name, shape in rule.hf_shapes().items()
+    ]
+    files, nbytes = len(plan_shards(infos, max_shard_size)), sum(info.nbytes for info in infos)
+    return f"{reads}\nwould write {len(infos)} tensors, {size(nbytes)} in {files} file(s), to {out}\n{NOTHING_DONE}"
+
+
+NOTHING_DONE = "nothing was allocated or written"

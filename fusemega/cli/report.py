@@ -1,0 +1,24 @@
+"""`fusemega report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of training runs.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an older report there is replaced.")] = Path("report"),
+) -> None:
+    """One page about one or several training runs: curves, settings, throughput, memory, evaluations.
+
+    Writes report.html, which needs no other file, and each curve as a PNG. A quickstart's folder stands for its arms.
+    Results of `fusemega eval` are shown where their output lies in a run's folder.
+    """
+    from fusemega.report.page import check_out, write_report
+    from fusemega.report.runs import open_runs
+
+    check_out(out)
+    typer.echo(f"wrote {write_report(open_runs(runs), out)}")

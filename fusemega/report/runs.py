@@ -1,0 +1,212 @@
+"""Training runs as a report sees them: what their folders hold, and what is missing from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fusemega.errors import UserError
+from fusemega.training.records import CPU_MEMORY, DONE_MARKER, GPU_MEMORY, METRICS_FILE, RUN_RECORD, THROUGHPUT, TIME
+
+SUMMARY = "summary.json"  # of a quickstart folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        path: its folder.
+        name: the end of the path that tells it from the other runs of the report.
+        settings: the run file's values by dotted key.
+        rows: of metrics.jsonl, in order.
+        finished: whether it reached its last iteration.
+        evaluations: name -> what `fusemega eval` wrote into the folder, or what a quickstart measured of the run.
+        notes: what a reader must know: rows that are torn or not finite, values that were never recorded.
+    """
+
+    path: Path
+    name: str
+    settings: dict[str, Any]
+    rows: list[dict[str, float]]
+    finished: bool
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, metric: str) -> list[tuple[int, float]]:
+        """(iteration, value) of every row that has the metric."""
+        return [(int(row["iteration"]), row[metric]) for row in self.rows if metric in row]
+
+    def values(self, metric: str) -> list[float]:
+        """The metric's finite values, in order."""
+        return [value for _, value in self.series(metric) if math.isfinite(value)]
+
+    @property
+    def iterations(self) -> int:
+        return int(self.rows[-1]["iteration"]) if self.rows else 0
+
+    @property
+    def status(self) -> str:
+        """finished, or how far it came."""
+        if self.finished:
+            return "finished"
+        planned = self.settings.get("training.train_iters")
+        return f"not finished: {self.iterations} of {planned or 'an unknown number of'} iterations"
+
+    @property
+    def memory(self) -> tuple[float, str] | None:
+        """(most bytes any rank held, of what); None where no row says."""
+        for metric, what in ((GPU_MEMORY, "GPU"), (CPU_MEMORY, "process")):
+            if values := self.values(metric):
+                return max(values), what
+        return None
+
+    @property
+    def tokens(self) -> float | None:
+        """Tokens trained on."""
+        values = self.values("tokens")
+        return sum(values) if values else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time inside iterations, without checkpoints and start."""
+        values = self.values(TIME)
+        return sum(values) if values else None
+
+    @property
+    def throughput(self) -> float | None:
+        """Median tokens a second of all ranks."""
+        values = self.values(THROUGHPUT)
+        return median(values) if values else None
+
+
+def open_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs of these folders; a quickstart's folder stands for its trained arms.
+
+    Raises:
+        UserError: no folder of a run, a damaged file (names it, and the line), one run twice, no iteration in any.
+    """
+    folders: list[tuple[Path, dict[str, dict[str, float]]]] = []
+    for path in paths:
+        folders += _arms(path) if (path / SUMMARY).is_file() else [(path, {})]
+    resolved = [folder.resolve() for folder, _ in folders]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
+            raise UserError(f"{folder}: given twice")
+    names = _short_names(resolved)
+    runs = [_open(folder, name, extra) for (folder, extra), name in zip(folders, names, strict=True)]
+    if not any(run.rows for run in runs):
+        raise UserError(f"{', '.join(str(run.path) for run in runs)}: no iteration is recorded yet, nothing to show")
+    return runs
+
+
+def metrics_of(runs: Iterable[Run]) -> list[str]:
+    """Every metric that some row has, in the order of the files, without the columns that only count."""
+    found = {name: None for run in runs for row in run.rows for name in row}
+    return [name for name in found if name not in ("iteration", "consumed-samples", "tokens")]
+
+
+def _open(folder: Path, name: str, evaluations: dict[str, dict[str, float]]) -> Run:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of a training run")
+    if not (folder / RUN_RECORD).is_file():
+        raise UserError(f"{folder}: not the folder of a training run (no {RUN_RECORD})")
+    record = _read_json(folder / RUN_RECORD)
+    if not isinstance(record.get("run"), dict):
+        raise UserError(f"{folder / RUN_RECORD}: has no settings under the key 'run'")
+    rows, notes = _read_rows(folder / METRICS_FILE)
+    found = {**evaluations, **dict(_evaluations(folder))}
+    finished = (folder / DONE_MARKER).is_file()
+    return Run(folder, name, dict(_flat(record["run"])), rows, finished, found, notes)
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, float]], list[str]]:
+    """The rows, and what is to be said of them."""
+    if not path.is_file():
+        return [], [f"no {METRICS_FILE}: nothing was recorded"]
+    rows: list[dict[str, float]] = []
+    notes: list[str] = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines) and not line.endswith(b"\n"):
+                notes.append(f"the last line of {METRICS_FILE} is torn and left out, as a killed run leaves it")
+                break
+            raise UserError(f"{path}:{number}: malformed JSON") from None
+        if not isinstance(row, dict) or not all(isinstance(value, (int, float)) for value in row.values()):
+            raise UserError(f"{path}:{number}: not a row of metrics (an object of numbers)")
+        if not isinstance(row.get("iteration"), int):
+            raise UserError(f"{path}:{number}: the row has no iteration")
+        rows.append(row)
+    if not rows:
+        notes.append("no iteration is recorded yet")
+    unsound = [f"{name} at {row['iteration']}" for row in rows for name, x in row.items() if not math.isfinite(x)]
+    if unsound:
+        more = f" and {len(unsound) - 3} more" if len(unsound) > 3 else ""
+        notes.append(f"values that are not finite are gaps in the curves: {', '.join(unsound[:3])}{more}")
+    if rows and THROUGHPUT not in rows[-1]:
+        notes.append("throughput was not recorded")
+    if rows and not {GPU_MEMORY, CPU_MEMORY} & rows[-1].keys():
+        notes.append("memory was not recorded")
+    return rows, notes
+
+
+def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """JSON files of the folder that `fusemega eval` wrote."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name != RUN_RECORD:
+            value = _read_json(path)
+            if isinstance(value.get("bits_per_byte"), (int, float)):
+                yield path.stem, {key: x for key, x in value.items() if isinstance(x, (int, float))}
+
+
+def _arms(quickstart: Path) -> list[tuple[Path, dict[str, dict[str, float]]]]:
+    """The trained arms of a quickstart, each with the held-out bits per byte that were measured of it."""
+    measured = _read_json(quickstart / SUMMARY).get("bits_per_byte")
+    if not isinstance(measured, dict):
+        raise UserError(f"{quickstart / SUMMARY}: has no bits_per_byte; not the summary of a quickstart")
+    held_out = {name: {"bits_per_byte": value} for name, value in measured.items()}
+    arms = [name for name in measured if (quickstart / name / RUN_RECORD).is_file()]
+    if not arms:
+        raise UserError(f"{quickstart}: no arm of this quickstart has a {RUN_RECORD}")
+    untrained = {f"{name} (not trained here)": value for name, value in held_out.items() if name not in arms}
+    return [(quickstart / name, {"held out": held_out[name], **untrained}) for name in arms]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: malformed JSON") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """For each folder, as few of its last parts as tell it from the others."""
+    names = []
+    for folder in folders:
+        for count in range(1, len(folder.parts) + 1):
+            name = "/".join(folder.parts[-count:])
+            if sum("/".join(other.parts[-count:]) == name for other in folders) == 1:
+                break
+        names.append(name)
+    return names

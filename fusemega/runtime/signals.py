@@ -1,0 +1,48 @@
+"""Signals that ask a run to stop: noted at once, acted on between steps, by all ranks together."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fusemega.runtime.console import say
+from fusemega.runtime.parallel import World
+
+# TERM: preemption, scancel, torchrun. USR1: the batch script's warning of the time limit. INT: Ctrl-C.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopSignals:
+    """While entered, the first such signal only leaves a note; a second one acts as it would have without this class.
+
+    Args:
+        world: this process's place.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._noted = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._note) for number in STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> int:
+        """The number of a signal that any rank has noted, the same on every rank; 0: none. Collective."""
+        noted = torch.tensor(self._noted, device=self._world.device)
+        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        return int(noted)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = number
+        signal.signal(number, self._previous[number])
+        say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")

@@ -1,0 +1,63 @@
+"""A folder in which every command succeeds: what the table of bad inputs damages, one thing at a time.
+
+    model/        a Hugging Face folder                     sharded/    the same in several shards, with an index
+    megatron/     what `convert import` made of it          data.jsonl  conversations and a text
+    train.yaml, distill.yaml, teach.yaml, eval.yaml         run files that name these
+    store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoModelForCausalLM
+
+from benchmarks import tiny
+from fusemega.checkpoint.convert import import_hf
+from fusemega.config import validate
+from fusemega.runtime.parallel import ParallelConfig, initialize
+from fusemega.scoring.teach import TeachRun, teach
+from fusemega.training.run import TrainRun
+from fusemega.training.train import train
+
+ROWS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": f"{word}, gladly"}]}
+    for word in ("one", "two", "three", "four", "five", "six")
+] + [{"text": "a plain text"}]
+MODEL = {"load": "model", "dtype": "fp32"}
+DATA = {"path": "data.jsonl", "seq_length": 64}
+TRAIN = {
+    "output_dir": "run",
+    "model": MODEL,
+    "data": DATA,
+    "objective": {"name": "sft"},
+    "optimizer": {"lr": 1e-3},
+    "training": {"train_iters": 2, "global_batch_size": 2, "export_hf": False},
+}
+TEACH = {"model": MODEL, "data": DATA, "store": "store", "top_k": 4}
+FILES: dict[str, dict[str, Any]] = {
+    "train.yaml": {**TRAIN, "output_dir": "new"},
+    "resume.yaml": TRAIN,
+    "distill.yaml": {**TRAIN, "output_dir": "new", "objective": {"name": "distill", "store": "store"}},
+    "teach.yaml": {**TEACH, "store": "new"},
+    "more.yaml": TEACH,
+    "eval.yaml": {"model": MODEL, "data": DATA, "output": "new.json"},
+}
+
+
+def build() -> None:
+    """All of it, in the current folder. Takes a few seconds."""
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    for name, run in FILES.items():
+        Path(name).write_text(yaml.safe_dump(run), encoding="utf-8")
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tiny.write_model(Path("model"), Path("data.jsonl"), vocab_size=300, **size)
+    AutoModelForCausalLM.from_pretrained("model").save_pretrained("sharded", max_shard_size="30KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        Path("sharded", name).write_bytes(Path("model", name).read_bytes())
+    import_hf("model", "megatron", initialize(ParallelConfig()))
+    teach(validate(TeachRun, TEACH, "more.yaml"))
+    train(validate(TrainRun, TRAIN, "resume.yaml"))

@@ -1,0 +1,144 @@
+"""Ways to damage a file of the base: each returns the function that does it, in the current folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from tests.bad_inputs.base import ROWS
+
+Damage = Callable[[], object]
+ABSENT = object()
+
+
+def put(path: str, content: str | bytes | object) -> Damage:
+    """Another content: text, bytes, or a value written as JSON."""
+
+    def do() -> None:
+        given = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(given if isinstance(given, bytes) else given.encode())
+
+    return do
+
+
+def rows(*values: object) -> Damage:
+    """data.jsonl with these rows (text, bytes, or values written as JSON) after its first row."""
+
+    def do() -> None:
+        lines = [value if isinstance(value, (str, bytes)) else json.dumps(value) for value in (ROWS[0], *values)]
+        Path("data.jsonl").write_bytes(b"".join(x if isinstance(x, bytes) else x.encode() + b"\n" for x in lines))
+
+    return do
+
+
+def key(path: str, dotted: str, value: object = ABSENT) -> Damage:
+    """Another value at a key of a JSON file, or the key taken out."""
+
+    def do() -> None:
+        whole = place = json.loads(Path(path).read_text())
+        *above, last = dotted.split("/")
+        for part in above:
+            place = place[part]
+        if value is ABSENT:
+            del place[last]
+        else:
+            place[last] = value
+        Path(path).write_text(json.dumps(whole))
+
+    return do
+
+
+def gone(path: str) -> Damage:
+    """A file or folder taken away."""
+    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def folder(path: str) -> Damage:
+    """An empty folder, in place of what was there."""
+
+    def do() -> None:
+        if Path(path).exists():
+            gone(path)()
+        Path(path).mkdir(parents=True)
+
+    return do
+
+
+def cut(path: str, size: int) -> Damage:
+    """The first `size` bytes only; all but the last ones where it is negative."""
+    return lambda: Path(path).write_bytes(Path(path).read_bytes()[:size])
+
+
+def longer(path: str) -> Damage:
+    """One byte too many at the end."""
+    return lambda: Path(path).write_bytes(Path(path).read_bytes() + b"x")
+
+
+def flip(path: str, at: int) -> Damage:
+    """One byte's bits turned; counted from the end where negative."""
+
+    def do() -> None:
+        content = bytearray(Path(path).read_bytes())
+        content[at] ^= 0xFF
+        Path(path).write_bytes(content)
+
+    return do
+
+
+def swap(path: str, old: bytes, new: bytes) -> Damage:
+    """`old` replaced by `new` wherever it stands; it must stand somewhere."""
+
+    def do() -> None:
+        content = Path(path).read_bytes()
+        assert old in content
+        Path(path).write_bytes(content.replace(old, new))
+
+    return do
+
+
+def tensors(path: str, change: Callable[[dict[str, Any]], object]) -> Damage:
+    """A safetensors file after `change` of its mapping of names to tensors."""
+
+    def do() -> None:
+        values = load_file(path)
+        change(values)
+        save_file({name: value.contiguous() for name, value in values.items()}, path, metadata={"format": "pt"})
+
+    return do
+
+
+def header(path: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """A safetensors file or a store's shard with its JSON header changed in place, or replaced by what `change`
+    returns; the same bytes stand behind it."""
+
+    def do() -> None:
+        content = Path(path).read_bytes()
+        start = 8 if path.endswith(".safetensors") else 16
+        size = int.from_bytes(content[start - 8 : start], "little")
+        value = json.loads(content[start : start + size])
+        value = change(value) or value
+        text = json.dumps(value).encode()
+        text += b" " * (-(len(text) + start) % 64)
+        Path(path).write_bytes(
+            content[: start - 8] + len(text).to_bytes(8, "little") + text + content[start + size :]
+        )
+
+    return do
+
+
+def parquet(path: str, **columns: list[Any]) -> Damage:
+    """A parquet file of these columns."""
+
+    def do() -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+    return do

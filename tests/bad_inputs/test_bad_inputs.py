@@ -1,0 +1,52 @@
+"""Every row of the table: status 2, one line that names the cause, nothing written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fusemega.errors import UserError
+from tests.bad_inputs import base
+from tests.bad_inputs.run import Bad, found_wrong, standing_in
+from tests.bad_inputs.table import TABLE
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base, in which every command succeeds."""
+    folder = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSEMEGA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with standing_in(folder):
+            base.build()
+    return folder
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=[f"{bad.kind}: {bad.name}" for bad in TABLE])
+def test_refused_with_its_cause_and_nothing_written(bad: Bad, sound: Path, tmp_path: Path) -> None:
+    wrong = found_wrong(bad, sound, tmp_path / "place")
+    assert wrong is None, wrong
+    assert not list((tmp_path / "cache").rglob("*.partial")), "half a data cache was left"
+
+
+def test_the_table_says_each_thing_once_and_covers_every_kind() -> None:
+    names = Counter((bad.kind, bad.name) for bad in TABLE)
+    assert not [name for name, count in names.items() if count > 1]
+    kinds = Counter(bad.kind for bad in TABLE)
+    assert len(TABLE) >= 60 and min(kinds.values()) >= 5, kinds
+
+
+COMMANDS = ["train train.yaml", "train distill.yaml", "train resume.yaml", "teach teach.yaml", "teach more.yaml"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "eval eval.yaml", "convert export megatron out"])
+def test_the_base_itself_is_not_refused(command: str, sound: Path, tmp_path: Path) -> None:
+    """Else a row could pass for another reason than its own."""
+    wrong = found_wrong(Bad("none", "nothing", command, ""), sound, tmp_path / "place")
+    assert wrong is not None and wrong.startswith("status 0"), wrong
+
+
+def test_an_error_is_one_line_whatever_a_library_says() -> None:
+    assert str(UserError("model: no\n  roles\r\nhere")) == "model: no roles here"

@@ -1,0 +1,122 @@
+"""Small models of each family under every layout of four ranks, against transformers: logits, gradients, bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.models.rules import whole
+from tests.distributed.launch import run_ranks
+from tests.distributed.workers.families import LAYOUTS
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 5}
+MODELS: dict[str, dict[str, Any]] = {
+    "mistral-windowed": {"model_type": "mistral", "vocab_size": 101, "sliding_window": 6},
+    "mistral-unlimited": {"model_type": "mistral", "vocab_size": 101, "sliding_window": None, "head_dim": 12},
+    "qwen2-untied": {"model_type": "qwen2", "vocab_size": 103},
+    "qwen2-windowed-tied": {"model_type": "qwen2", "vocab_size": 101, "tie_word_embeddings": True}
+    | SLIDING
+    | {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]},
+    "qwen3-tied": {"model_type": "qwen3", "vocab_size": 101, "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3-windowed": {"model_type": "qwen3", "vocab_size": 99, "head_dim": 8, "max_window_layers": 3} | SLIDING,
+}
+LENGTHS = (19, 1, 4, 8)  # both sides of every window; together a multiple of 4, for sequence parallelism
+
+
+class Reference(NamedTuple):
+    """What transformers computes in fp32."""
+
+    logits_SV: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    norm: float
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Reference]]:
+    work = tmp_path_factory.mktemp("families")
+    references, texts = {}, {}
+    for number, (name, settings) in enumerate(MODELS.items()):
+        torch.manual_seed(number)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE, **settings)).float()
+        with torch.no_grad():  # no weight that a mistake could leave unseen: biases not 0, norms not 1, sharp attention
+            for key, parameter in model.named_parameters():
+                parameter.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)
+        model.save_pretrained(work / name, max_shard_size="20KB")
+        texts[name] = [torch.randint(0, settings["vocab_size"], (n,)).tolist() for n in LENGTHS]
+        logits_SV = torch.cat([model(torch.tensor([text])).logits[0] for text in texts[name]])
+        parts = logits_SV.split(LENGTHS)
+        losses = [
+            torch.nn.functional.cross_entropy(part[:-1], torch.tensor(text[1:], dtype=torch.int64), reduction="sum")
+            for part, text in zip(parts, texts[name], strict=True)
+        ]
+        (sum(losses) / (sum(LENGTHS) - len(LENGTHS))).backward()
+        gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+        norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm()
+        references[name] = Reference(logits_SV.detach(), gradients, float(norm))
+    (work / "texts.json").write_text(json.dumps(texts))
+    return work, references
+
+
+@pytest.fixture(scope="module")
+def ranks(references: tuple[Path, dict[str, Reference]]) -> list[dict[str, Any]]:
+    return run_ranks("families.py", 4, str(references[0]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_gradients_and_bits(
+    references: tuple[Path, dict[str, Reference]], ranks: list[dict[str, Any]], name: str, layout: str
+) -> None:
+    work, reference = references[0], references[1][name]
+    assert HFFolder(work / f"{name}.{layout}").content_hash() == HFFolder(work / name).content_hash()
+    gradients = HFFolder(work / f"{name}.{layout}.gradients")
+
+    logits_SV = torch.load(work / f"{name}.{layout}.logits.pt")
+    assert reference.logits_SV.abs().max() > 1
+    torch.testing.assert_close(logits_SV, reference.logits_SV, atol=2e-5, rtol=1e-5)
+
+    assert set(gradients) == set(reference.gradients)
+    for key, wanted in reference.gradients.items():
+        got = gradients.read(key, whole(tuple(wanted.shape)))
+        assert wanted.abs().max() > 1e-5, key
+        error = float((got - wanted).norm() / wanted.norm())
+        assert error < 2e-5, f"{key}: {error:.1e}"
+    for result in ranks:
+        seen = result[f"{name} {layout}"]
+        assert seen["unequal"] == 0  # what tensor-parallel ranks hold twice has one gradient
+        assert seen["norm"] == pytest.approx(reference.norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_exported_folder_gives_the_same_logits_in_transformers(
+    references: tuple[Path, dict[str, Reference]], ranks: list[dict[str, Any]], name: str
+) -> None:
+    work, reference = references[0], references[1][name]
+    texts = json.loads((work / "texts.json").read_text())[name]
+    model = AutoModelForCausalLM.from_pretrained(work / f"{name}.TP2PP2SP", dtype=torch.float32)
+    with torch.no_grad():
+        logits_SV = torch.cat([model(torch.tensor([text])).logits[0] for text in texts])
+    assert torch.equal(logits_SV, reference.logits_SV)
+
+
+@pytest.mark.parametrize("layout", ["TP1PP1", "TP4PP1SP"])
+def test_biases_and_norms_are_not_decayed(ranks: list[dict[str, Any]], layout: str) -> None:
+    plain = {kind for name in MODELS for kind in ranks[0][f"{name} {layout}"]["plain"]}
+    decayed = {kind for name in MODELS for kind in ranks[0][f"{name} {layout}"]["decayed"]}
+    norms = {f"{which}layernorm.weight" for which in ("input_", "pre_mlp_", "final_", "q_", "k_")}
+    assert {"linear_qkv.bias"} | norms == plain
+    assert not plain & decayed and "linear_qkv.weight" in decayed

@@ -1,0 +1,158 @@
+"""Mistral, Qwen2 and Qwen3: what each refuses and accepts, and its settings, rules and windows against transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+from fusemega.errors import UserError
+from fusemega.models.family import HFConfig, keep_layers
+from fusemega.models.registry import family_of
+from tests.models.published import PARAMETERS, PUBLISHED
+
+TINY: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 8}
+FULL, WINDOWED = "full_attention", "sliding_attention"
+
+
+def windows(config: HFConfig) -> list[int | None]:
+    """As Megatron is told: tokens a query of each layer sees, itself included."""
+    settings = family_of(config).transformer_config(config)
+    before = settings.get("window_size")
+    applies = settings.get("window_attn_skip_freq", [1] * settings["num_layers"])
+    return [before[0] + 1 if before and here else None for here in applies]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "words"),
+    [
+        ("mistral", {"sliding_window": 0}, ["sliding_window = 0", "positive integer"]),
+        ("mistral", {"sliding_window": "4096"}, ["sliding_window = '4096'"]),
+        ("mistral", {"use_sliding_window": True}, ["use_sliding_window = True", "allowed: False"]),
+        ("mistral", {"layer_types": [WINDOWED] * 4}, ["unknown key 'layer_types'"]),
+        ("mistral", {"attention_bias": True}, ["unknown key 'attention_bias'"]),
+        ("mistral", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_scaling.rope_type", "yarn", "llama3"]),
+        ("mistral", {"hidden_act": "gelu"}, ["hidden_act = 'gelu'", "'silu'"]),
+        ("mistral", {"num_attention_heads": 6, "num_key_value_heads": 4}, ["num_attention_heads 6"]),
+        ("qwen2", SLIDING | {"sliding_window": -1}, ["sliding_window = -1"]),
+        ("qwen2", SLIDING | {"max_window_layers": -1}, ["max_window_layers = -1", "at least 0"]),
+        ("qwen2", {"use_sliding_window": "no"}, ["use_sliding_window = 'no'", "true or false"]),
+        ("qwen2", {"layer_types": [FULL] * 3}, ["layer_types", "a list of 4"]),
+        ("qwen2", {"layer_types": FULL}, ["layer_types = 'full_attention'", "a list of 4"]),
+        ("qwen2", {"layer_types": [FULL] * 3 + ["chunked_attention"]}, ["layer_types", "'chunked_attention'", FULL]),
+        ("qwen2", {"layer_types": [FULL] * 3 + [WINDOWED]}, ["layer_types", "use_sliding_window = False", "no window"]),
+        ("qwen2", SLIDING | {"sliding_window": None, "layer_types": [WINDOWED] * 4}, ["sliding_window = None"]),
+        ("qwen2", {"use_mrope": True}, ["use_mrope = True"]),
+        ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type", "dynamic"]),
+        ("qwen2", {"max_window_layer": 3}, ["unknown key 'max_window_layer'", "did you mean 'max_window_layers'"]),
+        ("qwen3", {"attention_bias": True}, ["attention_bias = True", "allowed: False"]),
+        ("qwen3", {"head_dim": None}, ["head_dim is missing"]),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_parameters.rope_type", "yarn"]),
+        ("qwen3", {"num_experts": 128}, ["unknown key 'num_experts'"]),
+        ("qwen3_moe", {}, ["model_type", "'qwen3_moe'", "did you mean 'qwen3'"]),
+        ("mixtral", {}, ["model_type", "'mixtral'", "did you mean 'mistral'"]),
+    ],
+)
+def test_refuses_what_it_would_compute_wrongly(model_type: str, change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        family_of(TINY | {"model_type": model_type, "head_dim": 16} | change)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_transformers_shapes_and_the_known_size(name: str) -> None:
+    config = PUBLISHED[name]
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    named = [item for rule in family_of(config).rules(config) for item in rule.hf_shapes().items()]
+    assert dict(named) == {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
+    assert len(named) == len(dict(named))  # no tensor twice
+    assert sum(torch.Size(shape).numel() for _, shape in named) == PARAMETERS[name]
+    assert set(windows(config)) == {None}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        (model_type, change)
+        for model_type in ("mistral", "qwen2", "qwen3")
+        for change in ({}, {"tie_word_embeddings": True}, {"head_dim": 24}, {"rope_theta": 1e6})
+    ]
+    + [("qwen2", {"num_key_value_heads": None}), ("qwen3", {"num_key_value_heads": None})],
+    ids=str,
+)
+@pytest.mark.parametrize("left_out", ["", "num_key_value_heads", "rms_norm_eps", "head_dim"])
+def test_what_is_left_out_means_what_it_means_to_transformers(
+    model_type: str, change: dict[str, Any], left_out: str
+) -> None:
+    config = TINY | {"num_attention_heads": 32, "model_type": model_type} | change
+    config.pop(left_out, None)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    family = family_of(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
+    rules = [rule for rule in family.rules(config) if not rule.duplicate]
+    assert {name: shape for rule in rules for name, shape in rule.hf_shapes().items()} == wanted
+    assert family.transformer_config(config)["layernorm_epsilon"] == hf.config.rms_norm_eps
+    assert torch.equal(family.inv_freq(config), MistralRotaryEmbedding(hf.config).inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 1}, 1), ({"sliding_window": 700}, 700)],
+)
+def test_mistral_windows(change: dict[str, Any], wanted: int | None) -> None:
+    config = TINY | {"model_type": "mistral"} | change
+    assert AutoConfig.for_model(**config).sliding_window == wanted
+    assert windows(config) == [wanted] * 4
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"sliding_window": 8, "max_window_layers": 2},
+        {"use_sliding_window": True},
+        {"use_sliding_window": True, "max_window_layers": 0},
+        SLIDING | {"max_window_layers": 2},
+        SLIDING | {"max_window_layers": 99},
+        SLIDING | {"max_window_layers": 2, "layer_types": [WINDOWED, FULL, WINDOWED, FULL]},
+        SLIDING | {"layer_types": [WINDOWED] * 4},
+        SLIDING | {"sliding_window": None},
+        {"layer_types": [FULL] * 4, "sliding_window": None},
+    ],
+    ids=str,
+)
+def test_qwen_windows(model_type: str, change: dict[str, Any]) -> None:
+    config = TINY | {"model_type": model_type} | change
+    hf = AutoConfig.for_model(**config)
+    assert windows(config) == [hf.sliding_window if kind == WINDOWED else None for kind in hf.layer_types]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"layer_types": [WINDOWED, FULL, FULL, WINDOWED]}, {"max_window_layers": 1}, {"max_window_layers": 3}],
+    ids=str,
+)
+def test_layers_that_are_kept_keep_their_windows(change: dict[str, Any]) -> None:
+    config = TINY | {"model_type": "qwen2"} | SLIDING | change
+    kept = keep_layers(config, [1, 3])
+    before = windows(config)
+    assert windows(kept) == [before[1], before[3]]
+    assert kept["num_hidden_layers"] == 2 and config["num_hidden_layers"] == 4

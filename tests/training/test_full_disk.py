@@ -1,0 +1,52 @@
+"""A disk that fills up while a run writes to it: one line that says so, and no half of a checkpoint left."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fusemega.checkpoint.training_state import latest_checkpoint
+from fusemega.errors import UserError
+from fusemega.training.run import TrainRun
+from fusemega.training.train import train
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`small_disk("4m")`: a folder on a file system of that size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs needs root")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def test_during_the_first_checkpoint(make_run: Callable[..., TrainRun], small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("1m")
+    with pytest.raises(UserError, match=r"checkpoints/iter_0000002: checkpoint not saved: the disk is full"):
+        train(make_run(output_dir=str(disk / "run"), training={"save_interval": 2}))
+    assert list((disk / "run" / "checkpoints").iterdir()) == []
+
+
+def test_during_a_later_one_the_earlier_stays(
+    make_run: Callable[..., TrainRun], small_disk: Callable[[str], Path], tmp_path: Path
+) -> None:
+    disk = small_disk("4m")
+    run = make_run(output_dir=str(disk / "run"), training={"save_interval": 2})
+    with pytest.raises(UserError, match=r"iter_0000004: checkpoint not saved: the disk is full"):
+        train(run)
+    newest = latest_checkpoint(disk / "run" / "checkpoints")
+    assert newest is not None and newest.name == "iter_0000002"
+    # With room again, the run goes on from there.
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    train(run)
+    assert (disk / "run" / "done").read_text() == "4\n"

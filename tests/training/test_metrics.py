@@ -1,0 +1,99 @@
+"""What a run writes about itself: throughput and memory beside the losses, and W&B where it is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from fusemega.errors import UserError
+from fusemega.runtime.memory import peak_memory
+from fusemega.training.records import CPU_MEMORY, THROUGHPUT, TIME, read_metrics
+from fusemega.training.run import TrainRun
+from fusemega.training.train import train
+
+MakeRun = Callable[..., TrainRun]
+
+
+def test_peak_memory_counts_what_was_held_and_given_back() -> None:
+    cpu = torch.device("cpu")
+    slack = 4 << 20  # Linux keeps these counters a little late
+    before, now = peak_memory(cpu), psutil.Process().memory_info().rss
+    held = torch.zeros(before - now + (64 << 20), dtype=torch.uint8)  # more than was ever resident
+    with_it = peak_memory(cpu)
+    del held
+    assert with_it >= before + (64 << 20) - slack
+    assert peak_memory(cpu) >= with_it - slack
+
+
+def test_rows_have_throughput_and_memory(make_run: MakeRun, tmp_path: Path) -> None:
+    train(make_run(training={"train_iters": 2}))
+    rows = read_metrics(tmp_path / "run")
+    assert len(rows) == 2
+    for row in rows:
+        assert row[THROUGHPUT] == pytest.approx(row["tokens"] / row[TIME])
+        assert 50e6 < row[CPU_MEMORY] <= peak_memory(torch.device("cpu"))
+    assert rows[1][CPU_MEMORY] >= rows[0][CPU_MEMORY]
+
+
+def test_wandb_that_is_not_installed(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    with pytest.raises(UserError, match="wandb_project: the package wandb is not installed; pip install wandb"):
+        train(make_run(training={"wandb_project": "p"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A stand-in for wandb, which is no dependency; the runs it was asked for."""
+    started: list[Any] = []
+
+    class Run:
+        def __init__(self, **settings: Any) -> None:
+            self.settings, self.rows, self.axes, self.finished = settings, [], [], False
+            started.append(self)
+
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            self.axes.append((name, step_metric))
+
+        def log(self, row: dict[str, float]) -> None:
+            self.rows.append(row)
+
+        def finish(self) -> None:
+            self.finished = True
+
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.util.spec_from_loader("wandb", loader=None)
+    module.init, module.Error = Run, type("Error", (Exception,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return started
+
+
+def test_wandb_gets_every_row_and_a_resumed_run_is_the_same(
+    make_run: MakeRun, runs: list[Any], tmp_path: Path
+) -> None:
+    train(make_run(training={"train_iters": 2, "wandb_project": "p"}))
+    (run,) = runs
+    assert run.rows == read_metrics(tmp_path / "run") and run.finished
+    assert ("*", "iteration") in run.axes
+    assert run.settings["project"] == "p" and run.settings["name"] == "run"
+    assert run.settings["config"]["optimizer"]["lr"] == 2e-3
+    train(make_run(training={"train_iters": 2, "wandb_project": "p"}))
+    assert runs[1].settings["id"] == run.settings["id"] and runs[1].settings["resume"] == "allow"
+
+
+def test_what_wandb_refuses_is_one_line(make_run: MakeRun, runs: list[Any]) -> None:
+    def refuse(**_: Any) -> None:
+        raise sys.modules["wandb"].Error("api_key not configured\nrun wandb login")  # type: ignore[attr-defined]
+
+    sys.modules["wandb"].init = refuse  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"^training.wandb_project: api_key not configured \(WANDB_MODE=offline"):
+        train(make_run(training={"train_iters": 1, "wandb_project": "p"}))
