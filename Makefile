@@ -1,6 +1,7 @@
 # Everything runs in .venv, which these targets make themselves:
 #   make quickstart [ARGS=--smoke]    fuse a real teacher into a real target
 #   make test                         ruff, mypy and the whole test suite
+#   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test lint assets setup
+.PHONY: quickstart test test-te lint assets setup
 
 quickstart: setup
 	$(BIN)/python -m fusemega.recipes.quickstart $(ARGS)
@@ -17,6 +18,11 @@ quickstart: setup
 test: lint
 	-$(BIN)/python -m fusemega.assets
 	$(BIN)/python -m pytest $(ARGS)
+
+test-te: setup
+	$(BIN)/python -m tests.te.environment
+	FUSEMEGA_IN_VENV_TE=1 OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest -p no:cacheprovider tests/te/inside $(ARGS)
+	.venv-te/bin/python benchmarks/fp8_reference.py
 
 lint: setup
 	$(BIN)/ruff check .

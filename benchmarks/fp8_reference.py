@@ -81,10 +81,11 @@ def opened(work: Path, arm: str, model: Path, steps: int) -> Iterator[Trainer]:
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """HF tensor name (the first of a parameter's) -> gradient of the step just done, [parameter's shape]."""
-    return {
-        next(iter(placement.rule.hf_shapes())): placement.parameter.main_grad.flatten().double()  # type: ignore[attr-defined]
-        for placement in placements(trainer.gpt, trainer.world)
-    }
+    found: dict[str, torch.Tensor] = {}
+    for placement in placements(trainer.gpt, trainer.world):
+        parameter: Any = placement.parameter
+        found[next(iter(placement.rule.hf_shapes()))] = parameter.main_grad.flatten().double()
+    return found
 
 
 def cosines(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ SHARDED, PART = "train train.yaml model.load=sharded", "sharded/model-00002-of-0
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
 TOKENIZER, SETTINGS, TEMPLATE = "model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja"
 SHARD, STORE_MANIFEST = "store/shard-00000-000000.bin", "store/manifest.json"
+FP8 = TRAIN + " model.dtype=bf16 model.fp8=hybrid"
 TRACKER, STATE = "run/checkpoints/latest_checkpointed_iteration.txt", "run/checkpoints/iter_0000002/state.json"
 METRICS = "run/metrics.jsonl"
 MEGATRON = "train train.yaml model.load=megatron"
@@ -83,6 +84,12 @@ TABLE: list[Bad] = [
     _c("a rate that is no number", TRAIN + " optimizer.lr=.nan", "optimizer.lr: "),
     _c("min_lr above lr", TRAIN + " optimizer.min_lr=1", "min_lr 1 is above lr 0.001"),
     _c("an unknown dtype", TRAIN + " model.dtype=bf8", "model.dtype: found 'bf8'; allowed: bf16, fp32"),
+    _c("a misspelt FP8 format", TRAIN + " model.fp8=hybird", "model.fp8: found 'hybird' (did you mean 'hybrid'?)"),
+    _c("an unknown FP8 recipe", TRAIN + " model.fp8_recipe=mxfp4", "fp8_recipe: found 'mxfp4' (did you mean 'mxfp8'?)"),
+    _c("an FP8 recipe without FP8", TRAIN + " model.fp8_recipe=delayed", "fp8_recipe has no effect without fp8"),
+    _c("FP8 in fp32", TRAIN + " model.fp8=hybrid", "fp8 needs dtype bf16"),
+    _c("rows FP8 cannot multiply", FP8 + " data.seq_length=60", "data.seq_length x training.micro_batch_size = 60 is not"),
+    _c("a margin of another recipe", FP8 + " model.fp8_recipe=tensorwise model.fp8_margin=1", "it belongs to delayed"),
     _c("an unknown objective", TRAIN + " objective.name=stf", "unknown name 'stf' (did you mean 'sft'?)"),
     _c("an objective without name", TRAIN, "objective.name", swap("train.yaml", b"name: sft", b"{}")),
     _c("an objective that is a word", TRAIN + " objective=sft", "objective: "),

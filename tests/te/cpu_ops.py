@@ -75,17 +75,27 @@ def generic_gemm(
     quantizer: object,
     dtype: object,
     bias: torch.Tensor | None,
+    bias_dtype: object,
+    gelu: bool,
+    gelu_input: object,
+    backward: bool,
     *rest: Any,
     **_: Any,
-) -> tuple[torch.Tensor, None, None, None]:
-    """(b @ a in the row-major sense, either transposed; None thrice), for plain tensors without a bias."""
-    if quantizer is not None or bias is not None:
+) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+    """(b @ a in the row-major sense, either transposed; gradient of the bias; None twice), for plain tensors.
+
+    A bias is added forward; backward, where b is the output's gradient, it asks for its own.
+    """
+    if quantizer is not None or gelu:
         raise RuntimeError("this product needs the compiled extension")
     a2, b2 = a.flatten(0, -2), b.flatten(0, -2)
     product = (b2.T if transpose_b else b2) @ (a2.T if transpose_a else a2)
     if not transpose_b:
         product = product.unflatten(0, b.shape[:-1])
-    return (product if out is None else out.copy_(product)), None, None, None
+    if bias is not None and not backward:
+        product += bias
+    bias_grad = b2.sum(0) if bias is not None and backward else None
+    return (product if out is None else out.copy_(product)), bias_grad, None, None
 
 
 def convert_thd_to_bshd(

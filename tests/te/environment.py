@@ -40,8 +40,8 @@ def python() -> Path:
             return interpreter
         shutil.rmtree(FOLDER, ignore_errors=True)
         venv.create(FOLDER, with_pip=False, symlinks=True)
-        _install(interpreter)
         packages = next((FOLDER / "lib").glob("python*/site-packages"))
+        _install(packages)
         # This checkout first, then the main environment with its own .pth files.
         lines = [str(ROOT), f"import site; site.addsitedir({main_packages!r})"]
         (packages / "main-environment.pth").write_text("\n".join(lines) + "\n")
@@ -49,9 +49,9 @@ def python() -> Path:
     return interpreter
 
 
-def _install(interpreter: Path) -> None:
-    command = [sys.executable, "-m", "pip", "--python", str(interpreter), "--disable-pip-version-check", "install"]
-    command += ["--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "2", "--requirement", str(REQUIREMENTS)]
+def _install(packages: Path) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--retries", "2", "--target", str(packages), "-r", str(REQUIREMENTS)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
         reason = (run.stderr.strip() or run.stdout.strip() or "no output").splitlines()[-1]

@@ -116,10 +116,7 @@ class _Hopper:
 
 
 def install() -> None:
-    """Make `transformer_engine.pytorch` importable in this process, and its modules constructible on CPU tensors.
-
-    Enables fusemega's CPU backend first, which must not hear that there is CUDA.
-    """
+    """Make `transformer_engine.pytorch` importable in this process, and its modules constructible on CPU tensors."""
     if "transformer_engine_torch" in sys.modules:
         return
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no search for cuDNN, NVRTC and the core library
@@ -153,11 +150,11 @@ def _answer_for_cuda() -> None:
         return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(_ANSWERED)
 
     real_available, real_properties = cuda.is_available, cuda.get_device_properties
-    real_capability, real_is_cuda = cuda.get_device_capability, torch.Tensor.is_cuda
+    tensor: Any = torch.Tensor
+    real_capability, real_is_cuda = cuda.get_device_capability, tensor.is_cuda
     cuda.is_available = lambda: answered() or real_available()
     cuda.get_device_properties = lambda device=None: _Hopper if answered() else real_properties(device)
     cuda.get_device_capability = lambda device=None: (9, 0) if answered() else real_capability(device)
-    tensor: Any = torch.Tensor
     tensor.is_cuda = property(lambda self: answered() or real_is_cuda.__get__(self))
     cuda.is_current_stream_capturing = lambda: False
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None

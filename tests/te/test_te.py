@@ -8,9 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from fusemega.assets import AssetMissing
 from tests.te import environment
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without CUDA")
 
 RUN = """
 output_dir: {folder}/run

@@ -125,6 +125,34 @@ def test_bf16_logits_are_those_of_local_layers(world: World) -> None:
     torch.testing.assert_close(te, local, atol=1e-6, rtol=0)
 
 
+SIZES = SETTINGS | {"num_hidden_layers": 4, "rms_norm_eps": 1e-5}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_has_the_same_weights_shards_and_logits(model_type: str, world: World, tmp_path: Path) -> None:
+    config = {"model_type": model_type, **SIZES, **FAMILIES[model_type]}
+    local, te = (build_model(config, world, torch.float32, kernels) for kernels in (LOCAL, TE))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in local.parameters():
+            parameter.normal_(std=0.3)
+    (tmp_path / "source").mkdir()
+    export_hf(local, tmp_path / "local", tmp_path / "source", world)
+    load_hf(te, tmp_path / "local", world)
+    export_hf(te, tmp_path / "te", tmp_path / "source", world)
+    assert HFFolder(tmp_path / "te").content_hash() == HFFolder(tmp_path / "local").content_hash()
+    assert sharded(te) == sharded(local)
+    texts = [list(range(n)) for n in (17, 1, 6)]
+    wanted, got = (dense_logits(model, world, texts) for model in (local, te))
+    assert wanted is not None and got is not None and wanted.std() > 0.1
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
+
+
 def test_two_ranks_with_sequence_parallelism(tmp_path: Path) -> None:
     save_llama(tmp_path / "model", dtype=torch.bfloat16)
     for found in run_ranks(Path(__file__).parent / "worker_tp2.py", 2, str(tmp_path)):
