@@ -36,6 +36,7 @@ from fusemega.training.run import IDENTITY_FIELDS, TrainRun
 from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
+_SHARDED = "use_distributed_optimizer"
 
 
 @dataclass(frozen=True)
@@ -265,9 +266,12 @@ class Trainer:
         if self.held_out is not None and best.data == self.held_out.folder.name:
             self.best = best  # on other text, losses do not compare
         for name, value in json.loads(json.dumps(self._identity())).items():
-            if saved.get(name) != value:
+            if (was := saved.get(name)) != value:
+                why = ""
+                if name == "optimizer" and was == {**value, _SHARDED: not value[_SHARDED]}:
+                    why = f" (with and without {_SHARDED}, Megatron stores the state under other names)"
                 raise UserError(
-                    f"{folder}: cannot resume: the checkpoint has {name} = {saved.get(name)}, this run {value}; "
+                    f"{folder}: cannot resume: the checkpoint has {name} = {was}, this run {value}{why}; "
                     "use the same settings, or another output_dir"
                 )
         same_layout = saved.get("layout") == self._layout()
