@@ -1,8 +1,9 @@
 """`integrity.json`: the size and hash of every file of a folder, so that damage is found before it is used.
 
 Sizes are compared whenever a folder is opened (one stat a file); hashes, which read everything, by `fusemega convert
-verify`. The hash is XXH3-128, as `xxh128sum` prints it: it finds damage at the speed of memory, and does not claim to
-stop a forger, who would write this file anew. Imports neither torch nor numpy: light processes use it.
+verify` and by a run that resumes. The hash is XXH3-128, as `xxh128sum` prints it: it finds damage at the speed of
+memory, and does not claim to stop a forger, who would write this file anew. Imports neither torch nor numpy: light
+processes use it.
 """
 
 from __future__ import annotations
@@ -77,14 +78,19 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
     return {name: digest for name, (_, digest) in _read(folder).items()}
 
 
-def damaged_files(folder: Path, threads: int = 4) -> list[str]:
+def damaged_files(folder: Path, threads: int = 4, share: tuple[int, int] = (0, 1)) -> list[str]:
     """The files, by relative path, whose bytes are not those that the manifest describes. Reads everything once.
+
+    Args:
+        folder: what is compared.
+        threads: files hashed at once.
+        share: (i, n): only every n-th file from the i-th on, where n processes share the reading.
 
     Raises:
         UserError: a file is missing or of another size, or the manifest cannot be read.
     """
     check_sizes(folder)
-    recorded = recorded_hashes(folder)
+    recorded = dict(sorted(recorded_hashes(folder).items())[share[0] :: share[1]])
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda name: file_hash(folder / name), recorded)
         return [name for (name, digest), now in zip(recorded.items(), found, strict=True) if digest != now]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -18,13 +20,19 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fusemega.checkpoint.hf_folder import read_json
+from fusemega.checkpoint.index_file import read_index
+from fusemega.checkpoint.torch_dist_files import FORMAT
 from fusemega.errors import UserError
 from fusemega.models.build import GPT
 
 MIB = 1 << 20
+
+# How torch's restricted unpickler calls what it refuses.
+_UNSAFE_NAME = re.compile(r"(?:GLOBAL|global|function) `?([\w.]+)`? (?:was not|is not|that)")
 
 # It logs what a writer process raised; `checkpoint_errors` says it, once and with the path.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)
@@ -42,8 +50,7 @@ def save_model(model: GPT, path: str | Path) -> None:
 def load_model(model: GPT, path: str | Path) -> None:
     """Fill a model from a checkpoint saved under any layout, with or without optimizer state. Collective.
 
-    Weights are converted to the model's dtype; vocabulary padding is zero. Megatron reads the small files of its
-    format (`common.pt`, `.metadata`) with pickle: open only checkpoints whose writer is trusted.
+    Weights are converted to the model's dtype; vocabulary padding is zero.
 
     Raises:
         UserError: not a checkpoint, or one of another architecture.
@@ -87,19 +94,29 @@ def _is_extra(name: str) -> bool:
 
 
 def check_files(path: Path) -> None:
-    """The small files of a distributed checkpoint are there and whole, as far as can be told without unpickling.
+    """The small files of a distributed checkpoint are there, whole, and name nothing that could run.
+
+    To be called before megatron-core reads them: it unpickles `.metadata` freely, and `common.pt` where the environment
+    says so (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD).
 
     Raises:
         UserError: names the file.
     """
     if not (path / "metadata.json").is_file():
         raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
-    read_json(path / "metadata.json")
+    found = {name: read_json(path / "metadata.json").get(name) for name in FORMAT}
+    if found != FORMAT:
+        raise UserError(f"{path / 'metadata.json'}: describes the format {found}, expected {FORMAT}")
     for name in ("common.pt", ".metadata"):
         if not (path / name).is_file():
             raise UserError(f"{path / name}: missing; the checkpoint is damaged")
     if not zipfile.is_zipfile(path / "common.pt"):
         raise UserError(f"{path / 'common.pt'}: truncated, or not a file of torch; the checkpoint is damaged")
+    try:
+        torch.load(path / "common.pt", map_location="meta", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path / 'common.pt'}: damaged, or not of a checkpoint: {_reason(error, None)}") from None
+    read_index(path / ".metadata")
 
 
 @contextmanager
@@ -126,4 +143,18 @@ def _reason(error: BaseException, written: Path | None) -> str:
         return "the disk is full"
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
+    if named := _UNSAFE_NAME.search(str(error)):
+        return f"it names {named[1]}, which no checkpoint needs"
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _load_checked_object(planner: MCoreLoadPlanner, item: Any, value: io.BytesIO) -> None:
+    """`load_bytes`, for objects that torch's restricted unpickler reads too."""
+    torch.load(value, map_location="meta", weights_only=True)
+    value.seek(0)
+    _load_object(planner, item, value)
+
+
+# torch/distributed/checkpoint/default_planner.py:390 unpickles objects freely.
+_load_object = MCoreLoadPlanner.load_bytes
+MCoreLoadPlanner.load_bytes = _load_checked_object

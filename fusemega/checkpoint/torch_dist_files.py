@@ -25,6 +25,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from fusemega.checkpoint.index_file import read_index
 from fusemega.checkpoint.moves import Assembled, Move, Stored, window
 from fusemega.errors import UserError
 from fusemega.models.family import TRANSFORMER_ENGINE_NAMES, HFConfig
@@ -32,7 +33,7 @@ from fusemega.models.registry import family_of
 from fusemega.models.rules import Rule, whole
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-_FORMAT = {
+FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -176,7 +177,7 @@ def write_metadata(folder: Path, chunks: Iterable[Chunk], global_shapes: Mapping
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(metadata, file)
     torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+    (folder / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
 
 
 class Checkpoint:
@@ -316,43 +317,7 @@ class _View(io.RawIOBase):
         return len(data)
 
 
-class _Record:
-    """Stands for every class of torch.distributed.checkpoint: holds what the pickle says, and can do nothing."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-# An index is a pickle, which could name any function to be called. Beside records, it may name these.
-_ALLOWED_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Reads an index without the code of torch.distributed.checkpoint, which takes a second to import."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("torch.distributed.checkpoint."):
-            return _Record
-        if (module, name) in _ALLOWED_NAMES:
-            return super().find_class(module, name)
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
-        return dtype
-
-
 def _read_metadata(path: Path) -> Any:
     if not (path / "metadata.json").is_file():
         raise UserError(f"{path}: not a Megatron distributed checkpoint (no metadata.json)")
-    index = path / ".metadata"
-    try:
-        with open(index, "rb") as file:
-            return _IndexUnpickler(file).load()
-    except OSError as error:
-        raise UserError(f"{index}: cannot read: {error.strerror}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{index}: not an index of a torch_dist checkpoint: {error}") from None
+    return read_index(path / ".metadata")

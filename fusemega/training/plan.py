@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from fusemega.checkpoint.read_plan import NOTHING_DONE, table
-from fusemega.checkpoint.training_state import latest_checkpoint, read_state
+from fusemega.checkpoint.series import latest_checkpoint, read_state
 from fusemega.models.registry import family_of
 from fusemega.runtime.parallel import environment_rank
 from fusemega.text.data import Source

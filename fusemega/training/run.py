@@ -16,7 +16,7 @@ from fusemega.training.evaluation import EvaluationSection
 from fusemega.training.optimizer import OptimizerSection
 
 # The fields of `training` that decide the loss curve: a resumed run must not change them.
-IDENTITY_FIELDS = ("global_batch_size", "micro_batch_size", "packing", "seed")
+IDENTITY_FIELDS = ("global_batch_size", "seed")
 
 
 class TrainingSection(Section):
@@ -33,6 +33,7 @@ class TrainingSection(Section):
     keep_checkpoints: int | None = Field(
         None, ge=1, description="how many of the newest checkpoints to keep, besides the best one; all if left out"
     )
+    async_save: bool = Field(False, description="write checkpoints in the background, while training goes on")
     wandb_project: str | None = Field(None, description="also log to this project of Weights & Biases")
     export_hf: bool = Field(True, description="write output_dir/hf, a folder transformers loads, at the end")
 

@@ -17,14 +17,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fusemega.checkpoint.output import disk_errors
-from fusemega.checkpoint.training_state import (
-    checkpoint_folder,
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    read_state,
-    save_checkpoint,
-)
+from fusemega.checkpoint.saver import CheckpointSaver
+from fusemega.checkpoint.series import checkpoint_folder, find_checkpoint, read_state
+from fusemega.checkpoint.training_state import load_checkpoint, training_state
 from fusemega.errors import UserError
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
@@ -41,6 +36,7 @@ from fusemega.training.run import IDENTITY_FIELDS, TrainRun
 from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
+_SHARDED = "use_distributed_optimizer"
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,7 @@ class Trainer:
     objective: Objective
     data: TrainingData
     train_iters: int
+    saver: CheckpointSaver
     held_out: TokenizedDataset | None = None
     iteration: int = 0
     best: Best = Best()
@@ -90,13 +87,15 @@ class Trainer:
         """Wrap the model; start from the newest checkpoint of `run.output_dir`, if there is one.
 
         Raises:
-            UserError: the checkpoint belongs to other data, another layout or other settings.
+            UserError: the checkpoint belongs to other data or other settings; there are checkpoints, and none is whole.
         """
         train_iters = run.training.iterations(len(data.dataset))
         ddp, optimizer = wrap(gpt, run.optimizer)
         scheduler = schedule(optimizer, run.optimizer, train_iters)
-        trainer = cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, held_out)
-        folder = latest_checkpoint(trainer._checkpoints)
+        root = Path(run.output_dir) / CHECKPOINTS
+        saver = CheckpointSaver(root, world, run.training.async_save, run.training.keep_checkpoints)
+        trainer = cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, saver, held_out)
+        folder = find_checkpoint(root, world)
         if folder is not None:
             trainer._resume(folder)
         return trainer
@@ -111,11 +110,12 @@ class Trainer:
             UserError: a loss or gradient that is not finite (names the step and the sample keys); a full disk.
         """
         output = Path(self.run.output_dir)
-        with disk_errors(output), self._metrics_writer() as writer, StopSignals(self.world) as signals:
+        with disk_errors(output), self._metrics_writer() as writer, StopSignals(self.world) as signals, self.saver:
             if self.iteration == 0:
                 self._evaluate(writer)
             while not self.finished:
                 values = with_costs(self.step(), self.world)
+                self.saver.poll()
                 if writer is not None:
                     writer.write(self.iteration, values)
                 stop = signals.requested()
@@ -193,12 +193,9 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of this iteration; older ones go, as far as the run file says so. Collective."""
-        state = {**self._identity(), "best": asdict(self.best)}
-        folder = save_checkpoint(self._checkpoints, self.iteration, self.ddp, self.optimizer, state, self.world)
-        keep = self.run.training.keep_checkpoints
-        if keep is not None and self.world.is_main:
-            prune_checkpoints(self._checkpoints, keep, self.best_checkpoint())
-        return folder
+        contents = training_state(self.ddp, self.optimizer, self.world)
+        state = {**self._identity(), "layout": self._layout(), "best": asdict(self.best)}
+        return self.saver.save(self.iteration, contents, state, self.best_checkpoint())
 
     @property
     def _checkpoints(self) -> Path:
@@ -249,14 +246,17 @@ class Trainer:
         return {
             "consumed_samples": self.data.consumed_samples(self.iteration),
             "train_iters": self.train_iters,
-            "world_size": self.world.world_size,
-            "parallel": self.run.parallel.model_dump(),
+            "dtype": self.run.model.dtype,
             "fp8": self.run.model.fp8_settings() or None,
             "data": self.data.dataset.folder.name,
             "objective": self.run.objective.model_dump(mode="json"),
             "optimizer": self.run.optimizer.model_dump(),
             "training": self.run.training.model_dump(include=set(IDENTITY_FIELDS)),
         }
+
+    def _layout(self) -> dict[str, object]:
+        """What may change: optimizer state is stored in a form that any layout loads."""
+        return {"world_size": self.world.world_size, "parallel": self.run.parallel.model_dump()}
 
     def _resume(self, folder: Path) -> None:
         saved = read_state(folder)
@@ -266,12 +266,18 @@ class Trainer:
         if self.held_out is not None and best.data == self.held_out.folder.name:
             self.best = best  # on other text, losses do not compare
         for name, value in json.loads(json.dumps(self._identity())).items():
-            if saved.get(name) != value:
+            if (was := saved.get(name)) != value:
+                why = ""
+                if name == "optimizer" and was == {**value, _SHARDED: not value[_SHARDED]}:
+                    why = f" (with and without {_SHARDED}, Megatron stores the state under other names)"
                 raise UserError(
-                    f"{folder}: cannot resume: the checkpoint has {name} = {saved.get(name)}, this run {value}; "
+                    f"{folder}: cannot resume: the checkpoint has {name} = {was}, this run {value}{why}; "
                     "use the same settings, or another output_dir"
                 )
-        load_checkpoint(folder, self.ddp, self.optimizer, self.world)
+        same_layout = saved.get("layout") == self._layout()
+        if not same_layout and self.world.is_main:
+            say(f"{folder.name} was saved in another layout ({saved.get('layout')}); it is loaded into this one")
+        load_checkpoint(folder, self.ddp, self.optimizer, self.world, same_layout)
         self.scheduler.step(increment=iteration)
 
     def _metrics_writer(self) -> AbstractContextManager[MetricsWriter | None]:

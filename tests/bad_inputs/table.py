@@ -31,7 +31,7 @@ TOKENIZER, SETTINGS, TEMPLATE = "model/tokenizer.json", "model/tokenizer_config.
 SHARD, STORE_MANIFEST = "store/shard-00000-000000.bin", "store/manifest.json"
 FP8 = TRAIN + " model.dtype=bf16 model.fp8=hybrid"
 TRACKER, STATE = "run/checkpoints/latest_checkpointed_iteration.txt", "run/checkpoints/iter_0000002/state.json"
-METRICS = "run/metrics.jsonl"
+NEWEST, METRICS = "run/checkpoints/iter_0000002", "run/metrics.jsonl"
 MEGATRON = "train train.yaml model.load=megatron"
 
 
@@ -78,6 +78,7 @@ TABLE: list[Bad] = [
     _c("a word for a number", TRAIN + " training.seed=many", "training.seed: "),
     _c("yes for a number", TRAIN + " training.train_iters=true", "training.train_iters: "),
     _c("half an iteration", TRAIN + " training.train_iters=1.5", "training.train_iters: "),
+    _c("maybe in the background", TRAIN + " training.async_save=maybe", "training.async_save: "),
     _c("no iterations", TRAIN + " training.train_iters=0", "training.train_iters: "),
     _c("two lengths", TRAIN + " training.train_epochs=1", "give exactly one of train_iters and train_epochs"),
     _c("an infinite rate", TRAIN + " optimizer.lr=.inf", "optimizer.lr: "),
@@ -273,13 +274,26 @@ TABLE: list[Bad] = [
     _r("over something", "report run --out model", "model: exists and is no report"),
     _r("inside a file", "report run --out data.jsonl/x", "data.jsonl/x: cannot write there"),
     # Checkpoints: of a training run, and imported.
-    _k("the tracker of nothing", RESUME, "names iteration '7'", put(TRACKER, "7")),
-    _k("the tracker empty", RESUME, "names iteration ''", put(TRACKER, "")),
-    _k("the tracker damaged", RESUME, "latest_checkpointed_iteration.txt", put(TRACKER, b"\xff\xff")),
-    _k("no state", RESUME, "names iteration '2'", gone(STATE)),
-    _k("state torn", RESUME, "state.json:", cut(STATE, 30)),
-    _k("state a list", RESUME, "state.json: expected a JSON object", put(STATE, [])),
-    _k("state without iteration", RESUME, "iteration", key(STATE, "iteration")),
+    _k("the tracker of nothing", RESUME, "names iteration '7'", put(TRACKER, "7"), gone(NEWEST)),
+    _k("the tracker empty", RESUME, "names iteration ''", put(TRACKER, ""), gone(NEWEST)),
+    _k("the tracker damaged", RESUME, "latest_checkpointed_iteration.txt", put(TRACKER, b"\xff\xff"), gone(NEWEST)),
+    _k("the tracker alone", RESUME + " --dry-run", "no whole checkpoint to resume from", gone(NEWEST)),
+    _k("no state", RESUME, "state.json: integrity.json lists it", gone(STATE)),
+    _k("state torn", RESUME, "state.json: truncated", cut(STATE, 30)),
+    _k("state a list", RESUME, "state.json: truncated", put(STATE, [])),
+    _k("state without iteration", RESUME, "state.json: ", key(STATE, "iteration")),
+    _k("no integrity", RESUME, "iter_0000002/integrity.json: cannot read", gone(NEWEST + "/integrity.json")),
+    _k("integrity torn", RESUME, "iter_0000002/integrity.json: not an", cut(NEWEST + "/integrity.json", 50)),
+    _k("a part gone", RESUME, "__0_0.distcp: integrity.json lists it", gone(NEWEST + "/__0_0.distcp")),
+    _k("a part torn", RESUME, "__0_0.distcp: truncated", cut(NEWEST + "/__0_0.distcp", 50)),
+    _k("a part too long", RESUME, "__0_1.distcp: too long", longer(NEWEST + "/__0_1.distcp")),
+    _k("a part damaged", RESUME, "__0_1.distcp: damaged: its hash is not", flip(NEWEST + "/__0_1.distcp", 900)),
+    _k("the index damaged", RESUME, ".metadata: damaged: its hash is not", flip(NEWEST + "/.metadata", 90)),
+    _k("the index torn", RESUME + " --dry-run", ".metadata: truncated", cut(NEWEST + "/.metadata", 90)),
+    _k("of another type", RESUME + " model.dtype=bf16", "cannot resume: the checkpoint has dtype = fp32"),
+    _k("of another batch", RESUME + " training.global_batch_size=3", "cannot resume: the checkpoint has "),
+    _k("of another seed", RESUME + " training.seed=3", "cannot resume: the checkpoint has training"),
+    _k("of the distributed optimizer", RESUME + " optimizer.use_distributed_optimizer=false", "under other names"),
     _k("of another rate", RESUME + " optimizer.lr=2e-3", "cannot resume: the checkpoint has optimizer"),
     _k("of other data", RESUME + " data.limit=3", "cannot resume: the checkpoint has data"),
     _k("no metadata", RESUME, "iter_0000002", gone("run/checkpoints/iter_0000002/metadata.json")),

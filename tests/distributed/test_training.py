@@ -82,3 +82,15 @@ def test_curves_and_resumed_curves(work: Path) -> None:
                     assert row[name] == pytest.approx(wanted[name], rel=1e-5), (objective, layout, name)
                 assert row["grad-norm"] == pytest.approx(wanted["grad-norm"], rel=1e-4), (objective, layout)
             assert ranks[0][f"{objective}, {layout}, resumed"] == rows, "a resumed curve is bitwise the same"
+    moves = [name for name in ranks[0] if ", then " in name and "last rows" not in name]
+    assert len(moves) == 2 * (len(LAYOUTS) - 1)
+    for move in moves:
+        left, taken = move.split(", then ")
+        for row, wanted in zip(ranks[0][move], ranks[0][left][2:], strict=True):
+            for name in (key for key in row if key.endswith("loss")):
+                assert row[name] == pytest.approx(wanted[name], rel=1e-5), (move, name)
+            assert row["grad-norm"] == pytest.approx(wanted["grad-norm"], rel=1e-4), move
+        padded = "TP2" in taken  # 509 rows make 510
+        for rows in filter(None, (rank[f"{move}, last rows"] for rank in ranks)):
+            assert rows.keys() == {"param", "exp_avg", "exp_avg_sq"}
+            assert all((last == 0) == padded and before > 0 for before, last in rows.values()), (move, rows)

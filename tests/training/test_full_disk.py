@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusemega.checkpoint.training_state import latest_checkpoint
+from fusemega.checkpoint.series import latest_checkpoint
 from fusemega.errors import UserError
 from fusemega.training.run import TrainRun
 from fusemega.training.train import train

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fusemega.checkpoint.training_state import latest_checkpoint
+from fusemega.checkpoint.series import latest_checkpoint
 from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.scoring.evaluate import EvalRun, evaluate

@@ -1,4 +1,7 @@
-"""Trains a tiny model under layouts of this many ranks; saves in the middle and goes on. Reports curves."""
+"""Trains a tiny model under layouts of this many ranks; saves in the middle and goes on, also in the next layout.
+
+Reports the curves, and for each layout what the optimizer holds for the last row of the vocabulary and the one before.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,58 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fusemega.checkpoint.training_state import training_state
 from fusemega.config import validate
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
+from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 
 
 def curve(run: TrainRun, steps: int, save: bool = False) -> list[dict[str, float]]:
     trainer, _ = open_trainer(run)
-    rows = [trainer.step() for _ in range(steps)]
+    rows = take(trainer, steps)
     if save:
         trainer.save()
+    return rows
+
+
+def take(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+    rows = [trainer.step() for _ in range(steps)]
     return [{name: value for name, value in row.items() if name != "iteration-time"} for row in rows]
+
+
+def last_rows(trainer: Trainer) -> dict[str, list[float]] | None:
+    """Largest value of each of the last two rows of the embedding in each optimizer state; None on other ranks."""
+    world = trainer.world
+    states = training_state(trainer.ddp, trainer.optimizer, world)["optimizer"]["param_state"]
+    if not world.is_first_stage or world.tp_rank != world.tp_size - 1:
+        return None
+    return {
+        name: tensor.data[-2:].abs().amax(1).tolist()
+        for state in states.values()
+        for name, tensor in state.items()
+        if tensor.key.endswith("embedding.word_embeddings.weight")
+    }
 
 
 def main() -> None:
     cases: dict[str, dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
+    runs = {name: validate(TrainRun, section, name) for name, section in cases.items()}
     found: dict[str, Any] = {}
-    for name, section in cases.items():
-        run = validate(TrainRun, section, name)
+    for name, run in runs.items():
         found[name] = curve(run, 4)
         broken = run.model_copy(update={"output_dir": f"{run.output_dir}-broken"})
         found[f"{name}, resumed"] = curve(broken, 2, save=True) + curve(broken, 2)
+    for name, other in zip(runs, [*list(runs)[1:], next(iter(runs))], strict=True):
+        if runs[name].objective != runs[other].objective:
+            continue
+        left = runs[name].model_copy(update={"output_dir": f"{runs[name].output_dir}-broken"})
+        moved = runs[other].model_copy(update={"output_dir": left.output_dir})
+        trainer, _ = open_trainer(moved)
+        assert trainer.iteration == 2
+        found[f"{name}, then {other}"] = take(trainer, 2)
+        found[f"{name}, then {other}, last rows"] = last_rows(trainer)
     report(found)
 
 

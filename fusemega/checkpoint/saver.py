@@ -1,0 +1,220 @@
+"""Writes the checkpoints of a run, at once or in the background, each whole or not at all.
+
+A save has two parts. First every rank plans and takes a copy of what it writes: on a GPU to host memory, on a CPU by
+forking. Then a forked process writes, and notes the hashes of the files it wrote. When all ranks' processes have ended
+the save is finalised: the main process writes the manifests, renames the folder, moves the tracker and removes what is
+older than wanted. In the background, only the first part holds up the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import secrets
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+from fusemega.checkpoint.integrity import file_hash, write_integrity
+from fusemega.checkpoint.output import on_main, publish, write_durably
+from fusemega.checkpoint.series import (
+    STATE,
+    TRACKER,
+    checkpoint_folder,
+    prune_checkpoints,
+    remove_leftovers,
+    retire,
+)
+from fusemega.checkpoint.torch_dist import checkpoint_errors
+from fusemega.errors import UserError
+from fusemega.runtime.parallel import World
+from fusemega.runtime.signals import STOPPING
+
+_HASHES = ".hashes.json"
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One checkpoint on its way."""
+
+    iteration: int
+    temporary: Path
+    final: Path
+
+
+class CheckpointSaver:
+    """One save at a time. Every method is collective.
+
+    Leaving the `with` block waits for a save that is in progress, also where the training has failed: what it writes
+    was taken before.
+
+    Args:
+        root: the run's `checkpoints` folder.
+        world: this process's place.
+        in_background: return from `save` as soon as the copy is taken.
+        keep: how many of the newest checkpoints to keep; None: all.
+    """
+
+    def __init__(self, root: Path, world: World, in_background: bool, keep: int | None) -> None:
+        self._root, self._world, self._in_background, self._keep = root, world, in_background, keep
+        # Of this process alone: the writers of a killed run may live on, and write into folders of that run's name.
+        name = [secrets.token_hex(4)]
+        dist.broadcast_object_list(name, src=0)
+        self._own = name[0]
+        self._queue = AsyncCallsQueue()
+        self._saving: _Save | None = None
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, UserError):  # raised on every rank
+            self.wait()
+
+    def save(
+        self, iteration: int, contents: Mapping[str, Any], state: Mapping[str, Any], also_keep: Path | None
+    ) -> Path:
+        """Write `root/iter_{iteration:07d}`, then point the tracker at it.
+
+        Args:
+            iteration: finished iterations.
+            contents: Megatron's sharded state.
+            state: JSON-able values stored in `state.json`; `read_state` gives them back.
+            also_keep: an older checkpoint that this one refers to.
+
+        Returns:
+            the folder, which is there already unless saves go on in the background.
+
+        Raises:
+            UserError: this save, or the one before it in the background, failed; a full disk, for example.
+        """
+        self.wait()
+        final = checkpoint_folder(self._root, iteration)
+        saving = _Save(iteration, final.with_name(f"{final.name}.{self._own}.tmp"), final)
+        on_main(self._world, partial(self._prepare, saving))
+        with self._failures(saving):
+            request = dist_checkpointing.save(
+                dict(contents),
+                str(saving.temporary),
+                # Data-parallel ranks hold the same weights: each writes a part of them.
+                FullyParallelSaveStrategyWrapper(
+                    get_default_save_sharded_strategy(),
+                    parallel_state.get_data_parallel_group(with_context_parallel=True),
+                ),
+                async_sharded_save=True,
+            )
+            if request.async_fn is not None:  # this rank has something to write
+                write = partial(_write_and_hash, request.async_fn, saving.temporary, os.getpid())
+                request = request._replace(async_fn=write)
+            request.add_finalize_fn(lambda: on_main(self._world, lambda: self._publish(saving, state, also_keep)))
+            if self._in_background:
+                self._queue.schedule_async_request(request)
+                self._saving = saving
+            else:
+                request.execute_sync()
+        return final
+
+    def poll(self) -> None:
+        """Finalise a save whose writers have ended, everywhere; returns at once where they have not.
+
+        Raises:
+            UserError: it failed.
+        """
+        self._finalise(blocking=False)
+
+    def wait(self) -> None:
+        """Finalise the save in progress, if there is one.
+
+        Raises:
+            UserError: it failed.
+        """
+        self._finalise(blocking=True)
+
+    def _finalise(self, blocking: bool) -> None:
+        if self._saving is None:
+            return
+        saving = self._saving
+        try:
+            with self._failures(saving):
+                done = self._queue.maybe_finalize_async_calls(blocking)
+        except UserError:
+            self._saving = None
+            raise
+        if done:
+            self._saving = None
+
+    def _prepare(self, saving: _Save) -> None:
+        with checkpoint_errors(f"{saving.final}: checkpoint not saved", self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._root)
+            saving.temporary.mkdir()
+
+    def _publish(self, saving: _Save, state: Mapping[str, Any], also_keep: Path | None) -> None:
+        with checkpoint_errors(f"{saving.final}: checkpoint not saved", saving.temporary):
+            hashes = _collect_hashes(saving.temporary)
+            text = json.dumps({"iteration": saving.iteration, **state}, indent=1)
+            (saving.temporary / STATE).write_text(text, encoding="utf-8")
+            write_integrity(saving.temporary, hashes)
+            if saving.final.exists():
+                retire(saving.final)
+            publish(saving.temporary, saving.final)
+            write_durably(self._root / TRACKER, str(saving.iteration))
+            if self._keep is not None:
+                prune_checkpoints(self._root, self._keep, saving.iteration, also_keep)
+
+    @contextlib.contextmanager
+    def _failures(self, saving: _Save) -> Iterator[None]:
+        """A failure is one line, and leaves nothing of the checkpoint."""
+        try:
+            with checkpoint_errors(f"{saving.final}: checkpoint not saved", saving.temporary):
+                yield
+        except UserError:
+            if self._world.is_main:
+                shutil.rmtree(saving.temporary, ignore_errors=True)
+            raise
+
+
+def _write_and_hash(
+    write: Callable[..., None], folder: Path, trainer: int, rank: int, buckets: list[Any], results: Any
+) -> None:
+    """Megatron's writer, then the hashes of its files. In the background, this is the forked process's main function.
+
+    Args:
+        write: called with the last three arguments.
+        folder: written into.
+        trainer: id of the process that trains.
+        rank: of that process.
+        buckets: (path, name below `folder`, contents) of each file.
+        results: where `write` puts what it found.
+    """
+    if os.getpid() != trainer:
+        gc.disable()  # it would free CUDA tensors of the training process
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)  # the trainer notes them, and waits for this process
+    write(rank, buckets, results)
+    # If a file is missing or the disk is full, `results` say so.
+    with contextlib.suppress(OSError):
+        hashes = {name: file_hash(folder / name) for _, name, _ in buckets}
+        write_durably(folder / f"{rank}{_HASHES}", json.dumps(hashes))
+
+
+def _collect_hashes(folder: Path) -> dict[str, str]:
+    """What the ranks' writers noted, by name of file; the notes are removed."""
+    hashes: dict[str, str] = {}
+    for note in folder.glob(f"*{_HASHES}*"):
+        if note.name.endswith(_HASHES):
+            hashes |= json.loads(note.read_text(encoding="utf-8"))
+        note.unlink()
+    return hashes

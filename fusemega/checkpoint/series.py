@@ -1,0 +1,166 @@
+"""The checkpoints of a run: which of them are whole, which is the newest, which may go.
+
+    checkpoints/
+      iter_0000020/                          appears by a rename, complete: its integrity.json lists all of it
+      iter_0000030.1f0a6c2e.tmp/             being written, or what a killed process left; the next save removes it
+      latest_checkpointed_iteration.txt      replaced atomically, after the rename
+
+A process that is killed at any point leaves the previous checkpoint whole. Damage that comes later (a lost file, a
+flipped bit) is found when a run resumes, which then goes back to the newest checkpoint that is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fusemega.checkpoint.hf_folder import read_json
+from fusemega.checkpoint.integrity import check_sizes, damaged_files
+from fusemega.errors import UserError
+from fusemega.runtime.console import say
+from fusemega.runtime.parallel import World
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE = "state.json"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def checkpoint_folder(root: Path, iteration: int) -> Path:
+    """Where the checkpoint after `iteration` updates lies."""
+    return root / f"iter_{iteration:07d}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON state of one checkpoint.
+
+    Raises:
+        UserError: damaged.
+    """
+    state = read_json(folder / STATE)
+    if not isinstance(state.get("iteration"), int):
+        raise UserError(f"{folder / STATE}: iteration is {state.get('iteration')!r}, expected a number")
+    return state
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The one the tracker names; where it is missing or a file of it has another size, the newest that is whole.
+
+    Returns:
+        None where there are no checkpoints.
+
+    Raises:
+        UserError: there are checkpoints, or was one, and none is whole.
+    """
+    complaints, folders = _in_order(root)
+    for folder in folders:
+        complaint = _complaint(folder)
+        if complaint is None:
+            return folder
+        complaints.append(complaint)
+    _refuse(root, complaints)
+    return None
+
+
+def find_checkpoint(root: Path, world: World) -> Path | None:
+    """`latest_checkpoint`, with every byte compared to its recorded hash; ranks share the files. Collective.
+
+    The main process says which checkpoints were passed over, and why.
+
+    Raises:
+        UserError: as `latest_checkpoint`, on every rank.
+    """
+    given = [_in_order(root)] if world.is_main else [None]
+    dist.broadcast_object_list(given, src=0)
+    assert given[0] is not None
+    complaints, folders = given[0]
+    for folder in folders:
+        found = [_complaint(folder)] if world.is_main else [None]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            found = [None] * world.world_size
+            dist.all_gather_object(found, _damage(folder, world))
+        problems = [problem for problem in found if problem is not None]
+        if not problems:
+            if complaints and world.is_main:
+                say(f"warning: {'; '.join(complaints)}; going back to {folder.name}")
+            return folder
+        complaints.append(problems[0])
+    _refuse(root, complaints)
+    return None
+
+
+def prune_checkpoints(root: Path, keep: int, newest: int, also: Path | None) -> None:
+    """Removes all but the `keep` newest checkpoints of iterations up to `newest`, and the one `also`. By one process.
+
+    Later ones are left over from before the run went back to an older checkpoint; they will be written anew.
+    """
+    for folder in _folders(root, newest)[keep:]:
+        if folder != also:
+            retire(folder)
+
+
+def retire(folder: Path) -> None:
+    """Removes a checkpoint; a kill in the middle leaves no folder that looks whole."""
+    doomed = folder.with_suffix(".tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what killed processes left. A writer that outlived its parent may still add to such a folder."""
+    for leftover in root.glob("iter_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _in_order(root: Path) -> tuple[list[str], list[Path]]:
+    """What is wrong with the tracker, and the checkpoints in the order in which they are tried."""
+    folders = _folders(root)
+    tracker = root / TRACKER
+    if not tracker.exists():
+        # Killed between the rename of the first checkpoint and the tracker's.
+        return [f"{tracker}: missing"] if folders else [], folders
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    tracked = checkpoint_folder(root, int(text)) if text.isascii() and text.isdigit() else None
+    if tracked in folders:
+        return [], [tracked, *(folder for folder in folders if folder != tracked)]
+    return [f"{tracker}: names iteration {text!r}, which is not there"], folders
+
+
+def _folders(root: Path, newest: int | None = None) -> list[Path]:
+    """Finished checkpoints up to the iteration `newest`, newest first."""
+    found = {}
+    for path in root.glob("iter_*"):
+        match = _NAME.fullmatch(path.name)
+        if match and (newest is None or int(match[1]) <= newest):
+            found[int(match[1])] = path
+    return [path for _, path in sorted(found.items(), reverse=True)]
+
+
+def _complaint(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as names and sizes tell."""
+    try:
+        check_sizes(folder)
+        read_state(folder)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _damage(folder: Path, world: World) -> str | None:
+    """What is wrong with the contents of this rank's share of the files."""
+    try:
+        damaged = damaged_files(folder, share=(world.rank, world.world_size))
+    except UserError as error:
+        return str(error)
+    return f"{folder / damaged[0]}: damaged: its hash is not the one recorded" if damaged else None
+
+
+def _refuse(root: Path, complaints: list[str]) -> None:
+    if complaints:
+        raise UserError(f"{root}: no whole checkpoint to resume from: {'; '.join(complaints)}")
