@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from fusemega import cli
 from fusemega.config import Section
@@ -137,7 +136,7 @@ def _rules(model: type[Section]) -> list[str]:
 
 
 def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
     if section is not None and field.default is not None:
         return "as below"
