@@ -17,7 +17,7 @@ import torch
 from fusemega.checkpoint import saver as saver_module
 from fusemega.checkpoint.index_file import read_index
 from fusemega.checkpoint.integrity import FILE, damaged_files, file_hash, recorded_hashes, write_integrity
-from fusemega.checkpoint.series import find_checkpoint, latest_checkpoint
+from fusemega.checkpoint.series import find_checkpoint, latest_checkpoint, prune_checkpoints
 from fusemega.checkpoint.torch_dist import check_files, load_model
 from fusemega.errors import UserError
 from fusemega.runtime.parallel import ParallelConfig, initialize
@@ -100,6 +100,16 @@ def test_none_whole(run: TrainRun) -> None:
         (folder / "state.json").write_text("")
     with pytest.raises(UserError, match="no whole checkpoint to resume from: .*iter_0000004/state.json: truncated"):
         latest_checkpoint(root)
+
+
+def test_retention_looks_no_further_than_the_newest_save(tmp_path: Path) -> None:
+    """Checkpoints from before the run went back are not counted, nor taken for newer."""
+    for iteration in (2, 4, 6, 8):
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+    prune_checkpoints(tmp_path, keep=1, newest=6, also=tmp_path / "iter_0000002")
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "6", "8"]
+    prune_checkpoints(tmp_path, keep=1, newest=6, also=None)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["6", "8"]
 
 
 def test_the_manifest_has_every_file(run: TrainRun) -> None:
