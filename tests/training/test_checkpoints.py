@@ -6,11 +6,14 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ from fusemega.checkpoint.series import find_checkpoint, latest_checkpoint, prune
 from fusemega.checkpoint.torch_dist import check_files, load_model
 from fusemega.errors import UserError
 from fusemega.runtime.parallel import ParallelConfig, initialize
+from fusemega.runtime.signals import STOPPING
 from fusemega.training.records import COSTS, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train
@@ -260,6 +264,32 @@ def test_a_loss_that_is_not_finite_leaves_the_save_before_it(
         train(run)
     found = latest_checkpoint(Path(run.output_dir) / "checkpoints")
     assert found is not None and found.name == "iter_0000002"
+
+
+def test_a_folder_that_is_not_shared(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another node wrote to a disk of its own is not there for the main process."""
+    write = saver_module._write_and_hash
+
+    def elsewhere(*args: Any) -> None:
+        write(*args)
+        next(args[1].glob("*.distcp")).unlink()
+
+    monkeypatch.setattr(saver_module, "_write_and_hash", elsewhere)
+    with pytest.raises(UserError, match="checkpoint.*distcp: .*need an output_dir that all nodes share"):
+        train(make_run())
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_to_every_process_of_the_job(make_run: MakeRun, number: signal.Signals) -> None:
+    trainer, _ = open_trainer(make_run())
+    trainer.step()
+    trainer.save()
+    for child in psutil.Process().children():
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.send_signal(number)
+    time.sleep(0.2)
+    trainer.step()
+    assert latest_checkpoint(trainer.save().parent) is not None
 
 
 @pytest.mark.parametrize(
