@@ -119,8 +119,8 @@ def main() -> None:
                 jobs = [(" -> ".join(p), p[half], until) for p in pairs if LAYOUTS[p[half]][0] == world]
                 if world == 1 and half == 0:
                     jobs.append(("uninterrupted", "1", args.steps))
-                rows = launch(work, world, jobs, args.steps)
-                found |= {name if name == "uninterrupted" else f"{name} {half}": part for name, part in rows.items()}
+                parts = launch(work, world, jobs, args.steps)
+                found |= {name if name == "uninterrupted" else f"{name} {half}": part for name, part in parts.items()}
     report = {}
     for pair in pairs:
         name = " -> ".join(pair)

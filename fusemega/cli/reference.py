@@ -114,9 +114,9 @@ def _table(model: type[Section], without: str = "") -> list[str]:
             continue
         shown = field.alias or name
         section = _section(field.annotation)
-        meaning = field.description or (f"see [`{name}`](#{name})" if section else "")
-        limits = [f"{_CONSTRAINTS[key]} {value:g}" for key, value in _limits(field)]
-        meaning = "; ".join([meaning, *([" and ".join(limits)] if limits else [])])
+        limits = " and ".join(f"{_CONSTRAINTS[key]} {value:g}" for key, value in _limits(field))
+        link = f"see [`{name}`](#{name})" if section else ""
+        meaning = "; ".join(filter(None, [field.description, link, limits]))
         kind = "section" if section is not None else _type(field.annotation)
         lines.append(f"| `{shown}` | {_cell(kind)} | {_default(field, section)} | {_cell(meaning)} |")
     rules = [" ".join(doc.split()) for doc in _rules(model)]
@@ -139,7 +139,7 @@ def _rules(model: type[Section]) -> list[str]:
 def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
     if field.default is PydanticUndefined:
         return "required"
-    if section is not None:
+    if section is not None and field.default is not None:
         return "as below"
     return f"`{json.dumps(field.default)}`"
 

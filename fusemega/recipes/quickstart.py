@@ -49,7 +49,7 @@ class Scale:
 SCALES = {
     "smoke": Scale(train_tokens=1_200, held_out_rows=2, global_batch_size=2, train_iters=2),
     "default": Scale(train_tokens=16_384, held_out_rows=16, global_batch_size=4, train_iters=None),
-    "full": Scale(train_tokens=131_072, held_out_rows=64, global_batch_size=8, train_iters=None),
+    "full": Scale(train_tokens=49_152, held_out_rows=32, global_batch_size=4, train_iters=None),
 }
 
 
@@ -250,7 +250,7 @@ def main() -> None:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", dest="scale", action="store_const", const="smoke", help="two updates")
-    size.add_argument("--full", dest="scale", action="store_const", const="full", help="eight times the tokens")
+    size.add_argument("--full", dest="scale", action="store_const", const="full", help="three times the tokens")
     parser.add_argument("--teacher", help="HF folder or hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--target", help="HF folder or hub id with the teacher's tokenizer (default: the teacher, cut)")
     parser.add_argument("--train", help="JSONL of conversations to train on (default: AlpacaEval's)")

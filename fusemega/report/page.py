@@ -66,14 +66,14 @@ def check_out(out: Path) -> None:
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """A chart for every metric: losses first, then the optimizer's, then what it cost."""
     metrics = metrics_of(runs)
-    losses = [name for name in metrics if name.endswith("loss")]
+    losses = [name for name in metrics if name.endswith("loss") or name.startswith("validation")]
     costs = [name for name in (THROUGHPUT, TIME, *_MEMORY) if name in metrics]
     others = [name for name in metrics if name not in losses and name not in costs]
     # Iterations of different batches are not comparable; tokens are.
     by_tokens = len({_batch(run) for run in runs}) > 1 and all(run.tokens for run in runs if run.rows)
     drawn = []
     for metric in [*losses, *others, *costs]:
-        title, note = _TITLES.get(metric, (metric, "nats" if metric in losses else ""))
+        title, note = _TITLES.get(metric, (metric, "nats" if metric.endswith("loss") else ""))
         tokens = by_tokens and metric in losses
         curves = [Curve(run.name, i, _points(run, metric, tokens)) for i, run in enumerate(runs) if run.values(metric)]
         if curves:
@@ -88,7 +88,8 @@ def render(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     keys = list({key: None for run in runs for key in run.settings})
     settings = [(key, [_written(run.settings.get(key, _ABSENT)) for run in runs]) for key in keys]
-    loss = next((name for name in metrics_of(runs) if name.endswith("loss")), None)
+    trained = (name for name in metrics_of(runs) if name.endswith("loss") and not name.startswith("validation"))
+    loss = next(trained, None)
     return environment.from_string(TEMPLATE).render(
         version=__version__,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} training runs",

@@ -11,7 +11,16 @@ from statistics import median
 from typing import Any
 
 from fusemega.errors import UserError
-from fusemega.training.records import CPU_MEMORY, DONE_MARKER, GPU_MEMORY, METRICS_FILE, RUN_RECORD, THROUGHPUT, TIME
+from fusemega.training.records import (
+    CPU_MEMORY,
+    DONE_MARKER,
+    GPU_MEMORY,
+    METRICS_FILE,
+    RUN_RECORD,
+    THROUGHPUT,
+    TIME,
+    read_evaluations,
+)
 
 SUMMARY = "summary.json"  # of a quickstart folder
 
@@ -24,7 +33,7 @@ class Run:
         path: its folder.
         name: the end of the path that tells it from the other runs of the report.
         settings: the run file's values by dotted key.
-        rows: of metrics.jsonl, in order.
+        rows: of metrics.jsonl, in order, with the evaluations on the way.
         finished: whether it reached its last iteration.
         evaluations: name -> what `fusemega eval` wrote into the folder, or what a quickstart measured of the run.
         notes: what a reader must know: rows that are torn or not finite, values that were never recorded.
@@ -122,7 +131,19 @@ def _open(folder: Path, name: str, evaluations: dict[str, dict[str, float]]) -> 
     rows, notes = _read_rows(folder / METRICS_FILE)
     found = {**evaluations, **dict(_evaluations(folder))}
     finished = (folder / DONE_MARKER).is_file()
+    rows = _with_validation(rows, read_evaluations(folder))
     return Run(folder, name, dict(_flat(record["run"])), rows, finished, found, notes)
+
+
+def _with_validation(
+    rows: Sequence[dict[str, float]], evaluations: Sequence[dict[str, float]]
+) -> list[dict[str, float]]:
+    """Each evaluation's figures in the row of its iteration; before the first update it has a row of its own."""
+    joined = {int(row["iteration"]): dict(row) for row in rows}
+    for found in evaluations:
+        row = joined.setdefault(int(found["iteration"]), {"iteration": found["iteration"]})
+        row |= {"validation loss": found["loss"], "validation bits per byte": found["bits_per_byte"]}
+    return [joined[iteration] for iteration in sorted(joined)]
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, float]], list[str]]:

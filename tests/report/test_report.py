@@ -198,3 +198,16 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.stdout.split() == ["wrote", str(tmp_path / "out" / PAGE), "status", "0"], run.stderr
+
+
+def test_evaluations_on_the_way_are_curves(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    rows = [{"iteration": i, "loss": 4.0 - i / 5, "bits_per_byte": 2.0 - i / 10} for i in (0, 2, 5)]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run,) = open_runs([folder])
+    assert run.series("validation loss") == [(0, 4.0), (2, 3.6), (5, 3.0)]
+    assert run.series("validation bits per byte")[-1] == (5, 1.5)
+    assert run.iterations == 5 and len(run.series("lm loss")) == 5
+    by_file = {chart.file: chart for chart in charts_of([run])}
+    assert by_file["validation-loss"].curves[0].points == [(0, 4.0), (2, 3.6), (5, 3.0)]
+    assert "last lm loss" in page_of(tmp_path, folder)
