@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
+from fusemega.checkpoint.index_file import read_index
 from fusemega.checkpoint.integrity import file_hash, write_integrity
 from fusemega.checkpoint.output import on_main, publish, write_durably
 from fusemega.checkpoint.series import (
@@ -101,6 +104,7 @@ class CheckpointSaver:
             UserError: this save, or the one before it in the background, failed; a full disk, for example.
         """
         self.wait()
+        _start_result_queue()
         final = checkpoint_folder(self._root, iteration)
         saving = _Save(iteration, final.with_name(f"{final.name}.{self._own}.tmp"), final)
         on_main(self._world, partial(self._prepare, saving))
@@ -164,6 +168,7 @@ class CheckpointSaver:
     def _publish(self, saving: _Save, state: Mapping[str, Any], also_keep: Path | None) -> None:
         with checkpoint_errors(f"{saving.final}: checkpoint not saved", saving.temporary):
             hashes = _collect_hashes(saving.temporary)
+            _check_shared(saving.temporary)
             text = json.dumps({"iteration": saving.iteration, **state}, indent=1)
             (saving.temporary / STATE).write_text(text, encoding="utf-8")
             write_integrity(saving.temporary, hashes)
@@ -218,3 +223,27 @@ def _collect_hashes(folder: Path) -> dict[str, str]:
             hashes |= json.loads(note.read_text(encoding="utf-8"))
         note.unlink()
     return hashes
+
+
+def _check_shared(folder: Path) -> None:
+    """Every file that the index names is seen from here; on a disk of its own, a node's files would be missing."""
+    for where in read_index(folder / ".metadata").storage_data.values():
+        if not (folder / where.relative_path).is_file():
+            raise UserError(
+                f"{folder / where.relative_path}: written by another process, and not there; "
+                "checkpoints need an output_dir that all nodes share"
+            )
+
+
+def _start_result_queue() -> None:
+    """Starts the process through which Megatron's writers answer; the signals that stop a run do not reach it.
+
+    A batch system sends them to every process of a job, and this one would end before the last checkpoint. Blocked
+    signals stay blocked in a process that is started.
+    """
+    resource_tracker.ensure_running()  # it unblocks signals in passing
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        _get_write_results_queue()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

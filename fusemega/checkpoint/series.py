@@ -74,12 +74,11 @@ def find_checkpoint(root: Path, world: World) -> Path | None:
     Raises:
         UserError: as `latest_checkpoint`, on every rank.
     """
-    given = [_in_order(root)] if world.is_main else [None]
+    given: list[Any] = [_in_order(root) if world.is_main else None]
     dist.broadcast_object_list(given, src=0)
-    assert given[0] is not None
     complaints, folders = given[0]
     for folder in folders:
-        found = [_complaint(folder)] if world.is_main else [None]
+        found: list[str | None] = [_complaint(folder) if world.is_main else None]
         dist.broadcast_object_list(found, src=0)
         if found[0] is None:
             found = [None] * world.world_size

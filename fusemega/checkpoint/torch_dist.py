@@ -32,7 +32,7 @@ from fusemega.models.build import GPT
 MIB = 1 << 20
 
 # How torch's restricted unpickler calls what it refuses.
-_UNSAFE_NAME = re.compile(r"(?:GLOBAL|global|function) `?([\w.]+)`? (?:was not|is not|that)")
+_UNSAFE_NAME = re.compile(r"GLOBAL ([\w.]+) (?:was not an allowed global|whose module)")
 
 # It logs what a writer process raised; `checkpoint_errors` says it, once and with the path.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async").setLevel(logging.CRITICAL)

@@ -46,6 +46,13 @@ def test_a_flipped_bit_is_found_by_the_hash_alone(folder: Path) -> None:
     assert integrity.damaged_files(folder) == ["sub/b.bin"]
 
 
+def test_processes_share_the_reading(folder: Path) -> None:
+    for name in ("a.bin", "sub/b.bin"):
+        (folder / name).write_bytes(b"x" * (folder / name).stat().st_size)
+    shares = [integrity.damaged_files(folder, share=(rank, 3)) for rank in range(3)]
+    assert shares == [["a.bin"], [], ["sub/b.bin"]]
+
+
 @pytest.mark.parametrize(("size", "state"), [(4999, "truncated: 4999 bytes"), (5001, "too long: 5001 bytes")])
 def test_another_size_is_refused(folder: Path, size: int, state: str) -> None:
     (folder / "a.bin").write_bytes(b"a" * size)

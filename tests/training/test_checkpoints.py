@@ -6,21 +6,25 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from fusemega.checkpoint import saver as saver_module
 from fusemega.checkpoint.index_file import read_index
 from fusemega.checkpoint.integrity import FILE, damaged_files, file_hash, recorded_hashes, write_integrity
-from fusemega.checkpoint.series import find_checkpoint, latest_checkpoint
+from fusemega.checkpoint.series import find_checkpoint, latest_checkpoint, prune_checkpoints
 from fusemega.checkpoint.torch_dist import check_files, load_model
 from fusemega.errors import UserError
 from fusemega.runtime.parallel import ParallelConfig, initialize
+from fusemega.runtime.signals import STOPPING
 from fusemega.training.records import COSTS, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train
@@ -100,6 +104,16 @@ def test_none_whole(run: TrainRun) -> None:
         (folder / "state.json").write_text("")
     with pytest.raises(UserError, match="no whole checkpoint to resume from: .*iter_0000004/state.json: truncated"):
         latest_checkpoint(root)
+
+
+def test_retention_looks_no_further_than_the_newest_save(tmp_path: Path) -> None:
+    """Checkpoints from before the run went back are not counted, nor taken for newer."""
+    for iteration in (2, 4, 6, 8):
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+    prune_checkpoints(tmp_path, keep=1, newest=6, also=tmp_path / "iter_0000002")
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "6", "8"]
+    prune_checkpoints(tmp_path, keep=1, newest=6, also=None)
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["6", "8"]
 
 
 def test_the_manifest_has_every_file(run: TrainRun) -> None:
@@ -250,6 +264,32 @@ def test_a_loss_that_is_not_finite_leaves_the_save_before_it(
         train(run)
     found = latest_checkpoint(Path(run.output_dir) / "checkpoints")
     assert found is not None and found.name == "iter_0000002"
+
+
+def test_a_folder_that_is_not_shared(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another node wrote to a disk of its own is not there for the main process."""
+    write = saver_module._write_and_hash
+
+    def elsewhere(*args: Any) -> None:
+        write(*args)
+        next(args[1].glob("*.distcp")).unlink()
+
+    monkeypatch.setattr(saver_module, "_write_and_hash", elsewhere)
+    with pytest.raises(UserError, match="checkpoint.*distcp: .*need an output_dir that all nodes share"):
+        train(make_run())
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_to_every_process_of_the_job(make_run: MakeRun, number: signal.Signals) -> None:
+    trainer, _ = open_trainer(make_run())
+    trainer.step()
+    trainer.save()
+    for child in psutil.Process().children():
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.send_signal(number)
+    time.sleep(0.2)
+    trainer.step()
+    assert latest_checkpoint(trainer.save().parent) is not None
 
 
 @pytest.mark.parametrize(
