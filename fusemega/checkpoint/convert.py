@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusemega.checkpoint.hf_export import MAX_SHARD_SIZE, copy_side_files, export_hf
+from fusemega.checkpoint.check import check_tensors
+from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.hf_folder import HFFolder, functional_config, read_json
-from fusemega.checkpoint.hf_load import check_tensors, load_hf
+from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.output import on_main, output_folder, refuse_existing
+from fusemega.checkpoint.side_files import MAX_SHARD_SIZE, copy_side_files
 from fusemega.checkpoint.torch_dist import load_model, save_model
 from fusemega.errors import UserError
 from fusemega.models.build import GPT, build_model, placements

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from fusemega.checkpoint.hf_export import MAX_SHARD_SIZE, copy_side_files
+from fusemega.checkpoint.check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hf_load import check_tensors
 from fusemega.checkpoint.output import output_folder
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards, write_file, write_index
+from fusemega.checkpoint.side_files import MAX_SHARD_SIZE, copy_side_files
 from fusemega.errors import UserError
 from fusemega.models.rules import whole
 from fusemega.runtime.parallel import World

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,11 @@ import torch.distributed as dist
 from fusemega.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HFFolder, read_json
 from fusemega.checkpoint.output import on_main, output_folder
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards, write_file, write_index
+from fusemega.checkpoint.side_files import MAX_SHARD_SIZE, copy_side_files
 from fusemega.errors import UserError
 from fusemega.models.build import GPT, Placement, placements
 from fusemega.models.rules import Piece, slices, volume
 from fusemega.runtime.parallel import World
-
-MAX_SHARD_SIZE = 5_000_000_000
-# Beside the weights, what a user of the folder needs. Never Python code.
-_SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_SIDE_FOLDERS = ("additional_chat_templates",)
-
-
-def copy_side_files(source: Path, out: Path) -> None:
-    """Copy the generation settings, tokenizer and chat templates that `source` has."""
-    for name in _SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-    for name in _SIDE_FOLDERS:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, out / name)
 
 
 def export_hf(

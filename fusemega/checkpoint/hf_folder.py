@@ -86,6 +86,11 @@ class HFFolder:
             )
         return DTYPES[entry.dtype]
 
+    def location(self, name: str) -> tuple[Path, int]:
+        """The file a tensor lies in, and its first byte there; the elements follow in row-major order."""
+        entry = self._entry(name)
+        return entry.shard, entry.start
+
     def read(self, name: str, box: Box) -> torch.Tensor:
         """The box of a tensor, on the CPU, in the file's dtype. Only that box's bytes are read."""
         entry = self._entry(name)

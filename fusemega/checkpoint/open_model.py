@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from fusemega.checkpoint.check import check_tensors
 from fusemega.checkpoint.convert import MegatronFolder, is_megatron_folder
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hf_load import check_tensors, load_hf
+from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.hub import resolve
 from fusemega.config import Section
 from fusemega.models.build import GPT, build_model, check_layout

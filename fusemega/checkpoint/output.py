@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from fusemega.errors import UserError
-from fusemega.runtime.parallel import World
+
+if TYPE_CHECKING:
+    from fusemega.runtime.parallel import World
 
 
 def on_main(world: World, action: Callable[[], None]) -> None:
@@ -55,7 +58,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     def prepare() -> None:
         refuse_existing(path)
-        with _disk_errors(path):
+        with disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             free = shutil.disk_usage(temporary).free
@@ -65,7 +68,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
 
     on_main(world, prepare)
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             yield temporary
             world.barrier()
     except BaseException:
@@ -74,18 +77,28 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
         raise
 
     def finish() -> None:
-        with _disk_errors(path):
-            for folder, _, files in os.walk(temporary):
-                for name in [*files, "."]:
-                    _sync(os.path.join(folder, name))
-            os.rename(temporary, path)
-            _sync(path.parent)
+        publish(temporary, path)
 
     on_main(world, finish)
 
 
+def publish(temporary: Path, path: Path) -> None:
+    """Give a whole folder its name, once all its files are on the disk.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    with disk_errors(path):
+        for folder, _, files in os.walk(temporary):
+            for name in [*files, "."]:
+                _sync(os.path.join(folder, name))
+        os.rename(temporary, path)
+        _sync(path.parent)
+
+
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses to the output `path` becomes a UserError."""
     try:
         yield
     except OSError as error:

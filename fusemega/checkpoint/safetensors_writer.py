@@ -54,8 +54,8 @@ def plan_shards(tensors: Iterable[TensorInfo], max_shard_size: int) -> dict[str,
     return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": shard for i, shard in enumerate(ordered, 1)}
 
 
-def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Tensor]) -> None:
-    """One file. `values` yields the tensors in the order of `tensors`, on any device, of that dtype and shape."""
+def encode_header(tensors: list[TensorInfo]) -> bytes:
+    """What comes before the first tensor of a file: the header's length and the header."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for info in tensors:
@@ -67,12 +67,22 @@ def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Ten
         at += info.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Tensor]) -> None:
+    """One file. `values` yields the tensors in the order of `tensors`, on any device, of that dtype and shape."""
     with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(encode_header(tensors))
         for info, value in zip(tensors, values, strict=True):
             if value.dtype != info.dtype or tuple(value.shape) != info.shape:
                 raise RuntimeError(f"{info.name}: planned {info}, got {value.dtype} {tuple(value.shape)}")
-            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(raw_bytes(value))
+
+
+def raw_bytes(value: torch.Tensor) -> memoryview:
+    """A tensor's elements as a file holds them; no copy where it lies contiguous on the CPU."""
+    return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def write_index(folder: Path, shards: dict[str, list[TensorInfo]]) -> None:
