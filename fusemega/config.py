@@ -45,18 +45,34 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         if not OmegaConf.is_dict(config):
             found = type(yaml.safe_load(text)).__name__
             raise UserError(f"{path}: a run file is a mapping of sections, found a {found}")
-        for override in overrides:
-            key, equals, _ = override.partition("=")
-            if not equals or not key or any(not part for part in key.split(".")):
-                raise UserError(f"override {override!r}: expected key=value, such as training.lr=1e-5")
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
-        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        return _overridden(config, overrides)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: malformed YAML: {getattr(error, 'problem', error)}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`read_yaml`'s overrides, for a mapping that comes from elsewhere.
+
+    Raises:
+        UserError: malformed override.
+    """
+    try:
+        return _overridden(OmegaConf.create(data), overrides)
+    except OmegaConfBaseException as error:
+        raise UserError(f"override: {str(error).splitlines()[0]}") from None
+
+
+def _overridden(config: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key or any(not part for part in key.split(".")):
+            raise UserError(f"override {override!r}: expected key=value, such as training.lr=1e-5")
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+    return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def validate(model: type[S], data: dict[str, Any], source: str | Path) -> S:

@@ -1,6 +1,8 @@
-"""Whether a folder holds what its configuration says. Apart from the loader, so that it needs no Megatron-core."""
+"""What a folder is, and whether it holds what its configuration says; apart from loaders, so without Megatron-core."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.errors import UserError, nearest
@@ -28,3 +30,8 @@ def check_tensors(folder: HFFolder, hf_config: HFConfig) -> None:
         folder.dtype(name)
     for name in sorted(present - expected.keys() - copies.keys()):
         raise UserError(f"{folder.path}: tensor {name} belongs to no part of this architecture")
+
+
+def is_megatron_folder(path: str | Path) -> bool:
+    """Whether `path` has the form `import_hf` writes."""
+    return (Path(path) / "manifest.json").is_file() and (Path(path) / "weights").is_dir()

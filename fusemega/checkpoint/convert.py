@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusemega.checkpoint.check import check_tensors
+from fusemega.checkpoint.check import check_tensors, is_megatron_folder
 from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.hf_folder import HFFolder, functional_config, read_json
 from fusemega.checkpoint.hf_load import load_hf
@@ -56,11 +56,6 @@ class MegatronFolder:
         model = build_model(self.config, world, dtype or _container(set(self.dtypes.values())))
         load_model(model, self.path / "weights")
         return model
-
-
-def is_megatron_folder(path: str | Path) -> bool:
-    """Whether `path` has the form `import_hf` writes."""
-    return (Path(path) / "manifest.json").is_file() and (Path(path) / "weights").is_dir()
 
 
 def import_hf(source: str | Path, out: str | Path, world: World) -> None:

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from fusemega.checkpoint.check import check_tensors
-from fusemega.checkpoint.convert import MegatronFolder, is_megatron_folder
+from fusemega.checkpoint.check import check_tensors, is_megatron_folder
+from fusemega.checkpoint.convert import MegatronFolder
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.hub import resolve

@@ -33,7 +33,7 @@ class RangeReader:
             UserError: the file cannot be read, or has become shorter than it was.
         """
         shard, at = self.folder.location(name)
-        view = memoryview(out.view(torch.uint8).numpy())
+        view = out.view(torch.uint8).numpy().data
         at += start * out.element_size()
         while view:
             try:

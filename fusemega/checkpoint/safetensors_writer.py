@@ -82,7 +82,7 @@ def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Ten
 
 def raw_bytes(value: torch.Tensor) -> memoryview:
     """A tensor's elements as a file holds them; no copy where it lies contiguous on the CPU."""
-    return memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def write_index(folder: Path, shards: dict[str, list[TensorInfo]]) -> None:

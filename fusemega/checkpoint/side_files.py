@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
+
+from fusemega.errors import UserError
 
 MAX_SHARD_SIZE = 5_000_000_000
 # Beside the weights, what a user of the folder needs. Never Python code.
@@ -30,3 +33,15 @@ def copy_side_files(source: Path, out: Path) -> None:
     for name in _SIDE_FOLDERS:
         if (source / name).is_dir():
             shutil.copytree(source / name, out / name)
+
+
+def parse_size(what: str, text: str) -> int:
+    """Bytes of a size such as 500MB or 5GB (decimal units, as transformers reads them).
+
+    Raises:
+        UserError: not such a size; it names `what`.
+    """
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"{what}: found {text!r}; expected a number of KB, MB or GB, such as 5GB")
+    return int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2].upper()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,13 @@ import typer
 
 from fusemega.checkpoint import convert
 from fusemega.checkpoint.hub import resolve
-from fusemega.errors import UserError, choose
+from fusemega.checkpoint.side_files import parse_size
+from fusemega.errors import choose
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
 
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints: Hugging Face <-> Megatron, bit for bit.")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 TP = Annotated[int, typer.Option("--tensor-model-parallel-size", min=1, help="Ranks that share each layer.")]
 PP = Annotated[int, typer.Option("--pipeline-model-parallel-size", min=1, help="Stages the layers are spread over.")]
@@ -46,7 +45,7 @@ def export(
 ) -> None:
     """SOURCE (a Megatron folder) to OUT (a Hugging Face folder that transformers loads)."""
     chosen = None if dtype is None else _DTYPES[choose("--dtype", dtype, _DTYPES)]
-    size = parse_size(max_shard_size)
+    size = parse_size("--max-shard-size", max_shard_size)
     with _world(tp, pp) as world:
         convert.export_megatron(source, out, world, dtype=chosen, max_shard_size=size)
         if world.is_main:
@@ -71,18 +70,6 @@ def verify(
             typer.echo(json.dumps(result.as_dict()))
     if not result.identical:
         raise typer.Exit(1)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 5GB (decimal units, as transformers reads them).
-
-    Raises:
-        UserError: not such a size.
-    """
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
-    if match is None or int(match[1]) == 0:
-        raise UserError(f"--max-shard-size: found {text!r}; expected a number of KB, MB or GB, such as 5GB")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 @contextmanager

@@ -57,9 +57,14 @@ class Block:
     base: torch.Tensor | None
     models: list[torch.Tensor]
 
+    def delta(self, number: int) -> torch.Tensor:
+        """A new tensor [n]."""
+        assert self.base is not None
+        return self.models[number] - self.base
+
     def deltas(self) -> list[torch.Tensor]:
         """K new tensors [n]."""
-        return [model - self.base for model in self.models]
+        return [self.delta(number) for number in range(len(self.models))]
 
     def plus_base(self, delta: torch.Tensor) -> torch.Tensor:
         """`delta` + base, in the memory of `delta`."""
@@ -122,17 +127,16 @@ class Method(ABC):
     vectors: ClassVar[tuple[int, int]] = (2, 1)
     """Temporaries [n] it holds beside the block: a fixed number, and so many a model; for the plan's memory."""
 
-    class Settings(Section):
-        """Of a tensor."""
-
-    class ModelSettings(Section):
-        """Of one model in a tensor."""
+    Settings: ClassVar[type[Section]] = Section
+    """Of a tensor."""
+    ModelSettings: ClassVar[type[Section]] = Section
+    """Of one model in a tensor."""
 
     def group(self, tensor: str, settings: Any) -> str:
         """Tensors with the same answer are one job."""
         return tensor
 
-    def check(self, settings: Any, models: Sequence[Any]) -> None:
+    def check(self, settings: Any, models: Sequence[Any]) -> None:  # noqa: B027  (most methods take anything)
         """Refuses settings that no merge can follow.
 
         Raises:

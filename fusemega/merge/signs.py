@@ -13,27 +13,27 @@ def elect(total_n: torch.Tensor) -> torch.Tensor:
 
 
 def agreeing_sums(
-    deltas: Sequence[torch.Tensor], weights: Sequence[float], sign_n: torch.Tensor
+    weighted: Sequence[torch.Tensor], weights: Sequence[float], sign_n: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Over the models whose delta has the elected sign (a delta of zero has none).
+    """Over the models whose weighted delta has the elected sign (one of zero has none).
 
     Args:
-        deltas: K tensors [n]; they are overwritten.
+        weighted: K tensors [n], weight * delta; they are overwritten.
         weights: K numbers.
         sign_n: of `elect`.
 
     Returns:
-        sum of weight * delta [n], sum of weight [n], and the number of pairs that agree.
+        sum of weight * delta [n], sum of weight [n], and the number of (element, model) pairs that agree.
     """
     numerator, denominator = torch.zeros_like(sign_n), torch.zeros_like(sign_n)
-    agreed = torch.empty_like(sign_n)
+    agrees = torch.empty_like(sign_n)
     pairs = 0.0
-    for delta, weight in zip(deltas, weights, strict=True):
+    for delta, weight in zip(weighted, weights, strict=True):
         delta.mul_(sign_n)  # now positive where it agrees
-        torch.gt(delta, 0, out=agreed)
-        pairs += agreed.sum().item()
-        numerator.add_(delta.clamp_(min=0), alpha=weight)
-        denominator.add_(agreed, alpha=weight)
+        torch.gt(delta, 0, out=agrees)
+        pairs += agrees.sum().item()
+        numerator.add_(delta.clamp_(min=0))
+        denominator.add_(agrees, alpha=weight)
     return numerator.mul_(sign_n), denominator, pairs
 
 
