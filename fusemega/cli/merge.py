@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -25,12 +26,14 @@ LINE_SECONDS = 30
 
 
 class ManyValues(TyperCommand):
-    """Lets an option of `_LISTS` take all values up to the next option: `--models A B C`."""
+    """Lets an option of `_LISTS` take all values up to the next option or KEY=VALUE: `--models A B C`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread: list[str] = []
         option = ""
         for argument in args:
+            if _is_override(argument):
+                option = ""
             if argument.startswith("-") and not _is_number(argument):
                 option = argument if argument in _LISTS else ""
                 spread += [] if option else [argument]
@@ -81,8 +84,8 @@ def command(
     from fusemega.report.merge_page import merge_page
     from fusemega.runtime.console import say
 
-    overrides = [argument for argument in arguments if "=" in argument]
-    paths = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if _is_override(argument)]
+    paths = [argument for argument in arguments if not _is_override(argument)]
     if len(paths) != (2 if method is None else 1):
         wanted = "a run file and OUT" if method is None else "OUT alone, since --method stands for the run file"
         raise UserError(f"fusemega merge: found {' '.join(paths) or 'nothing'}; expected {wanted}")
@@ -193,6 +196,10 @@ def progress_bar(plan: MergePlan) -> Iterator[Progress]:
             said = now
 
     yield line
+
+
+def _is_override(text: str) -> bool:
+    return re.match(r"[a-z_][\w.]*=", text) is not None
 
 
 def _is_number(text: str) -> bool:

@@ -1,10 +1,10 @@
 """The largest elements of a tensor, exactly, in passes over blocks: what a stable sort would put first.
 
-Keys are non-negative fp32, so their bit patterns, read as integers, are in the same order. Pass 1 counts the upper 16
+Keys are non-negative fp32, so their bit patterns, read as integers, are in the same order. Pass 1 counts the upper 15
 bits of every key, which finds the interval that holds the k-th largest. Pass 2 counts each value in that interval,
 block by block, which finds the k-th largest itself and, for each block, how many of its elements that equal it are
 taken: the first ones, in the order of the flat tensor. Where an interval is so full that the values of pass 2 might
-not fit (more than `MAX_MEMBERS`), one more pass counts the lower 16 bits first.
+not fit (more than `MAX_MEMBERS`), one more pass counts the lower 17 bits first.
 
 Only integers are added, so block sizes and threads change nothing.
 """
@@ -21,9 +21,11 @@ import torch
 
 from fusemega.merge.method import Block, Pass
 
-_BINS = 1 << 16
+_LOW_BITS = 17
+_COARSE_BINS = 1 << (31 - _LOW_BITS)  # no sign bit
+_FINE_BINS = 1 << _LOW_BITS
 MAX_MEMBERS = 1 << 22
-PASS_NAMES = ("counts of the keys' upper 16 bits", "the threshold and its ties")
+PASS_NAMES = ("counts of the keys' upper 15 bits", "the threshold and its ties")
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,16 @@ def select_largest(
         count_of: how many elements of the first stream are not zero -> how many are wanted of each stream. No more than
             there are elements.
     """
-    histograms = _Histograms(keys, shift=16)
+    histograms = _Histograms(keys)
     nonzero = sum((yield histograms.add))
     counts = count_of(nonzero)
     # Inclusive intervals of bit patterns that hold each stream's k-th largest key, and how many keys lie above.
     intervals = [_locate(histogram, k) for histogram, k in zip(histograms.counts, counts, strict=True)]
-    lows = [bin_ << 16 for bin_, _, _ in intervals]
-    highs = [(bin_ << 16) | (_BINS - 1) for bin_, _, _ in intervals]
+    lows = [bin_ << _LOW_BITS for bin_, _, _ in intervals]
+    highs = [low + _FINE_BINS - 1 for low in lows]
     above = [higher for _, higher, _ in intervals]
     if max(members for _, _, members in intervals) > MAX_MEMBERS:
-        fine = _Histograms(keys, shift=0, lows=lows)
+        fine = _Histograms(keys, lows)
         yield fine.add
         found = [_locate(histogram, k - a) for histogram, k, a in zip(fine.counts, counts, above, strict=True)]
         lows = highs = [low + offset for low, (offset, _, _) in zip(lows, found, strict=True)]
@@ -84,13 +86,10 @@ def select_largest(
 
 
 class _Histograms:
-    """Counts of (bits - low) >> shift of each stream, added up over the blocks; outside [low, low + 2^16) not counted
-    where lows are given."""
+    """Counts of each stream's upper bits over all blocks, or of the lower bits in the intervals from `lows` on."""
 
-    def __init__(
-        self, keys: Callable[[Block], list[torch.Tensor]], shift: int, lows: list[int] | None = None
-    ) -> None:
-        self.keys, self.shift, self.lows = keys, shift, lows
+    def __init__(self, keys: Callable[[Block], list[torch.Tensor]], lows: list[int] | None = None) -> None:
+        self.keys, self.lows = keys, lows
         self.counts: list[np.ndarray] = []
         self._lock = threading.Lock()
 
@@ -100,15 +99,17 @@ class _Histograms:
         parts = []
         for stream, key in enumerate(streams):
             bits = key.view(torch.int32)
-            if self.lows is not None:
-                bits = bits[(bits >= self.lows[stream]) & (bits < self.lows[stream] + _BINS)] - self.lows[stream]
-            parts.append(torch.bincount(bits >> self.shift, minlength=_BINS).numpy())
+            if self.lows is None:
+                parts.append(torch.bincount(bits >> _LOW_BITS, minlength=_COARSE_BINS).numpy())
+            else:
+                inside = bits[(bits >> _LOW_BITS) == self.lows[stream] >> _LOW_BITS]
+                parts.append(torch.bincount(inside - self.lows[stream], minlength=_FINE_BINS).numpy())
         with self._lock:
             if not self.counts:
-                self.counts = [np.zeros(_BINS, np.int64) for _ in parts]
+                self.counts = [np.zeros_like(part) for part in parts]
             for total, part in zip(self.counts, parts, strict=True):
                 total += part
-        return int(np.count_nonzero(streams[0].numpy()))
+        return int(torch.count_nonzero(streams[0]))
 
 
 def _locate(histogram: np.ndarray, k: int) -> tuple[int, int, int]:
