@@ -129,7 +129,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, float]:
 
 
 def open_all(folder: Path) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for path in folder.glob("*.safetensors"):
         file = safe_open(path, framework="pt")
         found |= dict.fromkeys(file.keys(), file)  # noqa: SIM118

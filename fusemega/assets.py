@@ -269,7 +269,7 @@ def _sync(folder: Path) -> None:
 def main() -> int:
     """Fetches every asset and prints where it lies; returns 1 where one is missing."""
     status = 0
-    domains = [lambda d=d: domain_data(d).train.parent for d in DOMAINS]  # type: ignore[misc]
+    domains = [lambda d=d: domain_data(d).train.parent for d in DOMAINS]
     for fetch in (smollm2, lambda: chat_data().train.parent, *domains):
         try:
             print(fetch())

@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c2330; }
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; padding: 0 1rem; color: #1c2330; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
 p.note { color: #566; margin: .2rem 0; } code { font-size: .92em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dt { color: #566; } dd { margin: 0; }
@@ -29,10 +29,13 @@ details summary { cursor: pointer; color: #245; }
 def merge_page(report: dict[str, Any]) -> str:
     """The page, from the content of merge_report.json."""
     rows: list[Row] = report["tensors"]
-    names = [Path(path).name or path for path in report["models"]]
+    names = short_names(report["models"])
     maps = []
-    for title, explain, value in _measures(rows, names):
-        maps.append(_heat_map(title, explain, rows, value))
+    for title, explain, values in _measures(rows, names):
+        numbers = [number for row in rows if _LAYER.match(row["tensor"]) for v in values.values() if (number := v(row))]
+        scale = (min(numbers, default=0.0), max(numbers, default=1.0))  # one for all models, to compare them by eye
+        for name, value in values.items():
+            maps.append(_heat_map(f"{title}: {name}" if name else title, explain, rows, value, scale))
     body = [
         f"<h1>Merge by {html.escape(report['method'])}</h1>",
         _facts(report),
@@ -56,9 +59,19 @@ def _facts(report: dict[str, Any]) -> str:
     return f"<dl>{items}</dl>"
 
 
-def _measures(rows: list[Row], names: Sequence[str]) -> list[tuple[str, str, Callable[[Row], float | None]]]:
-    """(title, explanation, value of a row) of each map the report has numbers for."""
-    out: list[tuple[str, str, Callable[[Row], float | None]]] = []
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path in which they differ: `runs/a/hf` and `runs/b/hf` are a and b."""
+    parts = [Path(path).parts for path in paths]
+    for back in range(1, min(map(len, parts)) + 1):
+        names = [part[-back] for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
+def _measures(rows: list[Row], names: Sequence[str]) -> list[tuple[str, str, dict[str, Callable[[Row], float | None]]]]:
+    """(title, explanation, model -> value of a row) of each measure; what is no single model's has no name."""
+    out: list[tuple[str, str, dict[str, Callable[[Row], float | None]]]] = []
     for key, title, explain in (
         ("coefficients", "Coefficient", "weight of the model's delta, before signs are erased"),
         ("selected", "Selected share", "share of the elements that the method kept"),
@@ -69,17 +82,19 @@ def _measures(rows: list[Row], names: Sequence[str]) -> list[tuple[str, str, Cal
         if not have:
             continue
         if isinstance(have[0][key], list):
-            out += [(f"{title}: {name}", explain, _item(key, place)) for place, name in enumerate(names)]
+            out.append((title, explain, {name: _item(key, place) for place, name in enumerate(names)}))
         else:
-            out.append((title, explain, lambda row, key=key: row.get(key)))  # type: ignore[misc]
+            out.append((title, explain, {"": _item(key, None)}))
     return out
 
 
-def _item(key: str, place: int) -> Callable[[Row], float | None]:
-    return lambda row: row[key][place] if key in row else None
+def _item(key: str, place: int | None) -> Callable[[Row], float | None]:
+    return lambda row: None if key not in row else row[key] if place is None else row[key][place]
 
 
-def _heat_map(title: str, explain: str, rows: list[Row], value: Callable[[Row], float | None]) -> str:
+def _heat_map(
+    title: str, explain: str, rows: list[Row], value: Callable[[Row], float | None], scale: tuple[float, float]
+) -> str:
     """Layers across, tensors of a layer down; the tensors outside the layers follow by name."""
     cells: dict[tuple[str, int], float] = {}
     outside = []
@@ -96,11 +111,11 @@ def _heat_map(title: str, explain: str, rows: list[Row], value: Callable[[Row], 
         return ""
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     layers = 1 + max(layer for _, layer in cells)
-    low, high = min(cells.values()), max(cells.values())
-    size, left, top = 14, 150, 14
+    low, high = scale
+    size, left, top = 12, 140, 14
     parts = []
     for y, kind in enumerate(kinds):
-        parts.append(f'<text x="{left - 6}" y="{top + y * size + 10}" text-anchor="end">{html.escape(kind)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{top + y * size + 9}" text-anchor="end">{html.escape(kind)}</text>')
         for x in range(layers):
             number = cells.get((kind, x))
             if number is None:
