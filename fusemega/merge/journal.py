@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
 from fusemega.merge.plan import MergePlan
 
@@ -46,19 +47,24 @@ class Journal:
                 except json.JSONDecodeError:
                     break  # the line that was being written
                 self.done[entry["job"]] = entry["tensors"]
-        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  (open as long as the merge runs)
-        self._file.write(json.dumps(fingerprint) + "\n")
-        self.add(list(self.done.items()))
+        # Whole lines only, and in one step: a kill at any moment leaves a journal that can be gone on with.
+        lines = [json.dumps(fingerprint), *(_line(name, tensors) for name, tensors in self.done.items())]
+        write_durably(self.path, "\n".join(lines) + "\n")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the merge runs)
 
     def add(self, jobs: list[tuple[str, list[dict[str, Any]]]]) -> None:
         """Jobs whose weights are on the disk; so are these lines when it returns."""
         for name, tensors in jobs:
-            self._file.write(json.dumps({"job": name, "tensors": tensors}) + "\n")
+            self._file.write(_line(name, tensors) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def _line(job: str, tensors: list[dict[str, Any]]) -> str:
+    return json.dumps({"job": job, "tensors": tensors})
 
 
 def _fingerprint(plan: MergePlan) -> dict[str, Any]:

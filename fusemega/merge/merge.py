@@ -126,7 +126,7 @@ def merge(
     try:
         with disk_errors(out):
             progress(sum(_elements(row) for rows in journal.done.values() for row in rows))
-            writer = RangeWriter(partial, plan.shards, resume)
+            writer = RangeWriter(partial, plan.shards, resume=bool(journal.done))
             rows = execute(
                 plan,
                 writer,
