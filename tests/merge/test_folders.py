@@ -395,7 +395,7 @@ def test_killed_and_resumed_it_is_bitwise_the_same(family: Family, tmp_path: Pat
             stderr=subprocess.PIPE,
         )
         journal = partial / "merge_journal.jsonl"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             if journal.exists() and journal.read_text().count("\n") > 40 * (kill + 1):
                 break
