@@ -380,12 +380,18 @@ def test_killed_and_resumed_it_is_bitwise_the_same(family: Family, tmp_path: Pat
     options = ["--method", "ties", "--base", base, "--models", *models, "--weights", 1, 1, 1, "--workers", 1]
     whole = run_merge(tmp_path / "whole", **run)
     out, partial = tmp_path / "out", tmp_path / ".out.incomplete"
-    # Each block waits, so that the kill comes in the middle; journal lines are written at once.
+    # After 40 finished jobs it waits to be killed in the middle of the next: a slow machine cannot miss the moment.
     slow = (
         "import time, fusemega.merge.execute as e\n"
-        "e.JOURNAL_SECONDS = 0.05\n"
-        "load = e.load_block\n"
-        "e.load_block = lambda *a: (time.sleep(0.002), load(*a))[1]\n"
+        "from fusemega.merge.journal import Journal\n"
+        "e.JOURNAL_SECONDS = 0.0\n"
+        "load, add, saved = e.load_block, Journal.add, []\n"
+        "def waiting(*arguments):\n"
+        "    while len(saved) > 40: time.sleep(1)\n"
+        "    return load(*arguments)\n"
+        "def counting(self, jobs):\n"
+        "    add(self, jobs); saved.extend(jobs)\n"
+        "e.load_block, Journal.add = waiting, counting\n"
         "from fusemega.cli import main; main()"
     )
     for kill in range(2):
