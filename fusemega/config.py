@@ -76,16 +76,26 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         values = yaml.load(text, _Loader)
         if not isinstance(values, dict | None):
             raise UserError(f"{path}: a run file is a mapping of sections, found a {type(values).__name__}")
-        config = OmegaConf.merge(OmegaConf.create(values or {}), *map(_override, overrides))
-        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        return apply_overrides(values or {}, overrides, path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{where}: malformed YAML: {getattr(error, 'problem', error)}") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise UserError(f"{path}: a value that contains itself, or is nested too deeply") from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], source: str | Path) -> dict[str, Any]:
+    """`values` with `a.b=c` overrides applied and `${...}` references resolved.
+
+    Raises:
+        UserError: malformed override, or a reference to nothing; it names `source`.
+    """
+    try:
+        config = OmegaConf.merge(OmegaConf.create(values), *map(_override, overrides))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
 
 
 def validate(model: type[S], data: dict[str, Any], source: str | Path) -> S:

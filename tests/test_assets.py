@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -166,3 +167,26 @@ def test_chat_data_is_split_once_and_for_all(chat_files: assets.ChatData) -> Non
         assert all(message["content"].strip() for message in row["messages"])
     digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in chat_files]
     assert digests == ["7ed10527d5342fc0", "c96e4e60d2d4d57b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "text"),
+    [
+        ("a.jsonl", {"passage": "2 and 3.", "question": "How many?", "answer": "5"}, "2 and 3. How many?\n5"),
+        ("b.jsonl", {"passage": "A fuel.", "question": "q", "title": "Ethanol", "answer": "False"}, "A fuel."),
+        ("c.jsonl.gz", {"prompt": "def f():\n", "canonical_solution": "    return 1\n"}, "def f():\n    return 1\n"),
+    ],
+)
+def test_domain_rows_become_text(name: str, row: dict[str, str], text: str, tmp_path: Path) -> None:
+    # 32 rows that differ in their number alone, one of them twice: two are held out.
+    head = "prompt" if "prompt" in row else "passage"
+    rows = [row | {head: f"{row[head]}{i}"} for i in range(32)]
+    content = "".join(json.dumps(r) + "\n" for r in [*rows, rows[0]]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assets._split_texts(tmp_path / name, tmp_path)
+    parts = [
+        [json.loads(line)["text"] for line in (tmp_path / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for part in ("train", "held_out")
+    ]
+    assert [len(part) for part in parts] == [30, 2] and not set(parts[0]) & set(parts[1])
+    assert set(parts[0]) | set(parts[1]) == {text.replace(row[head], rows[i][head]) for i in range(32)}

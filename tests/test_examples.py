@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from fusemega.config import Section, load
+from fusemega.merge import methods  # noqa: F401  (registers them)
+from fusemega.merge.method import find_method
+from fusemega.merge.run import read_run
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.teach import TeachRun
 from fusemega.training.run import TrainRun
@@ -17,4 +20,8 @@ KINDS: dict[str, type[Section]] = {"train": TrainRun, "teach": TeachRun, "eval":
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(EXAMPLES)))
 def test_examples_are_valid(path: Path) -> None:
-    load(KINDS[path.stem], path)
+    if path.parent.name == "merge":
+        run, _ = read_run(path)
+        assert find_method(run.merge_method)
+    else:
+        load(KINDS[path.stem], path)

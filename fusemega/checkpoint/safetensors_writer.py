@@ -78,7 +78,12 @@ def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Ten
         for info, value in zip(tensors, values, strict=True):
             if value.dtype != info.dtype or tuple(value.shape) != info.shape:
                 raise RuntimeError(f"{info.name}: planned {info}, got {value.dtype} {tuple(value.shape)}")
-            file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            file.write(raw_bytes(value))
+
+
+def raw_bytes(value: torch.Tensor) -> memoryview:
+    """A tensor's elements as a file holds them; no copy where it lies contiguous on the CPU."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def write_index(folder: Path, shards: dict[str, list[TensorInfo]]) -> None:

@@ -1,7 +1,7 @@
 """The `fusemega` command. Each command is one small file, imported only when it is the one asked for.
 
-A command's module has a function `command`, whose signature and docstring are its help text; a group of verbs has a
-`typer.Typer` named `app` instead.
+A command's module has a function `command`, whose signature and docstring are its help text (and, where its arguments
+need one, a click class `parser`); a group of verbs has a `typer.Typer` named `app` instead.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fusemega.runtime.console import quiet_megatron
 COMMANDS = {
     "train": "Train a model as a run file says.",
     "teach": "Store a teacher's top-k distributions for a data set.",
+    "merge": "Merge fine-tuned variants of one model, out of core.",
     "eval": "Perplexity and bits per byte of a model on a data set.",
     "report": "A page about one or several training runs, with their curves.",
     "env": "What this machine has, what is missing, and what that costs.",
@@ -38,8 +39,9 @@ def build_app(asked: str | None) -> typer.Typer:
     )
     app.callback()(lambda: None)
     for name, summary in COMMANDS.items():
-        function = importlib.import_module(f"fusemega.cli.{name}").command if name == asked else lambda: None
-        app.command(name, short_help=summary)(function)
+        module = importlib.import_module(f"fusemega.cli.{name}") if name == asked else None
+        parser = getattr(module, "parser", None)
+        app.command(name, short_help=summary, cls=parser)(module.command if module else lambda: None)
     for name, summary in GROUPS.items():
         group = importlib.import_module(f"fusemega.cli.{name}").app if name == asked else typer.Typer()
         if name != asked:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fusemega.checkpoint.sizes import parse_size
 from fusemega.errors import UserError, choose
 from fusemega.runtime.console import global_rank
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints: Hugging Face <-> Megatron, bit for bit.")
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 WORKERS = Annotated[
     int | None,
@@ -77,7 +76,7 @@ def export(
 ) -> None:
     """SOURCE (a Megatron folder) to OUT (a Hugging Face folder that transformers loads)."""
     chosen = None if dtype is None else choose("--dtype", dtype, _DTYPES)
-    size = parse_size(max_shard_size)
+    size = parse_size("--max-shard-size", max_shard_size)
     import torch
 
     from fusemega.checkpoint.convert import export_megatron
@@ -144,18 +143,6 @@ def verify(
     typer.echo(json.dumps(result.as_dict() | {"max_logit_difference": difference}))
     if not result.identical:
         raise typer.Exit(1)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 5GB (decimal units, as transformers reads them).
-
-    Raises:
-        UserError: not such a size.
-    """
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
-    if match is None or int(match[1]) == 0:
-        raise UserError(f"--max-shard-size: found {text!r}; expected a number of KB, MB or GB, such as 5GB")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def _check_no_layout(tp: int, pp: int) -> None:

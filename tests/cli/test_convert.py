@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fusemega.checkpoint.sizes import parse_size
 from fusemega.cli import convert
 from fusemega.errors import UserError
 from fusemega.runtime import parallel
@@ -91,4 +92,4 @@ def test_mistakes(runner: CliRunner, arguments: list[str], message: str) -> None
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 500 * 10**6), ("20KB", 20_000)])
 def test_sizes_are_decimal(text: str, size: int) -> None:
-    assert convert.parse_size(text) == size
+    assert parse_size("--max-shard-size", text) == size

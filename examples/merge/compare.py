@@ -1,0 +1,112 @@
+"""Three fine-tunes of SmolLM2-135M on three kinds of real text, merged by every method: bits per byte of each on each.
+
+    python examples/merge/compare.py [--output runs/merge] [--steps 24] [--tokens 1024] [--held-out 24] [--nproc 1]
+
+Fetches SmolLM2-135M-Instruct, HumanEval, ASDiv and BoolQ's passages (fusemega/assets.py), trains one copy of the model
+on each with `fusemega train`, merges the three with `fusemega merge`, and scores base, parts and merges on held-out
+rows. Everything stays in the output folder, run files included; what is finished is skipped the next time. The last
+line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusemega.assets import DOMAINS, domain_data, smollm2
+from fusemega.recipes.stages import Stages
+
+WEIGHTS = {"weight": 1 / 3}
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", WEIGHTS),
+    "task_arithmetic": ("task_arithmetic", {"weight": 0.5}),
+    "ties": ("ties", WEIGHTS | {"density": 0.6}),
+    "dare_linear": ("dare_linear", WEIGHTS | {"density": 0.6}),
+    "dare_ties": ("dare_ties", WEIGHTS | {"density": 0.6, "normalize": True}),
+    "della": ("della", WEIGHTS | {"density": 0.6}),
+    "varm": ("varm", {}),
+    "sce": ("sce", {"select_topk": 0.1}),
+    "sce_paper": ("sce_paper", {"select_topk": 0.1}),
+    "sce_mergekit": ("sce_mergekit", {"select_topk": 0.1}),
+    "slerp (code, maths)": ("slerp", {"t": 0.5}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/merge"))
+    parser.add_argument("--steps", type=int, default=24, help="updates of each fine-tune")
+    parser.add_argument("--tokens", type=int, default=1024, help="about so many an update")
+    parser.add_argument("--held-out", type=int, default=24, help="rows a domain to score")
+    parser.add_argument("--nproc", type=int, default=1)
+    args = parser.parse_args()
+    output: Path = args.output
+    base = smollm2()
+    stages = Stages(output, args.nproc)
+    parts: dict[str, Path] = {}
+    held_out: dict[str, Path] = {}
+    for domain in DOMAINS:
+        data = domain_data(domain)
+        lines = data.held_out.read_text(encoding="utf-8").splitlines(keepends=True)
+        held_out[domain] = output / f"held_out_{domain}.jsonl"
+        held_out[domain].write_text("".join(lines[: args.held_out]), encoding="utf-8")
+        run = training_run(base, data.train, output / domain, args.steps, args.tokens)
+        stages.run(domain, run, lambda d=domain, r=run: stages.command("train", d, r), (output / domain,))  # type: ignore[misc]
+        parts[domain] = output / domain / "hf"
+    folders = {"base": base, **parts}
+    for name, (method, settings) in MERGES.items():
+        out = output / f"merged_{method}"
+        stages.run(method, [method, settings], lambda m=method, s=settings, o=out: merge(m, s, base, parts, o), (out,))  # type: ignore[misc]
+        folders[name] = out
+    table = stages.run("scores", [args.held_out, list(folders)], lambda: scores(folders, held_out))
+    print(f"{'bits per byte':24s}" + "".join(f"{domain:>14s}" for domain in DOMAINS) + f"{'mean':>14s}")
+    for name, row in table.items():
+        values = [row[domain] for domain in DOMAINS]
+        print(f"{name:24s}" + "".join(f"{value:14.4f}" for value in [*values, sum(values) / len(values)]))
+    print(json.dumps({"example": "merge", "steps": args.steps, "tokens": args.tokens, "bits_per_byte": table}))
+
+
+def training_run(base: Path, data: Path, out: Path, steps: int, tokens: int) -> dict[str, Any]:
+    """A run file of `fusemega train`: the same settings for every domain."""
+    return {
+        "output_dir": str(out),
+        "model": {"load": str(base), "dtype": "fp32"},
+        "data": {"path": str(data), "seq_length": 512},
+        "objective": {"name": "sft"},
+        "optimizer": {"lr": 1e-4, "lr_warmup_fraction": 0.1},
+        "training": {"train_iters": steps, "global_batch_size": max(1, tokens // 128)},
+    }
+
+
+def merge(method: str, settings: dict[str, Any], base: Path, parts: dict[str, Path], out: Path) -> str:
+    """`fusemega merge` as anyone may type it."""
+    chosen = list(parts.values())[:2] if method == "slerp" else list(parts.values())
+    first, models = (chosen[0], chosen[1:]) if method == "slerp" else (base, chosen)
+    command = [sys.executable, "-m", "fusemega", "merge", str(out), "--method", method, "--base", str(first)]
+    command += ["--models", *map(str, models), *(f"parameters.{key}={value}" for key, value in settings.items())]
+    subprocess.run(command, check=True)
+    return str(out)
+
+
+def scores(folders: dict[str, Path], held_out: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Bits per byte of every model on every domain, in one process."""
+    from fusemega.config import validate
+    from fusemega.scoring.evaluate import EvalRun, evaluate
+
+    table: dict[str, dict[str, float]] = {}
+    for name, folder in folders.items():
+        table[name] = {}
+        for domain, path in held_out.items():
+            data = {"path": str(path), "seq_length": 512}
+            run = validate(EvalRun, {"model": {"load": str(folder), "dtype": "fp32"}, "data": data}, "compare.py")
+            table[name][domain] = evaluate(run)[0].bits_per_byte
+        print(name, table[name], flush=True)
+    return table
+
+
+if __name__ == "__main__":
+    main()

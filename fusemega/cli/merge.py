@@ -1,0 +1,210 @@
+"""`fusemega merge`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from fusemega.errors import UserError
+
+if TYPE_CHECKING:
+    from fusemega.merge.execute import Progress
+    from fusemega.merge.plan import MergePlan
+
+_LISTS = ("--models", "--weights")
+LINE_SECONDS = 30
+"""How often progress is told where there is no terminal."""
+
+
+class ManyValues(TyperCommand):
+    """Lets an option of `_LISTS` take all values up to the next option or KEY=VALUE: `--models A B C`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        option = ""
+        for argument in args:
+            if _is_override(argument):
+                option = ""
+            if argument.startswith("-") and not _is_number(argument):
+                option = argument if argument in _LISTS else ""
+                spread += [] if option else [argument]
+            else:
+                spread += [option, argument] if option else [argument]
+        return super().parse_args(ctx, spread)
+
+
+parser = ManyValues
+
+
+def command(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RUN_FILE] OUT [KEY=VALUE]...",
+            help="YAML run file (mergekit's are read as they are) unless --method is given; the folder to write; and "
+            "values of the run file to replace or add, such as parameters.density=0.6.",
+            show_default=False,
+        ),
+    ],
+    method: Annotated[str | None, typer.Option(help="Instead of a run file: the method, such as sce.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that deltas are taken from.")] = None,
+    models: Annotated[list[str] | None, typer.Option(metavar="A B ...", help="The models to merge.")] = None,
+    weights: Annotated[list[float] | None, typer.Option(metavar="W W ...", help="One a model.")] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="Where vocabularies differ: crop (to the base's), pad or union (by string).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan with its memory and bytes, and stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge to the same OUT.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one a core.")] = None,
+    block_elements: Annotated[
+        int | None, typer.Option(min=1, help="Elements of a tensor that a thread works on at a time.")
+    ] = None,
+) -> None:
+    """Merge fine-tuned variants of one model, tensor by tensor and block by block, into OUT, a Hugging Face folder.
+
+        fusemega merge merge.yaml OUT
+
+        fusemega merge OUT --method sce --base B --models A B C parameters.select_topk=0.1
+
+    Memory depends neither on the models' size nor on their number. OUT appears whole or not at all, with
+    merge_report.json and merge_report.html beside the weights. Prints one JSON object.
+    """
+    from fusemega.merge.merge import Options, merge, opened
+    from fusemega.report.merge_page import merge_page
+    from fusemega.runtime.console import say
+
+    overrides = [argument for argument in arguments if _is_override(argument)]
+    paths = [argument for argument in arguments if not _is_override(argument)]
+    if len(paths) != (2 if method is None else 1):
+        wanted = "a run file and OUT" if method is None else "OUT alone, since --method stands for the run file"
+        raise UserError(f"fusemega merge: found {' '.join(paths) or 'nothing'}; expected {wanted}")
+    run, notes, source = _run(paths, overrides, method, base, models, weights, vocabulary)
+    out = Path(paths[-1])
+    begun = time.monotonic()
+    for note in notes:
+        say(note)
+    with opened(run, out, source, notes) as plan:
+        if plan.vocabulary.note:
+            say(plan.vocabulary.note)
+        options = Options(workers, block_elements, resume)
+        if dry_run:
+            print(describe(plan, options))
+            return
+        with progress_bar(plan) as progress:
+            merge(plan, out, options, progress=progress, page=merge_page)
+        seconds = time.monotonic() - begun
+        print(json.dumps({"wrote": str(out), "bytes": plan.output_bytes, "seconds": round(seconds, 3)}))
+
+
+def _run(
+    paths: list[str],
+    overrides: list[str],
+    method: str | None,
+    base: str | None,
+    models: list[str] | None,
+    weights: list[float] | None,
+    vocabulary: str | None,
+) -> tuple[Any, list[str], str]:
+    """The run, notes on how it was read, and what to call it in messages."""
+    from fusemega.config import apply_overrides, read_yaml, validate
+    from fusemega.merge.run import MergeRun, from_mergekit
+
+    source = paths[0] if method is None else "command line"
+    if method is None:
+        if base or models or weights:
+            raise UserError(f"--base, --models and --weights go with --method; {source} names its own")
+        data = read_yaml(source, overrides)
+    else:
+        if weights and len(weights) != len(models or []):
+            raise UserError(f"--weights: found {len(weights)} for {len(models or [])} models")
+        parameters: list[dict[str, Any]] = [{"weight": weight} for weight in weights or []] or [{}] * len(models or [])
+        entries = [{"model": m, "parameters": p} for m, p in zip(models or [], parameters, strict=True)]
+        data = {"merge_method": method, "models": entries} | ({"base_model": base} if base else {})
+        data = apply_overrides(data, overrides, source)
+    if vocabulary is not None:
+        data["vocabulary"] = vocabulary
+    data, notes = from_mergekit(data, source)
+    return validate(MergeRun, data, source), notes, source
+
+
+def describe(plan: MergePlan, options: Any) -> str:
+    """The plan as text: every tensor, then the totals."""
+    from fusemega.merge.execute import default_workers
+    from fusemega.merge.plan import memory_bytes
+
+    workers = options.workers or default_workers()
+    block = plan.block_elements(options.block_elements)
+    lines = [f"merge by {plan.method.name} of {len(plan.models)} model(s)"]
+    lines += [f"  {'base ' if plan.has_base and not i else 'model'}  {f.path}" for i, f in enumerate(plan.folders)]
+    read = 0
+    for job in plan.jobs:
+        measures = plan.method.measures(job.settings)
+        for spec in job.tensors:
+            tensor = plan.tensors[spec.name]
+            size = sum(source.dtype.itemsize for source in tensor.sources) * spec.elements
+            read += size * (len(measures) + 1)
+            shape = " x ".join(map(str, spec.shape))
+            count = len(plan.blocks(spec, block))
+            lines.append(
+                f"  {spec.name}  [{shape}] {str(tensor.dtype).removeprefix('torch.')}: {len(tensor.sources)} sources, "
+                f"{count} block(s), {len(measures) + 1} pass(es)"
+            )
+    passes = ", ".join([*plan.method.measures(plan.jobs[0].settings), "merge"])
+    lines += [
+        f"passes: {passes}",
+        f"{workers} worker(s), blocks of up to {block} elements",
+        f"reads {read / 1e9:.2f} GB, writes {plan.output_bytes / 1e9:.2f} GB in {len(plan.shards)} file(s)",
+        f"expected peak memory: {memory_bytes(plan, workers, block) / 2**20:.0f} MiB",
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress_bar(plan: MergePlan) -> Iterator[Progress]:
+    """A bar with the time left on a terminal, and a line every half minute elsewhere, both on stderr."""
+    from fusemega.runtime.console import console, say
+
+    total = sum(tensor.spec.elements for tensor in plan.tensors.values())
+    if sys.stderr.isatty():
+        from rich.progress import Progress as Bar
+
+        with Bar(console=console()) as bar:
+            task = bar.add_task(f"merging by {plan.method.name}", total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done: list[int] = []  # the first is what an interrupted merge had written
+    begun = said = time.monotonic()
+
+    def line(count: int) -> None:
+        nonlocal said
+        done.append(count)
+        now = time.monotonic()
+        if now - said > LINE_SECONDS:
+            left = (total - sum(done)) * (now - begun) / max(sum(done[1:]), 1)
+            say(f"merged {sum(done) / total:.0%}, about {left:.0f} s left")
+            said = now
+
+    yield line
+
+
+def _is_override(text: str) -> bool:
+    return re.match(r"[a-z_][\w.]*=", text) is not None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,85 @@
+"""What of an interrupted merge is whole: a line a finished job, written after its weights are on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fusemega.checkpoint.output import write_durably
+from fusemega.errors import UserError
+from fusemega.merge.plan import MergePlan
+
+JOURNAL = "merge_journal.jsonl"
+
+
+class Journal:
+    """The journal of the folder a merge is being written to.
+
+    Args:
+        folder: that folder; it exists.
+        plan: of the merge.
+        resume: go on with the journal that is there.
+
+    Attributes:
+        done: name of each finished job's first tensor -> what was reported of the job's tensors.
+
+    Raises:
+        UserError: the journal is of another merge.
+    """
+
+    def __init__(self, folder: Path, plan: MergePlan, resume: bool) -> None:
+        self.path = folder / JOURNAL
+        self.done: dict[str, list[dict[str, Any]]] = {}
+        fingerprint = _fingerprint(plan)
+        if resume:
+            first, *lines = self.path.read_text(encoding="utf-8").splitlines() or [""]
+            if first != json.dumps(fingerprint):
+                raise UserError(
+                    f"{folder}: left by a merge of other models or settings; give those, or delete it and leave "
+                    f"--resume out"
+                )
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # the line that was being written
+                self.done[entry["job"]] = entry["tensors"]
+        # Whole lines only, and in one step: a kill at any moment leaves a journal that can be gone on with.
+        lines = [json.dumps(fingerprint), *(_line(name, tensors) for name, tensors in self.done.items())]
+        write_durably(self.path, "\n".join(lines) + "\n")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the merge runs)
+
+    def add(self, jobs: list[tuple[str, list[dict[str, Any]]]]) -> None:
+        """Jobs whose weights are on the disk; so are these lines when it returns."""
+        for name, tensors in jobs:
+            self._file.write(_line(name, tensors) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(job: str, tensors: list[dict[str, Any]]) -> str:
+    return json.dumps({"job": job, "tensors": tensors})
+
+
+def _fingerprint(plan: MergePlan) -> dict[str, Any]:
+    """What decides the output's bits: settings, and the inputs by path, size and time of change."""
+    files = []
+    for folder in plan.folders:
+        for path in folder.files():
+            status = path.stat()
+            files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    jobs = hashlib.blake2b(repr(plan.jobs).encode(), digest_size=16).hexdigest()
+    return {
+        "method": plan.method.name,
+        "jobs": jobs,
+        "rows": plan.vocabulary.rows,
+        "dtypes": sorted({str(tensor.dtype) for tensor in plan.tensors.values()}),
+        "shards": list(plan.shards),
+        "files": files,
+    }

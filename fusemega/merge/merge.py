@@ -1,0 +1,187 @@
+"""A merge from run file to folder: open, plan, execute, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fusemega.checkpoint.hub import resolve
+from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
+from fusemega.checkpoint.output import disk_errors, publish, refuse_existing
+from fusemega.checkpoint.ranges import RangeWriter
+from fusemega.checkpoint.safetensors_writer import write_index
+from fusemega.checkpoint.side_files import copy_side_files
+from fusemega.errors import UserError
+from fusemega.merge.execute import Progress, default_workers, execute
+from fusemega.merge.journal import JOURNAL, Journal
+from fusemega.merge.plan import MergePlan, plan_merge
+from fusemega.merge.run import MergeRun
+from fusemega.merge.vocabulary import extend_tokenizer
+
+REPORT, PAGE = "merge_report.json", "merge_report.html"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a merge is executed; nothing here changes a bit of its result.
+
+    Attributes:
+        workers: threads; None: one a core.
+        block_elements: elements of a block, about; None: what fits near the caches.
+        resume: go on with what an interrupted merge has left.
+    """
+
+    workers: int | None = None
+    block_elements: int | None = None
+    resume: bool = False
+
+
+@contextmanager
+def opened(run: MergeRun, out: Path, source: str, notes: Sequence[str] = ()) -> Iterator[MergePlan]:
+    """The plan of a run. Megatron folders among the models are exported beside `out` for as long as the block runs.
+
+    Raises:
+        UserError: see `plan_merge`.
+    """
+    names = dict.fromkeys([*([run.base_model] if run.base_model else []), *(entry.model for entry in run.models)])
+    paths = {name: resolve(name) for name in names}
+    megatron = [name for name, path in paths.items() if is_megatron_folder(path)]
+    if not megatron:
+        yield plan_merge(run, paths, source, notes)
+        return
+    scratch = out.with_name(f".{out.name}.exported")
+    for name in megatron:
+        paths[name] = _exported(paths[name], scratch)
+    try:
+        yield plan_merge(run, paths, source, notes)
+    except (Exception, GeneratorExit):
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)  # not after an interruption: the merge can be resumed then
+
+
+def _exported(source: Path, scratch: Path) -> Path:
+    """A Megatron folder as a Hugging Face folder below `scratch`; kept from an interrupted merge if it is there."""
+    from fusemega.checkpoint.convert import export_megatron
+
+    out = scratch / str(MegatronFolder(source).manifest["source_hash"])
+    if not out.is_dir():
+        export_megatron(source, out)
+    return out
+
+
+def merge(
+    plan: MergePlan, out: Path, options: Options, *, progress: Progress, page: Callable[[dict[str, Any]], str]
+) -> dict[str, Any]:
+    """Executes a plan; the folder `out` appears whole or not at all.
+
+    What an interrupted merge has written is kept beside `out`, as `.NAME.incomplete`, for `options.resume`; what one
+    that met an error has written is not.
+
+    Args:
+        plan: of `opened`.
+        out: absent, or an empty folder.
+        options: how.
+        progress: told of elements as they are written, those of an interrupted merge first.
+        page: report -> the HTML page that goes beside it.
+
+    Returns:
+        The report, as it stands in merge_report.json.
+
+    Raises:
+        UserError: `out` is not empty, the disk is too small, a source is damaged or holds NaN or infinities.
+    """
+    refuse_existing(out)
+    out = Path(os.path.abspath(out))
+    partial = out.with_name(f".{out.name}.incomplete")
+    resume = options.resume and (partial / JOURNAL).is_file()
+    if partial.exists() and not options.resume:
+        raise UserError(f"{partial}: left by an interrupted merge; go on with --resume, or delete it")
+    if not resume:
+        _prepare(partial, plan.output_bytes)
+    journal = Journal(partial, plan, resume)
+    try:
+        with disk_errors(out):
+            progress(sum(_elements(row) for rows in journal.done.values() for row in rows))
+            writer = RangeWriter(partial, plan.shards, resume=bool(journal.done))
+            rows = execute(
+                plan,
+                writer,
+                journal,
+                workers=options.workers or default_workers(),
+                block_elements=plan.block_elements(options.block_elements),
+                progress=progress,
+            )
+            writer.close()
+            report = _report(plan, rows)
+            _finish(plan, partial, report, page)
+            journal.close()
+            if plan.run.output_format == "megatron":
+                publish(_imported(partial), out)
+                shutil.rmtree(partial)
+            else:
+                journal.path.unlink()
+                publish(partial, out)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return report
+
+
+def _imported(merged: Path) -> Path:
+    """The merged folder as a Megatron folder, inside it."""
+    from fusemega.checkpoint.convert import import_hf
+
+    out = merged / "megatron"
+    shutil.rmtree(out, ignore_errors=True)  # a merge that was interrupted in here has left it
+    import_hf(merged, out)
+    for name in (REPORT, PAGE):
+        shutil.copyfile(merged / name, out / name)
+    return out
+
+
+def _prepare(partial: Path, needed_bytes: int) -> None:
+    with disk_errors(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < needed_bytes:
+            partial.rmdir()
+            raise UserError(
+                f"{partial.parent}: needs {needed_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free"
+            )
+
+
+def _finish(plan: MergePlan, partial: Path, report: dict[str, Any], page: Callable[[dict[str, Any]], str]) -> None:
+    """The small files beside the weights."""
+    write_index(partial, plan.shards)
+    copy_side_files(plan.folders[plan.vocabulary.donor].path, partial)
+    extend_tokenizer(partial, plan.vocabulary.added)
+    (partial / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+    (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (partial / PAGE).write_text(page(report), encoding="utf-8")
+
+
+def _report(plan: MergePlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that decides the result and nothing that does not: a resumed merge has the same report."""
+    return {
+        "method": plan.method.name,
+        "base": str(plan.folders[0].path) if plan.has_base else None,
+        "models": [str(folder.path) for folder in plan.models],
+        "run": plan.run.model_dump(mode="json"),
+        "notes": plan.notes,
+        "versions": {name: version(name) for name in ("torch", "numpy")},
+        "tensors": rows,
+    }
+
+
+def _elements(row: dict[str, Any]) -> int:
+    return math.prod(row["shape"])

@@ -1,0 +1,176 @@
+"""What a merge method is: a generator that asks for passes over a tensor's blocks and ends with how to merge a block.
+
+    def passes(self, job):
+        squares = yield lambda block: [cell_sums(d * d) for d in block.deltas()]   # run over every block, in parallel
+        ...                                                                        # one result a block, in order
+        return Merge(lambda block: block.base + ...)
+
+So a method reads like its formula, and knows nothing of files, block sizes or workers. Whatever these are, it must
+give the same bits: it may combine elements at one position, `cell_sums`, and exact counts, and nothing else.
+
+Legend: K models (without the base), n elements of one block, flat. A delta is a model's element minus the base's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from fusemega.config import Section
+from fusemega.errors import choose
+
+ELEMENTWISE_ALIGNMENT = 64
+"""Blocks begin at multiples of this many elements, so that vector instructions split each tensor the same way."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One output tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous part of one tensor of every model, in fp32 (fp64 where a source is fp64). Not to be written to.
+
+    Attributes:
+        tensor: the tensor it is a part of.
+        index: its number among the blocks of the job.
+        start: its first element, counted in the flat tensor.
+        base: [n], or None where the merge has no base.
+        models: K times [n].
+    """
+
+    tensor: TensorSpec
+    index: int
+    start: int
+    base: torch.Tensor | None
+    models: list[torch.Tensor]
+
+    def delta(self, number: int) -> torch.Tensor:
+        """A new tensor [n]."""
+        assert self.base is not None
+        return self.models[number] - self.base
+
+    def deltas(self) -> list[torch.Tensor]:
+        """K new tensors [n]."""
+        return [self.delta(number) for number in range(len(self.models))]
+
+    def plus_base(self, delta: torch.Tensor) -> torch.Tensor:
+        """`delta` + base, in the memory of `delta`."""
+        assert self.base is not None
+        return delta.add_(self.base)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The tensors that a method merges together, because they share statistics: most often one.
+
+    Attributes:
+        tensors: at least one.
+        settings: the method's `Settings`, the same for all of them.
+        models: K `ModelSettings`.
+        seed: of the merge.
+    """
+
+    tensors: Sequence[TensorSpec]
+    settings: Any
+    models: Sequence[Any]
+    seed: int
+
+    @property
+    def elements(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How a job ends.
+
+    Attributes:
+        apply: block -> merged values [n] in the block's dtype, and the number of (element, model) pairs whose sign was
+            the elected one (0 where none is elected).
+        report: what the merge report says of the job's tensors: numbers, and lists of K numbers.
+        pairs: (element, model) pairs that stood for election over the whole job; 0 where there is none.
+    """
+
+    apply: Callable[[Block], tuple[torch.Tensor, float]]
+    report: Mapping[str, Any] = field(default_factory=dict)
+    pairs: int = 0
+
+
+Pass = Callable[[Block], Any]
+Passes = Generator[Pass, list[Any], Merge]
+
+
+class Method(ABC):
+    """A way to merge. Subclasses are one short file each, under `@register`."""
+
+    name: ClassVar[str]
+    needs_base: ClassVar[bool] = True
+    only_two: ClassVar[bool] = False
+    """Whether it takes the base and exactly one other model."""
+    whole_rows: ClassVar[bool] = False
+    """Whether a block must hold whole rows (the last dimension)."""
+    pass_names: ClassVar[tuple[str, ...]] = ()
+    """What it may measure before it merges, for the plan."""
+    vectors: ClassVar[tuple[int, int]] = (2, 1)
+    """Temporaries [n] it holds beside the block: a fixed number, and so many a model; for the plan's memory."""
+
+    Settings: ClassVar[type[Section]] = Section
+    """Of a tensor."""
+    ModelSettings: ClassVar[type[Section]] = Section
+    """Of one model in a tensor."""
+
+    def group(self, tensor: str, settings: Any) -> str:
+        """Tensors with the same answer are one job."""
+        return tensor
+
+    def check(self, settings: Any, models: Sequence[Any]) -> None:  # noqa: B027  (most methods take anything)
+        """Refuses settings that no merge can follow.
+
+        Raises:
+            ValueError: what is wrong, without naming the tensor.
+        """
+
+    def measures(self, settings: Any) -> tuple[str, ...]:
+        """The passes before the merge under these settings."""
+        return self.pass_names
+
+    @abstractmethod
+    def passes(self, job: Job) -> Passes:
+        """The merge of one job; see the module's docstring."""
+
+
+_METHODS: dict[str, Method] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator: the method is found under its `name`."""
+    _METHODS[cls.name] = cls()
+    return cls
+
+
+def method_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_METHODS)
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        UserError: none, with the nearest.
+    """
+    return _METHODS[choose("merge_method", name, _METHODS)]

@@ -1,0 +1,39 @@
+"""SCE as its paper describes it (arXiv:2408.07990, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+
+from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
+from fusemega.merge.methods.sce import Sce, SceSettings, erase, select, selected_squares, variance
+from fusemega.merge.statistics import shares, totals
+
+
+@register
+class ScePaper(Method):
+    """As `Sce`, but the selection also decides what is merged, and the sum is task arithmetic's: with d_j = delta_j
+    on S and 0 elsewhere, and m_j from the sign of sum_i d_i,
+
+        theta = base + sum_j eta_j m_j d_j
+    """
+
+    name = "sce_paper"
+    pass_names = Sce.pass_names
+    vectors = Sce.vectors
+    Settings = SceSettings
+
+    def passes(self, job: Job) -> Passes:
+        """See `Method.passes`."""
+        selection = yield from select(job)
+        eta = shares(totals((yield lambda block: selected_squares(block, selection))))
+
+        def apply(block: Block) -> tuple[torch.Tensor, float]:
+            deltas = block.deltas()
+            mask = selection.mask(block, variance(deltas))
+            for delta in deltas:
+                delta.mul_(mask)
+            merged, _, agreed = erase(deltas, eta)
+            return block.plus_base(merged), agreed
+
+        report = {"coefficients": eta, "selected": selection.count / job.elements}
+        return Merge(apply, report, pairs=selection.count * len(eta))

@@ -1,0 +1,238 @@
+"""What a merge will do, tensor by tensor, and every check that can be made before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusemega.merge.methods  # noqa: F401  (registers them)
+from fusemega.checkpoint.hf_check import check_tensors
+from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.checkpoint.ranges import RangeReader
+from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
+from fusemega.checkpoint.sizes import parse_size
+from fusemega.errors import UserError
+from fusemega.merge.jobs import plan_jobs
+from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Job, Method, TensorSpec, find_method
+from fusemega.merge.run import MergeRun
+from fusemega.merge.sources import Source
+from fusemega.merge.statistics import CELL
+from fusemega.merge.vocabulary import Vocabulary, plan_vocabulary
+from fusemega.models.registry import family_of
+from fusemega.models.rules import VocabRows
+
+BLOCK_BYTES = 6 << 20
+"""What the vectors of one block may take in a worker: near the processor's caches, and little."""
+INTERPRETER_BYTES = 300 << 20
+"""Python with torch, measured."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor: what is written, and where each model (the base first, where there is one) keeps it."""
+
+    spec: TensorSpec
+    dtype: torch.dtype
+    sources: list[Source]
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        """fp32, or fp64 where anything is fp64."""
+        wide = torch.float64 in {self.dtype, *(source.dtype for source in self.sources)}
+        return torch.float64 if wide else torch.float32
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A checked merge.
+
+    Attributes:
+        run: as the run file says.
+        method: of the run.
+        folders: the base first, where there is one.
+        has_base: whether it is.
+        tensors: output name -> tensor, in the model's order.
+        jobs: what is merged together, in that order.
+        shards: output file -> its tensors.
+        config: the output's config.json.
+        vocabulary: rows, tokenizer.
+    """
+
+    run: MergeRun
+    method: Method
+    folders: list[HFFolder]
+    has_base: bool
+    tensors: dict[str, PlannedTensor]
+    jobs: list[Job]
+    shards: dict[str, list[TensorInfo]]
+    config: dict[str, Any]
+    vocabulary: Vocabulary
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[HFFolder]:
+        """Without the base."""
+        return self.folders[self.has_base :]
+
+    @property
+    def output_bytes(self) -> int:
+        """Of the weights."""
+        return sum(info.nbytes for shard in self.shards.values() for info in shard)
+
+    def block_elements(self, asked: int | None) -> int:
+        """Elements of a block: about `asked`, or what `BLOCK_BYTES` allow, in steps that keep results the same."""
+        if asked is None:
+            fixed, each = self.method.vectors
+            count = len(self.models)
+            asked = BLOCK_BYTES // (4 * (len(self.folders) + 1 + fixed + each * count))
+        return max(CELL, asked // CELL * CELL)
+
+    def blocks(self, spec: TensorSpec, block_elements: int) -> list[tuple[int, int]]:
+        """(start, count) of each block of a tensor."""
+        step = block_elements
+        if self.method.whole_rows and spec.shape:
+            row = spec.shape[-1]
+            unit = row * ELEMENTWISE_ALIGNMENT // math.gcd(row, ELEMENTWISE_ALIGNMENT)
+            step = max(unit, block_elements // unit * unit)
+        return [(start, min(step, spec.elements - start)) for start in range(0, spec.elements, step)]
+
+
+def plan_merge(run: MergeRun, paths: Mapping[str, Path], source: str, notes: Sequence[str] = ()) -> MergePlan:
+    """Opens every folder and checks everything that can be checked without reading weights.
+
+    Args:
+        run: the run.
+        paths: each model's name in the run -> its Hugging Face folder.
+        source: the run file, for messages.
+        notes: of reading it.
+
+    Raises:
+        UserError: an unknown method or setting, models that do not fit each other, a choice that has to be made.
+    """
+    method = find_method(run.merge_method)
+    entries = [entry for entry in run.models if not (method.needs_base and entry.model == run.base_model)]
+    if method.needs_base and run.base_model is None:
+        raise UserError(f"{source}: base_model: {method.name} needs one, and none is given")
+    if not entries or (method.only_two and len(entries) != 1):
+        wanted = "exactly one" if method.only_two else "at least one"
+        raise UserError(f"{source}: models: {method.name} merges {wanted} model into the base, found {len(entries)}")
+    names = ([str(run.base_model)] if method.needs_base else []) + [entry.model for entry in entries]
+    opened = {name: HFFolder(paths[name]) for name in dict.fromkeys(names)}
+    for folder in opened.values():
+        check_tensors(folder, folder.config)
+    folders = [opened[name] for name in names]
+    _check_architecture(folders)
+    layers = int(folders[0].config["num_hidden_layers"])
+    if run.layer_range is not None and run.layer_range != (0, layers):
+        found = list(run.layer_range)
+        raise UserError(f"{source}: slices: layer_range is {found}, and the models have {layers} layers")
+    vocabulary = plan_vocabulary(folders, run.vocabulary)
+    tensors, config = _tensors(folders, run, vocabulary)
+    all_notes = [*notes, vocabulary.note] if vocabulary.note else list(notes)
+    jobs = plan_jobs(method, run, entries, [tensor.spec for tensor in tensors.values()], layers, source)
+    infos = [TensorInfo(name, tensor.dtype, tensor.spec.shape) for name, tensor in tensors.items()]
+    shards = plan_shards(infos, parse_size("max_shard_size", run.max_shard_size))
+    return MergePlan(
+        run, method, folders, method.needs_base, tensors, jobs, shards, config, vocabulary, all_notes
+    )
+
+
+def _check_architecture(folders: Sequence[HFFolder]) -> None:
+    """All compute the same function of their weights; vocabulary sizes and tied heads are seen to elsewhere."""
+    first = folders[0]
+    family = family_of(first.config)
+    ours, frequencies = family.transformer_config(first.config), family.inv_freq(first.config)
+    for folder in folders[1:]:
+        if type(family_of(folder.config)) is not type(family):
+            raise UserError(
+                f"{folder.path}: model_type {folder.config.get('model_type')!r}, and {first.path} is "
+                f"{first.config.get('model_type')!r}: only models of one architecture can be merged"
+            )
+        theirs = family.transformer_config(folder.config)
+        for key in ours.keys() | theirs.keys():
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"{folder.path}: {key} is {theirs.get(key)}, and {ours.get(key)} in {first.path}: only models of "
+                    f"one architecture can be merged"
+                )
+        if not torch.equal(frequencies, family.inv_freq(folder.config)):
+            raise UserError(f"{folder.path}: its rotary positions differ from those of {first.path}")
+
+
+def _tensors(
+    folders: Sequence[HFFolder], run: MergeRun, vocabulary: Vocabulary
+) -> tuple[dict[str, PlannedTensor], dict[str, Any]]:
+    family = family_of(folders[0].config)
+    tied = [family.tied(folder.config) for folder in folders]
+    config = dict(folders[0].config) | {"vocab_size": vocabulary.rows, "tie_word_embeddings": all(tied)}
+    donor = folders[vocabulary.donor].config
+    config |= {key: value for key, value in donor.items() if key.endswith("_token_id")}
+    rules = [rule for rule in family.rules(config) if not rule.duplicate]
+    shapes = {name: shape for rule in rules for name, shape in rule.hf_shapes().items()}
+    by_rows = {name for rule in rules if isinstance(rule, VocabRows) for name in rule.hf_shapes()}
+    readers = {id(folder): RangeReader(folder) for folder in folders}
+    tensors = {}
+    for name, shape in shapes.items():
+        sources = []
+        for folder, rows in zip(folders, vocabulary.maps, strict=True):
+            # A tied model's head is its embedding.
+            there = family.copies(folder.config).get(name, name)
+            rows = rows if name in by_rows else None
+            sources.append(Source(readers[id(folder)], there, folder.dtype(there), rows, shape[-1]))
+        tensors[name] = PlannedTensor(TensorSpec(name, shape), _dtype(name, sources, run), sources)
+    for folder in folders:
+        _check_copies(folder)
+    del config["tie_word_embeddings"]
+    if all(tied) or "tie_word_embeddings" in folders[0].config:
+        config["tie_word_embeddings"] = all(tied)
+    config = {key: value for key, value in config.items() if key != "torch_dtype"}
+    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    return tensors, config
+
+
+def _dtype(name: str, sources: Sequence[Source], run: MergeRun) -> torch.dtype:
+    if run.dtype is not None:
+        chosen = getattr(torch, run.dtype)
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    first = sources[0]
+    for source in sources[1:]:
+        if source.dtype != first.dtype:
+            raise UserError(
+                f"{source.reader.folder.path}: tensor {source.name} is {_short(source.dtype)}, and "
+                f"{_short(first.dtype)} in {first.reader.folder.path}; say which dtype is to be written (dtype:)"
+            )
+    return first.dtype
+
+
+def _check_copies(folder: HFFolder) -> None:
+    """A tied model's folder may hold its head too; then it must be the embedding."""
+    for copy, original in family_of(folder.config).copies(folder.config).items():
+        if copy not in folder:
+            continue
+        rows, columns = folder.shape(original)
+        step = max(1, (1 << 22) // columns)
+        for start in range(0, rows, step):
+            box = ((start, min(start + step, rows)), (0, columns))
+            if not torch.equal(folder.read(copy, box), folder.read(original, box)):
+                raise UserError(
+                    f"{folder.path}: config.json ties the head to the embedding, but {copy} differs from {original}"
+                )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def memory_bytes(plan: MergePlan, workers: int, block_elements: int) -> int:
+    """What the process is expected to hold at its peak: Python and torch, and each worker's block and temporaries."""
+    fixed, each = plan.method.vectors
+    largest = max(count for t in plan.tensors.values() for _, count in plan.blocks(t.spec, block_elements))
+    widest = max(tensor.computed_in.itemsize for tensor in plan.tensors.values())
+    vectors = len(plan.folders) + 1 + fixed + each * len(plan.models)
+    return INTERPRETER_BYTES + workers * largest * widest * vectors

@@ -1,0 +1,102 @@
+"""The run file of a merge, in mergekit's words: its YAML for the methods that both know is read as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fusemega.config import Section, read_yaml, validate
+from fusemega.errors import UserError
+
+DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
+
+
+class ModelEntry(Section):
+    """One model to merge."""
+
+    model: str = Field(description="Hugging Face folder, hub id, or a folder made by `fusemega convert import`")
+    parameters: dict[str, Any] = Field({}, description="settings of this model; they go before the run's")
+
+
+class MergeRun(Section):
+    """A merge."""
+
+    merge_method: str
+    base_model: str | None = Field(None, description="what deltas are taken from; not merged itself")
+    models: list[ModelEntry] = Field(min_length=1)
+    parameters: dict[str, Any] = Field({}, description="the method's settings: values, gradients, or by filter")
+    dtype: DtypeName | None = Field(None, description="of the written weights; by default what all models have")
+    vocabulary: Literal["crop", "pad", "union"] | None = Field(
+        None, description="what to do where vocabularies differ: the base's rows, the longest, or by token string"
+    )
+    seed: int = Field(0, ge=0, description="of random masks")
+    max_shard_size: str = Field("5GB", description="largest weight file")
+    output_format: Literal["hf", "megatron"] = "hf"
+    layer_range: tuple[int, int] | None = Field(None, description="of mergekit's slices: all layers, as it must be")
+
+
+def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[MergeRun, list[str]]:
+    """A run file, and what to tell the user about how it was understood.
+
+    Raises:
+        UserError: any mistake in the file, or something of mergekit's that is not offered.
+    """
+    data, notes = from_mergekit(read_yaml(path, overrides), str(path))
+    return validate(MergeRun, data, path), notes
+
+
+def from_mergekit(data: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
+    """The same run without mergekit's other spellings, and notes on what was understood differently."""
+    data, notes = dict(data), []
+    if data.get("merge_method") == "sce":
+        notes.append("sce is the FuseChat authors' form; what mergekit computes under that name is sce_mergekit")
+    if str(data.get("merge_method", "")).startswith(("dare_", "della")):
+        notes.append("what is kept is divided by its probability, as the paper does; mergekit matches L1 norms")
+    if "modules" in data:
+        raise UserError(f"{source}: modules: models of several modules are not supported")
+    if "slices" in data:
+        _from_slices(data, source)
+    for holder in [data, *(entry for entry in data.get("models") or [] if isinstance(entry, dict))]:
+        if isinstance(holder.get("parameters"), dict) and "int8_mask" in holder["parameters"]:
+            holder["parameters"] = {k: v for k, v in holder["parameters"].items() if k != "int8_mask"}
+            notes.append("int8_mask is mergekit's way to save memory; it has no meaning here")
+        elif holder.get("parameters", ()) is None:
+            del holder["parameters"]
+    out_dtype = data.pop("out_dtype", None)
+    if out_dtype is not None:
+        data["dtype"] = out_dtype
+        notes.append(f"sums are in float32 or wider whatever dtype says; weights are written in {out_dtype}")
+    _tokenizer(data, source)
+    return data, list(dict.fromkeys(notes))
+
+
+def _from_slices(data: dict[str, Any], source: str) -> None:
+    """One slice of the same layers of each model is a list of models."""
+    slices = data.pop("slices")
+    if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], dict):
+        raise UserError(f"{source}: slices: only one slice, of all layers of each model, can be merged")
+    (only,) = slices
+    sources = only.get("sources") or []
+    ranges = {str(entry.get("layer_range")) for entry in sources}
+    if len(ranges) != 1:
+        raise UserError(f"{source}: slices: the models' layer_range differ: {', '.join(sorted(ranges))}")
+    data["layer_range"] = sources[0].get("layer_range")
+    data["models"] = [{k: v for k, v in entry.items() if k != "layer_range"} for entry in sources]
+    data["parameters"] = (data.get("parameters") or {}) | (only.get("parameters") or {})
+    data["base_model"] = only.get("base_model", data.get("base_model"))
+
+
+def _tokenizer(data: dict[str, Any], source: str) -> None:
+    section = data.pop("tokenizer", None)
+    name = data.pop("tokenizer_source", None)
+    if isinstance(section, dict):
+        if section.keys() - {"source"}:
+            raise UserError(f"{source}: tokenizer: only source is supported, found {', '.join(section)}")
+        name = section.get("source")
+    if name == "union":
+        data.setdefault("vocabulary", "union")
+    elif name not in (None, "base", data.get("base_model")):
+        raise UserError(f"{source}: tokenizer_source: found {name!r}; allowed: base, union")

@@ -1,0 +1,116 @@
+"""Blocks of the tensors of several models, read and widened: what methods compute on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fusemega.checkpoint.ranges import RangeReader
+from fusemega.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one model keeps one output tensor.
+
+    Attributes:
+        reader: of its folder.
+        name: the tensor's name there.
+        dtype: there.
+        rows: its row for each row of the output, -1 where it has none; None: the same rows.
+        width: elements a row (only used with `rows`).
+    """
+
+    reader: RangeReader
+    name: str
+    dtype: torch.dtype
+    rows: np.ndarray | None = None
+    width: int = 1
+
+    def load(self, start: int, out_n: torch.Tensor) -> list[tuple[int, int]]:
+        """Output elements `start` on, widened to `out_n`'s dtype.
+
+        Returns:
+            The parts (from, to) of `out_n` that this model lacks; they are left as they were.
+        """
+        raw = _scratch(len(out_n), self.dtype)
+        missing = []
+        for begin, end, own in self._runs(start, len(out_n)):
+            if own is None:
+                missing.append((begin, end))
+            else:
+                self.reader.read(self.name, own, raw[begin:end])
+                out_n[begin:end].copy_(raw[begin:end])
+        return missing
+
+    def _runs(self, start: int, count: int) -> Iterator[tuple[int, int, int | None]]:
+        """(from, to) in the block, and the first own element: one for each stretch that lies together in the file."""
+        if self.rows is None:
+            yield 0, count, start
+            return
+        first, last = start // self.width, (start + count - 1) // self.width
+        rows = self.rows[first : last + 1]
+        absent = rows < 0
+        breaks = np.where(absent[:-1] | absent[1:], absent[:-1] != absent[1:], np.diff(rows) != 1)
+        edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)]
+        for left, right in zip(edges[:-1], edges[1:], strict=True):
+            begin = max((first + left) * self.width, start)
+            end = min((first + right) * self.width, start + count)
+            own = int(rows[left])
+            offset = begin - (first + left) * self.width
+            yield begin - start, end - start, None if own < 0 else own * self.width + offset
+
+
+def load_block(
+    sources: Sequence[Source], start: int, count: int, dtype: torch.dtype, has_base: bool
+) -> list[torch.Tensor]:
+    """Output elements `start` to `start + count` of every model, the base (if there is one) first, widened to `dtype`.
+
+    A model that lacks a row gets the base's, or the mean of those that have it where there is no base or it lacks it.
+    """
+    out = list(torch.empty(len(sources), count, dtype=dtype))
+    missing = [source.load(start, values) for source, values in zip(sources, out, strict=True)]
+    edges = sorted({edge for parts in missing for part in parts for edge in part})
+    for left, right in zip(edges[:-1], edges[1:], strict=True):
+        lacks = [any(begin <= left and right <= end for begin, end in parts) for parts in missing]
+        owners = [values[left:right] for values, lacking in zip(out, lacks, strict=True) if not lacking]
+        if not any(lacks):
+            continue
+        fill = owners[0] if has_base and not lacks[0] else torch.stack(owners).sum(0).div_(len(owners))
+        for values, lacking in zip(out, lacks, strict=True):
+            if lacking:
+                values[left:right] = fill
+    return out
+
+
+def check_finite(sources: Sequence[Source], values: Sequence[torch.Tensor], start: int) -> None:
+    """Refuses NaN and infinities, naming the folder, the tensor and the first place.
+
+    Raises:
+        UserError: there is one.
+    """
+    for source, block in zip(sources, values, strict=True):
+        if torch.isfinite(block.sum()):  # one pass, and wrong only for finite values whose sum is not
+            continue
+        bad = torch.nonzero(~torch.isfinite(block))
+        if len(bad):
+            place = int(bad[0])
+            raise UserError(
+                f"{source.reader.folder.path}: tensor {source.name} holds {block[place].item()} at element "
+                f"{start + place} of the merged tensor; nothing can be merged with it"
+            )
+
+
+_local = threading.local()
+
+
+def _scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """This thread's buffer for raw elements, overwritten by its next use."""
+    size = count * dtype.itemsize
+    if getattr(_local, "bytes", None) is None or len(_local.bytes) < size:
+        _local.bytes = torch.empty(size, dtype=torch.uint8)
+    return _local.bytes[:size].view(dtype)

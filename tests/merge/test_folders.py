@@ -1,0 +1,455 @@
+"""Folders in and out: what is refused, vocabularies, tied heads, types, mergekit's YAML, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fusemega.errors import UserError
+from fusemega.merge.merge import Options
+from fusemega.merge.run import from_mergekit
+from fusemega.merge.settings import resolve
+from tests.merge.conftest import CONFIG, base_tensors, entries, read_all, run_merge, tuned, write_folder
+
+Family = Callable[..., tuple[Path, list[Path]]]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _refused(tmp_path: Path, **run: Any) -> str:
+    """The message; nothing may be left of the merge."""
+    with pytest.raises(UserError) as error:
+        run_merge(tmp_path / "out", **run)
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*out*"))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+BAD_RUNS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown method": ({"merge_method": "tie"}, "did you mean 'ties'"),
+    "no base": ({"merge_method": "sce", "base_model": None}, "base_model: sce needs one"),
+    "unknown setting": ({"merge_method": "sce", "parameters": {"select_top": 0.1}}, "did you mean 'select_topk'"),
+    "setting of another method": ({"merge_method": "varm", "parameters": {"weight": 1}}, "not a setting of varm"),
+    "wrong value": ({"merge_method": "sce", "parameters": {"select_topk": 2}}, "select_topk"),
+    "wrong type": ({"merge_method": "sce", "parameters": {"select_topk": "much"}}, "select_topk"),
+    "no weight": ({"merge_method": "ties"}, "weight: required"),
+    "weights that do not sum": (
+        {"merge_method": "linear", "parameters": {"normalize": False, "weight": 0.6}},
+        "the weights sum to 1.2",
+    ),
+    "weights that cancel": ({"merge_method": "task_arithmetic", "parameters": {"weight": 0.0, "normalize": True}}, "0"),
+    "nan weight": ({"merge_method": "linear", "parameters": {"weight": float("nan")}}, "finite"),
+    "two models for slerp": ({"merge_method": "slerp", "parameters": {"t": 0.5}}, "exactly one"),
+    "filter that fits nothing": (
+        {"merge_method": "sce", "parameters": {"select_topk": [{"filter": "experts", "value": 0.1}, {"value": 1.0}]}},
+        "'experts' fits no tensor",
+    ),
+    "density outside the window": (
+        {"merge_method": "della", "parameters": {"weight": 1.0, "density": 0.9, "epsilon": 0.2}},
+        "epsilon 0.2 must stay",
+    ),
+    "unknown key": ({"merge_method": "sce", "modles": []}, "did you mean 'models'"),
+    "unknown dtype": ({"merge_method": "sce", "dtype": "float8"}, "dtype"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_runs_are_refused(case: str, family: Family, tmp_path: Path) -> None:
+    changes, expected = BAD_RUNS[case]
+    base, models = family(rms=(1e-3, 1e-3))
+    run = {"base_model": str(base), "models": entries(models)} | changes
+    assert expected in _refused(tmp_path, **run)
+
+
+def _without(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def _poisoned(value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    def poison(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        bad = tensors[Q].clone()
+        bad.view(-1)[777] = value
+        return tensors | {Q: bad}
+
+    return poison
+
+
+BAD_MODELS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], dict[str, Any], str]] = {
+    "missing tensor": (lambda t: _without(t, Q), {}, f"tensor {Q} is missing"),
+    "extra tensor": (lambda t: t | {"model.extra.weight": t[Q]}, {}, "model.extra.weight belongs to no part"),
+    "other shape": (lambda t: t | {Q: t[Q][:-1]}, {}, f"tensor {Q} has shape"),
+    "other architecture": (lambda t: t, {"num_attention_heads": 8, "num_key_value_heads": 4}, "one architecture"),
+    "other model type": (lambda t: t, {"model_type": "gpt2"}, "gpt2"),
+    "other rotary base": (lambda t: t, {"rope_theta": 5e5}, "rotary positions differ"),
+    "other dtype": (lambda t: {k: v.bfloat16() for k, v in t.items()}, {}, "bfloat16, and float32"),
+    "NaN": (_poisoned(float("nan")), {}, f"tensor {Q} holds nan at element 777"),
+    "infinity": (_poisoned(float("-inf")), {}, f"tensor {Q} holds -inf at element 777"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models_are_refused(case: str, tmp_path: Path) -> None:
+    change, config, expected = BAD_MODELS[case]
+    base = base_tensors()
+    folders = [write_folder(tmp_path / "base", base), write_folder(tmp_path / "a", tuned(base, 0, 1e-3))]
+    bad = write_folder(tmp_path / "bad", change(tuned(base, 1, 1e-3)), **config)
+    message = _refused(
+        tmp_path, merge_method="sce", base_model=str(folders[0]), models=entries([folders[1], bad])
+    )
+    assert expected in message and str(bad) in message or case == "other model type"
+
+
+def test_an_output_that_is_not_empty_is_refused(family: Family, tmp_path: Path) -> None:
+    base, models = family()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not an empty folder"):
+        run_merge(tmp_path / "out", merge_method="sce", base_model=str(base), models=entries(models))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_other_dtypes_merge_once_the_output_is_chosen(tmp_path: Path) -> None:
+    base = base_tensors()
+    narrow = {name: value.bfloat16() for name, value in tuned(base, 1, 1e-2).items()}
+    folders = [write_folder(tmp_path / "base", base), write_folder(tmp_path / "a", narrow)]
+    out = run_merge(
+        tmp_path / "out",
+        merge_method="task_arithmetic",
+        base_model=str(folders[0]),
+        models=entries(folders[1:], weight=[0.5]),
+        dtype="float16",
+    )
+    for name, value in read_all(out).items():
+        assert torch.equal(value, (base[name] + 0.5 * (narrow[name].float() - base[name])).half())
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_values_too_large_for_the_output_are_refused(tmp_path: Path) -> None:
+    base = base_tensors()
+    far = {name: value * 3e5 for name, value in base.items()}
+    folders = [write_folder(tmp_path / "base", base), write_folder(tmp_path / "a", far)]
+    run = {"merge_method": "linear", "models": entries(folders), "dtype": "float16"}
+    assert "too large for" in _refused(tmp_path, **run)
+
+
+def test_settings_by_pattern_and_layer() -> None:
+    assert resolve(0.3, "x", 0.5) == 0.3
+    assert resolve([0, 1], "x", 0.25) == 0.25
+    assert [resolve([0, 0.5, 0.3, 0.7, 1], "x", i / 31) for i in (0, 31)] == [0, 1]
+    assert abs(resolve([0, 0.5, 0.3, 0.7, 1], "x", 10 / 31) - (0.5 - 0.2 * (40 / 31 - 1))) < 1e-12
+    two = [{"filter": "self_attn", "value": [0, 1]}, {"filter": "model.layers.[0-1].*", "value": 0.9}]
+    by_filter = [*two, {"value": 2}]
+    assert resolve(by_filter, "model.layers.1.self_attn.q_proj.weight", 0.5) == 0.5
+    assert resolve(by_filter, "model.layers.1.mlp.up_proj.weight", 0.5) == 0.9
+    assert resolve(by_filter, "model.layers.2.mlp.up_proj.weight", 0.5) == 2
+    assert resolve(by_filter[:1], "lm_head.weight", 0) is None
+    for bad in ([], [True], [{"filter": "x"}], ["a", "b"]):
+        with pytest.raises(ValueError):
+            resolve(bad, "x", 0)
+
+
+def test_fusechats_slerp_file_is_read_as_it_is(family: Family, tmp_path: Path) -> None:
+    base, models = family(rms=(2e-3,))
+    text = f"""
+slices:
+  - sources:
+      - model: {base}
+        layer_range: [0, 3]
+      - model: {models[0]}
+        layer_range: [0, 3]
+merge_method: slerp
+base_model: {base}
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: float32
+"""
+    out = run_merge(tmp_path / "out", **yaml.safe_load(text))
+    before, other = read_all(base), read_all(models[0])
+    wanted = {"self_attn": [0, 0.3, 1], "mlp": [1, 0.7, 0]}
+    for name, value in read_all(out).items():
+        kind = next((kind for kind in wanted if kind in name), None)
+        t = wanted[kind][int(name.split(".")[2])] if kind else 0.5
+        assert torch.allclose(value, (1 - t) * before[name] + t * other[name], atol=1e-6), name
+    part = yaml.safe_load(text.replace("[0, 3]", "[0, 2]"))
+    assert "layer_range is [0, 2]" in _refused(tmp_path / "b", **part)
+
+
+def test_mergekits_other_spellings() -> None:
+    run = {
+        "merge_method": "sce",
+        "base_model": "b",
+        "models": [{"model": "a", "parameters": {"int8_mask": True, "weight": 1}}, {"model": "c", "parameters": None}],
+        "tokenizer_source": "union",
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    data, notes = from_mergekit(run, "f.yml")
+    assert data["vocabulary"] == "union" and data["dtype"] == "bfloat16"
+    assert data["models"] == [{"model": "a", "parameters": {"weight": 1}}, {"model": "c"}]
+    assert any("sce_mergekit" in note for note in notes) and any("int8_mask" in note for note in notes)
+    for bad in ({"modules": {}}, {"tokenizer_source": "other/model"}, {"slices": [{}, {}]}):
+        with pytest.raises(UserError, match="f.yml"):
+            from_mergekit({"merge_method": "sce"} | bad, "f.yml")
+
+
+def test_the_base_among_the_models_is_not_merged_into_itself(family: Family, tmp_path: Path) -> None:
+    base, models = family()
+    listed = [{"model": str(base)}, *entries(models)]
+    outs = [
+        run_merge(tmp_path / name, merge_method="sce", base_model=str(base), models=given)
+        for name, given in (("a", listed), ("b", entries(models)))
+    ]
+    first, second = (read_all(out) for out in outs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- vocabularies -------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(folder: Path, tokens: list[str], added: list[str] = ()) -> None:  # type: ignore[assignment]
+    ids = {token: i for i, token in enumerate(tokens)}
+    extra = [
+        {"id": len(tokens) + i, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
+        | {"normalized": False, "special": True}
+        for i, token in enumerate(added)
+    ]
+    model = {"type": "WordLevel", "vocab": ids, "unk_token": tokens[0]}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": extra, "model": model}))
+
+
+@pytest.fixture
+def unequal(tmp_path: Path) -> tuple[Path, Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A base of 301 rows and 300 tokens, and a variant of 304 rows with four tokens more, the last one a special."""
+    base = base_tensors()
+    tokens = [f"t{i}" for i in range(300)]
+    longer = tuned(base_tensors(vocab_size=304), 1, 0.0) | {
+        k: v for k, v in tuned(base, 1, 1e-2).items() if v.shape[0] != 301
+    }
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        longer[name][:301] = base[name] + 0.01
+    folders = write_folder(tmp_path / "base", base), write_folder(tmp_path / "long", longer, vocab_size=304)
+    _tokenizer(folders[0], tokens)
+    _tokenizer(folders[1], [*tokens, "extra0", "extra1", "extra2"], ["<|im_end|>"])
+    return *folders, base, longer
+
+
+def _unequal_run(base: Path, longer: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": entries([longer], weight=[0.5]),
+    } | more
+
+
+def test_vocabularies_are_never_matched_silently(unequal: Any, tmp_path: Path) -> None:
+    base, longer, *_ = unequal
+    assert "fewer than 304" in _refused(tmp_path, **_unequal_run(longer, base, vocabulary="crop"))
+    message = _refused(tmp_path, **_unequal_run(base, longer))
+    assert "301" in message and "304" in message and "crop" in message and "union" in message
+    _tokenizer(longer, ["other", *(f"t{i}" for i in range(1, 300))])
+    assert "id 0 is 't0'" in _refused(tmp_path, **_unequal_run(base, longer, vocabulary="crop"))
+
+
+@pytest.mark.parametrize("mode", ["crop", "pad", "union"])
+@pytest.mark.parametrize("block", [1, None])
+def test_vocabulary_modes(mode: str, block: int | None, unequal: Any, tmp_path: Path) -> None:
+    base, longer, before, other = unequal
+    out = run_merge(tmp_path / "out", Options(block_elements=block), **_unequal_run(base, longer, vocabulary=mode))
+    merged = read_all(out)
+    config = json.loads((out / "config.json").read_text())
+    rows = {"crop": 301, "pad": 304, "union": 304}[mode]
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    assert config["vocab_size"] == rows
+    assert len(tokenizer["added_tokens"]) == {"crop": 0, "pad": 1, "union": 4}[mode]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        value, ours, theirs = merged[name], before[name], other[name]
+        assert value.shape == (rows, 96)
+        assert torch.allclose(value[:300], ours[:300] + 0.5 * (theirs[:300] - ours[:300]), atol=1e-6)
+        if mode == "crop":
+            assert torch.allclose(value[300], ours[300] + 0.5 * (theirs[300] - ours[300]), atol=1e-6)
+        else:  # rows that only the longer model has are its own; by string, the base's padding row gives way to extra0
+            assert torch.allclose(value[301:], theirs[301:], atol=1e-6)
+    if mode == "union":
+        assert [token["id"] for token in tokenizer["added_tokens"]] == [300, 301, 302, 303]
+        assert [token["content"] for token in tokenizer["added_tokens"]][-1] == "<|im_end|>"
+        assert tokenizer["added_tokens"][-1]["special"] and not tokenizer["added_tokens"][0]["special"]
+
+
+def test_union_goes_by_token_string(tmp_path: Path) -> None:
+    base = base_tensors()
+    shuffled = tuned(base, 1, 0.0)
+    order = torch.randperm(301, generator=torch.Generator().manual_seed(1))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        shuffled[name] = base[name][order]
+    folders = [write_folder(tmp_path / "base", base), write_folder(tmp_path / "a", shuffled)]
+    _tokenizer(folders[0], [f"t{i}" for i in range(301)])
+    _tokenizer(folders[1], [f"t{i}" for i in order.tolist()])
+    run = _unequal_run(*folders)
+    assert "choose vocabulary: union" in _refused(tmp_path, **run)
+    merged = read_all(run_merge(tmp_path / "out", Options(block_elements=1), **run, vocabulary="union"))
+    assert all(torch.allclose(merged[name], base[name], atol=1e-7) for name in base)
+
+
+@pytest.mark.parametrize("tied", [(True, True), (True, False), (False, True)])
+def test_tied_and_untied_heads(tied: tuple[bool, bool], tmp_path: Path) -> None:
+    tensors = [base_tensors(tie_word_embeddings=flag) for flag in tied]
+    folders = [
+        write_folder(tmp_path / str(j), t, tie_word_embeddings=flag)
+        for j, (t, flag) in enumerate(zip(tensors, tied, strict=True))
+    ]
+    out = run_merge(tmp_path / "out", **_unequal_run(*folders))
+    merged = read_all(out)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] == all(tied)
+    assert ("lm_head.weight" in merged) == (not all(tied))
+    if not all(tied):
+        heads = [t.get("lm_head.weight", t["model.embed_tokens.weight"]) for t in tensors]
+        assert torch.allclose(merged["lm_head.weight"], (heads[0] + heads[1]) / 2, atol=1e-6)
+
+
+def test_a_tied_models_copy_of_its_head_must_be_the_embedding(tmp_path: Path) -> None:
+    base = base_tensors(tie_word_embeddings=True)
+    head = base["model.embed_tokens.weight"].clone()
+    good = write_folder(tmp_path / "good", base | {"lm_head.weight": head}, tie_word_embeddings=True)
+    other = write_folder(tmp_path / "other", base | {"lm_head.weight": head + 1}, tie_word_embeddings=True)
+    plain = write_folder(tmp_path / "plain", base, tie_word_embeddings=True)
+    merged = read_all(run_merge(tmp_path / "fine", **_unequal_run(plain, good)))
+    assert merged.keys() == base.keys()
+    assert "lm_head.weight differs" in _refused(tmp_path, **_unequal_run(good, other))
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "fusemega", "merge", *map(str, arguments)]
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
+
+
+def test_the_command(family: Family, tmp_path: Path) -> None:
+    base, models = family(dtype=torch.bfloat16)
+    options = ["--method", "sce", "--base", base, "--models", *models, "parameters.select_topk=0.1"]
+    plan = subprocess.run(
+        _command(tmp_path / "out", *options, "--dry-run"), env=_environment(), capture_output=True, text=True
+    )
+    assert plan.returncode == 0, plan.stderr
+    assert "4 pass(es)" in plan.stdout and "expected peak memory" in plan.stdout and "lm_head.weight" in plan.stdout
+    assert not (tmp_path / "out").exists() and "sce_mergekit" in plan.stderr
+    done = subprocess.run(_command(tmp_path / "out", *options), env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["wrote"] == str(tmp_path / "out")
+    page = (tmp_path / "out" / "merge_report.html").read_text()
+    assert "<svg" in page and "http" not in page
+    assert "Coefficient: m0" in page and "layer 2, mlp.up_proj" in page
+    file = tmp_path / "merge.yaml"
+    file.write_text(
+        yaml.safe_dump({"merge_method": "sce", "base_model": str(base), "models": [{"model": str(m)} for m in models]})
+    )
+    command = _command(file, tmp_path / "again", "parameters.select_topk=0.1")
+    again = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    wrong = subprocess.run(_command(file, "a", "b"), env=_environment(), capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
+
+
+def test_killed_and_resumed_it_is_bitwise_the_same(family: Family, tmp_path: Path) -> None:
+    base, models = family(rms=(1e-3, 2e-3, 3e-3), dtype=torch.bfloat16, num_hidden_layers=30)
+    run: dict[str, Any] = {"merge_method": "ties", "base_model": str(base), "models": entries(models, weight=[1, 1, 1])}
+    options = ["--method", "ties", "--base", base, "--models", *models, "--weights", 1, 1, 1, "--workers", 1]
+    whole = run_merge(tmp_path / "whole", **run)
+    out, partial = tmp_path / "out", tmp_path / ".out.incomplete"
+    # After 40 finished jobs it waits to be killed in the middle of the next: a slow machine cannot miss the moment.
+    slow = (
+        "import time, fusemega.merge.execute as e\n"
+        "from fusemega.merge.journal import Journal\n"
+        "e.JOURNAL_SECONDS = 0.0\n"
+        "load, add, saved = e.load_block, Journal.add, []\n"
+        "def waiting(*arguments):\n"
+        "    while len(saved) > 40: time.sleep(1)\n"
+        "    return load(*arguments)\n"
+        "def counting(self, jobs):\n"
+        "    add(self, jobs); saved.extend(jobs)\n"
+        "e.load_block, Journal.add = waiting, counting\n"
+        "from fusemega.cli import main; main()"
+    )
+    for kill in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", slow, "merge", str(out), *map(str, options), *(["--resume"] if kill else [])],
+            env=_environment(),
+            stderr=subprocess.PIPE,
+        )
+        journal = partial / "merge_journal.jsonl"
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            if journal.exists() and journal.read_text().count("\n") > 40 * (kill + 1):
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists() and journal.exists()
+    refused = subprocess.run(_command(out, *options), env=_environment(), capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    other = subprocess.run(
+        _command(out, *options, "seed=1", "--resume", "parameters.density=0.5"),
+        env=_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert other.returncode == 2 and "other models or settings" in other.stderr and journal.exists()
+    resumed = subprocess.run(_command(out, *options, "--resume"), env=_environment(), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    first, second = (json.loads((folder / "merge_report.json").read_text()) for folder in (whole, out))
+    assert first["tensors"] == second["tensors"] and not partial.exists()
+
+
+def test_megatron_folders_in_and_out(family: Family, tmp_path: Path) -> None:
+    base, models = family(dtype=torch.bfloat16, vocab_size=CONFIG["vocab_size"])
+    for folder in (base, *models):
+        _tokenizer(folder, [f"t{i}" for i in range(301)])
+    plain = run_merge(tmp_path / "plain", merge_method="sce", base_model=str(base), models=entries(models))
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from fusemega.checkpoint.convert import import_hf, export_megatron\n"
+        "from tests.merge.conftest import entries, run_merge\n"
+        "base, m0, m1, m2, work = map(Path, sys.argv[1:])\n"
+        "import_hf(m0, work / 'megatron')\n"
+        "run_merge(work / 'merged', merge_method='sce', base_model=str(base),\n"
+        "          models=entries([work / 'megatron', m1, m2]), output_format='megatron')\n"
+        "export_megatron(work / 'merged', work / 'back')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, (base, *models, tmp_path))],
+        env=_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = read_all(plain), read_all(tmp_path / "back")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "merged" / "merge_report.html").is_file()
+    assert not list(tmp_path.glob(".*"))
