@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TAIL = 6000
 
 
-def run_ranks(script: Path | str, nproc: int, *args: str, timeout: float = 300) -> list[dict[str, Any]]:
+def run_ranks(script: Path | str, nproc: int, *args: str, timeout: float = 900) -> list[dict[str, Any]]:
     """`python -m torch.distributed.run --nproc-per-node nproc script args`, one thread a process.
 
     Each rank writes one JSON object with `report`; they are returned in rank order.

@@ -39,7 +39,7 @@ def python() -> Path:
 def test_inside_the_environment(python: Path) -> None:
     env = dict(os.environ, FUSEMEGA_IN_VENV_TE="1", OMP_NUM_THREADS="1")
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/te/inside"]
-    run = subprocess.run(command, cwd=environment.ROOT, env=env, capture_output=True, text=True, timeout=280)
+    run = subprocess.run(command, cwd=environment.ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " skipped" not in run.stdout.splitlines()[-1]
 
