@@ -1,11 +1,13 @@
 """The same loss curve in every layout: 20 steps of each, relative to one process.
 
-    python benchmarks/layouts.py [--steps 20] [--quick]
+    python benchmarks/layouts.py [--all] [--quick] [--worlds 1 2 4 8] [--steps 20]
 
-Trains a tiny random Llama (tied embeddings, an odd vocabulary that needs padding) on real chat text in fp32, through
-the same code as `fusemega train`: every layout, micro-batch sizes 1, 2 and 4, packed rows and one sample a row.
-Several layouts share a launch. The last line is one JSON object; `ok` says whether every case is within
-1e-5 (loss, all steps), 1e-5 (gradient norm, step 1) and 1e-4 (gradient norm, all steps) of the reference.
+Trains a tiny random Llama (8 layers, tied embeddings, an odd vocabulary that needs padding) on real chat text in fp32,
+through the same code as `fusemega train`. A star around the run of one process, in which one thing changes at a time,
+and with `--all` named combinations on four and eight processes. Gradient buckets are made small, so that overlapped
+communication has something to overlap. Several layouts share a launch; `--worlds` picks launches (the reference is
+always run). The last line is one JSON object; `ok` says whether every case is within 1e-5 (loss, all steps), 1e-5
+(gradient norm, step 1) and 1e-4 (gradient norm, all steps) of the reference.
 """
 
 from __future__ import annotations
@@ -16,53 +18,110 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+BUCKET = 20_000  # elements; a layer has 36,992
 LOSS_TOLERANCE, FIRST_NORM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5, 1e-4
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
-# name -> (processes, parallel section, training section)
-CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "reference": (1, {}, {}),
-    "micro-batch 2": (1, {}, {"micro_batch_size": 2}),
-    "micro-batch 4": (1, {}, {"micro_batch_size": 4}),
-    "unpacked": (1, {}, {"packing": False}),
-    "TP2": (2, TP2, {}),
-    "TP2+SP": (2, TP2 | SP, {}),
-    "TP2+SP unpacked, micro-batch 4": (2, TP2 | SP, {"packing": False, "micro_batch_size": 4}),
-    "PP2": (2, PP2, {}),
-    "PP2 unpacked, micro-batch 2": (2, PP2, {"packing": False, "micro_batch_size": 2}),
-    "DP2, distributed optimizer": (2, {}, {}),
-    "DP2, micro-batch 2": (2, {}, {"micro_batch_size": 2}),
-    "TP2xPP2xDP2": (8, TP2 | PP2, {}),
-    "TP2xPP2xDP2+SP, micro-batch 2": (8, TP2 | SP | PP2, {"micro_batch_size": 2}),
-    "TP2xPP2xDP2+SP unpacked, micro-batch 4": (8, TP2 | SP | PP2, {"packing": False, "micro_batch_size": 4}),
+CP2 = {"context_parallel_size": 2}
+PP4 = {"pipeline_model_parallel_size": 4}
+VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+P2P = {"overlap_p2p_comm": True}
+FIRST2 = {"num_layers_in_first_pipeline_stage": 2}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+SELECTIVE = {"recompute_granularity": "selective"}
+UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout: how many processes, and what its sections of the run file say."""
+
+    world: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+STAR = {
+    "reference": Case(1),
+    "micro-batch 2": Case(1, {}, {"micro_batch_size": 2}),
+    "micro-batch 4": Case(1, {}, {"micro_batch_size": 4}),
+    "unpacked": Case(1, {}, {"packing": False}),
+    "recompute selective": Case(1, {}, SELECTIVE),
+    "recompute full, uniform": Case(1, {}, UNIFORM),
+    "recompute full, block": Case(1, {}, BLOCK),
+    "TP2": Case(2, TP2),
+    "TP2+SP": Case(2, TP2 | SP),
+    "PP2": Case(2, PP2),
+    "PP2, 2 + 6 layers": Case(2, PP2 | FIRST2),
+    "PP2xVPP2, overlapped": Case(2, PP2 | VPP2 | P2P),
+    "CP2": Case(2, CP2),
+    "DP2, distributed optimizer": Case(2),
+    "DP2, plain optimizer": Case(2, optimizer={"use_distributed_optimizer": False}),
+    "DP2, overlapped": Case(2, optimizer=OVERLAP),
+    "PP4xVPP2": Case(4, PP4 | VPP2),
+    "CP4": Case(4, {"context_parallel_size": 4}),
 }
-QUICK = ("reference", "unpacked", "TP2+SP", "PP2", "DP2, micro-batch 2", "TP2xPP2xDP2")
+PAIRS = {
+    "TP2+SP unpacked, micro-batch 4": Case(2, TP2 | SP, {"packing": False, "micro_batch_size": 4}),
+    "PP2 unpacked, micro-batch 2": Case(2, PP2, {"packing": False, "micro_batch_size": 2}),
+    "PP2xVPP2, 2 + 6 layers, recompute full": Case(2, PP2 | VPP2 | P2P | FIRST2, BLOCK),
+    "CP2 unpacked, micro-batch 2": Case(2, CP2, {"packing": False, "micro_batch_size": 2}),
+    "CP2, recompute selective": Case(2, CP2, SELECTIVE),
+    "DP2, micro-batch 2": Case(2, {}, {"micro_batch_size": 2}),
+    "TP2+SPxCP2": Case(4, TP2 | SP | CP2),
+    "CP2xPP2": Case(4, CP2 | PP2),
+    "CP2xPP2xVPP2, recompute full": Case(4, CP2 | PP2 | VPP2 | P2P, UNIFORM),
+    "CP2xDP2, overlapped": Case(4, CP2, optimizer=OVERLAP),
+    "PP2xDP2, overlapped": Case(4, PP2, optimizer=OVERLAP),
+    "PP2xVPP2xDP2, overlapped": Case(4, PP2 | VPP2 | P2P, optimizer=OVERLAP),
+    "TP2xPP2xDP2": Case(8, TP2 | PP2),
+    "TP2xPP2xDP2+SP, micro-batch 2": Case(8, TP2 | SP | PP2, {"micro_batch_size": 2}),
+    "TP2xPP2xDP2+SP unpacked, micro-batch 4": Case(8, TP2 | SP | PP2, {"packing": False, "micro_batch_size": 4}),
+    "TP2xCP2xDP2": Case(8, TP2 | CP2),
+    "TP2xCP2xPP2+SP": Case(8, TP2 | SP | CP2 | PP2),
+    "TP2xPP2xVPP2xDP2+SP, overlapped": Case(8, TP2 | SP | PP2 | VPP2 | P2P, optimizer=OVERLAP),
+    "CP2xPP2xVPP2xDP2, overlapped, recompute": Case(8, CP2 | PP2 | VPP2 | P2P, SELECTIVE, OVERLAP),
+}
+CASES = STAR | PAIRS
+QUICK = ("reference", "unpacked", "TP2+SP", "PP2xVPP2, overlapped", "CP2", "DP2, micro-batch 2", "TP2xPP2xDP2")
 
 
 def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[float, float]]]:
     """In a rank: (loss, gradient norm) of each step, for each case."""
     from fusemega.config import validate
+    from fusemega.training import optimizer
     from fusemega.training.run import TrainRun
     from fusemega.training.train import open_trainer
 
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
     found = {}
     for name in names:
-        _, parallel, training = CASES[name]
+        case = CASES[name]
         run = validate(
             TrainRun,
             {
                 "output_dir": str(work / "runs" / name),
                 "model": {"load": str(work / "model"), "dtype": "fp32"},
-                "parallel": parallel,
+                "parallel": case.parallel,
                 "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
                 "objective": {"name": "sft"},
-                "optimizer": {"lr": 2e-3, "weight_decay": 0.1, "clip_grad": 1.0, "lr_warmup_fraction": 0.1},
-                "training": {"train_iters": steps, "global_batch_size": 16, "export_hf": False, **training},
+                "optimizer": {
+                    "lr": 2e-3,
+                    "weight_decay": 0.1,
+                    "clip_grad": 1.0,
+                    "lr_warmup_fraction": 0.1,
+                    **case.optimizer,
+                },
+                "training": {"train_iters": steps, "global_batch_size": 16, "export_hf": False, **case.training},
             },
             name,
         )
@@ -79,7 +138,9 @@ def relative(a: float, b: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="six cases only")
+    parser.add_argument("--all", action="store_true", help="also the combinations")
+    parser.add_argument("--quick", action="store_true", help="seven cases only")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="launches of so many processes")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -91,13 +152,14 @@ def main() -> None:
 
     import tiny
 
-    names = [name for name in CASES if not args.quick or name in QUICK]
+    chosen = QUICK if args.quick else CASES if args.all else STAR
+    names = [name for name in chosen if name == "reference" or CASES[name].world in args.worlds]
     with tempfile.TemporaryDirectory(prefix="fusemega-layouts-") as folder:
         work = Path(folder)
-        tiny.write_model(work / "model", tiny.write_chat(work / "chat.jsonl", rows=96, characters=300))
+        tiny.write_model(work / "model", tiny.write_chat(work / "chat.jsonl", rows=96, characters=300), num_hidden_layers=8)
         found: dict[str, list[tuple[float, float]]] = {}
-        for world in sorted({CASES[name][0] for name in names}):
-            cases = [name for name in names if CASES[name][0] == world]
+        for world in sorted({CASES[name].world for name in names}):
+            cases = [name for name in names if CASES[name].world == world]
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
             command = [sys.executable, *launch, __file__, "--rank-of", folder, "--steps", str(args.steps), "--cases"]
             environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")

@@ -12,7 +12,8 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,13 +66,19 @@ class MegatronFolder:
         """Holds every tensor's own type exactly."""
         return common_dtype(self.dtypes.values())
 
-    def load(self, world: World, dtype: torch.dtype | None = None, kernels: Kernels | None = None) -> GPT:
+    def load(
+        self,
+        world: World,
+        dtype: torch.dtype | None = None,
+        kernels: Kernels | None = None,
+        recompute: Mapping[str, Any] = MappingProxyType({}),
+    ) -> GPT:
         """The model under this layout, in the stored dtype unless another is asked for. Collective."""
         from fusemega.checkpoint.torch_dist import load_model
         from fusemega.models.build import build_model
         from fusemega.runtime.precision import LOCAL
 
-        model = build_model(self.config, world, dtype or self.dtype, kernels or LOCAL)
+        model = build_model(self.config, world, dtype or self.dtype, kernels or LOCAL, recompute)
         load_model(model, self.weights)
         return model
 

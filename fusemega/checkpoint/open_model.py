@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from pydantic import Field
 
@@ -11,8 +15,9 @@ from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
 from fusemega.checkpoint.read_plan import RankReads, plan_reads
-from fusemega.models.build import GPT, build_model, check_layout
+from fusemega.models.build import GPT, build_model
 from fusemega.models.registry import family_of
+from fusemega.models.stages import check_layout, stage_layers
 from fusemega.runtime.parallel import ParallelConfig, World
 from fusemega.runtime.precision import Precision
 from fusemega.text.tokenizer import Tokenizer
@@ -35,6 +40,7 @@ class ModelSource:
         hf_config: its `config.json`.
         tokenizer: the folder's.
         vocab_size: the model's, without padding.
+        chunk_sizes: how many layers pipeline stages, or their pieces, have.
         pad_id: what fills up rows, inside that vocabulary; nothing is computed from it.
 
     Raises:
@@ -49,8 +55,10 @@ class ModelSource:
         self._source = _opened(config.load)
         self.hf = self._source.hf if isinstance(self._source, MegatronFolder) else self._source.path
         self.hf_config = self._source.config
-        check_layout(self.hf_config, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-        config.check_layers(family_of(self.hf_config).transformer_config(self.hf_config), parallel)
+        check_layout(self.hf_config, parallel)
+        layers = family_of(self.hf_config).transformer_config(self.hf_config)
+        config.check_layers(layers, parallel)
+        self.chunk_sizes = {len(chunk) for stage in stage_layers(layers["num_layers"], parallel) for chunk in stage}
         self.kernels = config.kernels()
         self.tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
         self.vocab_size = int(self.hf_config["vocab_size"])
@@ -63,14 +71,13 @@ class ModelSource:
 
     def plan_reads(self) -> list[RankReads]:
         """What each model-parallel rank would read of the weights. Reads none of them."""
-        tp_size, pp_size = self._parallel.tensor_model_parallel_size, self._parallel.pipeline_model_parallel_size
-        return plan_reads(self._source, tp_size, pp_size)
+        return plan_reads(self._source, self._parallel)
 
-    def build(self, world: World) -> GPT:
-        """This rank's part of the model, with its weights. Collective."""
+    def build(self, world: World, recompute: Mapping[str, Any] = MappingProxyType({})) -> GPT:
+        """This rank's part of the model, with its weights. Collective. Arguments as `build_model`'s."""
         if isinstance(self._source, MegatronFolder):
-            return self._source.load(world, self.dtype, self.kernels)
-        model = build_model(self.hf_config, world, self.dtype, self.kernels)
+            return self._source.load(world, self.dtype, self.kernels, recompute)
+        model = build_model(self.hf_config, world, self.dtype, self.kernels, recompute)
         load_hf(model, self.hf, world)
         return model
 

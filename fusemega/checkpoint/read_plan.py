@@ -18,14 +18,15 @@ from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder
 from fusemega.checkpoint.output import refuse_existing
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
-from fusemega.models.build import check_layout, stage_rules
 from fusemega.models.registry import family_of
 from fusemega.models.rules import volume
+from fusemega.models.stages import check_layout, stage_rules
+from fusemega.runtime.layout import ParallelConfig
 
 
 @dataclass(frozen=True)
 class RankReads:
-    """What one rank reads, alike for its data-parallel peers.
+    """What one rank reads, alike for its data- and context-parallel peers.
 
     Attributes:
         pp_rank, tp_rank: its place.
@@ -43,31 +44,31 @@ class RankReads:
     files: int
 
 
-def plan_reads(source: HFFolder | MegatronFolder, tp_size: int, pp_size: int) -> list[RankReads]:
-    """One entry a model-parallel rank, stage by stage.
+def plan_reads(source: HFFolder | MegatronFolder, layout: ParallelConfig) -> list[RankReads]:
+    """One entry a tensor- and pipeline-parallel rank, stage by stage.
 
     Raises:
         UserError: the layout does not divide the model.
     """
-    check_layout(source.config, tp_size, pp_size)
+    check_layout(source.config, layout)
     rank_reads = _hf_reads if isinstance(source, HFFolder) else _megatron_reads
     return [
-        rank_reads(source, pp_rank, pp_size, tp_rank, tp_size)  # type: ignore[arg-type]
-        for pp_rank in range(pp_size)
-        for tp_rank in range(tp_size)
+        rank_reads(source, pp_rank, tp_rank, layout)  # type: ignore[arg-type]
+        for pp_rank in range(layout.pipeline_model_parallel_size)
+        for tp_rank in range(layout.tensor_model_parallel_size)
     ]
 
 
-def _hf_reads(folder: HFFolder, pp_rank: int, pp_size: int, tp_rank: int, tp_size: int) -> RankReads:
-    rules = stage_rules(folder.config, pp_size, pp_rank)
+def _hf_reads(folder: HFFolder, pp_rank: int, tp_rank: int, layout: ParallelConfig) -> RankReads:
+    rules, tp_size = stage_rules(folder.config, layout, pp_rank), layout.tensor_model_parallel_size
     pieces = [piece for rule in rules for piece in rule.pieces(tp_size, tp_rank)]
     names = {piece.hf for piece in pieces}
     nbytes = sum(volume(piece.hf_box) * folder.dtype(piece.hf).itemsize for piece in pieces)
     return RankReads(pp_rank, tp_rank, len(names), len(pieces), nbytes, len({folder.file(name) for name in names}))
 
 
-def _megatron_reads(folder: MegatronFolder, pp_rank: int, pp_size: int, tp_rank: int, tp_size: int) -> RankReads:
-    rules = stage_rules(folder.config, pp_size, pp_rank)
+def _megatron_reads(folder: MegatronFolder, pp_rank: int, tp_rank: int, layout: ParallelConfig) -> RankReads:
+    rules, tp_size = stage_rules(folder.config, layout, pp_rank), layout.tensor_model_parallel_size
     elements = sum(volume(piece.local_box) for rule in rules for piece in rule.pieces(tp_size, tp_rank))
     return RankReads(pp_rank, tp_rank, len(rules), len(rules), elements * folder.dtype.itemsize, 0)
 
@@ -93,7 +94,7 @@ def size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def describe_import(source: str | Path, out: Path, tp_size: int, pp_size: int) -> str:
+def describe_import(source: str | Path, out: Path, layout: ParallelConfig) -> str:
     """What `fusemega convert import` would write, and what a run from the source would read, rank by rank.
 
     Raises:
@@ -102,14 +103,14 @@ def describe_import(source: str | Path, out: Path, tp_size: int, pp_size: int) -
     refuse_existing(out)
     folder = HFFolder(source)
     check_tensors(folder, folder.config)
-    reads = table(plan_reads(folder, tp_size, pp_size))
+    reads = table(plan_reads(folder, layout))
     names = {name for rule in family_of(folder.config).rules(folder.config) for name in rule.hf_shapes()}
     nbytes = sum(prod(folder.shape(name)) * folder.dtype(name).itemsize for name in names)
     return f"{reads}\nwould write {size(nbytes)} of weights to {out}\n{NOTHING_DONE}"
 
 
 def describe_export(
-    source: str | Path, out: Path, tp_size: int, pp_size: int, *, dtype: torch.dtype | None, max_shard_size: int
+    source: str | Path, out: Path, layout: ParallelConfig, *, dtype: torch.dtype | None, max_shard_size: int
 ) -> str:
     """What `fusemega convert export` would write, and what a run from the source would read, rank by rank.
 
@@ -118,7 +119,7 @@ def describe_export(
     """
     refuse_existing(out)
     folder = MegatronFolder(source)
-    reads = table(plan_reads(folder, tp_size, pp_size))
+    reads = table(plan_reads(folder, layout))
     infos = [
         TensorInfo(name, dtype or folder.dtypes[name], shape)
         for rule in family_of(folder.config).rules(folder.config)

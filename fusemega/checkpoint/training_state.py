@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.utils import unwrap_model
 
 from fusemega.checkpoint.torch_dist import check_files, checkpoint_errors, fill_from_state, loadable_state
+from fusemega.models.build import GPT
 from fusemega.runtime.parallel import World
 from fusemega.runtime.random_state import random_state, restore_random_state
 
@@ -32,9 +31,9 @@ from fusemega.runtime.random_state import random_state, restore_random_state
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def training_state(ddp: DistributedDataParallel, optimizer: MegatronOptimizer, world: World) -> dict[str, Any]:
+def training_state(gpt: GPT, optimizer: MegatronOptimizer, world: World) -> dict[str, Any]:
     """What is saved of this rank. Collective."""
-    model_state = unwrap_model(ddp).sharded_state_dict()
+    model_state = gpt.sharded_state_dict()
     return {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict({"model": model_state}, metadata=_OPTIMIZER_FORMAT),
@@ -43,7 +42,7 @@ def training_state(ddp: DistributedDataParallel, optimizer: MegatronOptimizer, w
 
 
 def load_checkpoint(
-    folder: Path, ddp: DistributedDataParallel, optimizer: MegatronOptimizer, world: World, same_layout: bool
+    folder: Path, gpt: GPT, optimizer: MegatronOptimizer, world: World, same_layout: bool
 ) -> None:
     """Fill model and optimizer from `folder`, in place; the random state too, in the layout that saved it. Collective.
 
@@ -52,7 +51,7 @@ def load_checkpoint(
     """
     check_files(folder)
     with checkpoint_errors(f"{folder}: checkpoint cannot be loaded"):
-        model_state = loadable_state(unwrap_model(ddp), folder)
+        model_state = loadable_state(gpt, folder)
         wanted = {
             "model": model_state,
             "optimizer": optimizer.sharded_state_dict(
@@ -62,7 +61,7 @@ def load_checkpoint(
         if same_layout:
             wanted["random_state"] = _random_state(world)
         loaded = dist_checkpointing.load(wanted, str(folder))
-    fill_from_state(unwrap_model(ddp), loaded["model"])
+    fill_from_state(gpt, loaded["model"])
     with torch.no_grad():  # fp32 parameters are updated in place, through views of leaves
         optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:

@@ -15,6 +15,7 @@ from fusemega.runtime.console import global_rank
 
 if TYPE_CHECKING:
     from fusemega.checkpoint.convert import Report
+    from fusemega.runtime.layout import ParallelConfig
 
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints: Hugging Face <-> Megatron, bit for bit.")
 
@@ -56,7 +57,7 @@ def import_(
     if dry_run:
         from fusemega.checkpoint.read_plan import describe_import
 
-        typer.echo(describe_import(resolve(source), out, tp, pp))
+        typer.echo(describe_import(resolve(source), out, _layout(tp, pp)))
         return
     _check_no_layout(tp, pp)
     _once(out, lambda: import_hf(resolve(source), out, workers=workers or default_workers(), resume=resume))
@@ -86,7 +87,7 @@ def export(
     if dry_run:
         from fusemega.checkpoint.read_plan import describe_export
 
-        typer.echo(describe_export(source, out, tp, pp, dtype=torch_dtype, max_shard_size=size))
+        typer.echo(describe_export(source, out, _layout(tp, pp), dtype=torch_dtype, max_shard_size=size))
         return
     _check_no_layout(tp, pp)
     _once(
@@ -130,9 +131,9 @@ def verify(
     folder = resolve(hf)
     difference = None
     if text is not None:
-        from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown
+        from fusemega.runtime.parallel import initialize, shutdown
 
-        world = initialize(ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
+        world = initialize(_layout(tp, pp))
         try:
             difference = verification.logit_difference(folder, other, world, _read_text(text))
         finally:
@@ -143,6 +144,12 @@ def verify(
     typer.echo(json.dumps(result.as_dict() | {"max_logit_difference": difference}))
     if not result.identical:
         raise typer.Exit(1)
+
+
+def _layout(tp: int, pp: int) -> ParallelConfig:
+    from fusemega.runtime.layout import ParallelConfig
+
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
 
 
 def _check_no_layout(tp: int, pp: int) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fusemega.checkpoint.open_model import weights_hash
 from fusemega.errors import UserError
-from fusemega.losses.registry import Objective, ObjectiveSettings, register
+from fusemega.losses.registry import ObjectiveSettings, TokenObjective, register
 from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss
 from fusemega.runtime.console import global_rank
 from fusemega.store import Manifest, Store
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @register("distill")
-class Distill(Objective):
+class Distill(TokenObjective):
     """lambda * cross-entropy on labels + (1 - lambda) * T^2 * cross-entropy on the teacher's rows.
 
     Args:

@@ -1,15 +1,17 @@
 """Training objectives by name: what a loss must say about itself for the trainer to run it under any layout.
 
-A new loss is one file: a subclass of `Objective` with its formula in the docstring, under `@register(name)`.
+A new loss is one file: a subclass of `TokenObjective` or `SequenceObjective` with its formula in the docstring, under
+`@register(name)`.
 
-Shape suffixes: N supervised positions of a micro-batch, P of one sample, H hidden size, V this rank's vocabulary rows.
+Shape suffixes: N supervised positions of a micro-batch, P of one sample, S samples of a micro-batch, H hidden size,
+V this rank's vocabulary rows.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -36,12 +38,12 @@ class Objective(ABC):
     Attributes:
         Settings: its section of the run file.
         terms: names of the parts of the loss, each with a denominator of its own.
-        unit: what the loss is a sum over.
+        unit: what the loss is a sum over; one of the two subclasses below.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
     terms: ClassVar[tuple[str, ...]]
-    unit: ClassVar[str] = "token"
+    unit: ClassVar[Literal["token", "sequence"]]
 
     @classmethod
     @abstractmethod
@@ -65,7 +67,16 @@ class Objective(ABC):
 
     @abstractmethod
     def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """This micro-batch's part of each term's denominator; the trainer sums it over the whole step first."""
+        """This micro-batch's part of each term's denominator; the trainer sums it over the whole step first.
+
+        Under context parallelism a token objective counts what this rank has, a sequence objective whole samples.
+        """
+
+
+class TokenObjective(Objective):
+    """A loss that is a sum over supervised tokens. Context-parallel ranks each have some of them, and simply add."""
+
+    unit = "token"
 
     @abstractmethod
     def loss(
@@ -88,6 +99,31 @@ class Objective(ABC):
         Returns:
             The scalar to differentiate, already divided: micro-batches and data-parallel ranks simply add. And each
             term's sum over this micro-batch, unweighted and not divided, detached: with `counts` it gives the metric.
+        """
+
+
+class SequenceObjective(Objective):
+    """A loss that couples the tokens of a sample: a function of its summed label log-probability.
+
+    Context-parallel ranks share the tokens of a sample. The trainer sums its log-probability over them, so every one of
+    them computes the same loss, passes the gradient to its own tokens, and counts once in the metrics.
+    """
+
+    unit = "sequence"
+
+    @abstractmethod
+    def loss(
+        self, logp_S: Tensor, batch: Mapping[str, Any], denominators: Mapping[str, Tensor | float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the global loss.
+
+        Args:
+            logp_S: log-probability of each sample's supervised tokens, summed; of fp32 or wider.
+            batch: `sequence_tokens` int64 [S], how many those are.
+            denominators: as of `TokenObjective.loss`.
+
+        Returns:
+            As of `TokenObjective.loss`.
         """
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusemega.losses.registry import Objective, ObjectiveSettings, register
+from fusemega.losses.registry import ObjectiveSettings, TokenObjective, register
 from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @register("sft")
-class SFT(Objective):
+class SFT(TokenObjective):
     """Mean cross-entropy over the supervised tokens of the global batch, in nats."""
 
     class Settings(ObjectiveSettings):

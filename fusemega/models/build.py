@@ -5,18 +5,18 @@ Legend: S tokens of a row, H hidden, V_padded vocabulary padded to a multiple of
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from fusemega.errors import UserError
 from fusemega.models.family import LOCAL_NAMES, TRANSFORMER_ENGINE_NAMES, Family, HFConfig
 from fusemega.models.registry import family_of
 from fusemega.models.rules import Box, Piece, Rule, padded_vocab_size, slices, volume
+from fusemega.models.stages import LAYER_NAME, check_layout
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels
 from fusemega.runtime.specs import block_spec
@@ -26,39 +26,65 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  
 from megatron.core.transformer import TransformerConfig  # isort: skip
 
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-
-
-class GPT(GPTModel):
-    """Megatron's GPTModel without its vocabulary step: the last stage returns hidden states, never logits.
+class Chunk(GPTModel):
+    """Megatron's GPTModel without its vocabulary step: the last one returns hidden states, never logits.
 
     `forward(input_ids [1, S], position_ids [1, S], attention_mask None, packed_seq_params=...)` returns hidden
-    states [S, 1, H] ([S/TP, 1, H] under sequence parallelism), after the final norm on the last stage.
+    states [S, 1, H] ([S/TP, 1, H] under sequence parallelism), after the final norm in the last chunk. Under context
+    parallelism S are this rank's tokens, and `packed_seq_params` those of the whole row.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hf_config: HFConfig, family: Family, world: World, vp_stage: int | None
+    ) -> None:
+        last = (config.virtual_pipeline_model_parallel_size or 1) - 1
+        super().__init__(
+            config,
+            block_spec(config, vp_stage),
+            padded_vocab_size(hf_config["vocab_size"], world.tp_size),
+            hf_config.get("max_position_embeddings", 2048),
+            pre_process=world.is_first_stage and not vp_stage,
+            post_process=world.is_last_stage and (vp_stage or 0) == last,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=family.tied(hf_config),
+            vp_stage=vp_stage,
+        )
+        self.rotary_pos_emb.inv_freq = family.inv_freq(hf_config)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if self.post_process:
+            # The head's weight is used without its module being called. Its parameters may still be on their way
+            # (overlap_param_gather), and it is the module's hooks that wait for them.
+            for hook in self.output_layer._forward_pre_hooks.values():
+                hook(self.output_layer, ())
+        return hidden_states
+
+
+class GPT(torch.nn.Module):
+    """What one rank holds of a model: a chunk of layers, or several under the interleaved pipeline schedule.
+
+    One module for whoever asks for parameters and state; Megatron's schedules call the chunks.
 
     Attributes:
+        chunks: in the order in which a token meets them.
+        config: Megatron's configuration, which the chunks share.
         hf_config: the Hugging Face configuration the model was built from.
         family: its family.
         vocab_size: HF's vocabulary size, without padding.
     """
 
+    chunks: Sequence[Chunk]
+
     def __init__(self, config: TransformerConfig, hf_config: HFConfig, family: Family, world: World) -> None:
-        super().__init__(
-            config,
-            block_spec(config),
-            padded_vocab_size(hf_config["vocab_size"], world.tp_size),
-            hf_config.get("max_position_embeddings", 2048),
-            pre_process=world.is_first_stage,
-            post_process=world.is_last_stage,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=family.tied(hf_config),
-        )
+        super().__init__()
+        virtual = config.virtual_pipeline_model_parallel_size
+        stages = [None] if virtual is None else list(range(virtual))
+        chunks = (Chunk(config, hf_config, family, world, stage) for stage in stages)
+        self.chunks = torch.nn.ModuleList(chunks)  # type: ignore[assignment]
+        self.config = config
         self.hf_config = dict(hf_config)
         self.family = family
         self.vocab_size = hf_config["vocab_size"]
-        self.rotary_pos_emb.inv_freq = family.inv_freq(hf_config)
-
-    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states
 
     def rules(self) -> list[Rule]:
         """The family's weight rules, under the parameter names of this model's layer spec."""
@@ -67,59 +93,27 @@ class GPT(GPTModel):
 
     def head_weight(self) -> torch.nn.Parameter:
         """The head's rows on this rank, [V_padded / TP, H], tied or not. Only on the last stage."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        last = self.chunks[-1]
+        if last.share_embeddings_and_output_weights:
+            return last.shared_embedding_or_output_weight()
+        return last.output_layer.weight
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Megatron's sharded state of all chunks, under this module's own names. What is stored bears no chunk."""
+        return {
+            f"chunks.{i}.{name}": value
+            for i, chunk in enumerate(self.chunks)
+            for name, value in chunk.sharded_state_dict().items()
+        }
 
 
-def check_layout(hf_config: HFConfig, tp_size: int, pp_size: int) -> None:
-    """Refuses a layout that does not divide the model.
-
-    Raises:
-        UserError: names the sizes and the layouts that would do.
-    """
-    config = family_of(hf_config).transformer_config(hf_config)
-    heads, groups, ffn = (config[k] for k in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"))
-    if any(n % tp_size for n in (heads, groups, ffn)):
-        allowed = [n for n in range(1, groups + 1) if not any(m % n for m in (heads, groups, ffn))]
-        reason = "; more ranks than key/value heads is not supported" if tp_size > groups else ""
-        raise UserError(
-            f"parallel.tensor_model_parallel_size: {tp_size} does not divide this model's {heads} attention heads, "
-            f"{groups} key/value heads and feed-forward size {ffn}{reason}; allowed: {', '.join(map(str, allowed))}"
-        )
-    layers = config["num_layers"]
-    if layers % pp_size:
-        allowed = [n for n in range(1, layers + 1) if layers % n == 0]
-        raise UserError(
-            f"parallel.pipeline_model_parallel_size: {pp_size} does not divide this model's {layers} layers; "
-            f"allowed: {', '.join(map(str, allowed))}"
-        )
-
-
-def stage_rules(hf_config: HFConfig, pp_size: int, pp_rank: int) -> list[Rule]:
-    """The rules of the parameters that `build_model` makes on one stage, without making any.
-
-    Args:
-        hf_config: `config.json` as a mapping.
-        pp_size: the number of stages, which divides the layers (see `check_layout`).
-        pp_rank: the stage.
-    """
-    family = family_of(hf_config)
-    layers_each = family.transformer_config(hf_config)["num_layers"] // pp_size
-    out = []
-    for rule in family.rules(hf_config):
-        match = _LAYER.match(rule.megatron)
-        if match is not None:
-            stage = int(match[1]) // layers_each
-        else:
-            stage = 0 if rule.megatron.startswith("embedding.") else pp_size - 1
-        # The copy of a tied head exists only where the embedding is on another stage.
-        if stage == pp_rank and not (rule.duplicate and pp_size == 1):
-            out.append(rule)
-    return out
-
-
-def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype, kernels: Kernels = LOCAL) -> GPT:
+def build_model(
+    hf_config: HFConfig,
+    world: World,
+    dtype: torch.dtype,
+    kernels: Kernels = LOCAL,
+    recompute: Mapping[str, Any] = MappingProxyType({}),
+) -> GPT:
     """This rank's part of the model, on `world.device`, with *uninitialised* weights (see `fill`, `init_random`).
 
     Collective over the embedding group when embeddings are tied and there are several stages.
@@ -129,18 +123,30 @@ def build_model(hf_config: HFConfig, world: World, dtype: torch.dtype, kernels: 
         world: the layout.
         dtype: of the parameters, and of what pipeline stages send each other.
         kernels: whose layers, and FP8; the weights are the same whichever it is.
+        recompute: TransformerConfig's fields on which activations backward computes again.
 
     Raises:
         UserError: the family refuses the configuration, or the layout does not divide it.
     """
     family = family_of(hf_config)
-    check_layout(hf_config, world.tp_size, world.pp_size)
+    layout = world.layout
+    check_layout(hf_config, layout)
+    first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
+    if first is not None and layout.pipeline_model_parallel_size == 2:
+        last = None  # what is left; megatron-core would divide by 0 (transformer/transformer_layer.py:138)
     config = TransformerConfig(
         **family.transformer_config(hf_config),
         **kernels.transformer_config(),
+        **recompute,
         tensor_model_parallel_size=world.tp_size,
+        context_parallel_size=world.cp_size,
         pipeline_model_parallel_size=world.pp_size,
-        sequence_parallel=world.sequence_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+        overlap_p2p_comm=layout.overlap_p2p_comm,
+        batch_p2p_comm=not layout.overlap_p2p_comm,
+        sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -178,8 +184,8 @@ def placements(model: GPT, world: World) -> list[Placement]:
     """Every parameter of this rank with its rule, in the model's order."""
     rules = {rule.megatron: rule for rule in model.rules()}
     out = []
-    for name, parameter in model.named_parameters():
-        rule = rules[_global_name(model, name)]
+    for name, parameter in ((_global_name(c, n), p) for c in model.chunks for n, p in c.named_parameters()):
+        rule = rules[name]
         if tuple(parameter.shape) != rule.local_shape(world.tp_size):
             raise RuntimeError(
                 f"{name}: Megatron built {tuple(parameter.shape)}, the rule says {rule.local_shape(world.tp_size)}"
@@ -188,12 +194,12 @@ def placements(model: GPT, world: World) -> list[Placement]:
     return out
 
 
-def _global_name(model: GPT, name: str) -> str:
-    """A stage numbers its layers from 0; rules number those of the whole model."""
-    match = _LAYER.match(name)
+def _global_name(chunk: Chunk, name: str) -> str:
+    """A chunk numbers its layers from 0; rules number those of the whole model."""
+    match = LAYER_NAME.match(name)
     if match is None:
         return name
-    layer = model.decoder.layers[int(match[1])].layer_number - 1
+    layer = chunk.decoder.layers[int(match[1])].layer_number - 1
     return f"decoder.layers.{layer}.{match[2]}"
 
 

@@ -5,7 +5,7 @@ Legend: S tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from fusemega.models.build import GPT
+from fusemega.models.build import GPT, Chunk
 from fusemega.runtime.parallel import World
 
 
@@ -23,12 +23,14 @@ def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> to
 
     Args:
         model: from `build_model`, filled.
-        world: its layout.
+        world: its layout, without context parallelism.
         texts: token ids of each segment; under sequence parallelism their total length is a multiple of TP.
 
     Returns:
         float32 [S, V] (S = all tokens, V without padding) on the last stage's ranks; None elsewhere.
     """
+    if world.cp_size > 1:
+        raise ValueError("dense_logits takes whole rows, and context parallelism splits them")
     lengths = torch.tensor([len(text) for text in texts], dtype=torch.int32)
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)]).to(world.device)
     tokens = torch.tensor([token for text in texts for token in text], device=world.device)[None]
@@ -42,16 +44,16 @@ def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> to
         max_seqlen_kv=longest,
     )
 
-    def forward_step(_: Iterator[Any], stage: GPT) -> tuple[torch.Tensor, Any]:
-        return stage(tokens, positions, None, packed_seq_params=packed), lambda hidden, non_loss_data: hidden
+    def forward_step(_: None, chunk: Chunk) -> tuple[torch.Tensor, Any]:
+        return chunk(tokens, positions, None, packed_seq_params=packed), lambda hidden, non_loss_data: hidden
 
     was_training = model.training
     model.eval()
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter([None]),
-        model=model,
-        num_microbatches=1,
+        data_iterator=[None] * len(model.chunks),
+        model=list(model.chunks),
+        num_microbatches=world.layout.micro_batch_multiple,
         seq_length=tokens.numel(),
         micro_batch_size=1,
         forward_only=True,

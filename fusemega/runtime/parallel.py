@@ -12,11 +12,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 
-from fusemega.config import Section
-from fusemega.errors import UserError
 from fusemega.runtime import cpu_backend, kernel_packages, megatron_fixes
+from fusemega.runtime.layout import ParallelConfig
 
 kernel_packages.refuse_harmful()
 cpu_backend.enable()
@@ -25,55 +23,12 @@ megatron_fixes.apply()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the backend is in place)
 
 
-class ParallelConfig(Section):
-    """How the model is spread over processes. What is left of the world is data parallel."""
-
-    tensor_model_parallel_size: int = Field(1, ge=1, description="ranks that share each layer's matrices")
-    pipeline_model_parallel_size: int = Field(1, ge=1, description="stages the layers are spread over")
-    sequence_parallel: bool = Field(False, description="also split norms and residuals over the tensor-parallel ranks")
-
-    @model_validator(mode="after")
-    def _sequence_parallel_needs_tp(self) -> ParallelConfig:
-        """sequence_parallel needs a tensor_model_parallel_size of 2 or more."""
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError("sequence_parallel needs tensor_model_parallel_size of 2 or more")
-        return self
-
-    @property
-    def model_parallel_size(self) -> int:
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-
-    def check_row(self, tokens: int, what: str) -> None:
-        """Refuses a micro-batch of `tokens` tokens that sequence parallelism cannot split evenly.
-
-        Raises:
-            ValueError: names `what` the tokens are the product of; pydantic makes it the run file's error.
-        """
-        if self.sequence_parallel and tokens % self.tensor_model_parallel_size:
-            raise ValueError(
-                f"{what} = {tokens} is not a multiple of tensor_model_parallel_size "
-                f"{self.tensor_model_parallel_size}, which sequence_parallel needs"
-            )
-
-    def data_parallel_size(self, world_size: int) -> int:
-        """World size over TP x PP.
-
-        Raises:
-            UserError: the world does not divide.
-        """
-        if world_size % self.model_parallel_size:
-            raise UserError(
-                f"parallel: tensor_model_parallel_size {self.tensor_model_parallel_size} x "
-                f"pipeline_model_parallel_size {self.pipeline_model_parallel_size} = {self.model_parallel_size} "
-                f"does not divide the {world_size} process(es) of this run; start a multiple of "
-                f"{self.model_parallel_size} (--nproc)"
-            )
-        return world_size // self.model_parallel_size
-
-
 @dataclass(frozen=True)
 class World:
-    """This process's place: ranks, sizes, groups and device."""
+    """This process's place: ranks, sizes, groups and device.
+
+    Data-parallel ranks have different samples; `dp_cp_group` joins them with the ranks that share their tokens.
+    """
 
     rank: int
     world_size: int
@@ -83,12 +38,16 @@ class World:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
-    sequence_parallel: bool
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    layout: ParallelConfig
 
     @property
     def is_main(self) -> bool:
@@ -102,6 +61,10 @@ class World:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.layout.sequence_parallel
 
     def barrier(self) -> None:
         dist.barrier()
@@ -136,10 +99,10 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
 
     Args:
         config: the layout.
-        seed: seed of Megatron's random states (dropout); TP and PP ranks draw differently, DP ranks alike.
+        seed: seed of Megatron's random states (dropout); TP and PP ranks draw differently, others alike.
 
     Raises:
-        UserError: TP x PP does not divide the world.
+        UserError: TP x CP x PP does not divide the world.
     """
     rank, world_size, local_rank = environment_rank()
     config.data_parallel_size(world_size)
@@ -154,7 +117,12 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         else:
             dist.init_process_group(backend, rank=rank, world_size=world_size)
     _free_groups()
-    parallel_state.initialize_model_parallel(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return World(
         rank=rank,
@@ -165,12 +133,16 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        sequence_parallel=config.sequence_parallel,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        layout=config,
     )
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from fusemega.config import Section
 from fusemega.errors import UserError
 from fusemega.runtime.kernel_packages import FP8_RECIPES, recipe_problem, transformer_engine_problem
-from fusemega.runtime.parallel import ParallelConfig
+from fusemega.runtime.layout import ParallelConfig
 
 # The sizes of an FP8 product are multiples of this (megatron-core's fp8_utils.py:168).
 _ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
@@ -154,8 +154,7 @@ class Precision(Section):
         if self.fp8 is None:
             return
         recipe = self.fp8_recipe or "delayed"
-        split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        unit = self._gathered(parallel)[recipe] * split
+        unit = self._gathered(parallel)[recipe] * parallel.activation_split
         if tokens % unit:
             raise ValueError(f"{what} = {tokens} is not a multiple of {unit}, which fp8_recipe {recipe} needs here")
 

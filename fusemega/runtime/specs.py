@@ -1,6 +1,7 @@
 """Layer specs: one that needs neither Transformer Engine nor apex, and Transformer Engine's.
 
-Shapes: S sequence (or all tokens T of a packed row), B batch, N query heads, G key/value heads, D head size.
+Shapes: S sequence (or all tokens T of a packed row, R of them on a context-parallel rank), B batch, N query heads,
+G key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -21,7 +23,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.utils import is_layer_window_attention
 
-_WINDOW_BLOCK = 512  # queries that share one mask, [block, window + block] bits
+from fusemega.runtime.context_parallel import gather_row
+
+_BLOCK = 512  # queries that share one mask, [block, the keys they see] bits
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -41,6 +45,9 @@ class SDPAttention(MegatronModule):
     A packed row ("thd") is one attention call a segment: block-diagonal without ever holding a [T, T] mask, and no
     work between segments. In a layer with a sliding window (`config.window_size` = (W, 0): a query sees W tokens
     before itself), a segment longer than the window goes block of queries by block, each against the keys it can see.
+
+    Under context parallelism, which takes packed rows only, keys and values of the whole row are gathered, and each of
+    the two pieces of a segment that this rank holds attends to those up to its end.
     """
 
     def __init__(
@@ -51,9 +58,15 @@ class SDPAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config)
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise ValueError("SDPAttention: context parallelism needs the process groups")
+            self.cp_group = pg_collection.cp
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ValueError(f"SDPAttention is causal; layer {layer_number} asks for {attn_mask_type}")
         self.softmax_scale = softmax_scale
@@ -74,32 +87,63 @@ class SDPAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [S, B, N, D] with key, value [S, B, G, D] -> [S, B, N*D]; packed: [T, N, D] -> [T, N*D]."""
+        """query [S, B, N, D] with key, value [S, B, G, D] -> [S, B, N*D]; packed: [T, N, D] -> [T, N*D].
+
+        Under context parallelism T is this rank's part, in zigzag order, and cu_seqlens are those of the whole row.
+        """
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("SDPAttention takes no mask or bias: it is causal, and packed rows bring cu_seqlens")
         if packed_seq_params is None:
+            if self.cp_group is not None:
+                raise ValueError("SDPAttention: context parallelism needs packed rows")
             query_BNSD, key_BGSD, value_BGSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             out_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD)
             return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+        if self.cp_group is not None:
+            return self._shared_row(query, key, value, packed_seq_params.cu_seqlens_q)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         parts = [
-            self._attend(*(t.transpose(0, 1)[None] for t in segment))[0].transpose(0, 1)
+            self._segment(*segment)
             for segment in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
         ]
         return torch.cat(parts).flatten(1)
 
+    def _shared_row(
+        self, query_RND: torch.Tensor, key_RGD: torch.Tensor, value_RGD: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """This rank's part of a row that the context-parallel ranks share."""
+        assert self.cp_group is not None
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        both_T2GD = gather_row(torch.stack([key_RGD, value_RGD], dim=1), cu_seqlens, self.cp_group)
+        key_TGD, value_TGD = both_T2GD.unbind(1)
+        bounds = cu_seqlens.tolist()
+        parts, place = [], 0
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            length = (end - start) // (2 * size)
+            for piece in (rank, 2 * size - 1 - rank):
+                seen = slice(start, start + (piece + 1) * length)
+                parts.append(self._segment(query_RND[place : place + length], key_TGD[seen], value_TGD[seen]))
+                place += length
+        return torch.cat(parts).flatten(1)
+
+    def _segment(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The last tokens of a segment: [queries, N, D], which see keys [S, G, D] up to their own."""
+        return self._attend(*(t.transpose(0, 1)[None] for t in (query, key, value)))[0].transpose(0, 1)
+
     def _attend(self, query_BNSD: torch.Tensor, key_BGSD: torch.Tensor, value_BGSD: torch.Tensor) -> torch.Tensor:
-        length = query_BNSD.size(2)
-        if self.window is None or length <= self.window + 1:
+        length, keys = query_BNSD.size(2), key_BGSD.size(2)
+        window = keys if self.window is None else self.window
+        if length == keys and keys <= window + 1:
             return self._sdpa(query_BNSD, key_BGSD, value_BGSD)
-        position_S = torch.arange(length, device=query_BNSD.device)
+        before = keys - length
+        position_S = torch.arange(keys, device=query_BNSD.device)
         parts = []
-        for start in range(0, length, _WINDOW_BLOCK):
-            rows = slice(start, start + _WINDOW_BLOCK)
-            seen = slice(max(0, start - self.window), start + _WINDOW_BLOCK)
-            back = position_S[rows, None] - position_S[None, seen]
-            mask = (back >= 0) & (back <= self.window)
-            parts.append(self._sdpa(query_BNSD[:, :, rows], key_BGSD[:, :, seen], value_BGSD[:, :, seen], mask))
+        for start in range(0, length, _BLOCK):
+            end = min(start + _BLOCK, length)
+            seen = slice(max(0, before + start - window), before + end)
+            back = position_S[before + start : before + end, None] - position_S[None, seen]
+            mask = (back >= 0) & (back <= window)
+            parts.append(self._sdpa(query_BNSD[:, :, start:end], key_BGSD[:, :, seen], value_BGSD[:, :, seen], mask))
         return torch.cat(parts, dim=2)
 
     def _sdpa(
@@ -134,12 +178,11 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     return spec
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers and the final norm (a bare layer spec would bring Megatron's own norm back).
-
-    `config.transformer_impl` says whose.
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of one piece of it, and the final norm (a bare layer spec would bring
+    Megatron's own norm back). `config.transformer_impl` says whose.
     """
-    layers = get_num_layers_to_build(config)
+    layers = get_num_layers_to_build(config, vp_stage)
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -21,10 +21,10 @@ class PassRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> PassRun:
-        """data.seq_length x micro_batch_size suits sequence parallelism and FP8."""
-        tokens = self.data.seq_length * self.micro_batch_size
-        self.parallel.check_row(tokens, "data.seq_length x micro_batch_size")
-        self.model.check_row(tokens, "data.seq_length x micro_batch_size", self.parallel)
+        """data.seq_length, and its product with micro_batch_size, suit context and sequence parallelism and FP8."""
+        keys = ("data.seq_length", "micro_batch_size")
+        self.parallel.check_rows(self.data.seq_length, self.micro_batch_size, keys)
+        self.model.check_row(self.data.seq_length * self.micro_batch_size, " x ".join(keys), self.parallel)
         return self
 
     def open(self) -> ModelSource:

@@ -24,7 +24,7 @@ from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
 from fusemega.training.batches import prepare_together
-from fusemega.training.forward import Batch, head_settings
+from fusemega.training.forward import Batch, head_settings, whole_positions
 from fusemega.training.passes import score_samples
 
 
@@ -70,7 +70,7 @@ def teach(run: TeachRun) -> Path:
         world.barrier()  # no rank may write before every rank has looked
         if world.is_main:
             say(f"teaching {len(missing)} samples; {len(dataset) - len(missing)} are in {folder} already")
-        writes = world.tp_rank == 0 and world.is_last_stage
+        writes = world.tp_rank == 0 and world.cp_rank == 0 and world.is_last_stage
 
         def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
             columns_N = top_k_log_probs(
@@ -81,7 +81,8 @@ def teach(run: TeachRun) -> Path:
                 temperature=run.temperature,
                 **head_settings(gpt, world),
             )
-            return list(_rows(samples, *columns_N)) if writes else []
+            whole = [whole_positions(column, batch, world) for column in columns_N]
+            return list(_rows(samples, *whole)) if writes else []
 
         for done, collected in score_samples(gpt, dataset, missing, run.row_shape(source), score, world):
             for rows in collected:

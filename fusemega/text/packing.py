@@ -2,22 +2,30 @@
 
 Everything is a deterministic function of the samples' lengths, and the samples of a global batch are the same
 whatever the layout, the micro-batch size, and whether rows are packed. Attention never crosses a sample: each is a
-segment of its own, and so is the padding tail of a row.
+segment of its own, and so is the padding tail of a row. Context parallelism splits every segment, so there each sample
+is padded to a multiple of 2 CP tokens, inside its segment.
 
-Shapes: T = micro_batch_size * seq_length tokens of a micro-batch, N supervised positions in it (may be 0).
+Shapes: T = micro_batch_size * seq_length tokens of a micro-batch, N supervised positions and S samples in it (either
+may be 0), R tokens and M supervised positions of a context-parallel rank's part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from fusemega.runtime.context_parallel import zigzag
 from fusemega.text.sample import Sample
 
 Bin = list[int]
+
+
+def padded(lengths: Sequence[int] | np.ndarray | int, multiple: int) -> np.ndarray:
+    """int64: how many tokens of a row samples of these lengths take up, each a multiple of `multiple`."""
+    return -(-np.asarray(lengths, dtype=np.int64) // multiple) * multiple
 
 
 def pack(lengths: Sequence[int] | np.ndarray, seq_length: int, packed: bool) -> list[Bin]:
@@ -46,15 +54,19 @@ def pack(lengths: Sequence[int] | np.ndarray, seq_length: int, packed: bool) -> 
 
 
 def deal(
-    bins: Sequence[Bin], lengths: Sequence[int] | np.ndarray, dp_size: int, micro_batch_size: int
+    bins: Sequence[Bin],
+    lengths: Sequence[int] | np.ndarray,
+    dp_size: int,
+    micro_batch_size: int,
+    multiple: int = 1,
 ) -> list[list[list[Bin]]]:
     """[dp rank][micro-batch] -> `micro_batch_size` bins; every rank gets the same number of micro-batches.
 
-    The bins are filled up with empty ones to a multiple of dp_size * micro_batch_size and dealt to and fro by
-    falling attention work (sum of squared lengths), so that ranks have about equal work at about the same time.
+    That number is a multiple of `multiple`. The bins are filled up with empty ones to make it so, and dealt to and fro
+    by falling attention work (sum of squared lengths), so that ranks have about equal work at about the same time.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
-    step = dp_size * micro_batch_size
+    step = dp_size * micro_batch_size * multiple
     filled = [*bins, *([] for _ in range(-len(bins) % step))]
     work = np.array([int((sizes[b] ** 2).sum()) if b else 0 for b in filled], dtype=np.int64)
     order = np.argsort(-work, kind="stable").tolist()
@@ -74,6 +86,7 @@ def collate(
     micro_batch_size: int,
     pad_id: int,
     like: Mapping[str, np.ndarray],
+    multiple: int = 1,
 ) -> dict[str, Any]:
     """One micro-batch.
 
@@ -81,11 +94,13 @@ def collate(
         rows: the samples of each of `micro_batch_size` bins.
         fields: an objective's `sample_fields`: arrays [P, ...] of a sample, one entry a supervised position.
         like: the same fields of any sample: gives shapes and types where a micro-batch has no sample.
+        multiple: of which each sample's segment is.
 
     Returns:
         tokens, position_ids int64 [1, T] (positions restart at each segment); cu_seqlens int32 [segments + 1];
         max_seqlen int, the longest segment; positions int64 [N], indices into T whose next token is supervised;
-        labels int64 [N], those next tokens; keys, the samples' keys in order; and the fields, [N, ...].
+        labels int64 [N], those next tokens; sequences int64 [N], the sample that each belongs to; sequence_tokens
+        int64 [S], how many each sample has; keys, the samples' keys in order; and the fields, [N, ...].
     """
     if len(rows) != micro_batch_size:
         raise ValueError(f"{len(rows)} rows for a micro-batch of {micro_batch_size}")
@@ -96,10 +111,10 @@ def collate(
     for r, row in enumerate(rows):
         place = r * seq_length
         for sample in row:
-            end = place + len(sample.ids)
+            end = place + int(padded(len(sample.ids), multiple))
             if end > (r + 1) * seq_length:
                 raise ValueError(f"{sample.source}: the samples of a row exceed {seq_length} tokens")
-            tokens[place:end] = sample.ids
+            tokens[place : place + len(sample.ids)] = sample.ids
             positions.append(place + sample.positions)
             samples.append(sample)
             bounds.append(end)
@@ -108,6 +123,7 @@ def collate(
             bounds.append((r + 1) * seq_length)
     segments = np.diff(bounds)
     where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
+    counts = np.array([len(part) for part in positions], dtype=np.int64)
     batch: dict[str, Any] = {
         "tokens": torch.from_numpy(tokens)[None],
         "position_ids": torch.from_numpy(np.arange(len(tokens)) - np.repeat(bounds[:-1], segments))[None],
@@ -115,6 +131,8 @@ def collate(
         "max_seqlen": int(segments.max()),
         "positions": torch.from_numpy(where),
         "labels": torch.from_numpy(tokens[where + 1]),
+        "sequences": torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
+        "sequence_tokens": torch.from_numpy(counts),
         "keys": [sample.key for sample in samples],
     }
     collected = [fields(sample) for sample in samples]
@@ -124,3 +142,25 @@ def collate(
         if len(batch[name]) != len(where):
             raise ValueError(f"field {name!r} has {len(batch[name])} entries for {len(where)} supervised positions")
     return batch
+
+
+def context_part(batch: Mapping[str, Any], fields: Iterable[str], rank: int, size: int) -> dict[str, Any]:
+    """What context-parallel rank `rank` of `size` takes of a micro-batch: its tokens, and the positions among them.
+
+    Args:
+        batch: from `collate`, with segments that are multiples of 2 x size.
+        fields: names of the objective's fields.
+
+    Returns:
+        the batch with tokens and position_ids [1, R], in zigzag order; positions [M], indices into R; labels,
+        sequences and the fields of those, [M, ...]; kept int64 [M], which of the N positions they are; num_positions,
+        which is N. cu_seqlens, max_seqlen, sequence_tokens and keys stay those of the whole micro-batch.
+    """
+    mine = zigzag(batch["cu_seqlens"], rank, size)
+    place = torch.full((batch["tokens"].size(1),), -1, dtype=torch.int64)
+    place[mine] = torch.arange(len(mine))
+    positions = place[batch["positions"]]
+    kept = (positions >= 0).nonzero().flatten()
+    part = {name: batch[name][:, mine] for name in ("tokens", "position_ids")}
+    part |= {name: batch[name][kept] for name in ("labels", "sequences", *fields)}
+    return {**batch, **part, "positions": positions[kept], "kept": kept, "num_positions": len(batch["positions"])}

@@ -15,7 +15,7 @@ from fusemega.runtime.parallel import World
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import collate, deal, pack
+from fusemega.text.packing import collate, context_part, deal, pack, padded
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.forward import Batch
@@ -52,7 +52,8 @@ class GlobalBatch:
 
     Attributes:
         micro_batches: in order; as many on every rank.
-        samples: those of each micro-batch, in the order of its supervised positions.
+        samples: those of each micro-batch, in the order of its supervised positions; whole, also where context
+            parallelism gives this rank a part of their tokens.
         num_tokens: tokens of all samples on all ranks, padding not counted.
     """
 
@@ -65,13 +66,16 @@ def global_batch(
     dataset: TokenizedDataset, ids: Sequence[int] | np.ndarray, fields: SampleFields, shape: RowShape, world: World
 ) -> GlobalBatch:
     """Pack the samples `ids`, deal the rows over data parallelism and collate this rank's part on its device."""
-    lengths = dataset.lengths[np.asarray(ids)]
-    hands = deal(pack(lengths, shape.seq_length, shape.packing), lengths, world.dp_size, shape.micro_batch_size)
+    lengths, multiple = dataset.lengths[np.asarray(ids)], world.layout.segment_multiple
+    bins = pack(padded(lengths, multiple), shape.seq_length, shape.packing)
+    hands = deal(bins, lengths, world.dp_size, shape.micro_batch_size, world.layout.micro_batch_multiple)
     micro_batches, samples = [], []
     like = fields(dataset[0])
     for bins in hands[world.dp_rank]:
         rows = [[dataset[int(ids[i])] for i in row] for row in bins]
-        batch = collate(rows, fields, shape.seq_length, shape.micro_batch_size, shape.pad_id, like)
+        batch = collate(rows, fields, shape.seq_length, shape.micro_batch_size, shape.pad_id, like, multiple)
+        if world.cp_size > 1:
+            batch = context_part(batch, like, world.cp_rank, world.cp_size)
         micro_batches.append({name: _on(value, world.device) for name, value in batch.items()})
         samples.append([sample for row in rows for sample in row])
     return GlobalBatch(micro_batches, samples, int(lengths.sum()))

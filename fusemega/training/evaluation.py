@@ -63,12 +63,14 @@ def evaluate_model(gpt: GPT, dataset: TokenizedDataset, shape: RowShape, world: 
         rows = sparse_log_probs(
             hidden_NH, gpt.head_weight(), Query(batch["labels"][:, None]), **head_settings(gpt, world)
         )
-        sums = (rows.logp_TK.double().sum(), len(batch["labels"]), sum(sample.num_bytes for sample in samples))
+        # Of a sample that context-parallel ranks share, each has its own tokens, and one counts the bytes.
+        num_bytes = sum(sample.num_bytes for sample in samples) if world.cp_rank == 0 else 0
+        sums = (rows.logp_TK.double().sum(), len(batch["labels"]), num_bytes)
         return torch.tensor([float(value) for value in sums], dtype=torch.float64, device=world.device)
 
     passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world)
     collected = [values for _, part in passes for values in part]
-    logp, tokens, num_bytes = total_over_ranks(collected, 3, world).tolist()
+    logp, tokens, num_bytes = total_over_ranks(collected, 3, world, world.dp_cp_group).tolist()
     return Evaluation(
         loss=-logp / tokens,
         perplexity=math.exp(min(-logp / tokens, 700.0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -32,6 +33,8 @@ class OptimizerSection(Section):
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip_grad: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0 clips nothing")
     use_distributed_optimizer: bool = Field(True, description="shard optimizer state over the data-parallel ranks")
+    overlap_grad_reduce: bool = Field(False, description="sum gradients over data-parallel ranks during backward")
+    overlap_param_gather: bool = Field(False, description="gather updated parameters during the next forward")
 
     @model_validator(mode="after")
     def _min_below_peak(self) -> OptimizerSection:
@@ -40,28 +43,40 @@ class OptimizerSection(Section):
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         return self
 
+    @model_validator(mode="after")
+    def _gathering_needs_shards(self) -> OptimizerSection:
+        """overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce."""
+        for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+            if self.overlap_param_gather and not getattr(self, name):
+                raise ValueError(f"overlap_param_gather needs {name}: true")
+        return self
 
-def wrap(model: GPT, section: OptimizerSection) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """The model under DistributedDataParallel (fp32 main gradients) and its optimizer.
+
+def wrap(model: GPT, section: OptimizerSection) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """The model's chunks under DistributedDataParallel (fp32 main gradients) and its optimizer.
 
     The objective divides by global denominators itself, so Megatron's own divisions are switched off:
-    `calculate_per_token_loss` makes data parallelism *sum* gradients (distributed_data_parallel.py:174) and the
-    schedules leave the loss alone (schedules.py:257); `num_tokens` is withheld from `finalize_model_grads`.
+    `calculate_per_token_loss` makes data and context parallelism *sum* gradients (distributed_data_parallel.py:262) and
+    the schedules leave the loss alone (schedules.py:263); `num_tokens` is withheld from `finalize_model_grads`.
 
     Args:
-        model: this rank's stage, in its training dtype (fp32 or bf16).
+        model: what this rank holds, in its training dtype (fp32 or bf16).
         section: the run file's `optimizer`.
     """
     config = model.config
     dtype = config.params_dtype
     config.calculate_per_token_loss = True
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=section.use_distributed_optimizer
-        ),
-        model,
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=section.use_distributed_optimizer,
+        overlap_grad_reduce=section.overlap_grad_reduce,
+        overlap_param_gather=section.overlap_param_gather,
     )
+    ddp = [
+        # As Megatron does it: only the first chunk's communication is on the critical path, and worth cutting up.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(model.chunks)
+    ]
     settings = OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -74,11 +89,25 @@ def wrap(model: GPT, section: OptimizerSection) -> tuple[DistributedDataParallel
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=section.use_distributed_optimizer,
+        overlap_param_gather=section.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(settings, [ddp], config_overrides=get_standard_config_overrides(settings))
+    optimizer = get_megatron_optimizer(settings, ddp, config_overrides=get_standard_config_overrides(settings))
     config.finalize_model_grads_func = lambda chunks, num_tokens=None, **kw: finalize_model_grads(chunks, None, **kw)
     config.grad_scale_func = optimizer.scale_loss
+    if section.overlap_grad_reduce:
+        # Gradients travel while the last micro-batch is computed, and not before.
+        config.no_sync_func = ddp[0].no_sync if len(ddp) == 1 else [chunk.no_sync for chunk in ddp]
     return ddp, optimizer
+
+
+def complete_parameters(ddp: Sequence[DistributedDataParallel]) -> None:
+    """Gather every parameter that the last update left in shards (overlap_param_gather). Collective.
+
+    For whoever reads parameters without a training forward: evaluation, checkpoints, export.
+    """
+    for chunk in ddp:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def schedule(optimizer: MegatronOptimizer, section: OptimizerSection, train_iters: int) -> OptimizerParamScheduler:

@@ -55,5 +55,5 @@ def score_samples(
 
         yield (
             start + len(part),
-            run_schedule(gpt, batch.micro_batches, loss, world, forward_only=True),
+            run_schedule(list(gpt.chunks), batch.micro_batches, loss, world, forward_only=True),
         )

@@ -41,8 +41,7 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     lines = {
         "model": f"{run.model.load}: {hf_config['model_type']}, {parameters / 1e6:.1f}M parameters, {run.model.dtype}, "
         f"{checked.source.kernels}",
-        "layout": f"{world_size} process(es): TP {parallel.tensor_model_parallel_size} x PP "
-        f"{parallel.pipeline_model_parallel_size} x DP {dp}" + (", SP" if parallel.sequence_parallel else ""),
+        "layout": f"{world_size} process(es): {parallel} x DP {dp}",
         "data": f"{len(files)} file(s): {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}",
         "rows": f"{run.data.seq_length} tokens, {'packed' if training.packing else 'one sample each'}, "
         f"{training.micro_batch_size} a forward pass, {training.global_batch_size} samples an update",

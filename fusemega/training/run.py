@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section
+from fusemega.errors import UserError
 from fusemega.losses.registry import ObjectiveSettings, parse_objective
-from fusemega.runtime.parallel import ParallelConfig
+from fusemega.runtime.layout import ParallelConfig
 from fusemega.text.data import DataConfig
 from fusemega.training.evaluation import EvaluationSection
 from fusemega.training.optimizer import OptimizerSection
 
 # The fields of `training` that decide the loss curve: a resumed run must not change them.
 IDENTITY_FIELDS = ("global_batch_size", "seed")
+# The fields of `optimizer` that do not.
+FREE_OPTIMIZER_FIELDS = ("overlap_grad_reduce", "overlap_param_gather")
 
 
 class TrainingSection(Section):
@@ -36,6 +40,15 @@ class TrainingSection(Section):
     async_save: bool = Field(False, description="write checkpoints in the background, while training goes on")
     wandb_project: str | None = Field(None, description="also log to this project of Weights & Biases")
     export_hf: bool = Field(True, description="write output_dir/hf, a folder transformers loads, at the end")
+    recompute_granularity: Literal["selective", "full"] | None = Field(
+        None, description="activations that backward computes again: those of attention's core, or of whole layers"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="full: of all layers, in groups; or of the first of each pipeline stage, one by one"
+    )
+    recompute_num_layers: int | None = Field(
+        None, ge=1, description="full: layers of a group (uniform), or how many (block)"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -43,6 +56,44 @@ class TrainingSection(Section):
         if (self.train_iters is None) == (self.train_epochs is None):
             raise ValueError("give exactly one of train_iters and train_epochs")
         return self
+
+    @model_validator(mode="after")
+    def _recompute_is_whole(self) -> TrainingSection:
+        """recompute_granularity full needs recompute_method and recompute_num_layers; selective takes neither."""
+        for name in ("recompute_method", "recompute_num_layers"):
+            given = getattr(self, name) is not None
+            if given and self.recompute_granularity != "full":
+                raise ValueError(f"{name} has no effect without recompute_granularity: full; set that, or leave it out")
+            if not given and self.recompute_granularity == "full":
+                raise ValueError(f"recompute_granularity: full needs {name}")
+        return self
+
+    def recompute(self) -> dict[str, Any]:
+        """TransformerConfig's fields about recomputation."""
+        names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+        return {name: getattr(self, name) for name in names}
+
+    def check_recompute(self, chunks: Iterable[int]) -> None:
+        """Refuses groups of layers that do not fill the chunks of a model, or more than there are.
+
+        Args:
+            chunks: how many layers each has.
+
+        Raises:
+            UserError: names the number.
+        """
+        layers = self.recompute_num_layers
+        if layers is None:
+            return
+        for count in sorted(set(chunks)):
+            wrong = count % layers if self.recompute_method == "uniform" else layers > count
+            if wrong:
+                allowed = [n for n in range(1, count + 1) if self.recompute_method == "block" or count % n == 0]
+                raise UserError(
+                    f"training.recompute_num_layers: {layers} with recompute_method {self.recompute_method} does not "
+                    f"suit a pipeline stage (or piece of one) of {count} layers; allowed: "
+                    f"{', '.join(map(str, allowed))}"
+                )
 
     def iterations(self, num_samples: int) -> int:
         """The number of updates for a data set of `num_samples`."""
@@ -71,12 +122,14 @@ class TrainRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> TrainRun:
-        """seq_length x training.micro_batch_size suits sequence parallelism and FP8 (also the evaluation's)."""
-        tokens = self.data.seq_length * self.training.micro_batch_size
-        self.parallel.check_row(tokens, "data.seq_length x training.micro_batch_size")
-        self.model.check_row(tokens, "data.seq_length x training.micro_batch_size", self.parallel)
+        """data.seq_length, and its product with training.micro_batch_size, suit context and sequence parallelism and
+        FP8 (also the evaluation's)."""
+        lengths = {"data.seq_length": self.data.seq_length}
         if self.evaluation is not None:
-            tokens = self.evaluation.data.seq_length * self.training.micro_batch_size
-            self.parallel.check_row(tokens, "evaluation.data.seq_length x training.micro_batch_size")
-            self.model.check_row(tokens, "evaluation.data.seq_length x training.micro_batch_size", self.parallel)
+            lengths["evaluation.data.seq_length"] = self.evaluation.data.seq_length
+        rows = self.training.micro_batch_size
+        for key, length in lengths.items():
+            keys = (key, "training.micro_batch_size")
+            self.parallel.check_rows(length, rows, keys)
+            self.model.check_row(length * rows, " x ".join(keys), self.parallel)
         return self

@@ -18,6 +18,7 @@ from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
+from fusemega.training.optimizer import complete_parameters
 from fusemega.training.records import DONE_MARKER, RUN_RECORD
 from fusemega.training.run import TrainRun
 from fusemega.training.trainer import Trainer
@@ -42,6 +43,7 @@ class Checked:
         if run.training.wandb_project is not None:
             require_wandb()
         source = ModelSource(run.model, run.parallel, world_size)
+        run.training.check_recompute(source.chunk_sizes)
         return cls(run, source, build_objective(run.objective, source.tokenizer, source.vocab_size))
 
 
@@ -68,7 +70,8 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
         held_out = prepare_together(
             run.evaluation.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world
         )
-    trainer = Trainer.create(run, world, checked.source.build(world), checked.objective, data, held_out)
+    gpt = checked.source.build(world, run.training.recompute())
+    trainer = Trainer.create(run, world, gpt, checked.objective, data, held_out)
     # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
     on_main(world, lambda: _write_record(output, run))
     return trainer, checked
@@ -92,6 +95,7 @@ def train(run: TrainRun) -> int:
     output = Path(run.output_dir)
     hf = output / "hf"
     if run.training.export_hf and not hf.exists():
+        complete_parameters(trainer.ddp)
         if best := trainer.best_checkpoint():
             load_model(trainer.gpt, best)
             say(f"exporting the best checkpoint, of iteration {trainer.best.iteration}")
@@ -122,10 +126,10 @@ def _write_record(output: Path, run: TrainRun) -> None:
 
 def _summary(trainer: Trainer, kernels: Kernels) -> str:
     world, dataset = trainer.world, trainer.data.dataset
+    layout = f"{world.layout} x DP {world.dp_size}"
     skipped = "".join(f"; skipped {count} ({reason})" for reason, count in dataset.skipped.items())
     start = f"resuming after iteration {trainer.iteration}" if trainer.iteration else "starting"
     return (
-        f"{start} of {trainer.train_iters} | TP {world.tp_size} PP {world.pp_size} DP {world.dp_size}"
-        f"{' SP' if world.sequence_parallel else ''} | {trainer.run.model.dtype}, {kernels} | "
+        f"{start} of {trainer.train_iters} | {layout} | {trainer.run.model.dtype}, {kernels} | "
         f"{len(dataset)} samples, {int(dataset.lengths.sum())} tokens, {dataset.num_supervised} supervised{skipped}"
     )

@@ -29,10 +29,10 @@ from fusemega.runtime.signals import StopSignals
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.training.batches import TrainingData
 from fusemega.training.evaluation import evaluate_model
-from fusemega.training.forward import Batch, head_settings, run_schedule, total_over_ranks
+from fusemega.training.forward import Batch, objective_loss, run_schedule, total_over_ranks
 from fusemega.training.metrics import MetricsWriter, with_costs
-from fusemega.training.optimizer import schedule, wrap
-from fusemega.training.run import IDENTITY_FIELDS, TrainRun
+from fusemega.training.optimizer import complete_parameters, schedule, wrap
+from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
 from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
@@ -63,7 +63,7 @@ class Trainer:
     run: TrainRun
     world: World
     gpt: GPT
-    ddp: DistributedDataParallel
+    ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     objective: Objective
@@ -143,17 +143,16 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
         started = time.monotonic()
-        self.ddp.train()
         batches = self.data.step(self.iteration)
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         denominators = self._denominators(batches.micro_batches)
         unsound: list[str] = []
 
         def loss_function(hidden_NH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            loss, sums = self.objective.loss(
-                hidden_NH, self.gpt.head_weight(), batch, denominators, head_settings(self.gpt, self.world)
-            )
+            loss, sums = objective_loss(self.objective, self.gpt, hidden_NH, batch, denominators, self.world)
             if not torch.isfinite(loss.detach()):
                 unsound.extend(key.hex() for key in batch["keys"])
             return loss, torch.stack([loss.detach().double(), *(sums[term].double() for term in self.objective.terms)])
@@ -165,7 +164,9 @@ class Trainer:
             self.world,
             forward_only=False,
         )
-        loss, *sums = total_over_ranks(collected, 1 + len(self.objective.terms), self.world).tolist()
+        loss, *sums = total_over_ranks(
+            collected, 1 + len(self.objective.terms), self.world, self._adding_ranks
+        ).tolist()
         if not math.isfinite(loss):
             self._refuse_unsound(unsound)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -193,7 +194,8 @@ class Trainer:
 
     def save(self) -> Path:
         """A checkpoint of this iteration; older ones go, as far as the run file says so. Collective."""
-        contents = training_state(self.ddp, self.optimizer, self.world)
+        complete_parameters(self.ddp)
+        contents = training_state(self.gpt, self.optimizer, self.world)
         state = {**self._identity(), "layout": self._layout(), "best": asdict(self.best)}
         return self.saver.save(self.iteration, contents, state, self.best_checkpoint())
 
@@ -213,6 +215,7 @@ class Trainer:
         section = self.run.evaluation
         if self.held_out is None or section is None:
             return False
+        complete_parameters(self.ddp)
         shape = replace(self.data.shape, seq_length=section.data.seq_length, packing=True)
         found = evaluate_model(self.gpt, self.held_out, shape, self.world)
         if writer is not None:
@@ -223,13 +226,18 @@ class Trainer:
         self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)
         return False
 
+    @property
+    def _adding_ranks(self) -> dist.ProcessGroup:
+        """Those whose parts of the loss add up: context-parallel ranks have other tokens, but the same samples."""
+        return self.world.dp_cp_group if self.objective.unit == "token" else self.world.dp_group
+
     def _denominators(self, micro_batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        """Global count of each term of the loss, at least 1: this rank's samples, summed over data parallelism."""
+        """Global count of each term of the loss, at least 1: what this rank has, summed over the ranks."""
         counts = [self.objective.counts(batch) for batch in micro_batches]
         totals = torch.stack(
             [sum((count[term] for count in counts), torch.zeros(())).double() for term in self.objective.terms]
         ).to(self.world.device)
-        dist.all_reduce(totals, group=self.world.dp_group)
+        dist.all_reduce(totals, group=self._adding_ranks)
         return dict(zip(self.objective.terms, totals.clamp(min=1), strict=True))
 
     def _refuse_unsound(self, keys: list[str]) -> None:
@@ -250,7 +258,7 @@ class Trainer:
             "fp8": self.run.model.fp8_settings() or None,
             "data": self.data.dataset.folder.name,
             "objective": self.run.objective.model_dump(mode="json"),
-            "optimizer": self.run.optimizer.model_dump(),
+            "optimizer": self.run.optimizer.model_dump(exclude=set(FREE_OPTIMIZER_FIELDS)),
             "training": self.run.training.model_dump(include=set(IDENTITY_FIELDS)),
         }
 
@@ -277,7 +285,7 @@ class Trainer:
         same_layout = saved.get("layout") == self._layout()
         if not same_layout and self.world.is_main:
             say(f"{folder.name} was saved in another layout ({saved.get('layout')}); it is loaded into this one")
-        load_checkpoint(folder, self.ddp, self.optimizer, self.world, same_layout)
+        load_checkpoint(folder, self.gpt, self.optimizer, self.world, same_layout)
         self.scheduler.step(increment=iteration)
 
     def _metrics_writer(self) -> AbstractContextManager[MetricsWriter | None]:

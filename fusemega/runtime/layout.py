@@ -1,0 +1,131 @@
+"""`parallel:` of a run file: how many processes share what. Needs neither torch nor a process group."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from fusemega.config import Section
+from fusemega.errors import UserError
+
+
+class ParallelConfig(Section):
+    """How the model is spread over processes. What is left of the world is data parallel."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1, description="ranks that share each layer's matrices")
+    sequence_parallel: bool = Field(False, description="also split norms and residuals over the tensor-parallel ranks")
+    context_parallel_size: int = Field(1, ge=1, description="ranks that share the tokens of each row")
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="stages the layers are spread over")
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, ge=2, description="pieces of each stage, for the interleaved schedule"
+    )
+    overlap_p2p_comm: bool = Field(False, description="interleaved schedule: send to the next stage during computation")
+    num_layers_in_first_pipeline_stage: int | None = Field(
+        None, ge=1, description="layers of the first stage, where it is not to have its even share"
+    )
+    num_layers_in_last_pipeline_stage: int | None = Field(
+        None, ge=1, description="layers of the last stage, where it is not to have its even share"
+    )
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_tp(self) -> ParallelConfig:
+        """sequence_parallel needs a tensor_model_parallel_size of 2 or more."""
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size of 2 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _pipeline_fields_fit(self) -> ParallelConfig:
+        """Every other pipeline key needs a pipeline_model_parallel_size of 2 or more; overlap_p2p_comm needs a
+        virtual_pipeline_model_parallel_size, and with 2 stages it is needed for one."""
+        virtual = self.virtual_pipeline_model_parallel_size
+        if self.pipeline_model_parallel_size == 1:
+            for name in (
+                "virtual_pipeline_model_parallel_size",
+                "num_layers_in_first_pipeline_stage",
+                "num_layers_in_last_pipeline_stage",
+            ):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs pipeline_model_parallel_size of 2 or more")
+        if self.overlap_p2p_comm and virtual is None:
+            raise ValueError(
+                "overlap_p2p_comm has no effect without virtual_pipeline_model_parallel_size; set that, or leave it out"
+            )
+        # Two stages are each other's previous and next. Batched sends and receives then pair up in posting order, and
+        # hand over the wrong tensors without a word (pipeline_parallel/p2p_communication.py:16).
+        if virtual is not None and self.pipeline_model_parallel_size == 2 and not self.overlap_p2p_comm:
+            raise ValueError(
+                "virtual_pipeline_model_parallel_size with pipeline_model_parallel_size 2 needs overlap_p2p_comm: true "
+                "(without it megatron-core computes wrongly), or 3 stages and more"
+            )
+        return self
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes of one replica."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def segment_multiple(self) -> int:
+        """Samples in a row are padded to a multiple of this: each context-parallel rank has two pieces of each."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """A step has a multiple of so many micro-batches: the interleaved schedule takes whole groups of PP."""
+        return 1 if self.virtual_pipeline_model_parallel_size is None else self.pipeline_model_parallel_size
+
+    @property
+    def activation_split(self) -> int:
+        """Ranks that share the tokens of a micro-batch between attention layers."""
+        return self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
+    def check_rows(self, seq_length: int, micro_batch_size: int, keys: tuple[str, str]) -> None:
+        """Refuses rows that context and sequence parallelism cannot split evenly.
+
+        Args:
+            seq_length, micro_batch_size: tokens of a row, rows of a micro-batch.
+            keys: what the run file calls them.
+
+        Raises:
+            ValueError: pydantic makes it the run file's error.
+        """
+        if seq_length % self.segment_multiple:
+            raise ValueError(
+                f"{keys[0]} = {seq_length} is not a multiple of {self.segment_multiple} = 2 x context_parallel_size, "
+                "which context parallelism needs"
+            )
+        tokens = seq_length * micro_batch_size
+        if tokens % self.activation_split:
+            ranks = f"tensor_model_parallel_size {self.tensor_model_parallel_size}"
+            if self.context_parallel_size > 1:
+                ranks += f" x context_parallel_size {self.context_parallel_size}"
+            raise ValueError(
+                f"{' x '.join(keys)} = {tokens} is not a multiple of {ranks}, which sequence_parallel needs"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """World size over TP x CP x PP.
+
+        Raises:
+            UserError: the world does not divide.
+        """
+        if world_size % self.model_parallel_size:
+            factors = {
+                name: getattr(self, name)
+                for name in ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+            }
+            product = " x ".join(f"{name} {size}" for name, size in factors.items())
+            raise UserError(
+                f"parallel: {product} = {self.model_parallel_size} "
+                f"does not divide the {world_size} process(es) of this run; start a multiple of "
+                f"{self.model_parallel_size} (--nproc)"
+            )
+        return world_size // self.model_parallel_size
+
+    def __str__(self) -> str:
+        """Such as "TP 2 SP x CP 2 x PP 2 (x 2 virtual)"."""
+        tp = f"TP {self.tensor_model_parallel_size}{' SP' if self.sequence_parallel else ''}"
+        cp = f" x CP {self.context_parallel_size}" if self.context_parallel_size > 1 else ""
+        virtual = self.virtual_pipeline_model_parallel_size
+        pp = f" x PP {self.pipeline_model_parallel_size}" + (f" (x {virtual} virtual)" if virtual else "")
+        return tp + cp + pp
