@@ -156,7 +156,8 @@ def main() -> None:
     names = [name for name in chosen if name == "reference" or CASES[name].world in args.worlds]
     with tempfile.TemporaryDirectory(prefix="fusemega-layouts-") as folder:
         work = Path(folder)
-        tiny.write_model(work / "model", tiny.write_chat(work / "chat.jsonl", rows=96, characters=300), num_hidden_layers=8)
+        chat = tiny.write_chat(work / "chat.jsonl", rows=96, characters=300)
+        tiny.write_model(work / "model", chat, num_hidden_layers=8)
         found: dict[str, list[tuple[float, float]]] = {}
         for world in sorted({CASES[name].world for name in names}):
             cases = [name for name in names if CASES[name].world == world]
