@@ -17,6 +17,7 @@ from fusemega.models.build import build_model, fill, placements
 from fusemega.models.rules import Box, volume
 from fusemega.runtime.parallel import World
 from tests.checkpoint.conftest import save_llama
+from tests.models.test_stages import layout
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -36,12 +37,12 @@ def test_one_process_reads_what_the_plan_says(world: World, tmp_path: Path, dtyp
     model = build_model(folder.config, world, dtype)
     fill(model, world, spy)
     files = len(list(folder.path.glob("*.safetensors")))
-    assert plan_reads(folder, 1, 1) == [RankReads(0, 0, len(read), read.total(), nbytes, files)]
+    assert plan_reads(folder, layout(1, 1)) == [RankReads(0, 0, len(read), read.total(), nbytes, files)]
     import_hf(folder.path, tmp_path / "megatron")
     held = sum(volume(piece.local_box) for placement in placements(model, world) for piece in placement.pieces)
     count = len(list(model.parameters()))
     wanted = [RankReads(0, 0, count, count, held * dtype.itemsize, 0)]
-    assert plan_reads(MegatronFolder(tmp_path / "megatron"), 1, 1) == wanted
+    assert plan_reads(MegatronFolder(tmp_path / "megatron"), layout(1, 1)) == wanted
 
 
 def test_ranks_share_the_bytes_except_norms_and_a_tied_head(tmp_path: Path) -> None:
@@ -51,12 +52,12 @@ def test_ranks_share_the_bytes_except_norms_and_a_tied_head(tmp_path: Path) -> N
     norms = sum(torch.Size(folder.shape(name)).numel() * 4 for name in folder if "norm" in name)
     embedding = 101 * 32 * 4
     for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (4, 4)):
-        reads = plan_reads(folder, tp, pp)
+        reads = plan_reads(folder, layout(tp, pp))
         assert [(r.pp_rank, r.tp_rank) for r in reads] == [(p, t) for p in range(pp) for t in range(tp)]
         assert sum(r.nbytes for r in reads) == whole + (tp - 1) * norms + (pp > 1) * embedding
-    assert len({folder.file(name) for name in folder}) >= max(r.files for r in plan_reads(folder, 1, 4)) > 1
+    assert len({folder.file(name) for name in folder}) >= max(r.files for r in plan_reads(folder, layout(1, 4))) > 1
     with pytest.raises(UserError, match="does not divide this model's 4 layers"):
-        plan_reads(folder, 1, 3)
+        plan_reads(folder, layout(1, 3))
 
 
 def test_ranks_that_read_equally_much_share_a_line() -> None:

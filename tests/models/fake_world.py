@@ -1,6 +1,6 @@
 """Megatron's own parameters of chosen ranks at published sizes, built on the meta device in one process.
 
-    fake_world.py CASES    with CASES a JSON list of [model name, TP, PP, rank, sequence parallel]
+    fake_world.py CASES    with CASES a JSON list of [model name, TP, PP, virtual PP, rank, sequence parallel]
 
 A fake process group answers for the other ranks. Prints one JSON list: of each case, [parameter name with the global
 layer number, shape, split over TP or not] in the model's order. `placements` has held shapes against the rules.
@@ -25,11 +25,12 @@ from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown
 from tests.models.published import PUBLISHED
 
 
-def parameters(name: str, tp: int, pp: int, rank: int, sequence_parallel: bool) -> list[Any]:
+def parameters(name: str, tp: int, pp: int, vpp: int | None, rank: int, sequence_parallel: bool) -> list[Any]:
     """What Megatron builds on this rank."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(tp * pp)}  # as a launcher would have set them
-    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    sizes: dict[str, Any] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    sizes |= {"virtual_pipeline_model_parallel_size": vpp, "overlap_p2p_comm": vpp is not None}
     try:
         world = initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
         with torch.device("meta"):

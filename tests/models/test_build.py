@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fusemega.errors import UserError
-from fusemega.models.build import build_model, check_layout, init_random
+from fusemega.models.build import build_model, init_random
 from fusemega.models.dense_logits import dense_logits
 from fusemega.runtime.parallel import World
 
@@ -25,31 +24,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("tp_size", "pp_size", "words"),
-    [
-        (4, 1, ["tensor_model_parallel_size: 4", "2 key/value heads", "not supported", "allowed: 1, 2"]),
-        (3, 1, ["tensor_model_parallel_size: 3", "4 attention heads", "allowed: 1, 2"]),
-        (1, 4, ["pipeline_model_parallel_size: 4", "2 layers", "allowed: 1, 2"]),
-    ],
-)
-def test_layouts_that_do_not_divide_are_refused(tp_size: int, pp_size: int, words: list[str]) -> None:
-    with pytest.raises(UserError) as error:
-        check_layout(CONFIG, tp_size, pp_size)
-    assert all(word in str(error.value) for word in words)
-
-
-def test_real_smollm2_takes_the_quickstart_layout() -> None:
-    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
-    check_layout(CONFIG | sizes, 3, 2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_gives_hidden_states_of_the_models_dtype(world: World, dtype: torch.dtype) -> None:
     model = build_model(CONFIG, world, dtype)
     init_random(model, world, seed=3)
     ids = torch.arange(9)[None]
-    hidden = model(ids, ids, None)
+    hidden = model.chunks[0](ids, ids, None)
     assert hidden.shape == (9, 1, 32)
     assert hidden.dtype is dtype
     assert model.head_weight().shape == (101, 32)
@@ -101,5 +81,5 @@ def test_random_weights_depend_on_seed_and_name_alone(world: World) -> None:
         else:
             assert not torch.equal(value, other[name])
             assert 0.04 < value.std() < 0.06
-    a, b = (first[f"decoder.layers.{layer}.mlp.linear_fc2.weight"] for layer in (0, 1))
+    a, b = (first[f"chunks.0.decoder.layers.{layer}.mlp.linear_fc2.weight"] for layer in (0, 1))
     assert not torch.equal(a, b)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusemega.models.build import check_layout, stage_rules
 from fusemega.models.registry import family_of
 from fusemega.models.rules import Box, VocabRows, volume
+from fusemega.models.stages import check_layout, stage_rules
 from tests.models.published import PARAMETERS, PUBLISHED
+from tests.models.test_stages import layout
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = [(1, 1), (2, 1), (4, 1), (4, 4), (8, 2), (8, 4)]
@@ -51,11 +52,11 @@ def test_the_cases_reach_every_model_and_a_layout_of_32_ranks() -> None:
 @pytest.mark.parametrize(("name", "tp", "pp"), CASES)
 def test_every_element_is_on_exactly_one_rank(name: str, tp: int, pp: int) -> None:
     config = PUBLISHED[name]
-    check_layout(config, tp, pp)
+    check_layout(config, layout(tp, pp))
     held: dict[str, list[Box]] = defaultdict(list)
     replicated: set[str] = set()
     for pp_rank in range(pp):
-        for rule in stage_rules(config, pp, pp_rank):
+        for rule in stage_rules(config, layout(tp, pp), pp_rank):
             if rule.partition_dim is None:
                 replicated |= rule.hf_shapes().keys()
             for tp_rank in range(tp):
@@ -87,18 +88,19 @@ def test_the_tiling_check_finds_a_gap_and_an_overlap() -> None:
 
 def test_megatron_builds_the_parameters_that_the_rules_name() -> None:
     cases = [
-        (name, tp, pp, rank, tp > 1)
+        (name, tp, pp, None, rank, tp > 1)
         for name, tp, pp in CASES
         if (tp, pp) in ((1, 1), (4, 4), (8, 4))
         for rank in sorted({0, tp * (pp // 2), tp * pp - 1})
     ]
+    cases += [("Llama-3.1-70B", 8, 4, 2, rank, True) for rank in (0, 16, 31)]  # two pieces of every stage
     command = [sys.executable, "-m", "tests.models.fake_world", json.dumps(cases)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
-    for (name, tp, pp, rank, _), built in zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True):
-        rules = stage_rules(PUBLISHED[name], pp, rank // tp)
+    for (name, tp, pp, vpp, rank, _), built in zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        rules = stage_rules(PUBLISHED[name], layout(tp, pp, vpp), rank // tp)
         wanted = [[rule.megatron, list(rule.local_shape(tp)), rule.partition_dim is not None] for rule in rules]
-        assert sorted(built) == sorted(wanted), (name, tp, pp, rank)
+        assert sorted(built) == sorted(wanted), (name, tp, pp, vpp, rank)
         if tp == pp == 1:
             assert sum(torch.Size(shape).numel() for _, shape, _ in built) == PARAMETERS[name]

@@ -65,7 +65,7 @@ def test_packed_segments_do_not_see_each_other(lengths: list[int]) -> None:
 def test_a_sliding_window_equals_plain_loops(
     monkeypatch: pytest.MonkeyPatch, before: int, block: int, lengths: list[int]
 ) -> None:
-    monkeypatch.setattr(specs, "_WINDOW_BLOCK", block)
+    monkeypatch.setattr(specs, "_BLOCK", block)
     q, k, v = (t.requires_grad_() for t in qkv())
     cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=max(lengths))

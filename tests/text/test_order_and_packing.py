@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from fusemega.runtime.context_parallel import zigzag
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import collate, deal, pack
+from fusemega.text.packing import collate, context_part, deal, pack, padded
 from fusemega.text.sample import Sample
 
 
@@ -99,6 +100,49 @@ def check(batch: dict, rows: list[list[Sample]], seq_length: int) -> None:
     assert batch["positions"].dtype == batch["labels"].dtype == torch.int64
     assert batch["weight"].tolist() == [float(tokens[p]) for p in positions]
     assert batch["keys"] == [sample.key for row in rows for sample in row]
+    assert len(batch["sequences"]) == len(labels) and batch["sequence_tokens"].sum() == len(labels)
+
+
+@pytest.mark.parametrize(("seed", "size"), [(0, 2), (1, 2), (2, 3)])
+def test_context_ranks_share_every_sample(seed: int, size: int) -> None:
+    rng = random.Random(seed)
+    seq_length, multiple = 36, 2 * size
+    samples = make(rng, rng.randint(5, 30), seq_length)
+    lengths = [len(sample.ids) for sample in samples]
+    bins = pack(padded(lengths, multiple), seq_length, packed=True)
+    expected = sorted((i, int(t)) for i, sample in enumerate(samples) for t in sample.positions)
+    seen = []
+    for micro_batch in deal(bins, lengths, 1, 2)[0]:
+        held = [[samples[i] for i in b] for b in micro_batch]
+        whole = collate(held, fields, seq_length, 2, 0, fields(samples[0]), multiple)
+        assert not (whole["cu_seqlens"] % multiple).any()
+        flat = [sample for row in held for sample in row]
+        assert whole["sequence_tokens"].tolist() == [len(sample.positions) for sample in flat]
+        owner = [int.from_bytes(flat[i].key, "big") for i in whole["sequences"].tolist()]
+        assert owner == whole["tag"][:, 0].tolist()
+        collected = torch.full((len(whole["labels"]), 2), -1)
+        for rank in range(size):
+            part = context_part(whole, ("tag", "weight"), rank, size)
+            mine = zigzag(whole["cu_seqlens"], rank, size)
+            assert part["tokens"].tolist() == whole["tokens"][:, mine].tolist()
+            assert part["position_ids"].tolist() == whole["position_ids"][:, mine].tolist()
+            assert part["weight"].tolist() == part["tokens"][0, part["positions"]].tolist()
+            assert torch.equal(part["labels"], whole["labels"][part["kept"]])
+            assert torch.equal(part["sequences"], whole["sequences"][part["kept"]])
+            assert part["num_positions"] == len(whole["labels"]) and part["cu_seqlens"] is whole["cu_seqlens"]
+            collected[part["kept"]] = part["tag"]
+            seen += [tuple(tag) for tag in part["tag"].tolist()]
+        assert torch.equal(collected, whole["tag"])
+    assert sorted(seen) == expected
+
+
+def test_the_interleaved_schedule_gets_whole_groups_of_micro_batches() -> None:
+    bins = [[i] for i in range(5)]
+    for dp, micro_batch, multiple, wanted in ((1, 1, 1, 5), (1, 1, 4, 8), (2, 1, 2, 4), (1, 2, 2, 4), (2, 3, 3, 3)):
+        ranks = deal(bins, [3] * 5, dp, micro_batch, multiple)
+        assert [len(rank) for rank in ranks] == [wanted] * dp
+        dealt = sorted(i for rank in ranks for m in rank for b in m for i in b)
+        assert dealt == list(range(5)) and all(len(m) == micro_batch for rank in ranks for m in rank)
 
 
 def test_a_filler_micro_batch_has_fields_without_entries() -> None:
@@ -108,6 +152,7 @@ def test_a_filler_micro_batch_has_fields_without_entries() -> None:
     assert batch["cu_seqlens"].tolist() == [0, 8, 16] and batch["max_seqlen"] == 8
     assert batch["tokens"].unique().tolist() == [9]
     assert batch["positions"].shape == batch["labels"].shape == (0,) and batch["keys"] == []
+    assert batch["sequences"].shape == batch["sequence_tokens"].shape == (0,)
 
 
 def test_packing_is_tight_and_dealing_is_even() -> None:

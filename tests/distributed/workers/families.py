@@ -67,7 +67,7 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
 
     ddp, optimizer = wrap(model, OptimizerSection(lr=1e-3, use_distributed_optimizer=False, clip_grad=0.0))
     decay = {id(parameter): group["wd_mult"] for group in optimizer.param_groups for parameter in group["params"]}
-    ddp.zero_grad_buffer()
+    ddp[0].zero_grad_buffer()
     batch = row_of(texts)
     objective = SFT()
     # Each data-parallel rank brings the same row: together they are one row counted dp_size times.

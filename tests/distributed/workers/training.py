@@ -34,7 +34,7 @@ def take(trainer: Trainer, steps: int) -> list[dict[str, float]]:
 def last_rows(trainer: Trainer) -> dict[str, list[float]] | None:
     """Largest value of each of the last two rows of the embedding in each optimizer state; None on other ranks."""
     world = trainer.world
-    states = training_state(trainer.ddp, trainer.optimizer, world)["optimizer"]["param_state"]
+    states = training_state(trainer.gpt, trainer.optimizer, world)["optimizer"]["param_state"]
     if not world.is_first_stage or world.tp_rank != world.tp_size - 1:
         return None
     return {

@@ -22,19 +22,23 @@ from fusemega.models.dense_logits import dense_logits
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
 from tests.distributed.launch import report
 
-LAYOUTS = {
-    "TP1PP1": (1, 1, False),
-    "TP2PP1": (2, 1, True),
-    "TP4PP1": (4, 1, False),
-    "TP1PP2": (1, 2, False),
-    "TP1PP4": (1, 4, False),
-    "TP2PP2": (2, 2, True),
+TP2, TP4 = ({"tensor_model_parallel_size": size} for size in (2, 4))
+PP2, PP4 = ({"pipeline_model_parallel_size": size} for size in (2, 4))
+SP = {"sequence_parallel": True}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP1PP1": {},
+    "TP2PP1": TP2 | SP,
+    "TP4PP1": TP4,
+    "TP1PP2": PP2,
+    "TP1PP4": PP4,
+    "TP2PP2": TP2 | SP | PP2,
+    "TP2PP2 virtual": TP2 | SP | PP2 | {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True},
+    "TP1PP2 uneven": PP2 | {"num_layers_in_first_pipeline_stage": 1},
 }
 
 
-def world_of(tp: int, pp: int, sequence_parallel: bool) -> World:
-    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    return initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
+def world_of(layout: dict[str, Any]) -> World:
+    return initialize(ParallelConfig(**layout))
 
 
 def padding_is_zero(model: Any, world: World) -> bool:
@@ -48,7 +52,7 @@ def padding_is_zero(model: Any, world: World) -> bool:
     return True
 
 
-def one_model(folder: Path, work: Path, world: World) -> dict[str, Any]:
+def one_model(folder: Path, work: Path, name: str, world: World) -> dict[str, Any]:
     """Everything one model shows under one layout, in numbers and hashes."""
     hf_config = HFFolder(folder).config
     model = build_model(hf_config, world, torch.float32)
@@ -62,7 +66,6 @@ def one_model(folder: Path, work: Path, world: World) -> dict[str, Any]:
     out["counted"] = sum(marks)
     logits = dense_logits(model, world, [list(range(9)), list(range(7))])
     out["logits"] = None if logits is None else logits.double().sum(1).tolist()
-    name = f"tp{world.tp_size}pp{world.pp_size}"
     export_hf(model, work / f"loaded-{name}", folder, world, max_shard_size=20_000)
     init_random(model, world, seed=5)
     export_hf(model, work / f"random-{name}", folder, world)
@@ -102,16 +105,16 @@ def main() -> None:
     work = Path(sys.argv[1])
     out: dict[str, Any] = {}
     for name, layout in LAYOUTS.items():
-        world = world_of(*layout)  # a layout costs more than a model: some thirty process groups
+        world = world_of(layout)  # a layout costs more than a model: some thirty process groups
         for kind in ("tied", "untied"):
-            out[f"{kind} {name}"] = one_model(work / f"model-{kind}", work / kind, world)
-    world = world_of(2, 2, True)
+            out[f"{kind} {name}"] = one_model(work / f"model-{kind}", work / kind, name, world)
+    world = world_of(LAYOUTS["TP2PP2"])
     for kind in ("tied", "untied"):
         if world.is_main:
             import_hf(work / f"model-{kind}", work / f"megatron-{kind}")
         whole_model_import(work / f"model-{kind}", work / f"saved-{kind}", world)
     for name, layout in LAYOUTS.items():  # 101 rows of vocabulary were imported, 102 were saved; TP 4 wants 104
-        world = world_of(*layout)
+        world = world_of(layout)
         for kind in ("tied", "untied"):
             folders = [work / f"{origin}-{kind}" for origin in ("megatron", "saved")]
             out[f"{kind} {name}"]["loads_equal"] = [loads_as_filled(work / f"model-{kind}", f, world) for f in folders]

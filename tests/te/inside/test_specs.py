@@ -59,8 +59,8 @@ def test_weights_have_the_same_shapes_and_marks(world: World) -> None:
 
 def test_norms_are_fused(world: World) -> None:
     names = {name for name, _ in drawn(world, TE).named_parameters()}
-    assert "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in names
-    assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in names
+    assert "chunks.0.decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in names
+    assert "chunks.0.decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in names
     assert not [name for name in names if "input_layernorm" in name or "pre_mlp_layernorm" in name]
 
 
@@ -91,7 +91,7 @@ def test_checkpoints_load_bitwise_into_either(saved: Kernels, loaded: Kernels, w
 
 
 def scales(model: GPT) -> Any:
-    return model.decoder.layers[1].mlp.linear_fc1.fp8_meta
+    return model.chunks[0].decoder.layers[1].mlp.linear_fc1.fp8_meta
 
 
 def test_delayed_scaling_keeps_its_scales_and_no_other_model_unpickles_them(
@@ -102,7 +102,7 @@ def test_delayed_scaling_keeps_its_scales_and_no_other_model_unpickles_them(
 
     source = drawn(world, DELAYED)
     with torch.no_grad(), get_fp8_context(source.config):  # as the first forward pass does
-        source.decoder.layers[1].mlp.linear_fc1.init_fp8_metadata()
+        source.chunks[0].decoder.layers[1].mlp.linear_fc1.init_fp8_metadata()
     scales(source)["scaling_fwd"].scale.fill_(8.0)
     scales(source)["scaling_bwd"].amax_history.fill_(5.0)
     save_model(source, tmp_path)
