@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.models.rules import whole
 from tests.distributed.launch import run_ranks
-from tests.distributed.workers.families import LAYOUTS
+from tests.distributed.workers.families import LAYOUTS, SEQUENCES
+from tests.losses.sequence_mean import sequence_mean_loss
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -42,6 +43,7 @@ class Reference(NamedTuple):
 
     logits_SV: torch.Tensor
     gradients: dict[str, torch.Tensor]
+    coupled: dict[str, torch.Tensor]
     norm: float
 
 
@@ -59,14 +61,19 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
         texts[name] = [torch.randint(0, settings["vocab_size"], (n,)).tolist() for n in LENGTHS]
         logits_SV = torch.cat([model(torch.tensor([text])).logits[0] for text in texts[name]])
         parts = logits_SV.split(LENGTHS)
-        losses = [
-            torch.nn.functional.cross_entropy(part[:-1], torch.tensor(text[1:], dtype=torch.int64), reduction="sum")
+        logp = [
+            -torch.nn.functional.cross_entropy(part[:-1], torch.tensor(text[1:], dtype=torch.int64), reduction="sum")
             for part, text in zip(parts, texts[name], strict=True)
         ]
-        (sum(losses) / (sum(LENGTHS) - len(LENGTHS))).backward()
-        gradients = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+        tokens_S = torch.tensor(LENGTHS) - 1
+        coupled_loss = sequence_mean_loss(torch.stack(logp), tokens_S) / len(LENGTHS)
+        keys, parameters = zip(*model.named_parameters(), strict=True)
+        coupled, gradients = (
+            dict(zip(keys, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))
+            for loss in (coupled_loss, -sum(logp) / int(tokens_S.sum()))
+        )
         norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm()
-        references[name] = Reference(logits_SV.detach(), gradients, float(norm))
+        references[name] = Reference(logits_SV.detach(), gradients, coupled, float(norm))
     (work / "texts.json").write_text(json.dumps(texts))
     return work, references
 
@@ -83,22 +90,35 @@ def test_logits_gradients_and_bits(
 ) -> None:
     work, reference = references[0], references[1][name]
     assert HFFolder(work / f"{name}.{layout}").content_hash() == HFFolder(work / name).content_hash()
-    gradients = HFFolder(work / f"{name}.{layout}.gradients")
-
-    logits_SV = torch.load(work / f"{name}.{layout}.logits.pt")
-    assert reference.logits_SV.abs().max() > 1
-    torch.testing.assert_close(logits_SV, reference.logits_SV, atol=2e-5, rtol=1e-5)
-
-    assert set(gradients) == set(reference.gradients)
-    for key, wanted in reference.gradients.items():
-        got = gradients.read(key, whole(tuple(wanted.shape)))
-        assert wanted.abs().max() > 1e-5, key
-        error = float((got - wanted).norm() / wanted.norm())
-        assert error < 2e-5, f"{key}: {error:.1e}"
+    if "CP" not in layout:
+        logits_SV = torch.load(work / f"{name}.{layout}.logits.pt")
+        assert reference.logits_SV.abs().max() > 1
+        torch.testing.assert_close(logits_SV, reference.logits_SV, atol=2e-5, rtol=1e-5)
+    assert_gradients(work / f"{name}.{layout}.gradients", reference.gradients)
     for result in ranks:
         seen = result[f"{name} {layout}"]
         assert seen["unequal"] == 0  # what tensor-parallel ranks hold twice has one gradient
         assert seen["norm"] == pytest.approx(reference.norm, rel=1e-5)
+
+
+def assert_gradients(folder: Path, gradients: dict[str, torch.Tensor]) -> None:
+    """The folder has, in the weights' place, these gradients."""
+    exported = HFFolder(folder)
+    assert set(exported) == set(gradients)
+    for key, wanted in gradients.items():
+        got = exported.read(key, whole(tuple(wanted.shape)))
+        assert wanted.abs().max() > 1e-5, key
+        error = float((got - wanted).norm() / wanted.norm())
+        assert error < 2e-5, f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_gradients_of_a_loss_that_couples_tokens(
+    references: tuple[Path, dict[str, Reference]], ranks: list[dict[str, Any]], name: str, layout: str
+) -> None:
+    work, reference = references[0], references[1][name]
+    assert_gradients(work / f"{name}.{layout}.sequences", reference.coupled)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,7 +3,8 @@
     families.py WORK    with folders WORK/<name>/ and texts in WORK/texts.json: token ids of segments packed in one row
 
 Leaves WORK/<name>.<layout>/ (the weights as they came back), WORK/<name>.<layout>.gradients/ (in the weights' place,
-the gradients of the mean next-token cross-entropy) and, on one last-stage rank, WORK/<name>.<layout>.logits.pt.
+the gradients of the mean next-token cross-entropy), for the models of SEQUENCES also WORK/<name>.<layout>.sequences/
+(those of a loss that couples the tokens of a text), and WORK/<name>.<layout>.logits.pt where rows are whole.
 """
 
 from __future__ import annotations
@@ -19,39 +20,53 @@ import torch.distributed as dist
 from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hf_load import load_hf
+from fusemega.losses.registry import Objective
 from fusemega.losses.sft import SFT
 from fusemega.models.build import build_model, placements
 from fusemega.models.dense_logits import dense_logits
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
-from fusemega.training.forward import Batch, head_settings, run_schedule
+from fusemega.text.packing import context_part
+from fusemega.training.forward import Batch, objective_loss, run_schedule
 from fusemega.training.optimizer import OptimizerSection, wrap
 from tests.distributed.launch import report
+from tests.losses.sequence_mean import SequenceMean
 
-LAYOUTS = {
-    "TP1PP1": (1, 1, False),
-    "TP2PP1": (2, 1, False),
-    "TP2PP1SP": (2, 1, True),
-    "TP4PP1": (4, 1, False),
-    "TP4PP1SP": (4, 1, True),
-    "TP1PP2": (1, 2, False),
-    "TP2PP2SP": (2, 2, True),
+TP2, TP4 = ({"tensor_model_parallel_size": size} for size in (2, 4))
+CP2, CP4 = ({"context_parallel_size": size} for size in (2, 4))
+PP2 = {"pipeline_model_parallel_size": 2}
+SP = {"sequence_parallel": True}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP1PP1": {},
+    "TP2PP1": TP2,
+    "TP2PP1SP": TP2 | SP,
+    "TP4PP1": TP4,
+    "TP4PP1SP": TP4 | SP,
+    "TP1PP2": PP2,
+    "TP2PP2SP": TP2 | SP | PP2,
+    "CP4": CP4,
+    "TP2SPCP2": TP2 | SP | CP2,
+    "CP2PP2VPP2": CP2 | PP2 | {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True},
 }
+SEQUENCES = ("qwen2-windowed-tied", "qwen3-windowed")
 
 
-def row_of(texts: list[list[int]]) -> Batch:
-    """One packed row in which every token but the first of a text is predicted."""
-    ids = torch.tensor([token for text in texts for token in text])
-    ends = torch.tensor([len(text) for text in texts]).cumsum(0)
-    predicts_nothing = torch.zeros(len(ids), dtype=torch.bool)
-    predicts_nothing[ends - 1] = True
-    positions = (~predicts_nothing).nonzero().flatten()
+def row_of(texts: list[list[int]], multiple: int) -> Batch:
+    """One packed row in which every token but the first of a text is predicted; segments are padded to a multiple."""
+    lengths = [len(text) for text in texts]
+    sizes = [-(-length // multiple) * multiple for length in lengths]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    ids = torch.tensor([token for text, n in zip(texts, sizes, strict=True) for token in text + [0] * (n - len(text))])
+    positions = torch.cat([torch.arange(s, s + n - 1) for s, n in zip(starts, lengths, strict=True)])
+    counts = torch.tensor(lengths) - 1
     return {
         "tokens": ids[None],
-        "position_ids": torch.cat([torch.arange(len(text)) for text in texts])[None],
-        "cu_seqlens": torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
-        "max_seqlen": max(len(text) for text in texts),
+        "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
+        "cu_seqlens": torch.tensor([*starts, len(ids)]).int(),
+        "max_seqlen": max(sizes),
         "positions": positions,
         "labels": ids[positions + 1],
+        "sequences": torch.arange(len(texts)).repeat_interleave(counts),
+        "sequence_tokens": counts,
     }
 
 
@@ -61,23 +76,31 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
     load_hf(model, folder, world)
     out = folder.with_name(f"{folder.name}.{label}")
     export_hf(model, out, folder, world)
-    logits_SV = dense_logits(model, world, texts)
-    if logits_SV is not None and world.dp_rank == 0 and world.tp_rank == 0:
-        torch.save(logits_SV, f"{out}.logits.pt")
+    if world.cp_size == 1:
+        logits_SV = dense_logits(model, world, texts)
+        if logits_SV is not None and world.dp_rank == 0 and world.tp_rank == 0:
+            torch.save(logits_SV, f"{out}.logits.pt")
 
     ddp, optimizer = wrap(model, OptimizerSection(lr=1e-3, use_distributed_optimizer=False, clip_grad=0.0))
     decay = {id(parameter): group["wd_mult"] for group in optimizer.param_groups for parameter in group["params"]}
-    ddp[0].zero_grad_buffer()
-    batch = row_of(texts)
-    objective = SFT()
-    # Each data-parallel rank brings the same row: together they are one row counted dp_size times.
-    denominators = {"lm": torch.tensor(float(len(batch["labels"]) * world.dp_size))}
+    batch = row_of(texts, world.layout.segment_multiple)
+    # Each data-parallel rank brings the same row, several times where the schedule wants several.
+    times = world.dp_size * world.layout.micro_batch_multiple
+    denominators: dict[str, torch.Tensor | float] = {"lm": len(batch["labels"]) * times, "sequence": len(texts) * times}
+    part = context_part(batch, (), world.cp_rank, world.cp_size) if world.cp_size > 1 else batch
 
-    def loss_function(hidden_NH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, _ = objective.loss(hidden_NH, model.head_weight(), batch, denominators, head_settings(model, world))
-        return loss, loss.detach()
+    def backward(objective: Objective) -> None:
+        def loss_function(hidden_NH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, _ = objective_loss(objective, model, hidden_NH, batch, denominators, world)
+            return loss, loss.detach()
 
-    run_schedule(ddp, [batch], loss_function, world, forward_only=False)
+        for chunk in ddp:
+            chunk.zero_grad_buffer()
+        run_schedule(ddp, [part] * world.layout.micro_batch_multiple, loss_function, world, forward_only=False)
+
+    backward(SequenceMean())
+    coupled = [placement.parameter.main_grad.clone() for placement in placements(model, world)]
+    backward(SFT())
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     unequal = 0.0
@@ -93,15 +116,19 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
                 dist.all_gather(parts, gradient.contiguous(), group=world.tp_group)
                 unequal = max(unequal, *(float((part - parts[0]).abs().max()) for part in parts))
     export_hf(model, Path(f"{out}.gradients"), folder, world)
+    if folder.name in SEQUENCES:
+        with torch.no_grad():
+            for placement, gradient in zip(placements(model, world), coupled, strict=True):
+                placement.parameter.copy_(gradient)
+        export_hf(model, Path(f"{out}.sequences"), folder, world)
     return seen | {"unequal": unequal}
 
 
 def main() -> None:
     work = Path(sys.argv[1])
     results: dict[str, Any] = {}
-    for label, (tp, pp, sequence_parallel) in LAYOUTS.items():
-        sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-        world = initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
+    for label, layout in LAYOUTS.items():
+        world = initialize(ParallelConfig(**layout))
         for name, texts in json.loads((work / "texts.json").read_text()).items():
             results[f"{name} {label}"] = one_model(work / name, label, texts, world)
     report(results)
