@@ -1,4 +1,7 @@
-"""Training on several ranks: the curve of one process, whatever the layout and the objective, also after a resume."""
+"""Training on several ranks: the curve of one process, whatever the layout and the objective, also after a resume.
+
+So do evaluation, export and `teach`.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,45 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from benchmarks import tiny
 from fusemega import assets
+from fusemega.checkpoint.hf_export import export_hf
 from fusemega.config import validate
+from fusemega.losses.registry import register
 from fusemega.scoring.teach import TeachRun, teach
+from fusemega.store import Store
+from fusemega.training.evaluation import evaluate_model
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
 from tests.distributed.launch import run_ranks
+from tests.losses.sequence_mean import SequenceMean
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
-# name -> (parallel section, training section)
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "TP2+SP x PP2": (TP2 | SP | PP2, {}),
-    "TP2 x DP2, micro-batch 2": (TP2, {"micro_batch_size": 2}),
-    "PP4": (PP4, {}),
+VPP2 = {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}
+FIRST1 = {"num_layers_in_first_pipeline_stage": 1}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+# name -> (parallel section, training section, optimizer section)
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "TP2+SP x PP2": (TP2 | SP | PP2, {}, {}),
+    "TP2 x DP2, micro-batch 2": (TP2, {"micro_batch_size": 2}, {}),
+    "PP4": (PP4, {}, {}),
+    "CP2 x PP2 x VPP2, recompute": (CP2 | PP2 | VPP2, FULL, {}),
+    "PP2 x DP2, uneven, overlapped": (PP2 | FIRST1, {}, OVERLAP),
+    "CP2 x DP2, overlapped": (CP2, {"micro_batch_size": 2}, OVERLAP),
+}
+# objective -> the layouts it is tried in; a run is left in each and goes on in the next
+TRIED = {
+    "sft": list(LAYOUTS),
+    "distill": ["TP2+SP x PP2", "TP2 x DP2, micro-batch 2", "CP2 x PP2 x VPP2, recompute"],
+    "sequence_mean": ["CP2 x PP2 x VPP2, recompute", "TP2 x DP2, micro-batch 2", "CP2 x DP2, overlapped"],
 }
 
 
@@ -41,50 +65,60 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
         "store": str(folder / "store"),
     }
     teach(validate(TeachRun, section, "teach"))
+    again = section | {"store": str(folder / "store-layouts"), "parallel": CP2 | PP2 | VPP2}
+    (folder / "teach.json").write_text(json.dumps(again))
     return folder
 
 
-def section(work: Path, name: str, objective: dict[str, Any], parallel: Any, training: Any) -> dict[str, Any]:
+def section(
+    work: Path, name: str, objective: dict[str, Any], parallel: Any, training: Any, optimizer: Any
+) -> dict[str, Any]:
     return {
         "output_dir": str(work / "runs" / name),
         "model": {"load": str(work / "model"), "dtype": "fp32"},
         "parallel": parallel,
         "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
         "objective": objective,
-        "optimizer": {"lr": 2e-3, "weight_decay": 0.1, "lr_warmup_fraction": 0.2},
+        "optimizer": {"lr": 2e-3, "weight_decay": 0.1, "lr_warmup_fraction": 0.2, **optimizer},
         "training": {"train_iters": 4, "global_batch_size": 6, "export_hf": False, **training},
     }
 
 
 def test_curves_and_resumed_curves(work: Path) -> None:
+    register("sequence_mean")(SequenceMean)
     objectives = {
         "sft": {"name": "sft"},
         "distill": {"name": "distill", "store": str(work / "store"), "tail": "residual", "lambda": 0.3},
+        "sequence_mean": {"name": "sequence_mean"},
     }
     cases = {
         f"{objective}, {layout}": section(work, f"{objective} {layout}", settings, *LAYOUTS[layout])
         for objective, settings in objectives.items()
-        for layout in LAYOUTS
+        for layout in TRIED[objective]
     }
     (work / "cases.json").write_text(json.dumps(cases))
-    ranks = run_ranks("training.py", 4, str(work / "cases.json"))
-    curves = [{name: rows for name, rows in rank.items() if "last rows" not in name} for rank in ranks]
-    assert curves[0] == curves[3]  # every rank has the metrics
+    ranks = run_ranks("training.py", 4, str(work / "cases.json"), str(work / "teach.json"))
+    shared = [{name: found for name, found in rank.items() if "last rows" not in name} for rank in ranks]
+    assert shared[0] == shared[3]  # every rank has the metrics
     for objective, settings in objectives.items():
-        run = validate(TrainRun, section(work, f"{objective} alone", settings, {}, {}), objective)
-        trainer, _ = open_trainer(run)
+        run = validate(TrainRun, section(work, f"{objective} alone", settings, {}, {}, {}), objective)
+        trainer, checked = open_trainer(run)
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
-        assert len(losses) == (1 if objective == "sft" else 3)
-        for layout in LAYOUTS:
+        assert len(losses) == (3 if objective == "distill" else 1)
+        scored = evaluate_model(trainer.gpt, trainer.data.dataset, trainer.data.shape, trainer.world).model_dump()
+        for layout in TRIED[objective]:
             rows = ranks[0][f"{objective}, {layout}"]
             for row, wanted in zip(rows, alone, strict=True):
                 for name in losses:
                     assert row[name] == pytest.approx(wanted[name], rel=1e-5), (objective, layout, name)
                 assert row["grad-norm"] == pytest.approx(wanted["grad-norm"], rel=1e-4), (objective, layout)
             assert ranks[0][f"{objective}, {layout}, resumed"] == rows, "a resumed curve is bitwise the same"
+            assert ranks[0][f"{objective}, {layout}, scored"] == pytest.approx(scored, rel=1e-5), layout
+        if objective == "sft":
+            export_hf(trainer.gpt, work / "alone-hf", checked.source.hf, trainer.world)
     moves = [name for name in ranks[0] if ", then " in name and "last rows" not in name]
-    assert len(moves) == 2 * (len(LAYOUTS) - 1)
+    assert len(moves) == sum(len(layouts) - 1 for layouts in TRIED.values())
     for move in moves:
         left, taken = move.split(", then ")
         for row, wanted in zip(ranks[0][move], ranks[0][left][2:], strict=True):
@@ -95,3 +129,20 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         for rows in filter(None, (rank[f"{move}, last rows"] for rank in ranks)):
             assert rows.keys() == {"param", "exp_avg", "exp_avg_sq"}
             assert all((last == 0) == padded and before > 0 for before, last in rows.values()), (move, rows)
+    exported = load_file(work / "alone-hf" / "model.safetensors")
+    for layout in TRIED["sft"]:
+        weights = load_file(work / "runs" / f"sft {layout}" / "hf" / "model.safetensors")
+        assert weights.keys() == exported.keys()
+        for name, wanted in exported.items():
+            torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=2e-5, msg=f"{layout}: {name}")
+    taught, wanted_rows = Store.open(work / "store-layouts"), Store.open(work / "store")
+    assert len(taught) == len(wanted_rows) > 20
+    for sample in trainer.data.dataset:
+        row, wanted_row = taught.get(sample.key), wanted_rows.get(sample.key)
+        assert row is not None and wanted_row is not None
+        for field in ("ids_hash", "num_bytes", "num_tokens"):
+            assert getattr(row, field) == getattr(wanted_row, field)
+        assert (row.ids_PK == wanted_row.ids_PK).mean() > 0.99  # the order of near ties
+        assert row.logp_PK == pytest.approx(wanted_row.logp_PK, abs=1e-4)
+        assert row.log_residual_P == pytest.approx(wanted_row.log_residual_P, abs=1e-4)
+        assert row.sum_logp == pytest.approx(wanted_row.sum_logp, rel=1e-5)

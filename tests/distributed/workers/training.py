@@ -1,21 +1,33 @@
 """Trains a tiny model under layouts of this many ranks; saves in the middle and goes on, also in the next layout.
 
-Reports the curves, and for each layout what the optimizer holds for the last row of the vocabulary and the one before.
+    training.py CASES TEACH    JSON files: name -> run file of a training; the run file of a `teach`
+
+Reports the curves, what an evaluation found after them, and for each layout what the optimizer holds for the last row
+of the vocabulary and the one before. Leaves the trained weights in each run's hf/.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.training_state import training_state
 from fusemega.config import validate
+from fusemega.losses.registry import register
+from fusemega.scoring.teach import TeachRun, teach
+from fusemega.training import optimizer
+from fusemega.training.evaluation import evaluate_model
+from fusemega.training.optimizer import complete_parameters
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
+from tests.losses.sequence_mean import SequenceMean
 
 
 def curve(run: TrainRun, steps: int, save: bool = False) -> list[dict[str, float]]:
@@ -24,6 +36,12 @@ def curve(run: TrainRun, steps: int, save: bool = False) -> list[dict[str, float
     if save:
         trainer.save()
     return rows
+
+
+def scored_and_exported(trainer: Trainer, hf: Path, source: Path) -> dict[str, float]:
+    complete_parameters(trainer.ddp)
+    export_hf(trainer.gpt, hf, source, trainer.world)
+    return evaluate_model(trainer.gpt, trainer.data.dataset, trainer.data.shape, trainer.world).model_dump()
 
 
 def take(trainer: Trainer, steps: int) -> list[dict[str, float]]:
@@ -46,14 +64,20 @@ def last_rows(trainer: Trainer) -> dict[str, list[float]] | None:
 
 
 def main() -> None:
+    register("sequence_mean")(SequenceMean)
+    # So small that even this model has several, and communication something to overlap with.
+    optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=20_000)
     cases: dict[str, dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
     runs = {name: validate(TrainRun, section, name) for name, section in cases.items()}
     found: dict[str, Any] = {}
     for name, run in runs.items():
-        found[name] = curve(run, 4)
+        trainer, checked = open_trainer(run)
+        found[name] = take(trainer, 4)
+        hf = Path(run.output_dir) / "hf"
+        found[f"{name}, scored"] = scored_and_exported(trainer, hf, checked.source.hf)
         broken = run.model_copy(update={"output_dir": f"{run.output_dir}-broken"})
         found[f"{name}, resumed"] = curve(broken, 2, save=True) + curve(broken, 2)
-    for name, other in zip(runs, [*list(runs)[1:], next(iter(runs))], strict=True):
+    for name, other in pairwise(runs):
         if runs[name].objective != runs[other].objective:
             continue
         left = runs[name].model_copy(update={"output_dir": f"{runs[name].output_dir}-broken"})
@@ -62,6 +86,7 @@ def main() -> None:
         assert trainer.iteration == 2
         found[f"{name}, then {other}"] = take(trainer, 2)
         found[f"{name}, then {other}, last rows"] = last_rows(trainer)
+    teach(validate(TeachRun, json.loads(Path(sys.argv[2]).read_text()), "teach"))
     report(found)
 
 
