@@ -25,30 +25,36 @@ TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
+CP2 = {"context_parallel_size": 2}
+VPP2 = {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}
+FIRST1 = {"num_layers_in_first_pipeline_stage": 1}
 # name -> (processes, parallel section)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
     "TP2": (2, TP2),
     "TP2+SP": (2, TP2 | SP),
-    "PP2": (2, PP2),
     "DP2": (2, {}),
-    "TP2xPP2": (4, TP2 | PP2),
+    "CP2": (2, CP2),
+    "PP2xVPP2": (2, PP2 | VPP2),
+    "PP2, 1 + 3 layers": (2, PP2 | FIRST1),
+    "TP2+SPxCP2": (4, TP2 | SP | CP2),
+    "CP2xPP2xVPP2": (4, CP2 | PP2 | VPP2),
+    "CP2xDP2": (4, CP2),
     "TP2xDP2": (4, TP2),
-    "PP2xDP2": (4, PP2),
     "PP4": (4, PP4),
     "DP4": (4, {}),
     "TP2xPP2xDP2+SP": (8, TP2 | SP | PP2),
 }
 PAIRS = (
     ("1", "TP2+SP"),
-    ("TP2", "PP2"),
-    ("PP2", "DP2"),
-    ("DP2", "1"),
-    ("TP2xPP2", "DP4"),
-    ("DP4", "PP4"),
-    ("PP4", "TP2xDP2"),
-    ("TP2xDP2", "PP2xDP2"),
-    ("1", "TP2xPP2xDP2+SP"),
+    ("TP2", "PP2xVPP2"),
+    ("PP2xVPP2", "CP2"),
+    ("CP2", "1"),
+    ("PP2, 1 + 3 layers", "DP2"),
+    ("TP2+SPxCP2", "DP4"),
+    ("DP4", "CP2xPP2xVPP2"),
+    ("CP2xPP2xVPP2", "TP2xDP2"),
+    ("PP4", "CP2xDP2"),
     ("TP2xPP2xDP2+SP", "1"),
 )
 

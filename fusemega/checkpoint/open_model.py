@@ -15,6 +15,7 @@ from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
 from fusemega.checkpoint.read_plan import RankReads, plan_reads
+from fusemega.errors import UserError
 from fusemega.models.build import GPT, build_model
 from fusemega.models.registry import family_of
 from fusemega.models.stages import check_layout, stage_layers
@@ -45,7 +46,8 @@ class ModelSource:
 
     Raises:
         UserError: the folder is damaged, of an unknown architecture, or the layout does not divide it or
-            the world; no tokenizer; FP8 or Transformer Engine is asked for and cannot be had.
+            the world; no tokenizer; FP8 or Transformer Engine is asked for and cannot be had; sliding windows under
+            context parallelism and Transformer Engine.
     """
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
@@ -60,6 +62,12 @@ class ModelSource:
         config.check_layers(layers, parallel)
         self.chunk_sizes = {len(chunk) for stage in stage_layers(layers["num_layers"], parallel) for chunk in stage}
         self.kernels = config.kernels()
+        if parallel.context_parallel_size > 1 and self.kernels.transformer_engine and layers.get("window_size"):
+            raise UserError(
+                f"parallel.context_parallel_size: {parallel.context_parallel_size} cannot be had here: Transformer "
+                "Engine's ring attention has no sliding window, and this model has one; allowed: 1, or "
+                "model.transformer_impl: local"
+            )
         self.tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
         self.vocab_size = int(self.hf_config["vocab_size"])
         # A pad token added to the tokenizer alone is common, and the model has no row for it.

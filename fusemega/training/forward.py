@@ -143,10 +143,14 @@ def whole_positions(part: torch.Tensor, batch: Batch, world: World) -> torch.Ten
 
 
 def _packed(batch: Batch) -> PackedSeqParams:
+    bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=batch["cu_seqlens"],
-        cu_seqlens_kv=batch["cu_seqlens"],
-        max_seqlen_q=batch["max_seqlen"],
-        max_seqlen_kv=batch["max_seqlen"],
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        # Transformer Engine asks for these under context parallelism; here padding is part of its segment.
+        cu_seqlens_q_padded=bounds if "kept" in batch else None,
+        cu_seqlens_kv_padded=bounds if "kept" in batch else None,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )

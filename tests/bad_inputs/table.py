@@ -33,7 +33,12 @@ FP8 = TRAIN + " model.dtype=bf16 model.fp8=hybrid"
 TRACKER, STATE = "run/checkpoints/latest_checkpointed_iteration.txt", "run/checkpoints/iter_0000002/state.json"
 NEWEST, METRICS = "run/checkpoints/iter_0000002", "run/metrics.jsonl"
 MEGATRON = "train train.yaml model.load=megatron"
-
+CP2, PP2 = " parallel.context_parallel_size=2", " parallel.pipeline_model_parallel_size=2"
+TP8 = " parallel.tensor_model_parallel_size=8 parallel.sequence_parallel=true"
+VPP2, P2P = " parallel.virtual_pipeline_model_parallel_size=2", " parallel.overlap_p2p_comm=true"
+FIRST, GATHER = " parallel.num_layers_in_first_pipeline_stage=", " optimizer.overlap_param_gather=true"
+RECOMPUTE, LAYERS = " training.recompute_granularity=", " training.recompute_num_layers="
+UNIFORM = " training.recompute_method=uniform"
 
 
 class Row(Protocol):
@@ -105,6 +110,26 @@ TABLE: list[Bad] = [
     _c("TP of 2, one process", TRAIN + " parallel.tensor_model_parallel_size=2", "does not divide the 1 process(es)"),
     _c("PP that does not divide", DRY + " --nproc 3 parallel.pipeline_model_parallel_size=3", "this model's 2 layers"),
     _c("TP beyond the heads", DRY + " --nproc 4 parallel.tensor_model_parallel_size=4", "2 key/value heads"),
+    _c("CP of 2, one process", TRAIN + CP2, "context_parallel_size 2 x pipeline_model_parallel_size 1 = 2 does not divide"),
+    _c("rows that CP cannot split", TRAIN + CP2 + " data.seq_length=62", "data.seq_length = 62 is not a multiple of 4 = 2 x"),
+    _c("rows of an eval that CP cannot split", EVAL + CP2 + " data.seq_length=62", "is not a multiple of 4 = 2 x context"),
+    _c("rows that SP and CP cannot split", TRAIN + CP2 + TP8 + " data.seq_length=60", "tensor_model_parallel_size 8 x context_par"),
+    _c("virtual stages of one stage", TRAIN + VPP2, "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size"),
+    _c("one virtual stage", TRAIN + PP2 + " parallel.virtual_pipeline_model_parallel_size=1", "parallel.virtual_pipeline_model"),
+    _c("two stages that send in batches", TRAIN + PP2 + VPP2, "pipeline_model_parallel_size 2 needs overlap_p2p_comm: true"),
+    _c("sends that overlap nothing", TRAIN + PP2 + P2P, "overlap_p2p_comm has no effect without virtual_pipeline"),
+    _c("virtual stages that do not divide", DRY + " --nproc 2" + PP2 + VPP2 + P2P, "2 does not divide the 1 layers of stage 0"),
+    _c("a first stage of one", TRAIN + FIRST + "1", "num_layers_in_first_pipeline_stage needs pipeline_model_parallel_size"),
+    _c("a first stage with all layers", DRY + " --nproc 2" + PP2 + FIRST + "2", "leave 0 of this model's 2 layers to the 1 other"),
+    _c("a first stage without layers", TRAIN + PP2 + FIRST + "0", "parallel.num_layers_in_first_pipeline_stage: "),
+    _c("a gather without shards", TRAIN + GATHER + " optimizer.use_distributed_optimizer=false", "needs use_distributed_optimizer"),
+    _c("a gather without overlapped sums", TRAIN + GATHER, "overlap_param_gather needs overlap_grad_reduce: true"),
+    _c("overlaps in an eval", EVAL + GATHER, "optimizer: unknown key"),
+    _c("an unknown recomputation", TRAIN + RECOMPUTE + "whole", "training.recompute_granularity: found 'whole'"),
+    _c("recomputation without method", TRAIN + RECOMPUTE + "full", "recompute_granularity: full needs recompute_method"),
+    _c("a method without recomputation", TRAIN + UNIFORM, "recompute_method has no effect without recompute_granularity: full"),
+    _c("selected activations by layers", TRAIN + RECOMPUTE + "selective" + LAYERS + "1", "recompute_num_layers has no effect"),
+    _c("recomputed groups that do not fill", TRAIN + RECOMPUTE + "full" + UNIFORM + LAYERS + "3", "of 2 layers; allowed: 1, 2"),
     _c("a store for a number", TEACH + " store=", "store: "),
     _c("more ids than the vocabulary", TEACH + " top_k=301", "top_k: 301 is more than the model's vocabulary of 300"),
     _c("a temperature of 0", TEACH + " temperature=0", "temperature: "),
