@@ -29,7 +29,6 @@ from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.sequence_mean import SequenceMean
 
-
 RESUMED = ("sft, TP2+SP x PP2", "sft, CP2 x PP2 x VPP2, recompute", "sft, PP2 x DP2, uneven, overlapped")
 
 
