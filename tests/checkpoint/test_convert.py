@@ -89,9 +89,9 @@ def test_the_megatron_folder_stands_alone(world: World, tmp_path: Path, folder: 
     model = opened.load(world, torch.bfloat16)
     name = "model.layers.0.mlp.down_proj.weight"
     whole = HFFolder(folder).read(name, ((0, 32), (0, 48)))
-    assert torch.equal(model.decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
+    assert torch.equal(model.chunks[0].decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
     init_random(model, world, seed=1)
-    assert not torch.equal(model.decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
+    assert not torch.equal(model.chunks[0].decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
 
 
 def test_equal_weights_under_another_configuration_are_not_identical(tmp_path: Path, folder: Path) -> None:
