@@ -6,6 +6,7 @@ above `runtime/` asks again. It raises UserError where an installed package woul
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from dataclasses import dataclass
@@ -190,3 +191,6 @@ def _free_groups() -> None:
         if group is not None:  # None stands for the world, which stays
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+    if groups:
+        del group, groups
+        gc.collect()  # a model of that layout that nobody needs still refers to its groups, and is full of cycles
