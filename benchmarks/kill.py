@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 
 import tiny
 import yaml
-from resume import curve, durable, fingerprint, kill, rows
+from resume import curve, durable, fingerprint, kill, rows, started_from
 
 from fusemega.checkpoint.integrity import damaged_files
 
@@ -79,6 +78,7 @@ def one_life(work: Path, output: Path, nproc: int, moment: str, chance: random.R
     target = begin + chance.randint(2, 6)
     log, reached, checkpoints = work / f"{output.name}.log", work / "reached", output / "checkpoints"
     logged = log.stat().st_size if log.exists() else 0
+    left_before = set(checkpoints.glob("iter_*.tmp"))  # of lives before this one, until its first save
     reached.unlink(missing_ok=True)
     pause = chance.uniform(0, 0.05 if "save" in moment else 0.15)
     process = start(work, output, nproc, "background" in moment, moment == "tracker")
@@ -87,7 +87,7 @@ def one_life(work: Path, output: Path, nproc: int, moment: str, chance: random.R
         if process.poll() is not None:
             raise SystemExit(f"the run ended by itself:\n{log.read_text()[-3000:]}")
         if moment.startswith("save"):
-            fresh = [p for p in checkpoints.glob("iter_*.tmp") if int(p.name[5:12]) >= target]
+            fresh = [p for p in {*checkpoints.glob("iter_*.tmp")} - left_before if int(p.name[5:12]) >= target]
             if fresh:
                 time.sleep(pause)
                 kill(process)
@@ -97,18 +97,18 @@ def one_life(work: Path, output: Path, nproc: int, moment: str, chance: random.R
             if reached.exists():
                 kill(process)
                 death = {"inside": durable(output) == begin and Path(reached.read_text()).exists()}
-        elif (found := rows(output)) and found[-1]["iteration"] >= target:
+        # Until it has said where it starts, the rows are those of the life before.
+        elif started_from(log, logged) is not None and (found := rows(output)) and found[-1]["iteration"] >= target:
             time.sleep(pause)
             kill(process)
             death = {"inside": True}
         time.sleep(0.001)
-    resumed = re.search(r"resuming after iteration (\d+)", log.read_text(errors="replace")[logged:])
     whole = durable(output)
     damaged = damaged_files(checkpoints / f"iter_{whole:07d}") if whole else []
     return {
         "moment": moment,
         "durable_before": begin,
-        "started_from": int(resumed[1]) if resumed else 0,
+        "started_from": started_from(log, logged),
         "durable_after": whole,
         "damaged": damaged,
         **death,
@@ -160,7 +160,7 @@ def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     lost = [
         number
         for number, death in enumerate(kills, 1)
-        if death["started_from"] < death["durable_before"]
+        if death["started_from"] != death["durable_before"]
         or death["durable_after"] < death["durable_before"]
         or death["damaged"]
     ]

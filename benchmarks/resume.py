@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,13 @@ def durable(output: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
+def started_from(log: Path, logged: int) -> int | None:
+    """The iteration that a run says it goes on after (0: it starts), in what its log holds beyond `logged` bytes."""
+    text = log.read_bytes()[logged:].decode(errors="replace")
+    said = re.search(r"(?:starting|resuming after iteration (\d+)) of", text)
+    return said and int(said[1] or 0)
+
+
 def run_until_killed(
     run_file: Path, output: Path, nproc: int, log: Path, inside_save: bool, chance: random.Random
 ) -> dict[str, Any] | None:
@@ -72,21 +80,27 @@ def run_until_killed(
     # Far enough to make progress, near enough to leave steps for the lives to come.
     target = begin + chance.randint(2, 6)
     pause = chance.uniform(0.0, 0.15)
-    process = start(run_file, output, nproc, log)
     checkpoints = output / "checkpoints"
+    logged = log.stat().st_size if log.exists() else 0
+    left_before = set(checkpoints.glob("iter_*.tmp"))  # of lives before this one, until its first save
+    process = start(run_file, output, nproc, log)
     while process.poll() is None:
-        last = rows(output)[-1]["iteration"] if rows(output) else 0
         if inside_save:
-            partial = sorted(checkpoints.glob("iter_*.tmp")) if checkpoints.exists() else []
-            fresh = [p for p in partial if int(p.name[5:12]) >= target]
+            fresh = [p for p in {*checkpoints.glob("iter_*.tmp")} - left_before if int(p.name[5:12]) >= target]
             if fresh:
                 kill(process)
                 left = [p.name for p in fresh if p.exists()]
-                return {"moment": "inside save", "iteration": int(fresh[0].name[5:12]), "partial_left": left}
-        elif last >= target:
+                death = {"moment": "inside save", "iteration": int(fresh[0].name[5:12]), "partial_left": left}
+                return death | {"started_from": started_from(log, logged)}
+        # Until it has said where it starts, the rows are those of the life before.
+        elif started_from(log, logged) is not None and (found := rows(output)) and found[-1]["iteration"] >= target:
             time.sleep(pause)
             kill(process)
-            return {"moment": "in a step", "iteration": last}
+            return {
+                "moment": "in a step",
+                "iteration": found[-1]["iteration"],
+                "started_from": started_from(log, logged),
+            }
         time.sleep(0.001)
     if process.returncode:
         raise SystemExit(f"the run failed by itself:\n{log.read_text()[-3000:]}")
@@ -136,9 +150,12 @@ def main() -> None:
         kills: list[dict[str, Any]] = []
         while len(kills) < args.kills:
             inside = len(kills) % 2 == 0
+            before = durable(broken)
             death = run_until_killed(run_file, broken, args.nproc, work / "broken.log", inside, chance)
             if death is None:
                 break
+            if death["started_from"] != before:
+                raise SystemExit(f"started from {death['started_from']}, and {before} was durable")
             kills.append(death | {"durable": durable(broken)})
             print(f"kill {len(kills)}: {kills[-1]}", flush=True)
         if start(run_file, broken, args.nproc, work / "broken.log").wait():

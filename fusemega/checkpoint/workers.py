@@ -50,7 +50,9 @@ class Workers:
         }
         try:
             while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                # What has been finished comes before what has failed: the caller keeps it.
+                done = wait(waiting, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=lambda future: future.exception() is not None):
                     result, process, peak = future.result()
                     self._peaks[process] = peak
                     yield waiting.pop(future), result

@@ -164,3 +164,6 @@ def _free_groups() -> None:
         if group is not None:  # None stands for the world, which stays
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
+    if groups:
+        del group, groups
+        gc.collect()  # a model of that layout that nobody needs still refers to its groups, and is full of cycles
