@@ -158,7 +158,6 @@ def _free_groups() -> None:
     """Ends the groups of the layout before, with their threads: megatron-core forgets most of them. Collective."""
     groups = parallel_state._global_process_group_list or []
     if groups:
-        gc.collect()  # models and optimizers of that layout are cycles, and hold its groups
         dist.barrier()  # no rank may leave a group that another still talks in
     for group in groups:
         if group is not None:  # None stands for the world, which stays

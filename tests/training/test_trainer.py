@@ -161,7 +161,7 @@ def test_a_trainer_that_nobody_needs_is_freed_with_its_groups(make_run: MakeRun)
     def threads_after_a_step() -> int:
         trainer = opened(make_run())
         trainer.step()
-        alive.append(weakref.ref(trainer.ddp.module))
+        alive.append(weakref.ref(trainer.ddp[0].module))
         return psutil.Process().num_threads()
 
     alive: list[weakref.ref[torch.nn.Module]] = []
