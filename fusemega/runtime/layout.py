@@ -34,18 +34,21 @@ class ParallelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _pipeline_fields_fit(self) -> ParallelConfig:
-        """Every other pipeline key needs a pipeline_model_parallel_size of 2 or more; overlap_p2p_comm needs a
-        virtual_pipeline_model_parallel_size, and with 2 stages it is needed for one."""
+    def _stages_need_a_pipeline(self) -> ParallelConfig:
+        """virtual_pipeline_model_parallel_size and num_layers_in_* need a pipeline_model_parallel_size of 2 or more."""
+        for name in (
+            "virtual_pipeline_model_parallel_size",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+        ):
+            if self.pipeline_model_parallel_size == 1 and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs pipeline_model_parallel_size of 2 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _two_stages_send_apart(self) -> ParallelConfig:
+        """overlap_p2p_comm needs a virtual_pipeline_model_parallel_size, which with two stages needs it."""
         virtual = self.virtual_pipeline_model_parallel_size
-        if self.pipeline_model_parallel_size == 1:
-            for name in (
-                "virtual_pipeline_model_parallel_size",
-                "num_layers_in_first_pipeline_stage",
-                "num_layers_in_last_pipeline_stage",
-            ):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} needs pipeline_model_parallel_size of 2 or more")
         if self.overlap_p2p_comm and virtual is None:
             raise ValueError(
                 "overlap_p2p_comm has no effect without virtual_pipeline_model_parallel_size; set that, or leave it out"
