@@ -24,6 +24,7 @@ from fusemega.errors import UserError
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
 from fusemega.runtime.console import say
+from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
 from fusemega.text.dataset import TokenizedDataset
@@ -284,7 +285,12 @@ class Trainer:
                 )
         same_layout = saved.get("layout") == self._layout()
         if not same_layout and self.world.is_main:
-            say(f"{folder.name} was saved in another layout ({saved.get('layout')}); it is loaded into this one")
+            before, usual = saved.get("layout") or {}, ParallelConfig().model_dump()
+            told = {key: size for key, size in before.get("parallel", {}).items() if size != usual.get(key)}
+            say(
+                f"{folder.name} was saved in another layout ({before.get('world_size')} process(es), "
+                f"{told or 'data parallel'}); it is loaded into this one"
+            )
         load_checkpoint(folder, self.gpt, self.optimizer, self.world, same_layout)
         self.scheduler.step(increment=iteration)
 

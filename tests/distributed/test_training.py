@@ -31,7 +31,6 @@ TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
-PP4 = {"pipeline_model_parallel_size": 4}
 VPP2 = {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}
 FIRST1 = {"num_layers_in_first_pipeline_stage": 1}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -40,7 +39,6 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "TP2+SP x PP2": (TP2 | SP | PP2, {}, {}),
     "TP2 x DP2, micro-batch 2": (TP2, {"micro_batch_size": 2}, {}),
-    "PP4": (PP4, {}, {}),
     "CP2 x PP2 x VPP2, recompute": (CP2 | PP2 | VPP2, FULL, {}),
     "PP2 x DP2, uneven, overlapped": (PP2 | FIRST1, {}, OVERLAP),
     "CP2 x DP2, overlapped": (CP2, {"micro_batch_size": 2}, OVERLAP),
@@ -49,7 +47,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 TRIED = {
     "sft": list(LAYOUTS),
     "distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute"],
-    "sequence_mean": ["CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
+    "sequence_mean": ["CP2 x DP2, overlapped"],
 }
 
 
