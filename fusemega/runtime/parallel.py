@@ -43,13 +43,18 @@ class ParallelConfig(Section):
     def model_parallel_size(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
+    @property
+    def row_unit(self) -> int:
+        """A micro-batch's tokens must be a multiple of this."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
     def check_row(self, tokens: int, what: str) -> None:
         """Refuses a micro-batch of `tokens` tokens that sequence parallelism cannot split evenly.
 
         Raises:
             ValueError: names `what` the tokens are the product of; pydantic makes it the run file's error.
         """
-        if self.sequence_parallel and tokens % self.tensor_model_parallel_size:
+        if tokens % self.row_unit:
             raise ValueError(
                 f"{what} = {tokens} is not a multiple of tensor_model_parallel_size "
                 f"{self.tensor_model_parallel_size}, which sequence_parallel needs"

@@ -151,13 +151,15 @@ class Precision(Section):
         Raises:
             ValueError: names `what` the tokens are the product of; pydantic makes it the run file's error.
         """
-        if self.fp8 is None:
-            return
-        recipe = self.fp8_recipe or "delayed"
-        split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        unit = self._gathered(parallel)[recipe] * split
-        if tokens % unit:
+        if self.fp8 is not None and tokens % (unit := self.row_unit(parallel)):
+            recipe = self.fp8_recipe or "delayed"
             raise ValueError(f"{what} = {tokens} is not a multiple of {unit}, which fp8_recipe {recipe} needs here")
+
+    def row_unit(self, parallel: ParallelConfig) -> int:
+        """A micro-batch's tokens must be a multiple of this: of what the layout and FP8 need of its shards."""
+        if self.fp8 is None:
+            return parallel.row_unit
+        return self._gathered(parallel)[self.fp8_recipe or "delayed"] * parallel.row_unit
 
     def _gathered(self, parallel: ParallelConfig) -> Mapping[str, int]:
         return _GATHERED_ALIGNMENT if parallel.sequence_parallel else _ALIGNMENT

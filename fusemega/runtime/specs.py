@@ -16,10 +16,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.utils import is_layer_window_attention
+
+from fusemega.runtime.cpu_ops import rms_norm, swiglu
 
 _WINDOW_BLOCK = 512  # queries that share one mask, [block, window + block] bits
 
@@ -33,6 +36,23 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Over the last dimension, of the same shape and dtype."""
+        if x.is_cpu and x.dtype is not torch.bfloat16:
+            assert self.eps is not None
+            return rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+class SwiGLUMLP(MLP):
+    """megatron-core's MLP without biases, with one operation between its products."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        """[S, B, H] -> [S, B, H] and, as Megatron expects, no bias."""
+        gate_up, _ = self.linear_fc1(hidden_states)
+        out, _ = self.linear_fc2(swiglu(gate_up))
+        return out, None
 
 
 class SDPAttention(MegatronModule):
@@ -123,10 +143,13 @@ class SDPAttention(MegatronModule):
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One decoder layer: megatron-core's local spec with the two modules above."""
+    """One decoder layer: megatron-core's local spec with the modules above."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
+    if gated and not torch.cuda.is_available():
+        spec.submodules.mlp.module = SwiGLUMLP
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:

@@ -2,9 +2,9 @@
 
 Everything is a deterministic function of the samples' lengths, and the samples of a global batch are the same
 whatever the layout, the micro-batch size, and whether rows are packed. Attention never crosses a sample: each is a
-segment of its own, and so is the padding tail of a row.
+segment of its own, and so is the padding at the end of a micro-batch.
 
-Shapes: T = micro_batch_size * seq_length tokens of a micro-batch, N supervised positions in it (may be 0).
+Shapes: T tokens of a micro-batch, N supervised positions in it (may be 0).
 """
 
 from __future__ import annotations
@@ -67,18 +67,29 @@ def deal(
     return [[hand[i : i + micro_batch_size] for i in range(0, len(hand), micro_batch_size)] for hand in hands]
 
 
+def micro_batch_tokens(
+    hand: Sequence[Sequence[Bin]], lengths: Sequence[int] | np.ndarray, unit: int, alike: bool
+) -> list[int]:
+    """T of each micro-batch of one rank: its samples' tokens, rounded up to a multiple of `unit`, at least one.
+
+    `alike`: all get the largest, as pipeline stages must send each other tensors of one size throughout a step.
+    """
+    contents = [sum(int(lengths[i]) for b in bins for i in b) for bins in hand]
+    tokens = [max(-(-content // unit), 1) * unit for content in contents]
+    return [max(tokens)] * len(tokens) if alike else tokens
+
+
 def collate(
     rows: Sequence[Sequence[Sample]],
     fields: Callable[[Sample], Mapping[str, np.ndarray]],
-    seq_length: int,
-    micro_batch_size: int,
+    num_tokens: int,
     pad_id: int,
     like: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """One micro-batch.
+    """One micro-batch: the samples of its rows one after the other, then padding up to T = `num_tokens`.
 
     Args:
-        rows: the samples of each of `micro_batch_size` bins.
+        rows: the samples of each of its bins.
         fields: an objective's `sample_fields`: arrays [P, ...] of a sample, one entry a supervised position.
         like: the same fields of any sample: gives shapes and types where a micro-batch has no sample.
 
@@ -86,26 +97,23 @@ def collate(
         tokens, position_ids int64 [1, T] (positions restart at each segment); cu_seqlens int32 [segments + 1];
         max_seqlen int, the longest segment; positions int64 [N], indices into T whose next token is supervised;
         labels int64 [N], those next tokens; keys, the samples' keys in order; and the fields, [N, ...].
+
+    Raises:
+        ValueError: the samples do not fit; a field has not one entry a supervised position.
     """
-    if len(rows) != micro_batch_size:
-        raise ValueError(f"{len(rows)} rows for a micro-batch of {micro_batch_size}")
-    tokens = np.full(micro_batch_size * seq_length, pad_id, dtype=np.int64)
+    tokens = np.full(num_tokens, pad_id, dtype=np.int64)
     bounds = [0]
-    samples: list[Sample] = []
+    samples = [sample for row in rows for sample in row]
     positions: list[np.ndarray] = []
-    for r, row in enumerate(rows):
-        place = r * seq_length
-        for sample in row:
-            end = place + len(sample.ids)
-            if end > (r + 1) * seq_length:
-                raise ValueError(f"{sample.source}: the samples of a row exceed {seq_length} tokens")
-            tokens[place:end] = sample.ids
-            positions.append(place + sample.positions)
-            samples.append(sample)
-            bounds.append(end)
-            place = end
-        if place < (r + 1) * seq_length:
-            bounds.append((r + 1) * seq_length)
+    for sample in samples:
+        place, end = bounds[-1], bounds[-1] + len(sample.ids)
+        if end > num_tokens:
+            raise ValueError(f"{sample.source}: the samples of a micro-batch exceed {num_tokens} tokens")
+        tokens[place:end] = sample.ids
+        positions.append(place + sample.positions)
+        bounds.append(end)
+    if bounds[-1] < num_tokens:
+        bounds.append(num_tokens)
     segments = np.diff(bounds)
     where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
     batch: dict[str, Any] = {

@@ -15,7 +15,7 @@ from fusemega.runtime.parallel import World
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import collate, deal, pack
+from fusemega.text.packing import collate, deal, micro_batch_tokens, pack
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.forward import Batch
@@ -33,17 +33,21 @@ def no_fields(sample: Sample) -> Mapping[str, np.ndarray]:
 class RowShape:
     """How samples are laid into rows.
 
+    Rows are filled up to `seq_length`; what no sample fills is left out of the micro-batch, up to `unit`.
+
     Attributes:
-        seq_length: tokens of a row.
+        seq_length: most tokens of a row.
         micro_batch_size: rows of a forward pass.
         packing: several samples a row, or one.
-        pad_id: token id of the padding tails.
+        pad_id: token id of the padding.
+        unit: a micro-batch's tokens are a multiple of it (`Precision.row_unit`).
     """
 
     seq_length: int
     micro_batch_size: int
     packing: bool
     pad_id: int
+    unit: int
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,10 @@ def global_batch(
     hands = deal(pack(lengths, shape.seq_length, shape.packing), lengths, world.dp_size, shape.micro_batch_size)
     micro_batches, samples = [], []
     like = fields(dataset[0])
-    for bins in hands[world.dp_rank]:
+    hand = hands[world.dp_rank]
+    for bins, tokens in zip(hand, micro_batch_tokens(hand, lengths, shape.unit, world.pp_size > 1), strict=True):
         rows = [[dataset[int(ids[i])] for i in row] for row in bins]
-        batch = collate(rows, fields, shape.seq_length, shape.micro_batch_size, shape.pad_id, like)
+        batch = collate(rows, fields, tokens, shape.pad_id, like)
         micro_batches.append({name: _on(value, world.device) for name, value in batch.items()})
         samples.append([sample for row in rows for sample in row])
     return GlobalBatch(micro_batches, samples, int(lengths.sum()))

@@ -51,7 +51,8 @@ def run_schedule(
 
     Args:
         model: this rank's stage (bare or under DistributedDataParallel).
-        micro_batches: this data-parallel rank's micro-batches, in order; at least one, all of the same T.
+        micro_batches: this data-parallel rank's micro-batches, in order; at least one; all of the same T where
+            there are several pipeline stages.
         loss_function: called on the last stage.
         forward_only: no backward.
 

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from fusemega.config import Section
 from fusemega.models.build import GPT
+from fusemega.runtime.cpu_backend import fuse_gradient_accumulation
 
 
 class OptimizerSection(Section):
@@ -55,6 +56,7 @@ def wrap(model: GPT, section: OptimizerSection) -> tuple[DistributedDataParallel
     config = model.config
     dtype = config.params_dtype
     config.calculate_per_token_loss = True
+    fuse_gradient_accumulation(model)
     ddp = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(

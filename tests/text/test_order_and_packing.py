@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import collate, deal, pack
+from fusemega.text.packing import collate, deal, micro_batch_tokens, pack
 from fusemega.text.sample import Sample
 
 
@@ -61,36 +61,42 @@ def test_every_layout_trains_on_the_same_positions(seed: int) -> None:
             rows = sum(len(rank) for rank in ranks) * mbs
             assert rows == -(-len(bins) // (dp * mbs)) * dp * mbs
             seen = []
-            for micro_batch in (m for rank in ranks for m in rank):
-                held = [[samples[i] for i in b] for b in micro_batch]
-                batch = collate(held, fields, seq_length, mbs, 0, fields(samples[0]))
-                check(batch, held, seq_length)
-                seen += [tuple(tag) for tag in batch["tag"].tolist()]
-            assert sorted(seen) == expected
+            for unit, alike in ((1, False), (8, False), (8, True)):
+                seen.clear()
+                for rank in ranks:
+                    sizes = micro_batch_tokens(rank, lengths, unit, alike)
+                    assert len(set(sizes)) == 1 or not alike
+                    for micro_batch, size in zip(rank, sizes, strict=True):
+                        content = sum(lengths[i] for b in micro_batch for i in b)
+                        assert size % unit == 0 and size >= max(content, 1) and size <= seq_length * mbs
+                        assert alike or size < max(content, 1) + unit
+                        held = [[samples[i] for i in b] for b in micro_batch]
+                        batch = collate(held, fields, size, 0, fields(samples[0]))
+                        check(batch, held, size)
+                        seen += [tuple(tag) for tag in batch["tag"].tolist()]
+                assert sorted(seen) == expected
 
 
-def check(batch: dict, rows: list[list[Sample]], seq_length: int) -> None:
+def check(batch: dict, rows: list[list[Sample]], num_tokens: int) -> None:
     """One micro-batch, token by token."""
     tokens: list[int] = []
     places: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
     bounds = [0]
-    for row in rows:
-        start = len(tokens)
-        for sample in row:
-            for t in range(len(sample.ids)):
-                if t + 1 < len(sample.ids) and sample.supervised[t + 1]:
-                    positions.append(len(tokens))
-                    labels.append(int(sample.ids[t + 1]))
-                tokens.append(int(sample.ids[t]))
-                places.append(t)
-            bounds.append(len(tokens))
-        pad = seq_length - (len(tokens) - start)
-        tokens += [0] * pad
-        places += range(pad)
-        if pad:
-            bounds.append(len(tokens))
+    for sample in (sample for row in rows for sample in row):
+        for t in range(len(sample.ids)):
+            if t + 1 < len(sample.ids) and sample.supervised[t + 1]:
+                positions.append(len(tokens))
+                labels.append(int(sample.ids[t + 1]))
+            tokens.append(int(sample.ids[t]))
+            places.append(t)
+        bounds.append(len(tokens))
+    pad = num_tokens - len(tokens)
+    tokens += [0] * pad
+    places += range(pad)
+    if pad:
+        bounds.append(len(tokens))
     assert batch["tokens"].tolist() == [tokens] and batch["tokens"].dtype == torch.int64
     assert batch["position_ids"].tolist() == [places] and batch["position_ids"].dtype == torch.int64
     assert batch["cu_seqlens"].tolist() == bounds and batch["cu_seqlens"].dtype == torch.int32
@@ -103,9 +109,10 @@ def check(batch: dict, rows: list[list[Sample]], seq_length: int) -> None:
 
 def test_a_filler_micro_batch_has_fields_without_entries() -> None:
     sample = make(random.Random(0), 1, 8)[0]
-    batch = collate([[], []], fields, 8, 2, 9, fields(sample))
+    assert micro_batch_tokens([[[0]], [[]]], [8], 4, alike=False) == [8, 4]
+    batch = collate([[], []], fields, 8, 9, fields(sample))
     assert batch["tag"].shape == (0, 2) and batch["tag"].dtype == torch.int64
-    assert batch["cu_seqlens"].tolist() == [0, 8, 16] and batch["max_seqlen"] == 8
+    assert batch["cu_seqlens"].tolist() == [0, 8] and batch["max_seqlen"] == 8
     assert batch["tokens"].unique().tolist() == [9]
     assert batch["positions"].shape == batch["labels"].shape == (0,) and batch["keys"] == []
 
@@ -127,8 +134,6 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         pack([3, 17], 16, packed=True)
     with pytest.raises(ValueError, match="exceed"):
-        collate([[samples[0]] * 20], fields, 16, 1, 0, fields(samples[0]))
-    with pytest.raises(ValueError, match="1 rows for a micro-batch of 2"):
-        collate([[]], fields, 16, 2, 0, fields(samples[0]))
+        collate([[samples[0]] * 20], fields, 16, 0, fields(samples[0]))
     with pytest.raises(ValueError, match="field 'x' has 0 entries"):
-        collate([[samples[0]]], lambda sample: {"x": np.zeros(0)}, 16, 1, 0, {"x": np.zeros(0)})
+        collate([[samples[0]]], lambda sample: {"x": np.zeros(0)}, 16, 0, {"x": np.zeros(0)})
