@@ -5,6 +5,7 @@ Shapes: S sequence (or all tokens T of a packed row), B batch, N query heads, G 
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -48,6 +50,9 @@ class RMSNorm(torch.nn.RMSNorm):
 class SwiGLUMLP(MLP):
     """megatron-core's MLP without biases, with one operation between its products."""
 
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), **kwargs)
+
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """[S, B, H] -> [S, B, H] and, as Megatron expects, no bias."""
         gate_up, _ = self.linear_fc1(hidden_states)
@@ -58,9 +63,10 @@ class SwiGLUMLP(MLP):
 class SDPAttention(MegatronModule):
     """Causal core attention on `scaled_dot_product_attention`, with grouped queries and packed sequences.
 
-    A packed row ("thd") is one attention call a segment: block-diagonal without ever holding a [T, T] mask, and no
-    work between segments. In a layer with a sliding window (`config.window_size` = (W, 0): a query sees W tokens
-    before itself), a segment longer than the window goes block of queries by block, each against the keys it can see.
+    A packed row ("thd") is one attention call a run of equally long segments: block-diagonal without ever holding a
+    [T, T] mask, and no work between segments. In a layer with a sliding window (`config.window_size` = (W, 0): a query
+    sees W tokens before itself), a segment longer than the window goes block of queries by block, each against the keys
+    it can see.
     """
 
     def __init__(
@@ -101,11 +107,13 @@ class SDPAttention(MegatronModule):
             query_BNSD, key_BGSD, value_BGSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             out_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD)
             return out_BNSD.permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        parts = [
-            self._attend(*(t.transpose(0, 1)[None] for t in segment))[0].transpose(0, 1)
-            for segment in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        ]
+        runs = [(length, len(list(run))) for length, run in groupby(packed_seq_params.cu_seqlens_q.diff().tolist())]
+        parts = []
+        for (length, count), *run in zip(
+            runs, *(t.split([length * count for length, count in runs]) for t in (query, key, value)), strict=True
+        ):
+            out_BNSD = self._attend(*(t.unflatten(0, (count, length)).transpose(1, 2) for t in run))
+            parts.append(out_BNSD.transpose(1, 2).flatten(0, 1))
         return torch.cat(parts).flatten(1)
 
     def _attend(self, query_BNSD: torch.Tensor, key_BGSD: torch.Tensor, value_BGSD: torch.Tensor) -> torch.Tensor:
@@ -149,7 +157,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     spec.submodules.pre_mlp_layernorm = RMSNorm
     gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
     if gated and not torch.cuda.is_available():
-        spec.submodules.mlp.module = SwiGLUMLP
+        spec.submodules.mlp = SwiGLUMLP
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
