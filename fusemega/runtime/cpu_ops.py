@@ -108,12 +108,13 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
         ctx.save_for_backward(cos_T1D, sin_T1D)
-        return _rotated(t_TND, cos_T1D, sin_T1D, forth=True)
+        return _rotated(t_TND, cos_T1D, sin_T1D, True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_TND: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(d_out_TND, *ctx.saved_tensors, forth=False), None, None
+        cos_T1D, sin_T1D = ctx.saved_tensors
+        return _rotated(d_out_TND, cos_T1D, sin_T1D, False), None, None
 
 
 def _rotated(t_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, forth: bool) -> Tensor:

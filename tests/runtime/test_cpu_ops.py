@@ -125,3 +125,24 @@ def test_weight_gradients_are_added_to_the_main_gradient(dtype: torch.dtype) -> 
     cpu_backend._WeightGradients.wgrad_gemm_accum_fp32(x, d_out, main)
     tolerance = 1e-6 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(main.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_linear_layers_of_a_wrapped_model_add_as_they_multiply() -> None:
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from fusemega.runtime.parallel import ParallelConfig, initialize
+
+    initialize(ParallelConfig())
+    torch.manual_seed(0)
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, use_cpu_initialization=True)
+    layer = ColumnParallelLinear(4, 6, config=config, init_method=torch.nn.init.normal_, bias=False)
+    x, weight = torch.randn(5, 1, 4), layer.weight
+    (wanted,) = torch.autograd.grad(layer(x)[0].square().sum(), weight)
+    cpu_backend.fuse_gradient_accumulation(layer)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+    for _ in range(2):
+        layer(x)[0].square().sum().backward()
+        weight.grad = None  # as DistributedDataParallel does, without a look at it
+    assert weight.grad_added_to_main_grad
+    torch.testing.assert_close(weight.main_grad, 1 + 2 * wanted)
