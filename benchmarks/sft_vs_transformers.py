@@ -91,7 +91,7 @@ def write_steps(work: Path, rows: str) -> list[dict[str, int]]:
     steps, counts = [], []
     for step in range(MOST_STEPS):
         samples = [dataset[int(i)] for i in sample_ids(step, GLOBAL_BATCH[rows], len(dataset), SEED)]
-        steps.append([(torch.from_numpy(s.ids).long(), torch.from_numpy(s.supervised.copy())) for s in samples])
+        steps.append([(torch.tensor(s.ids).long(), torch.tensor(s.supervised)) for s in samples])
         lengths = [len(s.ids) for s in samples]
         batches = [lengths[i : i + MICRO_BATCH] for i in range(0, len(lengths), MICRO_BATCH)]
         counts.append(

@@ -15,7 +15,8 @@ What stops a CPU run, and what is done about it:
 | `.cuda()`, `pin_memory` | models/common/language_module/language_module.py:244; distrib_optimizer.py:1089; exchange_utils.py:499 | function mode |
 | `t.type() == "torch.cuda.FloatTensor"` | distrib_optimizer.py:361,420,582; optimizer.py:671,690; clip_grads.py:167 | function mode, for callers in `megatron.core.optimizer` |
 | CUDA random state | tensor_parallel/random.py:235,237,238,240,422,447,457 | the CPU generator |
-| rotary angles: cosines and sines of every token anew in each layer, twice | models/common/embeddings/rope_utils.py:130 | once a micro-batch, `cpu_ops.rotate` |
+| rotary angles: cosines and sines of every token anew in each layer, twice | models/common/embeddings/rope_utils.py:122 | once a micro-batch, `cpu_ops.rotate` |
+| gradients reduced and weights gathered over one rank: gloo copies the whole buffer three times a step | distributed/param_and_grad_buffer.py:285,443 | left out |
 | weight gradients: made whole, then added to the main gradients; the fused form is apex's | tensor_parallel/layers.py:569 | `fuse_gradient_accumulation` |
 | Adam's state layout: `step` in the param group | distrib_optimizer.py:642,825,940 (plain torch.optim.AdamW cannot be loaded) | `FusedAdam` |
 """
@@ -61,6 +62,7 @@ def enable() -> None:
     _patch_random()
     _patch_adam()
     _patch_rope()
+    _patch_lone_collectives()
     _keep_freed_memory()
 
 
@@ -264,6 +266,25 @@ def _patch_rope() -> None:
 
     patched: Any = attention
     patched.apply_rotary_pos_emb = _Rope(attention.apply_rotary_pos_emb)
+
+
+def _without_lone_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """`collective` (all-gather or reduce-scatter), which over one rank, from a buffer to itself, has nothing to do."""
+
+    def run(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if group is not None and group.size() == 1 and output.data_ptr() == input.data_ptr():
+            return None
+        return collective(output, input, *args, group=group, **kwargs)
+
+    return run
+
+
+def _patch_lone_collectives() -> None:
+    from megatron.core.distributed import param_and_grad_buffer
+
+    patched: Any = param_and_grad_buffer
+    patched.dist_all_gather_func = _without_lone_rank(patched.dist_all_gather_func)
+    patched.dist_reduce_scatter_func = _without_lone_rank(patched.dist_reduce_scatter_func)
 
 
 def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
