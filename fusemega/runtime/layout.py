@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field, model_validator
 
 from fusemega.config import Section
@@ -81,6 +83,11 @@ class ParallelConfig(Section):
     def activation_split(self) -> int:
         """Ranks that share the tokens of a micro-batch between attention layers."""
         return self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
+    @property
+    def row_unit(self) -> int:
+        """A micro-batch's tokens are a multiple of this."""
+        return math.lcm(self.segment_multiple, self.activation_split)
 
     def check_rows(self, seq_length: int, micro_batch_size: int, keys: tuple[str, str]) -> None:
         """Refuses rows that context and sequence parallelism cannot split evenly.

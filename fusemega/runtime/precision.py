@@ -6,6 +6,7 @@ whatever cannot be had is refused here, with the reason, before anything is allo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -151,12 +152,16 @@ class Precision(Section):
         Raises:
             ValueError: names `what` the tokens are the product of; pydantic makes it the run file's error.
         """
-        if self.fp8 is None:
-            return
-        recipe = self.fp8_recipe or "delayed"
-        unit = self._gathered(parallel)[recipe] * parallel.activation_split
-        if tokens % unit:
+        if self.fp8 is not None and tokens % (unit := self.row_unit(parallel)):
+            recipe = self.fp8_recipe or "delayed"
             raise ValueError(f"{what} = {tokens} is not a multiple of {unit}, which fp8_recipe {recipe} needs here")
+
+    def row_unit(self, parallel: ParallelConfig) -> int:
+        """A micro-batch's tokens must be a multiple of this: of what the layout and FP8 need of its shards."""
+        if self.fp8 is None:
+            return parallel.row_unit
+        shard = self._gathered(parallel)[self.fp8_recipe or "delayed"]
+        return math.lcm(parallel.row_unit, shard * parallel.activation_split)
 
     def _gathered(self, parallel: ParallelConfig) -> Mapping[str, int]:
         return _GATHERED_ALIGNMENT if parallel.sequence_parallel else _ALIGNMENT

@@ -6,6 +6,7 @@ G key/value heads, D head size.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from fusemega.runtime.context_parallel import gather_row
+from fusemega.runtime.cpu_ops import rms_norm, swiglu
 
 _BLOCK = 512  # queries that share one mask, [block, the keys they see] bits
 
@@ -38,13 +42,34 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Over the last dimension, of the same shape and dtype."""
+        if x.is_cpu and x.dtype is not torch.bfloat16:
+            assert self.eps is not None
+            return rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+class SwiGLUMLP(MLP):
+    """megatron-core's MLP without biases, with one operation between its products."""
+
+    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), **kwargs)
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        """[S, B, H] -> [S, B, H] and, as Megatron expects, no bias."""
+        gate_up, _ = self.linear_fc1(hidden_states)
+        out, _ = self.linear_fc2(swiglu(gate_up))
+        return out, None
+
 
 class SDPAttention(MegatronModule):
     """Causal core attention on `scaled_dot_product_attention`, with grouped queries and packed sequences.
 
-    A packed row ("thd") is one attention call a segment: block-diagonal without ever holding a [T, T] mask, and no
-    work between segments. In a layer with a sliding window (`config.window_size` = (W, 0): a query sees W tokens
-    before itself), a segment longer than the window goes block of queries by block, each against the keys it can see.
+    A packed row ("thd") is one attention call a run of equally long segments: block-diagonal without ever holding a
+    [T, T] mask, and no work between segments. In a layer with a sliding window (`config.window_size` = (W, 0): a query
+    sees W tokens before itself), a segment longer than the window goes block of queries by block, each against the keys
+    it can see.
 
     Under context parallelism, which takes packed rows only, keys and values of the whole row are gathered, and each of
     the two pieces of a segment that this rank holds attends to those up to its end.
@@ -101,11 +126,13 @@ class SDPAttention(MegatronModule):
             return out_BNSD.permute(2, 0, 1, 3).flatten(2)
         if self.cp_group is not None:
             return self._shared_row(query, key, value, packed_seq_params.cu_seqlens_q)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        parts = [
-            self._segment(*segment)
-            for segment in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        ]
+        runs = [(length, len(list(run))) for length, run in groupby(packed_seq_params.cu_seqlens_q.diff().tolist())]
+        parts = []
+        for (length, count), *run in zip(
+            runs, *(t.split([length * count for length, count in runs]) for t in (query, key, value)), strict=True
+        ):
+            out_BNSD = self._attend(*(t.unflatten(0, (count, length)).transpose(1, 2) for t in run))
+            parts.append(out_BNSD.transpose(1, 2).flatten(0, 1))
         return torch.cat(parts).flatten(1)
 
     def _shared_row(
@@ -167,10 +194,13 @@ class SDPAttention(MegatronModule):
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One decoder layer: megatron-core's local spec with the two modules above."""
+    """One decoder layer: megatron-core's local spec with the modules above."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
+    if gated and not torch.cuda.is_available():
+        spec.submodules.mlp = SwiGLUMLP
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:

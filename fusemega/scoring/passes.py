@@ -33,4 +33,5 @@ class PassRun(Section):
 
     def row_shape(self, source: ModelSource) -> RowShape:
         """Packed rows of `data.seq_length` tokens."""
-        return RowShape(self.data.seq_length, self.micro_batch_size, True, source.pad_id)
+        unit = self.model.row_unit(self.parallel)
+        return RowShape(self.data.seq_length, self.micro_batch_size, True, source.pad_id, unit)

@@ -2,11 +2,11 @@
 
 Everything is a deterministic function of the samples' lengths, and the samples of a global batch are the same
 whatever the layout, the micro-batch size, and whether rows are packed. Attention never crosses a sample: each is a
-segment of its own, and so is the padding tail of a row. Context parallelism splits every segment, so there each sample
-is padded to a multiple of 2 CP tokens, inside its segment.
+segment of its own, and so is the padding at the end of a micro-batch. Context parallelism splits every segment, so
+there each sample is padded to a multiple of 2 CP tokens, inside its segment.
 
-Shapes: T = micro_batch_size * seq_length tokens of a micro-batch, N supervised positions and S samples in it (either
-may be 0), R tokens and M supervised positions of a context-parallel rank's part of it.
+Shapes: T tokens of a micro-batch, N supervised positions and S samples in it (either may be 0), R tokens and M
+supervised positions of a context-parallel rank's part of it.
 """
 
 from __future__ import annotations
@@ -79,19 +79,30 @@ def deal(
     return [[hand[i : i + micro_batch_size] for i in range(0, len(hand), micro_batch_size)] for hand in hands]
 
 
+def micro_batch_tokens(
+    hand: Sequence[Sequence[Bin]], lengths: Sequence[int] | np.ndarray, unit: int, alike: bool
+) -> list[int]:
+    """T of each micro-batch of one rank: its samples' tokens, rounded up to a multiple of `unit`, at least one.
+
+    `alike`: all get the largest, as pipeline stages must send each other tensors of one size throughout a step.
+    """
+    contents = [sum(int(lengths[i]) for b in bins for i in b) for bins in hand]
+    tokens = [max(-(-content // unit), 1) * unit for content in contents]
+    return [max(tokens)] * len(tokens) if alike else tokens
+
+
 def collate(
     rows: Sequence[Sequence[Sample]],
     fields: Callable[[Sample], Mapping[str, np.ndarray]],
-    seq_length: int,
-    micro_batch_size: int,
+    num_tokens: int,
     pad_id: int,
     like: Mapping[str, np.ndarray],
     multiple: int = 1,
 ) -> dict[str, Any]:
-    """One micro-batch.
+    """One micro-batch: the samples of its rows one after the other, then padding up to T = `num_tokens`.
 
     Args:
-        rows: the samples of each of `micro_batch_size` bins.
+        rows: the samples of each of its bins.
         fields: an objective's `sample_fields`: arrays [P, ...] of a sample, one entry a supervised position.
         like: the same fields of any sample: gives shapes and types where a micro-batch has no sample.
         multiple: of which each sample's segment is.
@@ -101,26 +112,23 @@ def collate(
         max_seqlen int, the longest segment; positions int64 [N], indices into T whose next token is supervised;
         labels int64 [N], those next tokens; sequences int64 [N], the sample that each belongs to; sequence_tokens
         int64 [S], how many each sample has; keys, the samples' keys in order; and the fields, [N, ...].
+
+    Raises:
+        ValueError: the samples do not fit; a field has not one entry a supervised position.
     """
-    if len(rows) != micro_batch_size:
-        raise ValueError(f"{len(rows)} rows for a micro-batch of {micro_batch_size}")
-    tokens = np.full(micro_batch_size * seq_length, pad_id, dtype=np.int64)
+    tokens = np.full(num_tokens, pad_id, dtype=np.int64)
     bounds = [0]
-    samples: list[Sample] = []
+    samples = [sample for row in rows for sample in row]
     positions: list[np.ndarray] = []
-    for r, row in enumerate(rows):
-        place = r * seq_length
-        for sample in row:
-            end = place + int(padded(len(sample.ids), multiple))
-            if end > (r + 1) * seq_length:
-                raise ValueError(f"{sample.source}: the samples of a row exceed {seq_length} tokens")
-            tokens[place : place + len(sample.ids)] = sample.ids
-            positions.append(place + sample.positions)
-            samples.append(sample)
-            bounds.append(end)
-            place = end
-        if place < (r + 1) * seq_length:
-            bounds.append((r + 1) * seq_length)
+    for sample in samples:
+        place, end = bounds[-1], bounds[-1] + int(padded(len(sample.ids), multiple))
+        if end > num_tokens:
+            raise ValueError(f"{sample.source}: the samples of a micro-batch exceed {num_tokens} tokens")
+        tokens[place : place + len(sample.ids)] = sample.ids
+        positions.append(place + sample.positions)
+        bounds.append(end)
+    if bounds[-1] < num_tokens:
+        bounds.append(num_tokens)
     segments = np.diff(bounds)
     where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
     counts = np.array([len(part) for part in positions], dtype=np.int64)

@@ -15,7 +15,7 @@ from fusemega.runtime.parallel import World
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import collate, context_part, deal, pack, padded
+from fusemega.text.packing import collate, context_part, deal, micro_batch_tokens, pack, padded
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.forward import Batch
@@ -33,17 +33,21 @@ def no_fields(sample: Sample) -> Mapping[str, np.ndarray]:
 class RowShape:
     """How samples are laid into rows.
 
+    Rows are filled up to `seq_length`; what no sample fills is left out of the micro-batch, up to `unit`.
+
     Attributes:
-        seq_length: tokens of a row.
+        seq_length: most tokens of a row.
         micro_batch_size: rows of a forward pass.
         packing: several samples a row, or one.
-        pad_id: token id of the padding tails.
+        pad_id: token id of the padding.
+        unit: a micro-batch's tokens are a multiple of it (`Precision.row_unit`).
     """
 
     seq_length: int
     micro_batch_size: int
     packing: bool
     pad_id: int
+    unit: int
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,15 @@ def global_batch(
 ) -> GlobalBatch:
     """Pack the samples `ids`, deal the rows over data parallelism and collate this rank's part on its device."""
     lengths, multiple = dataset.lengths[np.asarray(ids)], world.layout.segment_multiple
-    bins = pack(padded(lengths, multiple), shape.seq_length, shape.packing)
+    places = padded(lengths, multiple)
+    bins = pack(places, shape.seq_length, shape.packing)
     hands = deal(bins, lengths, world.dp_size, shape.micro_batch_size, world.layout.micro_batch_multiple)
     micro_batches, samples = [], []
     like = fields(dataset[0])
-    for bins in hands[world.dp_rank]:
+    hand = hands[world.dp_rank]
+    for bins, tokens in zip(hand, micro_batch_tokens(hand, places, shape.unit, world.pp_size > 1), strict=True):
         rows = [[dataset[int(ids[i])] for i in row] for row in bins]
-        batch = collate(rows, fields, shape.seq_length, shape.micro_batch_size, shape.pad_id, like, multiple)
+        batch = collate(rows, fields, tokens, shape.pad_id, like, multiple)
         if world.cp_size > 1:
             batch = context_part(batch, like, world.cp_rank, world.cp_size)
         micro_batches.append({name: _on(value, world.device) for name, value in batch.items()})

@@ -55,8 +55,8 @@ def run_schedule(
 
     Args:
         chunks: what this rank holds of the model (bare or under DistributedDataParallel).
-        micro_batches: this data-parallel rank's micro-batches, in order; at least one, all of the same T, and as many
-            as the layout's `micro_batch_multiple` asks for.
+        micro_batches: this data-parallel rank's micro-batches, in order; at least one; all of the same T where
+            there are several pipeline stages; and as many as the layout's `micro_batch_multiple` asks for.
         loss_function: called on the last stage, micro-batch by micro-batch in order.
         forward_only: no backward.
 

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from fusemega.config import Section
 from fusemega.models.build import GPT
+from fusemega.runtime.cpu_backend import fuse_gradient_accumulation
 
 
 class OptimizerSection(Section):
@@ -66,6 +67,7 @@ def wrap(model: GPT, section: OptimizerSection) -> tuple[list[DistributedDataPar
     config = model.config
     dtype = config.params_dtype
     config.calculate_per_token_loss = True
+    fuse_gradient_accumulation(model)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=section.use_distributed_optimizer,

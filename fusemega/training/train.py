@@ -61,7 +61,8 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
     tokenizer = checked.source.tokenizer
     dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world)
     checked.objective.check_data(dataset)
-    shape = RowShape(run.data.seq_length, run.training.micro_batch_size, run.training.packing, checked.source.pad_id)
+    training, unit = run.training, run.model.row_unit(run.parallel)
+    shape = RowShape(run.data.seq_length, training.micro_batch_size, training.packing, checked.source.pad_id, unit)
     data = TrainingData(
         dataset, checked.objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
     )

@@ -25,6 +25,10 @@ CITED = [
     ("tensor_parallel/mappings.py", 141, "torch.cuda.current_device()"),
     ("pipeline_parallel/p2p_communication.py", 313, "torch.cuda.current_device()"),
     ("pipeline_parallel/p2p_communication.py", 398, "torch.cuda.synchronize()"),
+    ("distributed/param_and_grad_buffer.py", 285, "dist_all_gather_func("),
+    ("distributed/param_and_grad_buffer.py", 443, "dist_reduce_scatter_func("),
+    ("models/common/embeddings/rope_utils.py", 122, "torch.cos(freqs)"),
+    ("tensor_parallel/layers.py", 569, "wgrad_gemm_accum_fp32("),
     ("distributed/param_and_grad_buffer.py", 800, "torch.cuda.current_device()"),
     ("optimizer/distrib_optimizer.py", 361, "torch.cuda."),
     ("optimizer/distrib_optimizer.py", 791, "torch.cuda.current_device()"),
@@ -107,6 +111,24 @@ def test_fused_adam_is_torch_adamw() -> None:
     assert torch.equal(ours, theirs)
     assert a.param_groups[0]["step"] == 4
     assert set(a.state[ours]) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_collectives_of_one_rank_on_its_own_buffer_are_left_out() -> None:
+    from megatron.core.distributed import param_and_grad_buffer
+
+    group = initialize(ParallelConfig()).dp_group
+    calls = []
+    run = cpu_backend._without_lone_rank(lambda *args, **kwargs: calls.append(kwargs["group"]))
+    buffer = torch.arange(4.0)
+    run(buffer, buffer[:], group=group)
+    assert not calls
+    run(torch.empty(4), buffer, group=group)
+    run(buffer, buffer, group=None)
+    assert calls == [group, None]
+    for function in (param_and_grad_buffer.dist_all_gather_func, param_and_grad_buffer.dist_reduce_scatter_func):
+        out = torch.zeros(4)
+        function(out, buffer, group=group)
+        assert torch.equal(out, buffer)
 
 
 def test_the_real_file_is_untouched() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fusemega.runtime.context_parallel import zigzag
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import collate, context_part, deal, pack, padded
+from fusemega.text.packing import collate, context_part, deal, micro_batch_tokens, pack, padded
 from fusemega.text.sample import Sample
 
 
@@ -62,36 +62,42 @@ def test_every_layout_trains_on_the_same_positions(seed: int) -> None:
             rows = sum(len(rank) for rank in ranks) * mbs
             assert rows == -(-len(bins) // (dp * mbs)) * dp * mbs
             seen = []
-            for micro_batch in (m for rank in ranks for m in rank):
-                held = [[samples[i] for i in b] for b in micro_batch]
-                batch = collate(held, fields, seq_length, mbs, 0, fields(samples[0]))
-                check(batch, held, seq_length)
-                seen += [tuple(tag) for tag in batch["tag"].tolist()]
-            assert sorted(seen) == expected
+            for unit, alike in ((1, False), (8, False), (8, True)):
+                seen.clear()
+                for rank in ranks:
+                    sizes = micro_batch_tokens(rank, lengths, unit, alike)
+                    assert len(set(sizes)) == 1 or not alike
+                    for micro_batch, size in zip(rank, sizes, strict=True):
+                        content = sum(lengths[i] for b in micro_batch for i in b)
+                        assert size % unit == 0 and size >= max(content, 1) and size <= seq_length * mbs
+                        assert alike or size < max(content, 1) + unit
+                        held = [[samples[i] for i in b] for b in micro_batch]
+                        batch = collate(held, fields, size, 0, fields(samples[0]))
+                        check(batch, held, size)
+                        seen += [tuple(tag) for tag in batch["tag"].tolist()]
+                assert sorted(seen) == expected
 
 
-def check(batch: dict, rows: list[list[Sample]], seq_length: int) -> None:
+def check(batch: dict, rows: list[list[Sample]], num_tokens: int) -> None:
     """One micro-batch, token by token."""
     tokens: list[int] = []
     places: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
     bounds = [0]
-    for row in rows:
-        start = len(tokens)
-        for sample in row:
-            for t in range(len(sample.ids)):
-                if t + 1 < len(sample.ids) and sample.supervised[t + 1]:
-                    positions.append(len(tokens))
-                    labels.append(int(sample.ids[t + 1]))
-                tokens.append(int(sample.ids[t]))
-                places.append(t)
-            bounds.append(len(tokens))
-        pad = seq_length - (len(tokens) - start)
-        tokens += [0] * pad
-        places += range(pad)
-        if pad:
-            bounds.append(len(tokens))
+    for sample in (sample for row in rows for sample in row):
+        for t in range(len(sample.ids)):
+            if t + 1 < len(sample.ids) and sample.supervised[t + 1]:
+                positions.append(len(tokens))
+                labels.append(int(sample.ids[t + 1]))
+            tokens.append(int(sample.ids[t]))
+            places.append(t)
+        bounds.append(len(tokens))
+    pad = num_tokens - len(tokens)
+    tokens += [0] * pad
+    places += range(pad)
+    if pad:
+        bounds.append(len(tokens))
     assert batch["tokens"].tolist() == [tokens] and batch["tokens"].dtype == torch.int64
     assert batch["position_ids"].tolist() == [places] and batch["position_ids"].dtype == torch.int64
     assert batch["cu_seqlens"].tolist() == bounds and batch["cu_seqlens"].dtype == torch.int32
@@ -109,12 +115,14 @@ def test_context_ranks_share_every_sample(seed: int, size: int) -> None:
     seq_length, multiple = 36, 2 * size
     samples = make(rng, rng.randint(5, 30), seq_length)
     lengths = [len(sample.ids) for sample in samples]
-    bins = pack(padded(lengths, multiple), seq_length, packed=True)
+    places = padded(lengths, multiple)
+    bins = pack(places, seq_length, packed=True)
     expected = sorted((i, int(t)) for i, sample in enumerate(samples) for t in sample.positions)
     seen = []
-    for micro_batch in deal(bins, lengths, 1, 2)[0]:
+    hand = deal(bins, lengths, 1, 2)[0]
+    for micro_batch, tokens in zip(hand, micro_batch_tokens(hand, places, multiple, alike=False), strict=True):
         held = [[samples[i] for i in b] for b in micro_batch]
-        whole = collate(held, fields, seq_length, 2, 0, fields(samples[0]), multiple)
+        whole = collate(held, fields, tokens, 0, fields(samples[0]), multiple)
         assert not (whole["cu_seqlens"] % multiple).any()
         flat = [sample for row in held for sample in row]
         assert whole["sequence_tokens"].tolist() == [len(sample.positions) for sample in flat]
@@ -147,9 +155,10 @@ def test_the_interleaved_schedule_gets_whole_groups_of_micro_batches() -> None:
 
 def test_a_filler_micro_batch_has_fields_without_entries() -> None:
     sample = make(random.Random(0), 1, 8)[0]
-    batch = collate([[], []], fields, 8, 2, 9, fields(sample))
+    assert micro_batch_tokens([[[0]], [[]]], [8], 4, alike=False) == [8, 4]
+    batch = collate([[], []], fields, 8, 9, fields(sample))
     assert batch["tag"].shape == (0, 2) and batch["tag"].dtype == torch.int64
-    assert batch["cu_seqlens"].tolist() == [0, 8, 16] and batch["max_seqlen"] == 8
+    assert batch["cu_seqlens"].tolist() == [0, 8] and batch["max_seqlen"] == 8
     assert batch["tokens"].unique().tolist() == [9]
     assert batch["positions"].shape == batch["labels"].shape == (0,) and batch["keys"] == []
     assert batch["sequences"].shape == batch["sequence_tokens"].shape == (0,)
@@ -172,8 +181,6 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         pack([3, 17], 16, packed=True)
     with pytest.raises(ValueError, match="exceed"):
-        collate([[samples[0]] * 20], fields, 16, 1, 0, fields(samples[0]))
-    with pytest.raises(ValueError, match="1 rows for a micro-batch of 2"):
-        collate([[]], fields, 16, 2, 0, fields(samples[0]))
+        collate([[samples[0]] * 20], fields, 16, 0, fields(samples[0]))
     with pytest.raises(ValueError, match="field 'x' has 0 entries"):
-        collate([[samples[0]]], lambda sample: {"x": np.zeros(0)}, 16, 1, 0, {"x": np.zeros(0)})
+        collate([[samples[0]]], lambda sample: {"x": np.zeros(0)}, 16, 0, {"x": np.zeros(0)})
