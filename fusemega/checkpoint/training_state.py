@@ -41,9 +41,7 @@ def training_state(gpt: GPT, optimizer: MegatronOptimizer, world: World) -> dict
     }
 
 
-def load_checkpoint(
-    folder: Path, gpt: GPT, optimizer: MegatronOptimizer, world: World, same_layout: bool
-) -> None:
+def load_checkpoint(folder: Path, gpt: GPT, optimizer: MegatronOptimizer, world: World, same_layout: bool) -> None:
     """Fill model and optimizer from `folder`, in place; the random state too, in the layout that saved it. Collective.
 
     Raises:
