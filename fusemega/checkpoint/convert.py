@@ -102,7 +102,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
         _check_copies(folder, pool)
         with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items)) as unfinished:
             (unfinished.folder / "weights").mkdir(exist_ok=True)
-            copied = _write(items, unfinished, pool, f"importing {folder.path.name}")
+            copied = _write(items, unfinished, pool, f"importing {folder.path.name}", hashed=True)
             written = {item: Written(item.name, *unfinished.finished[item.name]) for item in items}
             digests = {name: digest for done in written.values() for name, digest in done.digests.items()}
             names = [name for place in places(folder.config) for name in place.rule.hf_shapes()]
@@ -146,7 +146,7 @@ def export_megatron(
     identity = _identity("export", checkpoint.files()) | {"dtype": str(dtype), "max_shard_size": max_shard_size}
     with start_workers(workers) as pool:
         with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items)) as unfinished:
-            copied = _write(items, unfinished, pool, f"exporting {folder.path.name}")
+            copied = _write(items, unfinished, pool, f"exporting {folder.path.name}", hashed=False)
             copy_side_files(folder.hf, unfinished.folder)
             write_index(unfinished.folder, shards)
             config = json.dumps(exported_config(folder.config, infos[0].dtype), indent=2, sort_keys=True)
@@ -238,7 +238,7 @@ def _identity(kind: str, files: Iterable[Path]) -> dict[str, Any]:
     return {"kind": kind, "version": [_PLAN_VERSION, CHUNK_BYTES, ITEM_TARGET_BYTES], "files": seen}
 
 
-def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str) -> int:
+def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, hashed: bool) -> int:
     """Make the items that are not finished; the bytes that were written."""
     left = [item for item in items if not _is_finished(item, unfinished)]
     if len(left) < len(items):
@@ -246,7 +246,7 @@ def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str) 
     left.sort(key=lambda item: -item.nbytes)
     byte_count = sum(item.nbytes for item in left)
     with meter(what, byte_count) as done:
-        for item, written in pool.map(partial(write_item, str(unfinished.folder)), left):
+        for item, written in pool.map(partial(write_item, str(unfinished.folder), hashed), left):
             unfinished.record(item.name, [written.hash, written.digests])
             done.add(item.nbytes)
     return byte_count

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +161,7 @@ class Written:
 
     Attributes:
         item: its name.
-        hash: XXH3-128 of the bytes written.
+        hash: XXH3-128 of the bytes written; empty where none was wanted.
         digests: XXH3-128 of each source tensor that was read whole.
     """
 
@@ -169,19 +170,33 @@ class Written:
     digests: dict[str, str]
 
 
-def write_item(root: str, item: Item) -> Written:
-    """Write an item into its file below `root`, on disk before the function returns. The file may exist already."""
+def write_item(root: str, hashed: bool, item: Item) -> Written:
+    """Write an item into its file below `root`, on disk before the function returns. The file may exist already.
+
+    Without `hashed`, what it reports has no hashes.
+    """
     path = Path(root, item.file)
     digests = _Digests()
     written = xxhash.xxh3_128()
-    with Reader(digests) as reader, open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
+    with (
+        Reader(digests if hashed else None) as reader,
+        open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as flusher,
+    ):
         file.seek(item.offset)
+        flushing = flusher.submit(os.fdatasync, file.fileno())
 
         def put(data: bytes | memoryview) -> None:
-            written.update(data)
+            nonlocal flushing
+            if hashed:
+                written.update(data)
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]
+            # The disk takes what is there while the next blocks are read, rather than everything at the end.
+            if flushing.done():
+                flushing.result()  # a full disk is told once
+                flushing = flusher.submit(os.fdatasync, file.fileno())
 
         for part in item.parts:
             put(part.head)
@@ -189,8 +204,9 @@ def write_item(root: str, item: Item) -> Written:
                 for block in reader.blocks(part.tensor):
                     put(block)
             put(part.tail)
+        flushing.result()
         os.fsync(file.fileno())
-    return Written(item.name, written.hexdigest(), digests.finished())
+    return Written(item.name, written.hexdigest() if hashed else "", digests.finished())
 
 
 def same_bits(pair: tuple[Assembled, Assembled]) -> bool:

@@ -99,9 +99,11 @@ def test_an_item_is_written_in_its_place_and_hashed(
     upper = Assembled("upper", (3, 4), "float32", tuple(window(as_is(half).moves, ((3, 6), (0, 4)), (0, 0))))
     item = Item("out", 3, (Part(b"head", as_is(whole), b"tail"), Part(b"only"), Part(tensor=upper)))
     (tmp_path / "out").write_bytes(b"abc")
-    written = copying.write_item(str(tmp_path), item)
+    written = copying.write_item(str(tmp_path), True, item)
     expected = b"head" + values.numpy().tobytes() + b"tail" + b"only" + other[3:].numpy().tobytes()
     assert (tmp_path / "out").read_bytes() == b"abc" + expected and item.nbytes == len(expected)
     assert written.hash == xxhash.xxh3_128(expected).hexdigest()
     # Of the second source only a part was read, from its middle: there is no digest of it.
+    assert copying.write_item(str(tmp_path), False, item) == copying.Written(item.name, "", {})
+    assert (tmp_path / "out").read_bytes() == b"abc" + expected
     assert written.digests == {"whole": xxhash.xxh3_128(values.numpy().tobytes()).hexdigest()}
