@@ -41,4 +41,4 @@ def test_curve(ranks: int, parallel: dict[str, Any], tmp_path: Path, chat_files:
         wanted = trainer.step()
         assert row["lm loss"] == pytest.approx(wanted["lm loss"], rel=1e-5)
         assert row["grad-norm"] == pytest.approx(wanted["grad-norm"], rel=1e-4)
-    assert found["many, resumed"] == found["many"]
+    assert found["many, resumed"] == found["many"][2:]

@@ -1,6 +1,6 @@
 """Trains a tiny model under layouts of this many ranks; saves in the middle and goes on, also in the next layout.
 
-    training.py CASES TEACH    JSON files: name -> run file of a training; the run file of a `teach`
+    training.py CASES [TEACH]    JSON files: name -> run file of a training; the run file of a `teach`
 
 Reports the curves, what an evaluation found after them, and for each layout what the optimizer holds for the last row
 of the vocabulary and the one before. Leaves the trained weights in each run's hf/.
@@ -29,7 +29,7 @@ from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.sequence_mean import SequenceMean
 
-RESUMED = ("sft, TP2+SP x PP2", "sft, CP2 x PP2 x VPP2, recompute", "sft, PP2 x DP2, uneven, overlapped")
+RESUMED = ("many", "sft, TP2+SP x PP2", "sft, CP2 x PP2 x VPP2, recompute", "sft, PP2 x DP2, uneven, overlapped")
 
 
 def scored_and_exported(trainer: Trainer, hf: Path, source: Path) -> dict[str, float]:
@@ -82,7 +82,8 @@ def main() -> None:
         assert trainer.iteration == 2
         found[f"{name}, then {other}"] = take(trainer, 2)
         found[f"{name}, then {other}, last rows"] = last_rows(trainer)
-    teach(validate(TeachRun, json.loads(Path(sys.argv[2]).read_text()), "teach"))
+    if len(sys.argv) > 2:
+        teach(validate(TeachRun, json.loads(Path(sys.argv[2]).read_text()), "teach"))
     report(found)
 
 
