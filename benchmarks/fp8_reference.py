@@ -69,7 +69,10 @@ def opened(work: Path, arm: str, model: Path, steps: int) -> Iterator[Trainer]:
             },
             arm,
         )
-        with mock.patch.object(Precision, "kernels", return_value=kernels):
+        with (
+            mock.patch.object(Precision, "kernels", return_value=kernels),
+            mock.patch.object(Precision, "row_unit", return_value=16),  # what FP8 asks for, in every arm
+        ):
             trainer, _ = open_trainer(run)
         forget = mock.patch.object(MegatronModule, "set_is_first_microbatch", lambda self: None)
         if requantize:

@@ -139,6 +139,7 @@ def opened(work: Path, output: Path, kernels: Kernels, monkeypatch: pytest.Monke
     )
     with monkeypatch.context() as patch:
         patch.setattr(Precision, "kernels", lambda self: kernels)
+        patch.setattr(Precision, "row_unit", lambda self, parallel: 16)  # what `model.fp8` would ask for
         return open_trainer(run)[0]
 
 
