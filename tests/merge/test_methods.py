@@ -13,7 +13,7 @@ import torch
 
 from fusemega.merge import select
 from fusemega.merge.merge import Options
-from fusemega.merge.method import TensorSpec, find_method, method_names
+from fusemega.merge.method import Job, Sample, TensorSpec, find_method, method_names
 from fusemega.merge.methods.dare import uniform
 from fusemega.merge.methods.della import keep_probabilities
 from tests.merge import oracles
@@ -278,15 +278,17 @@ def test_selection_equals_the_stable_sort(limit: int, quanta: int, monkeypatch: 
         torch.randint(0, quanta, (100_000,), generator=generator).float() / quanta * scale for scale in (1.0, 1e-12)
     ]
     edges = [0, 16384, 32768, 90112, 100_000]
+    spec = TensorSpec("x", (100_000,))
+
+    def block(index: int, start: int, end: int) -> select.Block:
+        return select.Block(spec, index, start, None, [key[start:end] for key in keys])
+
+    blocks = [block(i, a, b) for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))]
     for k in (0, 1, 777, 50_000, 99_999, 100_000):
         counts = [k, k]
         steps = select.select_largest(
-            lambda block: [key[block.start :][: len(block.models[0])] for key in keys], lambda n, c=counts: c
+            Job([spec], None, [], 0), select.Keys(lambda block: block.models), lambda n, c=counts: c
         )
-        blocks = [
-            select.Block(TensorSpec("x", (100_000,)), i, a, None, [torch.empty(b - a)])
-            for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))
-        ]
         answer = None
         while True:
             try:
@@ -294,7 +296,10 @@ def test_selection_equals_the_stable_sort(limit: int, quanta: int, monkeypatch: 
             except StopIteration as end:
                 selections = end.value
                 break
-            answer = [step(block) for block in blocks]
+            if isinstance(step, Sample):
+                answer = [step.measure(block(0, start, start + count)) for start, count in step.pieces]
+            else:
+                answer = [step(block) for block in blocks]
         for key, selection in zip(keys, selections, strict=True):
             mask = torch.cat([selection.mask(b, key[b.start :][: len(b.models[0])]) for b in blocks])
             expected = torch.zeros(100_000)
