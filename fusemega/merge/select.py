@@ -28,7 +28,7 @@ _COARSE_BINS = 1 << (31 - _LOW_BITS)  # no sign bit
 _FINE_BINS = 1 << _LOW_BITS
 _PIECE = 1 << 13
 _PIECES = (16, 128)
-_SURE = 16.0
+_SURE = 8.0
 """Standard errors of a sample of independent elements on either side of the bracket. A tensor's neighbours are alike,
 so its elements are not independent."""
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
@@ -79,8 +79,9 @@ class Selection:
         """1.0 for the elements taken and 0.0 for the others, fp32 [n]; from the stream's rough keys."""
         taken, there = self.ties[block.index] if self.ties else (0, 0)
         out = torch.empty_like(rough_n, dtype=torch.float32)
-        if taken == there and not self.keys.slack:
-            return torch.ge(rough_n, self.threshold, out=out)
+        if self.keys.slack == 0 and taken in (0, there):
+            compare = torch.ge if taken else torch.gt
+            return compare(rough_n, self.threshold, out=out)
         torch.gt(rough_n, self.threshold * (1 + self.keys.slack), out=out)
         places, keys = self.keys.near(block, self.stream, rough_n.numpy(), self.threshold, self.threshold)
         out.numpy()[places[keys > self.threshold]] = 1.0
@@ -91,7 +92,7 @@ class Selection:
 @dataclass(frozen=True)
 class _Scanned:
     """One stream of one block: how many keys there are, are not zero, and lie above the bracket; and the values within
-    it, without zero, with how often each occurs."""
+    it, without zero, with how often each occurs (a value may be there several times)."""
 
     elements: int
     nonzero: int
@@ -150,11 +151,11 @@ def _guess(
         rank = k / elements * size  # of the k-th largest in the sample, from the top
         margin = 1.0 if size == elements else _SURE * (math.sqrt(rank * (1 - rank / size)) + 1)
         first, last = math.floor(size - rank - margin), math.ceil(size - rank + margin)
-        if (last - first) / size * elements > MAX_MEMBERS:
-            return None
         sample = np.partition(sample, [min(max(place, 0), size - 1) for place in (first, last)])
         low = float(sample[first]) * (1 - slack) if first >= 0 else 0.0
         high = float(sample[last]) * (1 + slack) if last < size else math.inf
+        if np.count_nonzero((sample >= max(low, _SMALLEST)) & (sample <= high)) / size * elements > MAX_MEMBERS:
+            return None
         out.append((low, high))
     return out
 
@@ -226,7 +227,10 @@ def _scan(keys: Keys, brackets: Brackets) -> Pass:
             rough = rough_n.numpy()
             places, true = keys.near(block, stream, rough, max(low, _SMALLEST), high)
             above = np.count_nonzero(rough > high * (1 + keys.slack)) + np.count_nonzero(true > high)
-            values, counts = np.unique(true[(true >= low) & (true <= high)], return_counts=True)
+            values = true[(true >= low) & (true <= high)]
+            counts = np.ones(len(values), np.int32)
+            if len(values) > len(rough) // 8:  # many equal ones, which are to be remembered as one
+                values, counts = np.unique(values, return_counts=True)
             out.append(_Scanned(len(rough), np.count_nonzero(rough > 0), int(above), values, counts))
         return out
 

@@ -40,7 +40,7 @@ class Sce(Method):
 
     name = "sce"
     pass_names = (*PASS_NAMES, "sums of squares over the selection")
-    vectors = (4, 2)
+    vectors = (5, 1)
     Settings = SceSettings
 
     def passes(self, job: Job) -> Passes:
