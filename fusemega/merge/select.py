@@ -228,10 +228,10 @@ def _scan(keys: Keys, brackets: Brackets) -> Pass:
             places, true = keys.near(block, stream, rough, max(low, _SMALLEST), high)
             above = np.count_nonzero(rough > high * (1 + keys.slack)) + np.count_nonzero(true > high)
             values = true[(true >= low) & (true <= high)]
-            counts = np.ones(len(values), np.int32)
+            counts: np.ndarray = np.ones(len(values), np.int32)
             if len(values) > len(rough) // 8:  # many equal ones, which are to be remembered as one
                 values, counts = np.unique(values, return_counts=True)
-            out.append(_Scanned(len(rough), np.count_nonzero(rough > 0), int(above), values, counts))
+            out.append(_Scanned(len(rough), int(np.count_nonzero(rough > 0)), int(above), values, counts))
         return out
 
     return scan
