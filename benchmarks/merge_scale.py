@@ -131,7 +131,7 @@ def main() -> None:
         command += ["--models", *map(str, folders[1:])]
         command += ["parameters.select_topk=0.1"] if method.startswith("sce") else []
         plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True).stdout
-        seconds, memory = measured(command, work / "log")
+        seconds, memory, _ = measured(command, work / "log")
         result[method] = {"seconds": round(seconds, 1), "peak_gib": round(memory * 1e9 / 2**30, 3)}
         result[method]["planned"] = plan.splitlines()[-1]
         if not args.sparse:

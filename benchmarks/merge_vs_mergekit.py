@@ -6,9 +6,9 @@ mergekit's released package is installed from PyPI into an environment of its ow
 that exists). `135m` are variants of SmolLM2-135M-Instruct made by adding noise of an rms of 3e-4 to 3e-3, `500m` the
 same of a random Llama of 0.5 billion parameters. Both tools get the same YAML file, one after the other;
 `dtype: float32, out_dtype: bfloat16` lets mergekit compute in fp32 as fusemega always does. Time is of the whole
-command. Start-up (importing what a merge needs; `mergekit-yaml --help`) is shown apart, and left out of
-`speedup_work`. fusemega's time includes bringing its files to the disk (fsync), which mergekit does not do. The last
-line is one JSON object.
+command; processor seconds are beside it, for a machine that is not idle. Start-up (importing what a merge needs;
+`mergekit-yaml --help`) is shown apart, and left out of `speedup_work`. fusemega's time includes bringing its files to
+the disk (fsync), which mergekit does not do. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -99,19 +99,21 @@ def _random_llama(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
 
 
-def measured(command: list[str], log: Path) -> tuple[float, float]:
-    """(seconds, peak resident GB) of a command and its children."""
+def measured(command: list[str], log: Path) -> tuple[float, float, float]:
+    """(seconds, peak resident GB, processor seconds) of a command and its children."""
     code = (
         "import json, resource, subprocess, sys, time; t = time.monotonic();"
         "r = subprocess.run(sys.argv[1:], stdout=2, stderr=2).returncode; s = time.monotonic() - t;"
-        "print(json.dumps([r, s, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9]))"
+        "u = resource.getrusage(resource.RUSAGE_CHILDREN);"
+        "print(json.dumps([r, s, u.ru_maxrss * 1024 / 1e9, u.ru_utime + u.ru_stime]))"
     )
     with log.open("ab") as errors:
         run = subprocess.run([sys.executable, "-S", "-c", code, *command], stdout=subprocess.PIPE, stderr=errors)
-    status, seconds, memory = json.loads(run.stdout)
+    status, *figures = json.loads(run.stdout)
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    return seconds, memory
+    seconds, memory, processor = figures
+    return seconds, memory, processor
 
 
 def compare(ours: Path, theirs: Path) -> dict[str, float]:
@@ -204,8 +206,9 @@ def one(
         ("mergekit", [*mergekit, str(file), str(work / "mergekit.out"), "--quiet"]),
     ):
         shutil.rmtree(work / f"{tool}.out", ignore_errors=True)
-        seconds, memory = measured(command, log)
-        row[tool] = {"seconds": round(seconds, 2), "peak_gb": round(memory, 3), "of_which_start": round(start[tool], 2)}
+        seconds, memory, processor = measured(command, log)
+        row[tool] = {"seconds": round(seconds, 2), "of_which_start": round(start[tool], 2)}
+        row[tool] |= {"processor_seconds": round(processor, 2), "peak_gb": round(memory, 3)}
     row |= compare(work / "fusemega.out", work / "mergekit.out")
     ours, theirs = row["fusemega"], row["mergekit"]
     row["speedup_whole"] = round(theirs["seconds"] / ours["seconds"], 2)

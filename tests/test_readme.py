@@ -61,11 +61,12 @@ def test_a_second_run_skips_what_is_finished(home: Path) -> None:
 
 def test_commands(home: Path) -> None:
     commands = [shlex.split(line) for line in TYPED if line.startswith("fusemega ")]
-    assert {command[1] for command in commands} >= {"env", "convert", "teach", "train", "eval"}
+    assert {command[1] for command in commands} >= {"env", "convert", "teach", "train", "eval", "merge"}
     for command in commands:
         run([sys.executable, "-m", *command], home)
     assert (home / "runs" / "example" / "distill" / "done").exists()
     assert json.loads((home / "runs" / "example" / "eval.json").read_text())["bits_per_byte"] > 0
+    assert (home / "runs" / "example" / "merged" / "model.safetensors").exists()
 
 
 def test_make_targets() -> None:

@@ -88,6 +88,7 @@ def merge(method: str, settings: dict[str, Any], base: Path, parts: dict[str, Pa
     first, models = (chosen[0], chosen[1:]) if method == "slerp" else (base, chosen)
     command = [sys.executable, "-m", "fusemega", "merge", str(out), "--method", method, "--base", str(first)]
     command += ["--models", *map(str, models), *(f"parameters.{key}={value}" for key, value in settings.items())]
+    command += ["--resume"]  # an interrupted run of this script may have left one unfinished
     subprocess.run(command, check=True)
     return str(out)
 

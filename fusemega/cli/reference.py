@@ -17,6 +17,7 @@ from fusemega import cli
 from fusemega.config import Section
 
 _WRITTEN = "<!-- Written by tools/make_reference.py from the code: change it there. -->\n"
+_TABLE_HEAD = ("| key | type | default | |", "|---|---|---|---|")
 _CONSTRAINTS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -34,17 +35,20 @@ def write(folder: Path) -> None:
 
 def config_page() -> str:
     """Every key of every run file: type, default, meaning, constraints."""
+    import fusemega.merge.methods  # noqa: F401  (registers them)
     from fusemega.losses.registry import objective_named, objective_names
+    from fusemega.merge.method import find_method, method_names
+    from fusemega.merge.run import MergeRun
     from fusemega.scoring.evaluate import EvalRun
     from fusemega.scoring.teach import TeachRun
     from fusemega.training.run import TrainRun
 
-    runs: dict[str, type[Section]] = {"train": TrainRun, "teach": TeachRun, "eval": EvalRun}
+    runs: dict[str, type[Section]] = {"train": TrainRun, "teach": TeachRun, "eval": EvalRun, "merge": MergeRun}
     lines = [
         "# Run files\n",
         _WRITTEN,
-        "YAML, read by `fusemega train`, `teach` and `eval`; any value can be replaced on the command line, as in",
-        "`optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys that are not listed here are",
+        "YAML, read by `fusemega train`, `teach`, `eval` and `merge`; any value can be replaced on the command line,",
+        "as in `optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys that are not listed here are",
         "refused, and so is a key that stands twice.\n",
     ]
     sections: dict[type[Section], str] = {}
@@ -62,6 +66,11 @@ def config_page() -> str:
         settings = _table(objective.Settings, without="name")
         has_any = len(objective.Settings.model_fields) > 1
         lines += [f"### `{name}`\n", f"{_first_paragraph(objective)}\n", *(settings if has_any else ["No settings.\n"])]
+    lines += ["## `merge_method`\n", "What may stand below `parameters`, of a merge and of one of its models.\n"]
+    for name in method_names():
+        method = find_method(name)
+        rows = [row for settings in (method.Settings, method.ModelSettings) for row in _table(settings)[2:] if row]
+        lines += [f"### `{name}`\n", *([*_TABLE_HEAD, *rows, ""] if rows else ["No settings.\n"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -107,7 +116,7 @@ def _reflowed(text: str) -> Iterator[str]:
 
 
 def _table(model: type[Section], without: str = "") -> list[str]:
-    lines = ["| key | type | default | |", "|---|---|---|---|"]
+    lines = [*_TABLE_HEAD]
     for name, field in model.model_fields.items():
         if name == without:
             continue
@@ -116,7 +125,8 @@ def _table(model: type[Section], without: str = "") -> list[str]:
         limits = " and ".join(f"{_CONSTRAINTS[key]} {value:g}" for key, value in _limits(field))
         link = f"see [`{name}`](#{name})" if section else ""
         meaning = "; ".join(filter(None, [field.description, link, limits]))
-        kind = "section" if section is not None else _type(field.annotation)
+        several = "list of sections" if get_origin(field.annotation) is list else "section"
+        kind = several if section is not None else _type(field.annotation)
         lines.append(f"| `{shown}` | {_cell(kind)} | {_default(field, section)} | {_cell(meaning)} |")
     rules = [" ".join(doc.split()) for doc in _rules(model)]
     return [*lines, "", *(f"{rule}\n" for rule in rules)]
@@ -151,6 +161,10 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(part) for part in parts)
     if origin is list:
         return f"list of {_type(parts[0])}"
+    if origin is tuple:
+        return f"list of {len(parts)} {_type(parts[0])}s"
+    if origin is dict:
+        return "section"
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
     return names[annotation]
 

@@ -22,24 +22,32 @@ import torch
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.errors import UserError
 from fusemega.merge.journal import Journal
-from fusemega.merge.method import Block, Job, Merge, Pass
+from fusemega.merge.method import Block, Job, Merge, Pass, Sample
 from fusemega.merge.plan import MergePlan, PlannedTensor
 from fusemega.merge.sources import check_finite, load_block
 
 TASK_ELEMENTS = 1 << 20
 JOURNAL_SECONDS = 1.0
+SAMPLE_PIECES = 16
 Progress = Callable[[int], None]
 """Called with the number of elements that have just been written."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a block is."""
+    """Where a block is: in most passes one piece of a tensor."""
 
     tensor: PlannedTensor
     index: int
-    start: int
-    count: int
+    pieces: list[tuple[int, int]]
+
+    @property
+    def start(self) -> int:
+        return self.pieces[0][0]
+
+    @property
+    def count(self) -> int:
+        return sum(count for _, count in self.pieces)
 
 
 class _Run:
@@ -47,13 +55,14 @@ class _Run:
 
     def __init__(self, job: Job, plan: MergePlan, block_elements: int) -> None:
         self.job = job
-        self.places: list[_Place] = []
+        self._blocks: list[_Place] = []
         for spec in job.tensors:
-            for start, count in plan.blocks(spec, block_elements):
-                self.places.append(_Place(plan.tensors[spec.name], len(self.places), start, count))
+            for piece in plan.blocks(spec, block_elements):
+                self._blocks.append(_Place(plan.tensors[spec.name], len(self._blocks), [piece]))
+        self._places = self._blocks
         self._has_base = plan.has_base
         self._steps = plan.method.passes(job)
-        self._pass: Pass | None = None
+        self._step: Pass | Sample | None = None
         self._checked = False
         self.merge: Merge | None = None
         self._results: list[Any] = []
@@ -62,18 +71,23 @@ class _Run:
     def advance(self) -> list[list[_Place]]:
         """Begins the next pass; returns its tasks."""
         try:
-            if self._pass is None:
-                self._pass = next(self._steps)
+            if self._step is None:
+                self._step = next(self._steps)
             else:
-                self._checked = True
-                self._pass = self._steps.send(self._results)
+                self._checked = self._checked or not isinstance(self._step, Sample)
+                self._step = self._steps.send(self._results)
         except StopIteration as end:
-            self._checked = self._pass is not None
-            self.merge = end.value
-        self._results = [None] * len(self.places)
+            self._step, self.merge = None, end.value
+        self._places = self._blocks
+        if isinstance(self._step, Sample):
+            (tensor,) = {place.tensor.spec.name: place.tensor for place in self._blocks}.values()
+            pieces = self._step.pieces
+            groups = [pieces[at : at + SAMPLE_PIECES] for at in range(0, len(pieces), SAMPLE_PIECES)]
+            self._places = [_Place(tensor, index, group) for index, group in enumerate(groups)]
+        self._results = [None] * len(self._places)
         tasks: list[list[_Place]] = []
         room = 0
-        for place in self.places:
+        for place in self._places:
             if room < place.count:
                 tasks.append([])
                 room = max(TASK_ELEMENTS, place.count)
@@ -88,14 +102,17 @@ class _Run:
 
     def _one(self, place: _Place, writer: RangeWriter) -> Any:
         tensor = place.tensor
-        values = load_block(tensor.sources, place.start, place.count, tensor.computed_in, self._has_base)
-        if not self._checked:
+        parts = [load_block(tensor.sources, *piece, tensor.computed_in, self._has_base) for piece in place.pieces]
+        values = parts[0] if len(parts) == 1 else [torch.cat(of_source) for of_source in zip(*parts, strict=True)]
+        if not (self._checked or isinstance(self._step, Sample)):
             check_finite(tensor.sources, values, place.start)
         base, models = (values[0], values[1:]) if self._has_base else (None, values)
         block = Block(tensor.spec, place.index, place.start, base, models)
+        if isinstance(self._step, Sample):
+            return self._step.measure(block)
         if self.merge is None:
-            assert self._pass is not None
-            return self._pass(block)
+            assert self._step is not None
+            return self._step(block)
         merged, agreed = self.merge.apply(block)
         narrow = merged.to(tensor.dtype)
         if tensor.dtype.itemsize < merged.element_size() and not torch.isfinite(narrow.sum(dtype=torch.float32)):
@@ -145,6 +162,7 @@ def execute(
     running: dict[Future[list[Any]], tuple[_Run, list[_Place]]] = {}
     unsaved: list[tuple[str, list[dict[str, Any]]]] = []
     saved_at = time.monotonic()
+    _keep_freed_memory()
     with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
         try:
             while True:
@@ -179,6 +197,12 @@ def execute(
             raise
     by_tensor = {row["tensor"]: row for job_rows in rows.values() for row in job_rows}
     return [by_tensor[name] for name in plan.tensors]
+
+
+def _keep_freed_memory() -> None:
+    """glibc hands freed memory of more than a threshold back to the system, and taking it again costs a fault a page.
+    The threshold follows the largest block that was freed, up to 32 MiB; this one is never touched."""
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def default_workers() -> int:

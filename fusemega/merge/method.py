@@ -110,7 +110,22 @@ class Merge:
 
 
 Pass = Callable[[Block], Any]
-Passes = Generator[Pass, list[Any], Merge]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pass over parts of the only tensor of a job, a few parts to a block (whose `start` says nothing).
+
+    Attributes:
+        measure: run over every block.
+        pieces: (start, count) of each part, whatever the blocks of other passes are.
+    """
+
+    measure: Pass
+    pieces: list[tuple[int, int]]
+
+
+Passes = Generator[Pass | Sample, list[Any], Merge]
 
 
 class Method(ABC):

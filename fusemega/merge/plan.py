@@ -26,8 +26,9 @@ from fusemega.merge.vocabulary import Vocabulary, plan_vocabulary
 from fusemega.models.registry import family_of
 from fusemega.models.rules import VocabRows
 
-BLOCK_BYTES = 6 << 20
-"""What the vectors of one block may take in a worker: near the processor's caches, and little."""
+BLOCK_BYTES = 16 << 20
+"""What the vectors of one block may take in a worker: near the processor's caches, and long beside what Python adds to
+each operation."""
 INTERPRETER_BYTES = 300 << 20
 """Python with torch, measured."""
 

@@ -24,9 +24,9 @@ class ModelEntry(Section):
 class MergeRun(Section):
     """A merge."""
 
-    merge_method: str
+    merge_method: str = Field(description="picks the method; see [`merge_method`](#merge_method)")
     base_model: str | None = Field(None, description="what deltas are taken from; not merged itself")
-    models: list[ModelEntry] = Field(min_length=1)
+    models: list[ModelEntry] = Field(min_length=1, description="what is merged")
     parameters: dict[str, Any] = Field({}, description="the method's settings: values, gradients, or by filter")
     dtype: DtypeName | None = Field(None, description="of the written weights; by default what all models have")
     vocabulary: Literal["crop", "pad", "union"] | None = Field(
@@ -34,7 +34,9 @@ class MergeRun(Section):
     )
     seed: int = Field(0, ge=0, description="of random masks")
     max_shard_size: str = Field("5GB", description="largest weight file")
-    output_format: Literal["hf", "megatron"] = "hf"
+    output_format: Literal["hf", "megatron"] = Field(
+        "hf", description="a Hugging Face folder, or one like those of `fusemega convert import`"
+    )
     layer_range: tuple[int, int] | None = Field(None, description="of mergekit's slices: all layers, as it must be")
 
 

@@ -10,6 +10,8 @@ from fusemega import cli
 from fusemega.cli.reference import pages
 from fusemega.config import Section
 from fusemega.losses.registry import objective_named, objective_names
+from fusemega.merge.method import find_method, method_names
+from fusemega.merge.run import MergeRun, ModelEntry
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.teach import TeachRun
 from fusemega.training.run import TrainRun
@@ -25,6 +27,11 @@ def test_the_committed_page_is_current(name: str) -> None:
 def test_every_key_is_explained() -> None:
     page, unseen = pages()["config.md"], [TrainRun, TeachRun, EvalRun]
     unseen += [objective_named(name).Settings for name in objective_names()]
+    import fusemega.merge.methods  # noqa: F401  (registers them)
+
+    unseen += [MergeRun, ModelEntry]
+    for method in map(find_method, method_names()):
+        unseen += [method.Settings, method.ModelSettings]
     seen: set[type[Section]] = set()
     while unseen:
         model = unseen.pop()

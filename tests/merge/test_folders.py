@@ -353,7 +353,7 @@ def test_the_command(family: Family, tmp_path: Path) -> None:
         _command(tmp_path / "out", *options, "--dry-run"), env=_environment(), capture_output=True, text=True
     )
     assert plan.returncode == 0, plan.stderr
-    assert "4 pass(es)" in plan.stdout and "expected peak memory" in plan.stdout and "lm_head.weight" in plan.stdout
+    assert "3 pass(es)" in plan.stdout and "expected peak memory" in plan.stdout and "lm_head.weight" in plan.stdout
     assert not (tmp_path / "out").exists() and "sce_mergekit" in plan.stderr
     done = subprocess.run(_command(tmp_path / "out", *options), env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -426,29 +426,71 @@ def test_killed_and_resumed_it_is_bitwise_the_same(family: Family, tmp_path: Pat
     assert first["tensors"] == second["tensors"] and not partial.exists()
 
 
-def test_megatron_folders_in_and_out(family: Family, tmp_path: Path) -> None:
+MEGATRON = """
+import os, signal, sys
+from pathlib import Path
+import fusemega.merge.execute as execute
+from fusemega.checkpoint import convert
+from fusemega.merge.journal import Journal
+from fusemega.merge.merge import Options
+from tests.merge.conftest import entries, run_merge
+
+base, m0, m1, m2, work = map(Path, sys.argv[1:])
+convert.import_hf(m0, work / "megatron")
+run = dict(merge_method="sce", base_model=str(base), models=entries([work / "megatron", m1, m2]))
+run |= dict(output_format="megatron")
+
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_the_export(): convert.write_index = die
+
+
+def in_the_merge():
+    add, saved = Journal.add, []
+    execute.JOURNAL_SECONDS = 0.0
+    def dying(self, jobs):
+        add(self, jobs)
+        saved.extend(jobs)
+        len(saved) > 5 and die()
+    Journal.add = dying
+
+
+def in_the_import(): convert.write_metadata = die
+
+
+for break_it in (in_the_export, in_the_merge, in_the_import):
+    child = os.fork()
+    if not child:
+        break_it()
+        run_merge(work / "merged", Options(workers=1, resume=True), **run)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, break_it
+    assert not (work / "merged").exists()
+    print(break_it.__name__, sorted(path.name for path in work.glob(".*")))
+run_merge(work / "merged", Options(resume=True), **run)
+convert.export_megatron(work / "merged", work / "back")
+"""
+
+
+def test_megatron_folders_in_and_out_killed_on_the_way(family: Family, tmp_path: Path) -> None:
     base, models = family(dtype=torch.bfloat16, vocab_size=CONFIG["vocab_size"])
     for folder in (base, *models):
         _tokenizer(folder, [f"t{i}" for i in range(301)])
     plain = run_merge(tmp_path / "plain", merge_method="sce", base_model=str(base), models=entries(models))
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from fusemega.checkpoint.convert import import_hf, export_megatron\n"
-        "from tests.merge.conftest import entries, run_merge\n"
-        "base, m0, m1, m2, work = map(Path, sys.argv[1:])\n"
-        "import_hf(m0, work / 'megatron')\n"
-        "run_merge(work / 'merged', merge_method='sce', base_model=str(base),\n"
-        "          models=entries([work / 'megatron', m1, m2]), output_format='megatron')\n"
-        "export_megatron(work / 'merged', work / 'back')\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, (base, *models, tmp_path))],
+        [sys.executable, "-c", MEGATRON, *map(str, (base, *models, tmp_path))],
         env=_environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    left = [".merged.exported", ".merged.incomplete"]
+    stages = ["in_the_export", "in_the_merge", "in_the_import"]
+    assert done.stdout.splitlines() == [f"{stage} {left[: 1 + (stage != stages[0])]}" for stage in stages]
     first, second = read_all(plain), read_all(tmp_path / "back")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / "merged" / "merge_report.html").is_file()

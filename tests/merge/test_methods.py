@@ -13,7 +13,7 @@ import torch
 
 from fusemega.merge import select
 from fusemega.merge.merge import Options
-from fusemega.merge.method import TensorSpec, find_method, method_names
+from fusemega.merge.method import Job, Sample, TensorSpec, find_method, method_names
 from fusemega.merge.methods.dare import uniform
 from fusemega.merge.methods.della import keep_probabilities
 from tests.merge import oracles
@@ -269,34 +269,62 @@ def test_zero_deltas_give_the_base(method: str, family: Family, tmp_path: Path) 
         assert (value - before[name]).abs().max() <= 3e-7, name
 
 
-@pytest.mark.parametrize("limit", [0, 1 << 22], ids=["three-passes", "two-passes"])
+# name -> (MAX_MEMBERS, the parts that are sampled or None for all, slack of the rough keys)
+SELECTIONS: dict[str, tuple[int, list[tuple[int, int]] | None, float]] = {
+    "all sampled": (1 << 22, None, 0.0),
+    "sampled": (1 << 22, [(start, 1024) for start in range(0, 100_000, 12_800)], 0.0),
+    "sampled, rough": (1 << 22, [(start, 1024) for start in range(0, 100_000, 12_800)], 1e-3),
+    "misleading sample": (1 << 22, [(0, 4096)], 0.0),
+    "misleading sample, rough": (1 << 22, [(0, 4096)], 1e-3),
+    "too many within": (0, None, 0.0),
+    "too many within, rough": (0, None, 1e-3),
+}
+
+
+@pytest.mark.parametrize("case", SELECTIONS)
 @pytest.mark.parametrize("quanta", [3, 50, 10**6])
-def test_selection_equals_the_stable_sort(limit: int, quanta: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selection_equals_the_stable_sort(case: str, quanta: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, pieces, slack = SELECTIONS[case]
     monkeypatch.setattr(select, "MAX_MEMBERS", limit)
+    if pieces is not None:
+        monkeypatch.setattr(select, "_pieces", lambda elements: pieces)
     generator = torch.Generator().manual_seed(quanta)
     keys = [
         torch.randint(0, quanta, (100_000,), generator=generator).float() / quanta * scale for scale in (1.0, 1e-12)
     ]
+    for key in keys:
+        key[:4096] *= "misleading" not in case
+    rough = [key * (1 + slack * (torch.rand(key.shape, generator=generator) * 1.8 - 0.9)) for key in keys]
     edges = [0, 16384, 32768, 90112, 100_000]
+    spec = TensorSpec("x", (100_000,))
+
+    def block(index: int, start: int, end: int) -> select.Block:
+        return select.Block(spec, index, start, None, [key[start:end] for key in rough])
+
+    def exact(block: select.Block, stream: int, places: np.ndarray) -> np.ndarray:
+        return keys[stream].numpy()[block.start + places]
+
+    ranked = select.Keys(lambda block: block.models, exact if slack else None, slack)
+    blocks = [block(i, a, b) for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))]
+    most = 0
     for k in (0, 1, 777, 50_000, 99_999, 100_000):
-        counts = [k, k]
-        steps = select.select_largest(
-            lambda block: [key[block.start :][: len(block.models[0])] for key in keys], lambda n, c=counts: c
-        )
-        blocks = [
-            select.Block(TensorSpec("x", (100_000,)), i, a, None, [torch.empty(b - a)])
-            for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))
-        ]
-        answer = None
+        steps = select.select_largest(Job([spec], None, [], 0), ranked, lambda nonzero, k=k: [k, k])  # type: ignore[misc]
+        passes, answer = 0, None
         while True:
             try:
-                step = steps.send(answer)
+                step = steps.send(answer)  # type: ignore[arg-type]
             except StopIteration as end:
                 selections = end.value
                 break
-            answer = [step(block) for block in blocks]
-        for key, selection in zip(keys, selections, strict=True):
-            mask = torch.cat([selection.mask(b, key[b.start :][: len(b.models[0])]) for b in blocks])
+            passes += 1
+            if isinstance(step, Sample):
+                answer = [step.measure(block(0, start, start + count)) for start, count in step.pieces]
+            else:
+                answer = [step(block) for block in blocks]
+        most = max(most, passes)
+        for stream, (key, selection) in enumerate(zip(keys, selections, strict=True)):
+            mask = torch.cat([selection.mask(b, b.models[stream]) for b in blocks])
             expected = torch.zeros(100_000)
             expected[key.argsort(descending=True, stable=True)[:k]] = 1
             assert torch.equal(mask, expected), k
+    assert most == (2 if case.startswith(("all", "sampled")) else 4)

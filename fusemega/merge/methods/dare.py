@@ -85,9 +85,7 @@ class DareTies(Method):
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
         yield from ()
-        apply = merge_by_sign(
-            lambda block: dropped(job, block), [model.weight for model in job.models], job.settings
-        )
+        apply = merge_by_sign(lambda block: dropped(job, block), [model.weight for model in job.models], job.settings)
         pairs = sum(round(model.density * job.elements) for model in job.models)
         return Merge(apply, {"selected": [model.density for model in job.models]}, pairs=pairs)
 

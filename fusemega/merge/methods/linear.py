@@ -22,7 +22,7 @@ class LinearSettings(Section):
 class EqualWeightSettings(Section):
     """Of a model."""
 
-    weight: float = Field(1.0, allow_inf_nan=False)
+    weight: float = Field(1.0, allow_inf_nan=False, description="what the model counts")
 
 
 @register

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from fusemega.config import Section
-from fusemega.merge.method import Block, Job, Merge, Method, Pass, Passes, register
-from fusemega.merge.select import PASS_NAMES, Selection, select_largest
+from fusemega.merge.method import Block, Job, Merge, Method, Pass, Passes, Sample, register
+from fusemega.merge.select import PASS_NAMES, Keys, Selection, select_largest
 from fusemega.merge.signs import agreeing_sums, elect, ratio
 from fusemega.merge.statistics import cell_sums, shares, totals
+
+LEAST_VARIANCE = 2.0**-100
 
 
 class SceSettings(Section):
@@ -37,7 +40,7 @@ class Sce(Method):
 
     name = "sce"
     pass_names = (*PASS_NAMES, "sums of squares over the selection")
-    vectors = (4, 2)
+    vectors = (5, 1)
     Settings = SceSettings
 
     def passes(self, job: Job) -> Passes:
@@ -54,31 +57,49 @@ class Sce(Method):
         return Merge(apply, {"coefficients": eta, "selected": selection.count / job.elements}, pairs)
 
 
-def select(job: Job) -> Generator[Pass, list[Any], Selection]:
-    """The selection of `Sce`. Variances are computed in fp64 from sums, where equal deltas in another order give the
-    same bits, and ranked in fp32; equal ones are taken in the order of the flat tensor."""
-    tau = job.settings.select_topk
-    (selection,) = yield from select_largest(
-        lambda block: [variance(block.deltas())], lambda nonzero: [int(tau * nonzero)]
-    )
+def select(job: Job) -> Generator[Pass | Sample, list[Any], Selection]:
+    """The selection of `Sce`; equal variances are taken in the order of the flat tensor."""
+    tau, count = job.settings.select_topk, len(job.models)
+    slack = 4 * count * (count + 2) * 2.0**-24
+    keys = Keys(lambda block: [rough_variance(block)], variance_at, slack)
+    (selection,) = yield from select_largest(job, keys, lambda nonzero: [int(tau * nonzero)])
     return selection
 
 
-def variance(deltas: list[torch.Tensor]) -> torch.Tensor:
-    """K times the population variance over the models, fp32 [n]."""
-    sums = torch.zeros_like(deltas[0], dtype=torch.float64)
-    squares = torch.zeros_like(sums)
-    for delta in deltas:
-        wide = delta.double()
-        sums.add_(wide)
-        squares.addcmul_(wide, wide)
-    return squares.addcmul_(sums, sums, value=-1 / len(deltas)).clamp_(min=0).float()
+def rough_variance(block: Block) -> torch.Tensor:
+    """K times the population variance over the models, fp32 [n], relatively within 4 K (K + 2) 2^-24.
+
+    Taken from differences to the first model, e_j, of which at most K - 1 are not zero: sum e_j^2 - (sum e_j)^2 / K
+    then loses at most a factor K to cancellation. Below `LEAST_VARIANCE`, where squares near the end of fp32's range,
+    it is zero.
+    """
+    first, *others = block.models
+    sums, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for model in others:
+        difference = model - first
+        sums.add_(difference)
+        squares.addcmul_(difference, difference)
+    rough = squares.addcmul_(sums, sums, value=-1 / len(block.models)).float()
+    return torch.nn.functional.hardshrink(rough, LEAST_VARIANCE)
+
+
+def variance_at(block: Block, stream: int, places: np.ndarray) -> np.ndarray:
+    """The same at some places in fp64, rounded to fp32: models in another order give the same bits."""
+    first, *others = (model.numpy()[places].astype(np.float64) for model in block.models)
+    sums, squares = np.zeros_like(first), np.zeros_like(first)
+    for model in others:
+        difference = model - first
+        sums += difference
+        squares += difference * difference
+    count = len(block.models)
+    variance = ((count * squares - sums * sums) / count).astype(np.float32)
+    return np.where(variance > LEAST_VARIANCE, variance, np.float32(0))
 
 
 def selected_squares(block: Block, selection: Selection) -> list[list[float]]:
     """For each model, the cell sums of the squared deltas of the selected elements."""
     deltas = block.deltas()
-    mask = selection.mask(block, variance(deltas))
+    mask = selection.mask(block, rough_variance(block))
     return [cell_sums(delta.mul_(mask).square_()) for delta in deltas]
 
 

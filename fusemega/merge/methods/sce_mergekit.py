@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
-from fusemega.merge.methods.sce import Sce, SceSettings, erase, select, selected_squares, variance
+from fusemega.merge.methods.sce import Sce, SceSettings, erase, rough_variance, select, selected_squares
 from fusemega.merge.statistics import cell_sums, shares, totals
 
 LEAST_TOTAL = 1e-6
@@ -50,7 +50,7 @@ class SceMergekit(Method):
         def apply(block: Block) -> tuple[torch.Tensor, float]:
             deltas = block.deltas()
             if not everything:
-                mask = selection.mask(block, variance(deltas))
+                mask = selection.mask(block, rough_variance(block))
                 for delta in deltas:
                     delta.mul_(mask)
             merged, share, agreed = erase(deltas, eta)

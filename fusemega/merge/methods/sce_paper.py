@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
-from fusemega.merge.methods.sce import Sce, SceSettings, erase, select, selected_squares, variance
+from fusemega.merge.methods.sce import Sce, SceSettings, erase, rough_variance, select, selected_squares
 from fusemega.merge.statistics import shares, totals
 
 
@@ -29,7 +29,7 @@ class ScePaper(Method):
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
             deltas = block.deltas()
-            mask = selection.mask(block, variance(deltas))
+            mask = selection.mask(block, rough_variance(block))
             for delta in deltas:
                 delta.mul_(mask)
             merged, _, agreed = erase(deltas, eta)

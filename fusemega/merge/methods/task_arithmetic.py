@@ -24,7 +24,7 @@ class ArithmeticSettings(Section):
 class WeightSettings(Section):
     """Of a model."""
 
-    weight: float = Field(allow_inf_nan=False)
+    weight: float = Field(allow_inf_nan=False, description="what the model counts")
 
 
 @register

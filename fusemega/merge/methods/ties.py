@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
 from fusemega.merge.methods.task_arithmetic import ArithmeticSettings, WeightSettings
-from fusemega.merge.select import PASS_NAMES, select_largest
+from fusemega.merge.select import PASS_NAMES, Keys, select_largest
 from fusemega.merge.signs import agreeing_sums, elect, ratio
 
 
@@ -46,9 +46,8 @@ class Ties(Method):
         """See `Method.passes`."""
         (tensor,) = job.tensors
         counts = [max(1, int(model.density * tensor.elements)) for model in job.models]
-        selections = yield from select_largest(
-            lambda block: [delta.abs_().float() for delta in block.deltas()], lambda nonzero: counts
-        )
+        keys = Keys(lambda block: [delta.abs_().float() for delta in block.deltas()])
+        selections = yield from select_largest(job, keys, lambda nonzero: counts)
 
         def trimmed(block: Block) -> list[torch.Tensor]:
             deltas = block.deltas()
