@@ -25,7 +25,7 @@ from typing import Any
 
 import tiny
 import yaml
-from resume import curve, durable, fingerprint, kill, rows, started_from
+from resume import curve, durable, fingerprint, kill, rows, saves_begun, started_from
 
 from fusemega.checkpoint.integrity import damaged_files
 
@@ -87,8 +87,7 @@ def one_life(work: Path, output: Path, nproc: int, moment: str, chance: random.R
         if process.poll() is not None:
             raise SystemExit(f"the run ended by itself:\n{log.read_text()[-3000:]}")
         if moment.startswith("save"):
-            fresh = [p for p in {*checkpoints.glob("iter_*.tmp")} - left_before if int(p.name[5:12]) >= target]
-            if fresh:
+            if fresh := saves_begun(checkpoints, left_before, target):
                 time.sleep(pause)
                 kill(process)
                 left = [sorted(file.name for file in path.iterdir()) for path in fresh if path.exists()]

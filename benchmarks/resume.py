@@ -72,6 +72,11 @@ def started_from(log: Path, logged: int) -> int | None:
     return said and int(said[1] or 0)
 
 
+def saves_begun(checkpoints: Path, before: set[Path], least: int) -> list[Path]:
+    """Checkpoints of iteration `least` or later that are being written, without those in `before`."""
+    return [path for path in {*checkpoints.glob("iter_*.tmp")} - before if int(path.name[5:12]) >= least]
+
+
 def run_until_killed(
     run_file: Path, output: Path, nproc: int, log: Path, inside_save: bool, chance: random.Random
 ) -> dict[str, Any] | None:
@@ -86,21 +91,17 @@ def run_until_killed(
     process = start(run_file, output, nproc, log)
     while process.poll() is None:
         if inside_save:
-            fresh = [p for p in {*checkpoints.glob("iter_*.tmp")} - left_before if int(p.name[5:12]) >= target]
-            if fresh:
+            if fresh := saves_begun(checkpoints, left_before, target):
                 kill(process)
                 left = [p.name for p in fresh if p.exists()]
                 death = {"moment": "inside save", "iteration": int(fresh[0].name[5:12]), "partial_left": left}
                 return death | {"started_from": started_from(log, logged)}
         # Until it has said where it starts, the rows are those of the life before.
-        elif started_from(log, logged) is not None and (found := rows(output)) and found[-1]["iteration"] >= target:
-            time.sleep(pause)
-            kill(process)
-            return {
-                "moment": "in a step",
-                "iteration": found[-1]["iteration"],
-                "started_from": started_from(log, logged),
-            }
+        elif (origin := started_from(log, logged)) is not None and (found := rows(output)):
+            if (last := found[-1]["iteration"]) >= target:
+                time.sleep(pause)
+                kill(process)
+                return {"moment": "in a step", "iteration": last, "started_from": origin}
         time.sleep(0.001)
     if process.returncode:
         raise SystemExit(f"the run failed by itself:\n{log.read_text()[-3000:]}")

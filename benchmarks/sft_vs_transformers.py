@@ -26,8 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-MICRO_BATCH, ROW = 4, 512
-GLOBAL_BATCH = {"equal": 4, "chat": 4}
+MICRO_BATCH, GLOBAL_BATCH, ROW = 4, 4, 512
 SEQ_LENGTH = {"equal": ROW, "chat": 2048}
 LEARNING_RATE, SEED, MOST_STEPS = 1e-5, 1234, 40
 TARGETS = {"equal": 1.1, "chat": 1.5}
@@ -49,7 +48,7 @@ def run_file(work: Path, rows: str, dtype: str) -> Any:
         "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant", "clip_grad": 1.0},
         "training": {
             "train_iters": MOST_STEPS,
-            "global_batch_size": GLOBAL_BATCH[rows],
+            "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": MICRO_BATCH if rows == "equal" else 1,
             "seed": SEED,
             "export_hf": False,
@@ -90,7 +89,7 @@ def write_steps(work: Path, rows: str) -> list[dict[str, int]]:
     dataset = prepare(run.data, Tokenizer.load(smollm2()), cache_folder() / "data", vocab_size=49152)
     steps, counts = [], []
     for step in range(MOST_STEPS):
-        samples = [dataset[int(i)] for i in sample_ids(step, GLOBAL_BATCH[rows], len(dataset), SEED)]
+        samples = [dataset[int(i)] for i in sample_ids(step, GLOBAL_BATCH, len(dataset), SEED)]
         steps.append([(torch.tensor(s.ids).long(), torch.tensor(s.supervised)) for s in samples])
         lengths = [len(s.ids) for s in samples]
         batches = [lengths[i : i + MICRO_BATCH] for i in range(0, len(lengths), MICRO_BATCH)]

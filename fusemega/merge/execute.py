@@ -25,10 +25,12 @@ from fusemega.merge.journal import Journal
 from fusemega.merge.method import Block, Job, Merge, Pass, Sample
 from fusemega.merge.plan import MergePlan, PlannedTensor
 from fusemega.merge.sources import check_finite, load_block
+from fusemega.runtime.memory import keep_freed_memory
 
 TASK_ELEMENTS = 1 << 20
 JOURNAL_SECONDS = 1.0
 SAMPLE_PIECES = 16
+KEPT_BYTES = 31 << 20  # more than any vector of a block
 Progress = Callable[[int], None]
 """Called with the number of elements that have just been written."""
 
@@ -162,7 +164,7 @@ def execute(
     running: dict[Future[list[Any]], tuple[_Run, list[_Place]]] = {}
     unsaved: list[tuple[str, list[dict[str, Any]]]] = []
     saved_at = time.monotonic()
-    _keep_freed_memory()
+    keep_freed_memory(KEPT_BYTES)
     with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
         try:
             while True:
@@ -197,12 +199,6 @@ def execute(
             raise
     by_tensor = {row["tensor"]: row for job_rows in rows.values() for row in job_rows}
     return [by_tensor[name] for name in plan.tensors]
-
-
-def _keep_freed_memory() -> None:
-    """glibc hands freed memory of more than a threshold back to the system, and taking it again costs a fault a page.
-    The threshold follows the largest block that was freed, up to 32 MiB; this one is never touched."""
-    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def default_workers() -> int:

@@ -24,7 +24,6 @@ What stops a CPU run, and what is done about it:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusemega.errors import UserError
 from fusemega.runtime.cpu_ops import rotate
+from fusemega.runtime.memory import keep_freed_memory
 
 MEGATRON_CORE_PIN = "0.16.1"
 
@@ -63,7 +63,7 @@ def enable() -> None:
     _patch_adam()
     _patch_rope()
     _patch_lone_collectives()
-    _keep_freed_memory()
+    keep_freed_memory()
 
 
 _mode: _CudaLiteralsToCpu | None = None
@@ -312,18 +312,3 @@ class _WeightGradients:
             main_grad_FH.addmm_(d_output_TF.t(), input_TH)
         else:
             main_grad_FH.add_(d_output_TF.t() @ input_TH)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one.
-
-    Otherwise it maps each block above 32 MiB anew and gives the rest back as it is freed; then the kernel clears the
-    same gigabytes page by page in every step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc alone has it
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20)):
-            mallopt(option, value)
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h

@@ -87,7 +87,7 @@ def micro_batch_tokens(
     `alike`: all get the largest, as pipeline stages must send each other tensors of one size throughout a step.
     """
     contents = [sum(int(lengths[i]) for b in bins for i in b) for bins in hand]
-    tokens = [max(-(-content // unit), 1) * unit for content in contents]
+    tokens: list[int] = padded(np.maximum(contents, 1), unit).tolist()
     return [max(tokens)] * len(tokens) if alike else tokens
 
 

@@ -24,7 +24,6 @@ from fusemega.training.evaluation import evaluate_model
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
 from tests.distributed.launch import run_ranks
-from tests.distributed.workers.training import RESUMED
 from tests.losses.sequence_mean import SequenceMean
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -49,6 +48,8 @@ TRIED = {
     "distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute"],
     "sequence_mean": ["CP2 x DP2, overlapped"],
 }
+# go on in their own layout too
+RESUMED = ["sft, TP2+SP x PP2", "sft, CP2 x PP2 x VPP2, recompute", "sft, PP2 x DP2, uneven, overlapped"]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         for objective, settings in objectives.items()
         for layout in TRIED[objective]
     }
-    (work / "cases.json").write_text(json.dumps(cases))
+    (work / "cases.json").write_text(json.dumps({"cases": cases, "resumed": RESUMED}))
     ranks = run_ranks("training.py", 4, str(work / "cases.json"), str(work / "teach.json"))
     shared = [{name: found for name, found in rank.items() if "last rows" not in name} for rank in ranks]
     assert shared[0] == shared[3]  # every rank has the metrics

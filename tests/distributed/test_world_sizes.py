@@ -34,7 +34,8 @@ def test_curve(ranks: int, parallel: dict[str, Any], tmp_path: Path, chat_files:
             "training": {"train_iters": 4, "global_batch_size": 6, "export_hf": False},
         }
 
-    (tmp_path / "cases.json").write_text(json.dumps({"many": section("many", parallel)}))
+    asked = {"cases": {"many": section("many", parallel)}, "resumed": ["many"]}
+    (tmp_path / "cases.json").write_text(json.dumps(asked))
     found = run_ranks("training.py", ranks, str(tmp_path / "cases.json"))[0]
     trainer, _ = open_trainer(validate(TrainRun, section("one", {}), "one"))
     for row in found["many"]:

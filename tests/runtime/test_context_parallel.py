@@ -13,7 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from fusemega.runtime import specs
 from fusemega.runtime.context_parallel import zigzag
 from fusemega.runtime.specs import SDPAttention
-from tests.runtime.test_specs import D, G, N, config, plain_attention
+from tests.runtime.test_specs import D, G, N, assert_same_with_gradients, config, plain_attention
 
 
 def bounds(lengths: list[int]) -> torch.Tensor:
@@ -63,10 +63,7 @@ def test_shared_rows_equal_plain_loops(
     out = torch.cat(parts)[torch.cat(mine).argsort()]
     segments = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     expected = torch.cat([plain_attention(*segment, before=before) for segment in segments])
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    weight = torch.randn_like(out)
-    for got, wanted in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (out, expected)), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+    assert_same_with_gradients(out, expected, (q, k, v))
 
 
 def test_rows_that_are_not_packed_are_refused() -> None:

@@ -37,6 +37,14 @@ def plain_attention(
     return out.flatten(1)
 
 
+def assert_same_with_gradients(out: torch.Tensor, expected: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn_like(out)
+    got, wanted = (torch.autograd.grad((o * weight).sum(), inputs) for o in (out, expected))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
 def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(T, heads, D, generator=generator, dtype=torch.float64) for heads in (N, G, G))  # type: ignore[return-value]
@@ -73,10 +81,7 @@ def test_a_sliding_window_equals_plain_loops(
     out = windowed(q, k, v, None, packed_seq_params=packed)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     expected = torch.cat([plain_attention(*part, before=before) for part in parts])
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    weight = torch.randn_like(out)
-    for got, wanted in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (out, expected)), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+    assert_same_with_gradients(out, expected, (q, k, v))
     if len(lengths) == 1:
         dense = windowed(q[:, None], k[:, None], v[:, None], None)
         torch.testing.assert_close(dense[:, 0], expected, rtol=1e-12, atol=1e-12)

@@ -25,7 +25,7 @@ from fusemega.losses.sft import SFT
 from fusemega.models.build import build_model, placements
 from fusemega.models.dense_logits import dense_logits
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
-from fusemega.text.packing import context_part
+from fusemega.text.packing import context_part, padded
 from fusemega.training.forward import Batch, objective_loss, run_schedule
 from fusemega.training.optimizer import OptimizerSection, wrap
 from tests.distributed.launch import report
@@ -53,7 +53,7 @@ SEQUENCES = ("qwen2-windowed-tied", "qwen3-windowed")
 def row_of(texts: list[list[int]], multiple: int) -> Batch:
     """One packed row in which every token but the first of a text is predicted; segments are padded to a multiple."""
     lengths = [len(text) for text in texts]
-    sizes = [-(-length // multiple) * multiple for length in lengths]
+    sizes = padded(lengths, multiple).tolist()
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     ids = torch.tensor([token for text, n in zip(texts, sizes, strict=True) for token in text + [0] * (n - len(text))])
     positions = torch.cat([torch.arange(s, s + n - 1) for s, n in zip(starts, lengths, strict=True)])

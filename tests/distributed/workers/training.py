@@ -1,6 +1,7 @@
 """Trains a tiny model under layouts of this many ranks; saves in the middle and goes on, also in the next layout.
 
-    training.py CASES [TEACH]    JSON files: name -> run file of a training; the run file of a `teach`
+    training.py CASES [TEACH]    JSON files: "cases", name -> run file of a training, and "resumed", the names of those
+                                 that also go on in their own layout; the run file of a `teach`
 
 Reports the curves, what an evaluation found after them, and for each layout what the optimizer holds for the last row
 of the vocabulary and the one before. Leaves the trained weights in each run's hf/.
@@ -28,8 +29,6 @@ from fusemega.training.train import open_trainer
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.sequence_mean import SequenceMean
-
-RESUMED = ("many", "sft, TP2+SP x PP2", "sft, CP2 x PP2 x VPP2, recompute", "sft, PP2 x DP2, uneven, overlapped")
 
 
 def scored_and_exported(trainer: Trainer, hf: Path, source: Path) -> dict[str, float]:
@@ -61,8 +60,8 @@ def main() -> None:
     register("sequence_mean")(SequenceMean)
     # So small that even this model has several, and communication something to overlap with.
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=20_000)
-    cases: dict[str, dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
-    runs = {name: validate(TrainRun, section, name) for name, section in cases.items()}
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    runs = {name: validate(TrainRun, section, name) for name, section in asked["cases"].items()}
     found: dict[str, Any] = {}
     for name, run in runs.items():
         trainer, checked = open_trainer(run)
@@ -71,7 +70,7 @@ def main() -> None:
         found[name] += take(trainer, 2)
         if checked.objective.terms == ("lm",):
             found[f"{name}, scored"] = scored_and_exported(trainer, Path(run.output_dir) / "hf", checked.source.hf)
-        if name in RESUMED:
+        if name in asked["resumed"]:
             trainer, _ = open_trainer(run)
             found[f"{name}, resumed"] = take(trainer, 2)
     for name, other in pairwise(runs):
