@@ -1,0 +1,65 @@
+"""A source's row in the target's ids: one lookup, nothing lost.
+
+Each listed id goes to the id that a table of the vocabulary map gives it. Probabilities that meet in one id add; what
+has no id joins the residual, "any other id". So the row's mass stays what it was, where FuseLLM and FuseChat keep the
+first of several equal ids and share the rest out over the survivors (`fusemega.align.reference_rows`).
+
+Shape suffixes: P positions, K ids of a row, T tables, S ids of the source's vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def project(
+    ids_PK: np.ndarray,
+    logp_PK: np.ndarray,
+    log_residual_P: np.ndarray,
+    tables: np.ndarray,
+    choice_P: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows in the target's ids.
+
+    Args:
+        ids_PK: integers, ids of the source's vocabulary, none twice in a row; -1: no entry.
+        logp_PK, log_residual_P: their log-probs, and that of all other ids.
+        tables: int32 [S] or [T, S], the target's id of each source id, or -1.
+        choice_P: which of T tables is each position's; None: the first for all.
+
+    Returns:
+        ids_PK int64 and logp_PK float32, by falling probability, with -1 and -inf at the end where fewer than K are
+        left; log_residual_P float32.
+
+    Raises:
+        IndexError: an id beyond the tables.
+    """
+    tables_TS = np.atleast_2d(tables)
+    choice_P1 = 0 if choice_P is None else np.asarray(choice_P)[:, None]
+    target_PK = np.where(ids_PK >= 0, tables_TS[choice_P1, ids_PK], -1).astype(np.int64)
+    # Exponentials relative to the row's largest log-prob: a row of very small ones keeps its digits.
+    listed_PK = np.where(ids_PK >= 0, logp_PK, -np.inf).astype(np.float64)
+    top_P1 = listed_PK.max(axis=1, initial=-1e30, keepdims=True)
+    mass_PK = np.exp(listed_PK - top_P1)
+    dropped_P = np.where(target_PK < 0, mass_PK, 0.0).sum(axis=1)
+    # Equal ids side by side, in the order given: the first takes the sum, the others vanish.
+    target_PK, mass_PK = _ordered(np.argsort(target_PK, axis=1, kind="stable"), target_PK, mass_PK)
+    is_first_PK = np.ones(target_PK.shape, dtype=bool)
+    is_first_PK[:, 1:] = target_PK[:, 1:] != target_PK[:, :-1]
+    firsts = np.flatnonzero(is_first_PK)
+    sum_PK = np.zeros_like(mass_PK)
+    if len(firsts):
+        sum_PK.flat[firsts] = np.add.reduceat(mass_PK.ravel(), firsts)
+    kept_PK = is_first_PK & (target_PK >= 0)
+    with np.errstate(divide="ignore"):
+        logp_PK = np.where(kept_PK, np.log(sum_PK) + top_P1, -np.inf)
+        log_residual_P = np.logaddexp(log_residual_P, np.log(dropped_P) + top_P1[:, 0])
+    target_PK = np.where(kept_PK, target_PK, -1)
+    # An entry of probability 0 stands before the padding.
+    falling_PK = np.argsort(np.where(kept_PK, -np.maximum(logp_PK, -1e30), np.inf), axis=1, kind="stable")
+    target_PK, logp_PK = _ordered(falling_PK, target_PK, logp_PK)
+    return target_PK, logp_PK.astype(np.float32), log_residual_P.astype(np.float32)
+
+
+def _ordered(order_PK: np.ndarray, *columns_PK: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.take_along_axis(column_PK, order_PK, axis=1) for column_PK in columns_PK)
