@@ -23,7 +23,7 @@ from fusemega.text.document import BadRow, Chat, Document, canonical, parse
 from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.tokenizer import Tokenizer
 
-_FORMAT = 1  # raise when the meaning of a cached file changes
+_FORMAT = 2  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
 _COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1"}  # one value a token
 _INDEX = np.dtype([("offset", "<i8"), ("num_bytes", "<i8"), ("file", "<i8"), ("row", "<i8"), ("key", "u1", 16)])
@@ -74,6 +74,11 @@ class TokenizedDataset:
             num_bytes=int(entry["num_bytes"]),
             source=f"{self._names[entry['file']]}:{entry['row']}",
         )
+
+    @property
+    def keys(self) -> list[bytes]:
+        """The samples' keys, in order."""
+        return [key.tobytes() for key in self._index["key"]]
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

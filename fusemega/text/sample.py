@@ -6,6 +6,14 @@ content of the message that begins at `base` ends at base + 1, a content token a
 (exclusive), the closing token at base + 1 + len + 1. A text is one message without header byte: its prefix (bos)
 ends at 0, its tokens at their byte, its eos at len + 1. Other template tokens end nowhere: -1.
 
+What a position predicts must be what follows its byte, whatever the template and the tokenizer write in between. So
+* where the template's space before a content went into the content's first token ("[/INST]", "▁Hello"), the token
+  before that one ends at base + 1;
+* a space that is not in the text (SentencePiece's, before "你") ends where the text begins;
+* the template's white space before the closing token (" </s>") ends where the content does: of several positions with
+  one coordinate the last is meant;
+* where the closing is several tokens, the content's last token ends nowhere: its next token is half a marker.
+
 Shapes: L tokens of a window, P supervised tokens among them.
 """
 
@@ -90,12 +98,18 @@ def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> An
     target_chars = np.zeros(len(rendered.text) + 1, dtype=np.int64)  # [i + 1]: bytes of character i if it is a target
     for span in rendered.spans:
         origin = span.base + int(span.has_header)
-        first = char_bytes[span.start]
-        inside = (byte_ends > first) & (byte_ends <= char_bytes[span.end])
+        first, last = char_bytes[span.start], char_bytes[span.end]
+        inside = (byte_ends > first) & (byte_ends <= last)
         end_bytes[inside] = origin + span.stripped_bytes + byte_ends[inside] - first
-        if span.has_header:
-            _mark_last(end_bytes, ends == span.start, origin)
+        if not _mark_last(end_bytes, byte_ends == first, origin) and rendered.text[: span.start].endswith(" "):
+            _mark_last(end_bytes, byte_ends == first - 1, origin)
         if span.closing_end > span.end:
+            closing = rendered.text[span.end : span.closing_end]
+            token_start = span.closing_end - len(closing.lstrip())
+            content_end = origin + span.stripped_bytes + last - first
+            end_bytes[(ends > span.end) & (ends <= token_start)] = content_end
+            if ((ends > token_start) & (ends < span.closing_end)).any():
+                end_bytes[end_bytes == content_end] = -1
             _mark_last(end_bytes, ends == span.closing_end, origin + span.num_bytes + 1)
         if span.supervised is not None:
             low, high = span.supervised
@@ -144,11 +158,12 @@ def sample_key(canonical: bytes, low: int, high: int) -> bytes:
     return hashlib.blake2b(canonical + b"\n%d:%d" % (low, high), digest_size=16).digest()
 
 
-def _mark_last(end_bytes: np.ndarray, hits: np.ndarray, coordinate: int) -> None:
-    """Gives the last token of `hits` a coordinate, unless a content already gave it one."""
+def _mark_last(end_bytes: np.ndarray, hits: np.ndarray, coordinate: int) -> bool:
+    """Gives the last token of `hits` a coordinate, unless a content already gave it one. Whether there is a hit."""
     where = np.flatnonzero(hits)
     if len(where) and end_bytes[where[-1]] < 0:
         end_bytes[where[-1]] = coordinate
+    return len(where) > 0
 
 
 def _char_bytes(text: str) -> np.ndarray:
@@ -161,25 +176,28 @@ def _char_bytes(text: str) -> np.ndarray:
 def _byte_ends(encoding: Encoding, char_bytes: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """int64 [L]: the byte of the rendered text at which each token ends, -1 where that cannot be told.
 
-    A token whose last character is also the next token's ends inside that character; its byte is then counted from
-    the last token that ends at a whole character, where the vocabulary tells how many bytes a token has.
+    Of tokens that share a character all but the last end inside it. Their bytes are counted back from the last one's
+    end, where the vocabulary tells how many bytes each token has and they add up to the bytes of the text; or to one
+    more, which is then a space of the tokenizer's own in front (its token ends where it begins).
     """
     ends, starts = encoding.ends, encoding.starts
     byte_ends = char_bytes[ends]
-    within = np.flatnonzero(np.append(starts[1:] < ends[:-1], False)) if len(ends) else np.empty(0, dtype=np.int64)
-    if len(within) == 0:
+    is_within = np.append(starts[1:] < ends[:-1], False)[: len(ends)]
+    if not is_within.any():
         return byte_ends
     widths = tokenizer.token_num_bytes[encoding.ids].astype(np.int64)
-    is_within = np.zeros(len(ends), dtype=bool)
-    is_within[within] = True
-    anchor = np.maximum.accumulate(np.where(is_within, -1, np.arange(len(ends))))[within]
     counted = np.concatenate(([0], np.cumsum(widths)))
     unknown = np.concatenate(([0], np.cumsum(widths == 0)))
-    origin = np.where(anchor >= 0, byte_ends[anchor], 0)
-    exact = origin + counted[within + 1] - counted[anchor + 1]
-    known = unknown[within + 1] == unknown[anchor + 1]
-    fits = (exact > char_bytes[ends[within] - 1]) & (exact < char_bytes[ends[within]])
-    byte_ends[within] = np.where(known & fits, exact, -1)
+    within = np.flatnonzero(is_within)
+    whole = np.flatnonzero(~is_within)  # each ends a run of tokens that share characters
+    place = np.searchsorted(whole, within)
+    last, first = whole[place], np.where(place > 0, whole[place - 1] + 1, 0)
+    exact = byte_ends[last] - (counted[last + 1] - counted[within + 1])
+    added = counted[last + 1] - counted[first] - (byte_ends[last] - char_bytes[starts[first]])
+    known = (unknown[last + 1] == unknown[first]) & (added == 0)
+    for i in np.flatnonzero((unknown[last + 1] == unknown[first]) & (added == 1)):
+        known[i] = tokenizer.token(encoding.ids[first[i]]).startswith(("\u2581", "\u0120"))
+    byte_ends[within] = np.where(known, exact, -1)
     return byte_ends
 
 

@@ -61,7 +61,9 @@ class Tokenizer:
             if "trim_offsets" in node:
                 node["trim_offsets"] = False
         self._encoder = Encoder.from_str(json.dumps(state))
-        self._byte_level = any(node.get("type") == "ByteLevel" for node in _nodes(state.get("decoder")))
+        decoders = list(_nodes(state.get("decoder")))
+        self._byte_level = any(node.get("type") == "ByteLevel" for node in decoders)
+        self._spaces_as_underscores = any("\u2581" in node.values() for node in decoders)
         self.num_ids = 1 + max(self._encoder.get_vocab(with_added_tokens=True).values())
         self.eos_id: int | None = self.hf.eos_token_id
         pad = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.eos_id
@@ -118,13 +120,15 @@ class Tokenizer:
     @cached_property
     def token_num_bytes(self) -> np.ndarray:
         """int32 [num_ids]: UTF-8 bytes a token stands for, where its form tells: byte-level vocabularies (one
-        character a byte) and SentencePiece's byte tokens `<0xE2>`; 0 where unknown."""
+        character a byte), and SentencePiece's, with spaces as U+2581 and byte tokens `<0xE2>`; 0 where unknown."""
         num_bytes = np.zeros(self.num_ids, dtype=np.int32)
         for token, token_id in self._encoder.get_vocab(with_added_tokens=False).items():
             if self._byte_level:
                 num_bytes[token_id] = len(token)
             elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 num_bytes[token_id] = 1
+            elif self._spaces_as_underscores:
+                num_bytes[token_id] = len(token.replace("\u2581", " ").encode())
         return num_bytes
 
 

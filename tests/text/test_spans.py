@@ -6,6 +6,9 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Encoder
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 from fusemega.text.chat import ChatRenderer, render_text
 from fusemega.text.document import BadRow, Text, parse
@@ -75,7 +78,8 @@ def test_conversations_against_decoded_bytes(template: str) -> None:
         coordinate: dict[int, int] = {}
         targets: set[int] = set()
         content_bytes: set[int] = set()
-        place = 0
+        place = content_end = 0
+        ends = set(np.cumsum([len(raw) for raw in token_bytes(tokenizer, got.ids)]).tolist())
         for text_of, owner, kind in pieces:
             size = len(text_of.encode())
             i = -1 if owner is None else owner
@@ -88,8 +92,13 @@ def test_conversations_against_decoded_bytes(template: str) -> None:
                 if supervised:
                     targets |= set(range(place + 1, place + size + 1))
                     content_bytes |= set(range(place, place + size))
-                coordinate.setdefault(place, bases[i] + 1)
+                # The space before it may have become part of its first token.
+                header = place if place in ends or text.encode()[place - 1 : place] != b" " else place - 1
+                coordinate.setdefault(header, bases[i] + 1)
+                content_end = bases[i] + 1 + lead + size
             elif kind == "closing":
+                for b in range(1, size - len(text_of.lstrip()) + 1):
+                    coordinate[place + b] = content_end
                 coordinate[place + size] = bases[i] + 1 + len(turns[i][1].encode()) + 1
                 if supervised:
                     targets |= set(range(place + 1, place + size + 1))
@@ -161,7 +170,7 @@ def test_a_token_across_the_border_counts_where_it_ends() -> None:
     tokens = [tokenizer.token(i) for i in got.ids]
     first = int(np.flatnonzero(got.supervised)[0])
     assert tokens[first] == "Ġhello" and got.end_bytes[first] == 3 + 1 + 5
-    assert tokens[first - 1] == ":" and got.end_bytes[first - 1] == -1
+    assert tokens[first - 1] == ":" and got.end_bytes[first - 1] == 3 + 1  # it predicts the content's beginning
     assert not got.supervised[-1]  # the final line break is the template's
 
 
@@ -226,5 +235,36 @@ def test_a_closing_marker_that_is_no_token_of_its_own() -> None:
     template = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '<end>\n' }}{% endfor %}"
     tokenizer = byte_level(template)
     got, _ = annotated(tokenizer, as_row([("user", "u"), ("assistant", "hello")]))
-    supervised = "".join(tokenizer.token(i) for i in got.ids[got.supervised])
-    assert supervised.endswith("hello<end>")
+    tokens = [tokenizer.token(i) for i in got.ids]
+    assert "".join(np.array(tokens)[got.supervised]).endswith("hello<end>")
+    # What follows "hello" is a piece of the marker, which no other tokenizer has.
+    last = tokens.index("<", int(np.flatnonzero(got.supervised)[0])) - 1
+    assert got.end_bytes[last] == got.end_bytes[last + 1] == -1
+    assert 3 + 1 + len("hello") not in got.end_bytes and got.end_bytes[got.supervised].max() == 3 + 1 + 6
+
+
+def test_spaces_that_the_tokenizer_or_the_template_adds() -> None:
+    """SentencePiece's own space ends where the text begins; the template's before the closing, where the content ends:
+    so the last position at each byte is the one that predicts what follows it."""
+    got, _ = annotated(sentencepiece(None), {"text": "🚀 hello"})
+    tokens = [sentencepiece(None).token(i) for i in got.ids]
+    assert tokens[:5] == ["▁", *(f"<0x{b:02X}>" for b in "🚀".encode())]
+    assert got.end_bytes[:5].tolist() == [0, 1, 2, 3, 4] and got.end_bytes[-1] == len("🚀 hello".encode()) + 1
+
+    tokenizer = sentencepiece("llama2")
+    got, _ = annotated(tokenizer, as_row([("user", "x"), ("assistant", "hello")]))
+    tokens = [tokenizer.token(i) for i in got.ids]
+    place = {int(end): tokens[t] for t, end in enumerate(got.end_bytes) if end >= 0}  # the last counts
+    assert place[3 + 1 + 5] == "▁" and place[3 + 1 + 6] == "</s>" and tokens[-2:] == ["▁", "</s>"]
+    assert place[3 + 1] == "▁" and tokens[-4:-2] == ["▁", "hello"]
+
+
+def test_normalised_characters_have_no_exact_ends() -> None:
+    """ "e" with two marks becomes one character of three bytes for the first mark, which are not the text's."""
+    encoder = Encoder.from_str(byte_level(None).hf.backend_tokenizer.to_str())
+    encoder.normalizer = normalizers.NFC()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=encoder, eos_token="</s>"), "toy")
+    got, _ = annotated(tokenizer, {"text": "xe\u0304\u0323x"})
+    assert b"".join(token_bytes(tokenizer, got.ids)[1:4]) == "\u1eb9".encode()
+    assert got.end_bytes[1:3].tolist() == [-1, -1]
+    assert got.end_bytes[-1] == len("xe\u0304\u0323x".encode()) + 1
