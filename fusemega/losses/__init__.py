@@ -4,9 +4,9 @@ _head.py      one chunk of tokens: logits, sums, gradient
 vocab.py      the kernel's two entry points
 topk.py       a teacher's rows
 registry.py   objectives by name
-sft.py, distill.py    one objective a file
+sft.py, distill.py, fuse.py    one objective a file
 """
 
-from fusemega.losses import distill, sft
+from fusemega.losses import distill, fuse, sft
 
-__all__ = ["distill", "sft"]
+__all__ = ["distill", "fuse", "sft"]

@@ -23,6 +23,7 @@ from fusemega.text.sample import Sample
 from tests.losses.loops import loops, make_head, make_ids
 
 VOCAB, K, N = 141, 6, 4
+TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None)
 HEAD: dict[str, Any] = {"group": None, "vocab_size": VOCAB}
 MANIFEST = {
     "weights": "w",
@@ -76,9 +77,13 @@ def store_of(folder: Path, sample: Sample, row: Row, **changes: Any) -> Store:
 def distill(folder: Path, store_changes: dict[str, Any] | None = None, **settings: Any) -> Distill:
     sample = sample_of()
     store = store_of(folder / "store", sample, row_of(sample), **(store_changes or {}))
-    parsed = parse_objective({"name": "distill", "store": str(store.path), **settings})
-    assert isinstance(parsed, Distill.Settings)
-    return Distill(parsed, store, VOCAB)
+    return built({"name": "distill", "store": str(store.path), **settings}, VOCAB)
+
+
+def built(section: dict[str, Any], vocab_size: int) -> Distill:
+    objective = build_objective(parse_objective(section), TOKENIZER, vocab_size)
+    assert isinstance(objective, Distill)
+    return objective
 
 
 def batch_of(objective: Distill, without_row: tuple[int, ...] = ()) -> dict[str, Tensor]:
@@ -97,7 +102,9 @@ def by_hand(
     objective: Distill, batch: dict[str, Tensor], hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, sum of CE, sum of KD) from the formulas, position by position."""
-    s, store_temperature = objective.settings, objective.store.manifest.temperature
+    s, store = objective.settings, objective.teacher.store
+    row = store.get(sample_of().key)
+    assert row is not None
     label = loops(hidden, weight[:VOCAB], Query(batch["labels"][:, None]))
     taught = loops(hidden, weight[:VOCAB], Query(batch["teacher_ids"], s.temperature, True))
     assert taught.log_residual_T is not None
@@ -108,13 +115,13 @@ def by_hand(
         if not batch["teacher_mask"][n]:
             continue
         rows += 1
-        stored = [float(x) for x in batch["teacher_logp"][n]]
+        stored = [float(x) for x in row.logp_PK[n]]
         if s.tail == "residual":
             p = [math.exp(x) for x in stored]
-            kd = kd - math.exp(float(batch["teacher_log_residual"][n])) * taught.log_residual_T[n]
+            kd = kd - math.exp(float(row.log_residual_P[n])) * taught.log_residual_T[n]
         else:
-            raw = [math.exp(x * store_temperature / s.temperature) for x in stored]
-            p = [x / sum(raw) for x in raw]
+            raw = [math.exp(x * store.manifest.temperature / s.temperature) for x in stored]
+            p = [math.exp(np.float32(math.log(x / sum(raw)))) for x in raw]  # the batch's log-probs are fp32
         for k in range(K):
             kd = kd - p[k] * taught.logp_TK[n, k]
     loss = s.lambda_ * ce / N + (1 - s.lambda_) * s.temperature**2 * kd / max(rows, 1)
@@ -125,10 +132,10 @@ DISTILL_CASES: list[dict[str, Any]] = [
     {},
     {"lambda": 0.3},
     {"lambda": 0.0},
-    {"lambda": 0.3, "temperature": 2.0},
-    {"lambda": 0.3, "temperature": 2.0, "store_temperature": 4.0},
-    {"lambda": 0.3, "tail": "residual"},
-    {"lambda": 0.3, "tail": "residual", "temperature": 2.0, "store_temperature": 2.0},
+    {"lambda": 0.3, "temperature": 2.0, "store_temperature": 2.0},
+    {"lambda": 0.3, "tail": "renormalise"},
+    {"lambda": 0.3, "tail": "renormalise", "temperature": 2.0},
+    {"lambda": 0.3, "tail": "renormalise", "temperature": 2.0, "store_temperature": 4.0},
 ]
 
 
@@ -217,18 +224,19 @@ def test_a_missing_row(tmp_path: Path) -> None:
 
 
 def test_a_row_that_does_not_fit_the_sample(tmp_path: Path) -> None:
-    sample, settings = sample_of(), Distill.Settings(store="s")
+    sample = sample_of()
     store = store_of(tmp_path / "ids", sample, row_of(sample, ids_hash=b"12345678"))
     with pytest.raises(UserError, match="chat.jsonl:3: .*other token ids"):
-        Distill(settings, store, VOCAB).sample_fields(sample)
+        built({"name": "distill", "store": str(store.path)}, VOCAB).sample_fields(sample)
     store = store_of(tmp_path / "mask", sample, row_of(sample_of(supervised=3), ids_hash=sample.ids_hash))
     with pytest.raises(UserError, match="has 3 positions, the sample 4"):
-        Distill(settings, store, VOCAB).sample_fields(sample)
+        built({"name": "distill", "store": str(store.path)}, VOCAB).sample_fields(sample)
     store = store_of(tmp_path / "vocabulary", sample, row_of(sample))
     largest = int(row_of(sample).ids_PK.max())
-    assert Distill(settings, store, largest + 1).sample_fields(sample)["teacher_ids"].max() == largest
+    fields = built({"name": "distill", "store": str(store.path)}, largest + 1).sample_fields(sample)
+    assert fields["teacher_ids"].max() == largest
     with pytest.raises(UserError, match=f"chat.jsonl:3: .*lists id {largest}, .*a vocabulary of {largest}"):
-        Distill(settings, store, largest).sample_fields(sample)
+        built({"name": "distill", "store": str(store.path)}, largest).sample_fields(sample)
 
 
 def test_residual_at_another_temperature_is_refused(tmp_path: Path) -> None:
@@ -237,7 +245,7 @@ def test_residual_at_another_temperature_is_refused(tmp_path: Path) -> None:
 
 
 def test_build_checks_tokenizer_and_template(tmp_path: Path) -> None:
-    store = distill(tmp_path).store
+    store = distill(tmp_path).teacher.store
     settings = parse_objective({"name": "distill", "store": str(store.path), "lambda": 0.25})
 
     def tokenizer(content_hash: str, template_hash: str | None) -> Any:
@@ -253,9 +261,8 @@ def test_build_checks_tokenizer_and_template(tmp_path: Path) -> None:
         build_objective(
             parse_objective({"name": "distill", "store": str(tmp_path / "nowhere")}), tokenizer("tok", None), VOCAB
         )
-    other = distill(tmp_path / "b", {"mask_policy": "everything"}).store
     with pytest.raises(UserError, match="mask_policy is 'everything', expected"):
-        build_objective(parse_objective({"name": "distill", "store": str(other.path)}), tokenizer("tok", None), VOCAB)
+        distill(tmp_path / "b", {"mask_policy": "everything"})
 
 
 @pytest.mark.parametrize(

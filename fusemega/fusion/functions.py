@@ -1,0 +1,59 @@
+"""Several teachers' distributions of one sample become one.
+
+A teacher's reward on a sample is exp(-CE), CE being its cross-entropy on the sample's supervised tokens.
+
+* `min_ce` (FuseLLM, arXiv:2401.10491; FuseChat, arXiv:2402.16107): the targets of the teacher with the largest reward,
+  hence the smallest cross-entropy; of equal ones the first.
+* `avg_ce` (FuseLLM, src/utils/trainer.py): sum_j w_j P_j, w = softmax over teachers of the rewards, one a sample.
+* `blend`: sum_j w_jt P_jt, w_jt in proportion to the probability P_jt(y_t) that teacher j gives the label y_t of
+  position t: by Bayes' rule, how much the label speaks for each teacher. This project's own.
+
+Both papers compare cross-entropies a token of each model's own tokenizer, which favours tokenizers with finer tokens:
+more and easier tokens for the same text. A byte is the same for all. Both decide in bf16, whose 8 bits tell rewards
+apart that differ by 0.4 % or more.
+
+Shapes: J teachers, P positions, K listed ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fusemega.fusion.targets import Targets, mixture
+
+FusionFunction = Callable[[Sequence[Targets], np.ndarray, np.ndarray], Targets]
+
+
+def rewards(ce_J: np.ndarray, bf16: bool) -> np.ndarray:
+    """exp(-CE), fp64 [J], of cross-entropies in nats; `bf16`: with the rounding of the references."""
+    if not bf16:
+        return np.exp(-np.asarray(ce_J, dtype=np.float64))
+    return torch.exp(-torch.as_tensor(ce_J).bfloat16()).double().numpy()
+
+
+def min_ce(parts: Sequence[Targets], rewards_J: np.ndarray, labels_P: np.ndarray) -> Targets:
+    """The targets of the teacher with the largest reward."""
+    return parts[int(np.argmax(rewards_J))]
+
+
+def avg_ce(parts: Sequence[Targets], rewards_J: np.ndarray, labels_P: np.ndarray) -> Targets:
+    """The mixture with weights softmax(rewards)."""
+    weights_J = np.exp(rewards_J) / np.exp(rewards_J).sum()
+    return mixture(parts, np.repeat(weights_J[:, None], len(labels_P), axis=1))
+
+
+def blend(parts: Sequence[Targets], rewards_J: np.ndarray, labels_P: np.ndarray) -> Targets:
+    """The mixture with weights P_j(label), `labels_P` int64. Where no teacher lists the label, all count alike."""
+    listed_JP = np.stack([_probability(part, labels_P) for part in parts])
+    return mixture(parts, np.where(listed_JP.sum(0) > 0, listed_JP, 1.0))
+
+
+def _probability(part: Targets, labels_P: np.ndarray) -> np.ndarray:
+    """What a teacher gives the labels, [P]; 0 where it lists them not or has no distribution."""
+    return np.where(part.mask_P, np.where(part.ids_PK == labels_P[:, None], np.exp(part.logp_PK), 0.0).sum(1), 0.0)
+
+
+FUNCTIONS: dict[str, FusionFunction] = {"min_ce": min_ce, "avg_ce": avg_ce, "blend": blend}

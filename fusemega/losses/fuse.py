@@ -1,0 +1,113 @@
+"""Distribution fusion: several teachers' stored rows become one target a position, then the loss is distillation's.
+
+    P_t = fusion(P_1t, ..., P_Jt)        L as in `fusemega.losses.distill` with p_t = P_t
+
+FuseLLM (arXiv:2401.10491) and FuseChat (arXiv:2402.16107). The target's own initial distribution is a teacher like the
+others: a store that `fusemega teach` wrote with the model that training starts from. Which teacher counts how much is
+decided from the stores' own figures, outside the training step.
+
+Shapes: P supervised positions of a sample, J teachers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from fusemega.config import Section
+from fusemega.fusion.functions import FUNCTIONS, rewards
+from fusemega.fusion.targets import Targets
+from fusemega.fusion.teacher import Teacher, TeacherConfig
+from fusemega.losses.distill import Taught, TaughtSettings
+from fusemega.losses.registry import register
+
+if TYPE_CHECKING:
+    from fusemega.store import Row
+    from fusemega.text.dataset import TokenizedDataset
+    from fusemega.text.sample import Sample
+    from fusemega.text.tokenizer import Tokenizer
+
+
+class FusionConfig(Section):
+    """How several teachers' distributions become one."""
+
+    function: Literal["min_ce", "avg_ce", "blend"] = Field(
+        "min_ce",
+        description="the teacher with the smallest cross-entropy on the sample; a mixture by it; or one by how "
+        "probable each teacher finds the label",
+    )
+    ce_per: Literal["byte", "token"] = Field(
+        "byte", description="unit of min_ce's and avg_ce's cross-entropies; token (FuseLLM) favours finer tokenizers"
+    )
+    decide_in: Literal["fp32", "bf16"] = Field("fp32", description="precision of that decision; bf16 as the references")
+
+    @model_validator(mode="after")
+    def _settings_act(self) -> FusionConfig:
+        """blend compares no cross-entropies, so it takes neither ce_per nor decide_in."""
+        if self.function == "blend" and (idle := sorted(self.model_fields_set - {"function"})):
+            raise ValueError(f"{idle[0]} has no effect on blend, which compares no cross-entropies; leave it out")
+        return self
+
+
+@register("fuse")
+class Fuse(Taught):
+    """Several teachers, fused.
+
+    Args:
+        settings: as in the run file.
+        teachers: the open stores, in the order of `settings.teachers`.
+    """
+
+    class Settings(TaughtSettings):
+        name: Literal["fuse"] = "fuse"
+        teachers: list[TeacherConfig] = Field(min_length=1, description="the stores; of equally good ones the first")
+        fusion: FusionConfig = FusionConfig()
+
+        @field_validator("teachers")
+        @classmethod
+        def _stores_differ(cls, teachers: list[TeacherConfig]) -> list[TeacherConfig]:
+            stores = [teacher.store for teacher in teachers]
+            for store in stores:
+                if stores.count(store) > 1:
+                    raise ValueError(f"the store {store} stands twice")
+            return teachers
+
+    def __init__(self, settings: Fuse.Settings, teachers: list[Teacher]) -> None:
+        ks = [teacher.k for teacher in teachers]
+        super().__init__(settings, max(ks) if settings.fusion.function == "min_ce" else sum(ks))
+        self.teachers, self._fusion = teachers, settings.fusion
+
+    @classmethod
+    def build(cls, settings: Fuse.Settings, tokenizer: Tokenizer, vocab_size: int) -> Fuse:
+        return cls(
+            settings,
+            [
+                Teacher(config, f"objective.teachers.{i}", tokenizer, vocab_size, settings.temperature, settings.tail)
+                for i, config in enumerate(settings.teachers)
+            ],
+        )
+
+    def targets(self, sample: Sample) -> Targets | None:
+        """With `on_missing: skip`, of the teachers that know the sample."""
+        found: list[tuple[Teacher, Row]] = []
+        for teacher in self.teachers:
+            row = teacher.row(sample, self.settings.on_missing == "error")
+            if row is not None:
+                found.append((teacher, row))
+        if not found:
+            return None
+        rewards_J = rewards(np.array([self._cross_entropy(row) for _, row in found]), self._fusion.decide_in == "bf16")
+        if self._fusion.function == "min_ce":  # spares the others' alignment
+            found, rewards_J = [found[int(np.argmax(rewards_J))]], rewards_J.max(keepdims=True)
+        parts = [teacher.targets(row, sample) for teacher, row in found]
+        return FUNCTIONS[self._fusion.function](parts, rewards_J, sample.ids[sample.positions + 1].astype(np.int64))
+
+    def check_data(self, dataset: TokenizedDataset) -> None:
+        for teacher in self.teachers:
+            teacher.check_data(dataset, self.settings.on_missing == "error")
+
+    def _cross_entropy(self, row: Row) -> float:
+        """Nats a byte of text or a token, as `ce_per` says. Closing tokens have no bytes: a text of none counts one."""
+        return -row.sum_logp / (max(row.num_bytes, 1) if self._fusion.ce_per == "byte" else row.num_tokens)
