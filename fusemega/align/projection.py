@@ -36,29 +36,50 @@ def project(
     """
     tables_TS = np.atleast_2d(tables)
     choice_P1 = 0 if choice_P is None else np.asarray(choice_P)[:, None]
-    target_PK = np.where(ids_PK >= 0, tables_TS[choice_P1, ids_PK], -1).astype(np.int64)
-    # Exponentials relative to the row's largest log-prob: a row of very small ones keeps its digits.
-    listed_PK = np.where(ids_PK >= 0, logp_PK, -np.inf).astype(np.float64)
-    top_P1 = listed_PK.max(axis=1, initial=-1e30, keepdims=True)
-    mass_PK = np.exp(listed_PK - top_P1)
-    dropped_P = np.where(target_PK < 0, mass_PK, 0.0).sum(axis=1)
+    target_PK = np.where(ids_PK >= 0, tables_TS[choice_P1, ids_PK], -1)
+    listed_PK = np.where(ids_PK >= 0, logp_PK, -np.inf)
+    dropped_P = log_sum(np.where(target_PK < 0, listed_PK, -np.inf))
+    target_PK, logp_PK = sum_duplicates(target_PK, listed_PK)
+    return target_PK, logp_PK, np.logaddexp(log_residual_P, dropped_P).astype(np.float32)
+
+
+def sum_duplicates(ids_PK: np.ndarray, logp_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each id of a row once, with the mass of all its entries; what `project` returns of ids and log-probs.
+
+    Args:
+        ids_PK, logp_PK: as of `project`, but an id may stand several times.
+    """
+    top_P1, mass_PK = _scaled(np.where(ids_PK >= 0, logp_PK, -np.inf))
     # Equal ids side by side, in the order given: the first takes the sum, the others vanish.
-    target_PK, mass_PK = _ordered(np.argsort(target_PK, axis=1, kind="stable"), target_PK, mass_PK)
-    is_first_PK = np.ones(target_PK.shape, dtype=bool)
-    is_first_PK[:, 1:] = target_PK[:, 1:] != target_PK[:, :-1]
+    ids_PK, mass_PK = _ordered(np.argsort(ids_PK, axis=1, kind="stable"), ids_PK.astype(np.int64), mass_PK)
+    is_first_PK = np.ones(ids_PK.shape, dtype=bool)
+    is_first_PK[:, 1:] = ids_PK[:, 1:] != ids_PK[:, :-1]
     firsts = np.flatnonzero(is_first_PK)
     sum_PK = np.zeros_like(mass_PK)
     if len(firsts):
         sum_PK.flat[firsts] = np.add.reduceat(mass_PK.ravel(), firsts)
-    kept_PK = is_first_PK & (target_PK >= 0)
+    kept_PK = is_first_PK & (ids_PK >= 0)
     with np.errstate(divide="ignore"):
-        logp_PK = np.where(kept_PK, np.log(sum_PK) + top_P1, -np.inf)
-        log_residual_P = np.logaddexp(log_residual_P, np.log(dropped_P) + top_P1[:, 0])
-    target_PK = np.where(kept_PK, target_PK, -1)
+        summed_PK = np.where(kept_PK, np.log(sum_PK) + top_P1, -np.inf)
+    ids_PK = np.where(kept_PK, ids_PK, -1)
     # An entry of probability 0 stands before the padding.
-    falling_PK = np.argsort(np.where(kept_PK, -np.maximum(logp_PK, -1e30), np.inf), axis=1, kind="stable")
-    target_PK, logp_PK = _ordered(falling_PK, target_PK, logp_PK)
-    return target_PK, logp_PK.astype(np.float32), log_residual_P.astype(np.float32)
+    falling_PK = np.argsort(np.where(kept_PK, -np.maximum(summed_PK, -1e30), np.inf), axis=1, kind="stable")
+    ids_PK, summed_PK = _ordered(falling_PK, ids_PK, summed_PK)
+    return ids_PK, summed_PK.astype(np.float32)
+
+
+def log_sum(logp_PK: np.ndarray) -> np.ndarray:
+    """log of the sum of each row's probabilities, float64 [P]; -inf where all are 0."""
+    top_P1, mass_PK = _scaled(logp_PK)
+    with np.errstate(divide="ignore"):
+        return np.log(mass_PK.sum(axis=1)) + top_P1[:, 0]
+
+
+def _scaled(logp_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's largest log-prob [P, 1], and probabilities relative to it: small ones keep their digits. float64."""
+    logp_PK = logp_PK.astype(np.float64)
+    top_P1 = logp_PK.max(axis=1, initial=-1e30, keepdims=True)
+    return top_P1, np.exp(logp_PK - top_P1)
 
 
 def _ordered(order_PK: np.ndarray, *columns_PK: np.ndarray) -> tuple[np.ndarray, ...]:

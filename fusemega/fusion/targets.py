@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from fusemega.align.projection import log_sum, sum_duplicates
+
 Tail = Literal["renormalise", "residual"]
 
 
@@ -43,7 +45,7 @@ class Targets:
 
 def renormalised(targets: Targets) -> Targets:
     """The listed ids' share of one another: what lay outside is shared out in proportion (FuseLLM, FuseChat)."""
-    total_P = _log_sum(targets.logp_PK)
+    total_P = log_sum(targets.logp_PK)
     listed_P = targets.mask_P & (total_P > -np.inf)
     logp_PK = targets.logp_PK - np.where(listed_P, total_P, 0.0)[:, None]
     return Targets(targets.ids_PK, logp_PK.astype(np.float32), np.full_like(targets.log_residual_P, -np.inf), listed_P)
@@ -67,37 +69,4 @@ def mixture(parts: Sequence[Targets], weights_JP: np.ndarray) -> Targets:
     logps = [part.logp_PK + weight_P[:, None] for part, weight_P in zip(parts, log_weights_JP, strict=True)]
     residual_JP = np.stack([part.log_residual_P for part in parts]) + log_weights_JP
     ids_PK, logp_PK = sum_duplicates(np.concatenate([part.ids_PK for part in parts], 1), np.concatenate(logps, 1))
-    return Targets(ids_PK, logp_PK, _log_sum(residual_JP.T).astype(np.float32), mask_P)
-
-
-def sum_duplicates(ids_PK: np.ndarray, logp_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each id once a row, with the mass of all its entries, by falling probability; -1 and -inf fill the rows up.
-
-    Entries of id -1 or probability 0 list nothing.
-
-    Returns:
-        ids int64 [P, K], logp fp32 [P, K].
-    """
-    positions, k = ids_PK.shape
-    ids_PK = np.where(logp_PK > -np.inf, ids_PK, -1)
-    order_PK = np.argsort(ids_PK, axis=1, kind="stable")
-    ids_PK = np.take_along_axis(ids_PK, order_PK, 1).astype(np.int64)
-    logp_PK = np.take_along_axis(logp_PK, order_PK, 1).astype(np.float64)
-    first_PK = np.ones((positions, k), dtype=bool)
-    first_PK[:, 1:] = ids_PK[:, 1:] != ids_PK[:, :-1]
-    mass_PK = np.where(ids_PK >= 0, np.exp(logp_PK), 0.0)
-    sums_PK = np.zeros((positions, k))
-    if mass_PK.size:
-        sums_PK[first_PK] = np.add.reduceat(mass_PK.ravel(), np.flatnonzero(first_PK))
-    ids_PK = np.where(first_PK & (sums_PK > 0), ids_PK, -1)
-    order_PK = np.argsort(-np.where(ids_PK >= 0, sums_PK, -1.0), axis=1, kind="stable")
-    ids_PK = np.take_along_axis(ids_PK, order_PK, 1)
-    with np.errstate(divide="ignore"):
-        logp_PK = np.log(np.where(ids_PK >= 0, np.take_along_axis(sums_PK, order_PK, 1), 0.0))
-    return ids_PK, logp_PK.astype(np.float32)
-
-
-def _log_sum(logp_PK: np.ndarray) -> np.ndarray:
-    """log of the sum of a row's probabilities, fp64 [P]; -inf where all are 0."""
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(logp_PK.astype(np.float64)).sum(1))
+    return Targets(ids_PK, logp_PK, log_sum(residual_JP.T).astype(np.float32), mask_P)

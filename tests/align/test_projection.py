@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from fusemega.align.projection import project
+from fusemega.align.projection import project, sum_duplicates
 
 NONE = -math.inf
 
@@ -85,3 +85,14 @@ def test_no_positions_and_unknown_ids() -> None:
     assert [column.shape for column in empty] == [(0, 3), (0, 3), (0,)]
     with pytest.raises(IndexError):
         project(np.array([[7]]), np.zeros((1, 1), np.float32), np.zeros(1, np.float32), np.array([1]))
+
+
+def test_sum_duplicates_by_hand() -> None:
+    ids = np.array([[3, 5, 3, -1, 9], [7, 7, 7, 7, 7], [-1, -1, -1, -1, -1], [1, 2, 3, 4, 5]])
+    p = np.array([[0.1, 0.3, 0.25, 0.2, 0.0], [0.1] * 5, [0.2] * 5, [0.1, 0.2, 0.3, 0.05, 0.15]])
+    with np.errstate(divide="ignore"):
+        got_ids, got_logp = sum_duplicates(ids, np.log(p))
+    assert got_ids.tolist() == [[3, 5, 9, -1, -1], [7, -1, -1, -1, -1], [-1] * 5, [3, 2, 5, 1, 4]]
+    wanted = [[0.35, 0.3, 0, 0, 0], [0.5, 0, 0, 0, 0], [0] * 5, [0.3, 0.2, 0.15, 0.1, 0.05]]
+    np.testing.assert_allclose(np.exp(got_logp), wanted, atol=1e-7)
+    assert [part.shape for part in sum_duplicates(np.empty((0, 4), np.int64), np.empty((0, 4)))] == [(0, 4), (0, 4)]

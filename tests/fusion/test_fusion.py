@@ -13,7 +13,7 @@ import torch
 
 from fusemega.errors import UserError
 from fusemega.fusion.functions import FUNCTIONS, rewards
-from fusemega.fusion.targets import Targets, mixture, renormalised, sum_duplicates
+from fusemega.fusion.targets import Targets, mixture, renormalised
 from fusemega.losses.fuse import Fuse
 from fusemega.losses.registry import build_objective, parse_objective
 from fusemega.store import Manifest, Row, StoreWriter
@@ -82,17 +82,6 @@ def test_mixtures_equal_plain_sums() -> None:
     weights[1, 0] = 5.0  # of a teacher that has nothing there
     parts[0].mask_P[4] = False  # nobody has anything at 4
     assert_same(mixture(parts, weights), mixed_by_hand(parts, weights))
-
-
-def test_sum_duplicates_by_hand() -> None:
-    ids = np.array([[3, 5, 3, -1, 9], [7, 7, 7, 7, 7], [-1, -1, -1, -1, -1], [1, 2, 3, 4, 5]])
-    p = np.array([[0.1, 0.3, 0.25, 0.2, 0.0], [0.1] * 5, [0.2] * 5, [0.1, 0.2, 0.3, 0.05, 0.15]])
-    with np.errstate(divide="ignore"):
-        got_ids, got_logp = sum_duplicates(ids, np.log(p))
-    assert got_ids.tolist() == [[3, 5, -1, -1, -1], [7, -1, -1, -1, -1], [-1] * 5, [3, 2, 5, 1, 4]]
-    wanted = [[0.35, 0.3, 0, 0, 0], [0.5, 0, 0, 0, 0], [0] * 5, [0.3, 0.2, 0.15, 0.1, 0.05]]
-    np.testing.assert_allclose(np.exp(got_logp), wanted, atol=1e-7)
-    assert [part.shape for part in sum_duplicates(np.empty((0, 4), np.int64), np.empty((0, 4)))] == [(0, 4), (0, 4)]
 
 
 def test_renormalising_drops_the_residual() -> None:
