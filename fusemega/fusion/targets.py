@@ -68,5 +68,7 @@ def mixture(parts: Sequence[Targets], weights_JP: np.ndarray) -> Targets:
         log_weights_JP = np.log(weights_JP) - np.log(np.where(mask_P, total_P, 1.0))
     logps = [part.logp_PK + weight_P[:, None] for part, weight_P in zip(parts, log_weights_JP, strict=True)]
     residual_JP = np.stack([part.log_residual_P for part in parts]) + log_weights_JP
-    ids_PK, logp_PK = sum_duplicates(np.concatenate([part.ids_PK for part in parts], 1), np.concatenate(logps, 1))
+    logp_PK = np.concatenate(logps, 1)
+    ids_PK = np.where(logp_PK > -np.inf, np.concatenate([part.ids_PK for part in parts], 1), -1)
+    ids_PK, logp_PK = sum_duplicates(ids_PK, logp_PK)
     return Targets(ids_PK, logp_PK, log_sum(residual_JP.T).astype(np.float32), mask_P)
