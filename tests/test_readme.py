@@ -53,7 +53,7 @@ def test_quickstart(home: Path) -> None:
 
 
 def test_a_second_run_skips_what_is_finished(home: Path) -> None:
-    store = home / "runs" / "quickstart" / "store"
+    store = home / "runs" / "quickstart" / "stores" / "teacher"
     before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
     run([sys.executable, "-m", "fusemega.recipes.quickstart", "--smoke", "--out", "runs/quickstart"], home)
     assert {path.name: path.stat().st_mtime_ns for path in store.iterdir()} == before
