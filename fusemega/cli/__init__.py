@@ -25,7 +25,10 @@ COMMANDS = {
     "report": "A page about one or several training runs, with their curves.",
     "env": "What this machine has, what is missing, and what that costs.",
 }
-GROUPS = {"convert": "Between Hugging Face folders and Megatron checkpoints: import, export, verify."}
+GROUPS = {
+    "convert": "Between Hugging Face folders and Megatron checkpoints: import, export, verify.",
+    "store": "Sample stores: inspect, merge, verify.",
+}
 
 
 def build_app(asked: str | None) -> typer.Typer:

@@ -43,7 +43,7 @@ class Teacher:
 
     Raises:
         UserError: no store or map there; a store of another tokenizer, template, mask or model; a map of other
-            tokenizers; `tail: residual` at another temperature than the store's.
+            tokenizers; `tail: residual` or a store of draws at another temperature than the store's.
     """
 
     def __init__(
@@ -54,10 +54,13 @@ class Teacher:
         manifest = self.store.manifest
         hashes = {"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash}
         self.store.check(hashes | {"mask_policy": MASK_POLICY})
-        if tail == "residual" and temperature != manifest.temperature:
+        sampled = manifest.rows == "sampled"
+        if (sampled or tail == "residual") and temperature != manifest.temperature:
+            why = "its rows are draws at that one" if sampled else "with tail: residual they must be equal"
+            remedy = "" if sampled else " (or use tail: renormalise)"
             raise UserError(
                 f"objective.temperature: found {temperature}, and {self.store.path} was stored at "
-                f"{manifest.temperature}; with tail: residual they must be equal (or use tail: renormalise)"
+                f"{manifest.temperature}; {why}{remedy}"
             )
         # One rank reads the weights for all: where it refuses, the launch ends.
         if config.teacher is not None and global_rank() == 0:
@@ -71,7 +74,7 @@ class Teacher:
     @property
     def k(self) -> int:
         """Most ids that a position lists."""
-        return self.store.manifest.top_k
+        return self.store.manifest.entries
 
     def row(self, sample: Sample, required: bool) -> Row | None:
         """The store's row of a sample.
@@ -110,7 +113,7 @@ class Teacher:
         return renormalised(Targets(ids_PK, logp_PK, row.log_residual_P, mask_P))
 
     def check_data(self, dataset: TokenizedDataset, required: bool) -> None:
-        """Reads the first sample's row, hence a shard whole, and looks for the rows of all.
+        """Reads the first sample's row, and looks for the rows of all.
 
         Raises:
             UserError: that row does not fit, or some sample has none and rows are required.

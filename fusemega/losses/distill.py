@@ -9,6 +9,9 @@ with q^T = softmax(logits / T), q = q^1, and p the teacher's row, one of two way
 * `tail: renormalise` (FuseLLM, arXiv:2401.10491; FuseChat, arXiv:2402.16107): p is the row's softmax over its k ids,
   at temperature T whatever temperature it was stored at. What the teacher gave to other ids is shared out over the k.
 
+Rows of a `sampled` store (Anshumann et al., arXiv:2503.16870) have no other ids: p is the share of draws that each id
+had, whose expectation is the teacher's whole distribution. T must be the one they were drawn at.
+
 The distillation term is multiplied by T^2 (Hinton et al., arXiv:1503.02531, section 2.1), so that its gradient keeps
 its size as T grows; the cross-entropy on labels is always at temperature 1. The metric `distill` is the mean of
 CE(p, q^T) itself, without lambda and without T^2. Positions without a row have the label's term only.
@@ -28,6 +31,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from fusemega.errors import UserError
 from fusemega.fusion.targets import Tail, Targets
 from fusemega.fusion.teacher import Teacher, TeacherConfig
 from fusemega.losses.registry import ObjectiveSettings, TokenObjective, register
@@ -149,6 +153,11 @@ class Distill(Taught):
     @classmethod
     def build(cls, settings: Distill.Settings, tokenizer: Tokenizer, vocab_size: int) -> Distill:
         teacher = Teacher(settings, "objective", tokenizer, vocab_size, settings.temperature, settings.tail)
+        if teacher.store.manifest.rows == "sampled" and "tail" in settings.model_fields_set:
+            raise UserError(
+                f"objective.tail: of no effect with {settings.store}, whose rows are draws from the whole distribution: "
+                "leave it out"
+            )
         return cls(settings, teacher)
 
     def targets(self, sample: Sample) -> Targets | None:

@@ -1,6 +1,8 @@
-"""`fusemega teach`: a teacher's k most probable tokens at every supervised position, into a sample store.
+"""`fusemega teach`: a teacher's distribution at every supervised position, as its k most probable tokens or as draws
+from it, into a sample store.
 
-Shapes: N supervised positions of a micro-batch, P of one sample, H hidden size, K ids kept a position.
+Shapes: N supervised positions of a micro-batch, M of this rank's under context parallelism, P of one sample, H hidden
+size, K ids kept a position, S draws.
 """
 
 from __future__ import annotations
@@ -8,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fusemega import __version__
 from fusemega.assets import cache_folder
 from fusemega.errors import UserError
+from fusemega.losses.sampled import count_draws, sample_ids, uniforms
 from fusemega.losses.topk import top_k_log_probs
+from fusemega.models.build import GPT
 from fusemega.runtime.console import say
-from fusemega.runtime.parallel import initialize
+from fusemega.runtime.parallel import World, initialize
 from fusemega.scoring.passes import PassRun
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
 from fusemega.text.document import MASK_POLICY
@@ -32,8 +38,21 @@ class TeachRun(PassRun):
     """Run file of `fusemega teach`."""
 
     store: str = Field(description="folder of the sample store; an interrupted run goes on where it stopped")
-    top_k: int = Field(10, ge=1, description="log-probabilities kept a position")
-    temperature: float = Field(1.0, gt=0, description="the rows are log-softmax(logits / temperature)")
+    rows: Literal["top_k", "sampled"] = Field(
+        "top_k", description="keep the most probable tokens, or draw tokens: an unbiased target"
+    )
+    top_k: int = Field(10, ge=1, description="rows: top_k; log-probabilities kept a position")
+    num_samples: int = Field(50, ge=1, description="rows: sampled; draws a position, with replacement")
+    seed: int = Field(0, ge=0, description="rows: sampled; of the draws, the same in every layout")
+    temperature: float = Field(1.0, gt=0, description="the rows are of softmax(logits / temperature)")
+
+    @model_validator(mode="after")
+    def _settings_act(self) -> TeachRun:
+        """Settings of the other kind of rows would be of no effect."""
+        for name in {"top_k": ("num_samples", "seed"), "sampled": ("top_k",)}[self.rows]:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name}: of no effect with rows: {self.rows}")
+        return self
 
 
 def teach(run: TeachRun) -> Path:
@@ -44,7 +63,7 @@ def teach(run: TeachRun) -> Path:
             computed; a full disk; a row that is not a distribution.
     """
     source = run.open()
-    if run.top_k > source.vocab_size:
+    if run.rows == "top_k" and run.top_k > source.vocab_size:
         raise UserError(f"top_k: {run.top_k} is more than the model's vocabulary of {source.vocab_size}")
     world = initialize(run.parallel)
     hashes = [source.weights_hash() if world.is_main else ""]
@@ -56,7 +75,10 @@ def teach(run: TeachRun) -> Path:
         mask_policy=MASK_POLICY,
         truncation=run.data.seq_length,
         temperature=run.temperature,
-        top_k=run.top_k,
+        rows=run.rows,
+        top_k=run.top_k if run.rows == "top_k" else None,
+        num_samples=run.num_samples if run.rows == "sampled" else None,
+        seed=run.seed if run.rows == "sampled" else None,
         vocab_size=source.vocab_size,
         versions={"fusemega": __version__, "torch": version("torch"), "megatron-core": version("megatron-core")},
     )
@@ -73,16 +95,10 @@ def teach(run: TeachRun) -> Path:
         writes = world.tp_rank == 0 and world.cp_rank == 0 and world.is_last_stage
 
         def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
-            columns_N = top_k_log_probs(
-                hidden_NH,
-                gpt.head_weight(),
-                run.top_k,
-                batch["labels"],
-                temperature=run.temperature,
-                **head_settings(gpt, world),
-            )
+            rows = _top_k_rows if run.rows == "top_k" else _sampled_rows
+            columns_N = rows(run, gpt, hidden_NH, batch, samples, world)
             whole = [whole_positions(column, batch, world) for column in columns_N]
-            return list(_rows(samples, *whole)) if writes else []
+            return list(_cut(samples, *whole)) if writes else []
 
         for done, collected in score_samples(gpt, dataset, missing, run.row_shape(source), score, world):
             for rows in collected:
@@ -96,7 +112,36 @@ def teach(run: TeachRun) -> Path:
     return folder
 
 
-def _rows(
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # as `top_k_log_probs` returns
+
+
+def _top_k_rows(
+    run: TeachRun, gpt: GPT, hidden_MH: torch.Tensor, batch: Batch, samples: Sequence[Sample], world: World
+) -> Columns:
+    head, settings = gpt.head_weight(), head_settings(gpt, world)
+    return top_k_log_probs(hidden_MH, head, run.top_k, batch["labels"], temperature=run.temperature, **settings)
+
+
+def _sampled_rows(
+    run: TeachRun, gpt: GPT, hidden_MH: torch.Tensor, batch: Batch, samples: Sequence[Sample], world: World
+) -> Columns:
+    parts = [uniforms(run.seed, sample.key, len(sample.positions), run.num_samples) for sample in samples]
+    uniforms_NS = np.concatenate([np.empty((0, run.num_samples)), *parts])
+    uniforms_MS = torch.from_numpy(uniforms_NS).to(hidden_MH.device)[batch.get("kept", slice(None))]
+    draws_MS, label_logp_M = sample_ids(
+        hidden_MH,
+        gpt.head_weight(),
+        uniforms_MS,
+        batch["labels"],
+        temperature=run.temperature,
+        **head_settings(gpt, world),
+    )
+    ids_MS, counts_MS = map(torch.from_numpy, count_draws(draws_MS.cpu().numpy()))
+    logp_MS = (counts_MS.double() / run.num_samples).log().float().to(hidden_MH.device)
+    return ids_MS.to(hidden_MH.device), logp_MS, torch.full_like(label_logp_M, -torch.inf), label_logp_M
+
+
+def _cut(
     samples: Sequence[Sample],
     ids_NK: torch.Tensor,
     logp_NK: torch.Tensor,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from fusemega.config import Section
 from fusemega.errors import UserError, choose
 
 _NAME = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Manifest(Section):
@@ -25,8 +27,10 @@ class Manifest(Section):
         tokenizer, template: hashes of the scorer's tokenizer and chat template (template None for plain text).
         mask_policy: which tokens are supervised, by name.
         truncation: tokens of the windows that documents were cut into.
-        temperature: temperature at which log-probs and residuals are stored.
-        top_k: log-probs a position.
+        temperature: temperature at which log-probs and residuals are stored, or of the distribution drawn from.
+        rows: `top_k`: the most probable ids of each position; `sampled`: ids drawn from its distribution.
+        top_k: ids a position, of `top_k` rows.
+        num_samples, seed: draws a position, with replacement, and their seed, of `sampled` rows.
         vocab_size: of the scorer; ids are below it.
         versions: of the packages that wrote it; informative, never compared.
         format: of the shards.
@@ -38,10 +42,34 @@ class Manifest(Section):
     mask_policy: str
     truncation: int = Field(ge=1)
     temperature: float = Field(gt=0)
-    top_k: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
+    rows: Literal["top_k", "sampled"] = "top_k"
+    top_k: int | None = Field(None, ge=1)
+    num_samples: int | None = Field(None, ge=1)
+    seed: int | None = None
+    vocab_size: int = Field(ge=1, le=1 << 25)  # the most that the coding of ids allows
     versions: dict[str, str] = {}
     format: int = _FORMAT
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Manifest:
+        """The keys of this kind of rows are there, and no others."""
+        for name, kind in (("top_k", "top_k"), ("num_samples", "sampled"), ("seed", "sampled")):
+            if (getattr(self, name) is not None) != (kind == self.rows):
+                raise ValueError(f"{name}: {'missing' if kind == self.rows else 'not'} with rows: {self.rows}")
+        return self
+
+    @property
+    def entries(self) -> int:
+        """K, entries a position."""
+        entries = self.top_k if self.rows == "top_k" else self.num_samples
+        assert entries is not None
+        return entries
+
+    @property
+    def hash(self) -> bytes:
+        """8 bytes, of everything but `versions`: what a shard says it is of."""
+        text = json.dumps(self.model_dump(exclude={"versions"}), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
     def check(self, expected: Mapping[str, Any], path: Path) -> None:
         """Raises UserError naming the first field of `expected` that has another value here."""
@@ -55,7 +83,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest in `folder`; UserError if there is none or it is damaged."""
     path = folder / _NAME
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        _check_format(path, content)
+        return Manifest.model_validate_json(content)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a sample store (no {_NAME})") from None
     except OSError as error:
@@ -63,9 +93,19 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: damaged: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
-    if manifest.format != _FORMAT:
-        raise UserError(f"{path}: the store's format is {manifest.format}, and this version reads {_FORMAT}")
-    return manifest
+
+
+def _check_format(path: Path, content: bytes) -> None:
+    """Before the other fields, which belong to the format."""
+    try:
+        found = json.loads(content)["format"]
+    except (ValueError, KeyError, TypeError):
+        return  # no manifest at all, as the caller will find
+    if found != _FORMAT:
+        raise UserError(
+            f"{path}: the store's format is {found}, and this version reads {_FORMAT}: rows are coded otherwise now; "
+            "run `fusemega teach` again, into a new folder"
+        )
 
 
 def check_claim(folder: Path, manifest: Manifest) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from fusemega.store.manifest import Manifest, read_manifest
-from fusemega.store.shard import Row, Shard
+from fusemega.store.row import Row
+from fusemega.store.shard import INDEX, Shard
 from fusemega.store.writer import shard_paths
 
 
@@ -19,12 +20,13 @@ class Store:
     Attributes:
         path: its folder.
         manifest: who scored it, and how.
+        shards: its files.
     """
 
     def __init__(self, path: Path, manifest: Manifest, shards: list[Shard]) -> None:
-        self.path, self.manifest, self._shards = path, manifest, shards
-        keys = np.concatenate([shard.keys for shard in shards]) if shards else np.empty((0, 16), dtype=np.uint8)
-        counts = [len(shard.keys) for shard in shards]
+        self.path, self.manifest, self.shards = path, manifest, shards
+        keys = np.concatenate([np.empty(0, dtype=INDEX), *(shard.index for shard in shards)])["key"]
+        counts = [len(shard.index) for shard in shards]
         # Sorted by the keys' first 8 bytes; the rest is compared when a row is looked up.
         heads = np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
         order = np.argsort(heads, kind="stable")
@@ -34,37 +36,44 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
-        """Opens the store in folder `path`, reading manifest and keys only.
+        """Opens the store in folder `path`, reading manifest and indexes only.
 
         Raises:
             UserError: no store there; a truncated or damaged shard, by name.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        return cls(folder, manifest, [Shard(shard) for shard in shard_paths(folder)])
+        return cls(folder, manifest, [Shard(shard, manifest) for shard in shard_paths(folder)])
 
     def __len__(self) -> int:
         return len(self._heads)
 
     def __contains__(self, key: bytes) -> bool:
-        return self._find(key) is not None
+        return self._place(key) is not None
 
     def get(self, key: bytes) -> Row | None:
-        """The row of a sample, or None. The first row of a shard checks the shard's checksums."""
-        place = self._find(key)
-        if place is None:
-            return None
-        return self._shards[self._shard_of[place]].row(int(self._row_of[place]))
+        """The row of a sample, or None. No other row is touched.
+
+        Raises:
+            UserError: its bytes are not what was written.
+        """
+        place = self._place(key)
+        return None if place is None else place[0].row(place[1])
+
+    def coded(self, key: bytes) -> tuple[np.ndarray, bytes] | None:
+        """The row as it is on disk: see `Shard.coded`. Raises as `get`."""
+        place = self._place(key)
+        return None if place is None else place[0].coded(place[1])
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """Raises UserError naming the first manifest field whose value is not the expected one."""
         self.manifest.check(expected, self.path)
 
-    def _find(self, key: bytes) -> int | None:
+    def _place(self, key: bytes) -> tuple[Shard, int] | None:
         head = np.uint64(int.from_bytes(key[:8], "big"))
         place = int(np.searchsorted(self._heads, head))
         while place < len(self._heads) and self._heads[place] == head:
             if self._keys[place].tobytes() == key:
-                return place
+                return self.shards[self._shard_of[place]], int(self._row_of[place])
             place += 1
         return None

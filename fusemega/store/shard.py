@@ -1,110 +1,73 @@
-"""One shard of a store: a file of columns, checked, memory-mapped, written whole or not at all.
+"""One shard of a store: a file of rows, checked, memory-mapped, written whole or not at all.
 
-Layout: 8 bytes magic; 8 bytes length of the header (little-endian); the header, JSON: {"columns": [{name, dtype, shape,
-offset, crc32}], "size"}; then the columns, each at a multiple of 64 bytes. All little-endian.
-
-Shapes: R rows of the shard, S supervised positions of all its rows, P of one row, K log-probs a position.
+Layout, all little-endian: a header (`_HEADER`), the index (`INDEX`, one entry a row), the rows' codes one after the
+other (`coding`). Header and index are checked when a shard is opened, a row's own bytes when it is read; nothing else
+is touched then.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import mmap
 import os
+import struct
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from fusemega.errors import UserError
+from fusemega.store.coding import decode
+from fusemega.store.manifest import Manifest
+from fusemega.store.row import Row
 
-_MAGIC = b"FMSTORE1"
-_ALIGN = 64
+_MAGIC, _OLD_MAGIC = b"FMSTORE2", b"FMSTORE1"
+# magic; hash of the manifest; rows; bytes of their codes; checksum of the index; then the checksum of all that
+_HEADER, _CHECKSUM = struct.Struct("<8s8sQQI"), struct.Struct("<I")
 KEY_BYTES, HASH_BYTES = 16, 8
-# Columns with one entry a row, read when a store is opened...
-_INDEX = {"keys": "|u1", "begins": "<i8"}
-# ...and those read with the shard's first row.
-_DATA = {
-    "ids_hash": "|u1",
-    "num_bytes": "<i8",
-    "sum_logp": "<f8",
-    "end_bytes": "<i4",
-    "ids": "<i4",
-    # fp16 moves a log-prob l by at most |l| / 2048, hence a row's mass by at most its entropy / 2048, which is at most
-    # log(K + 1) / 2048: 1.2e-3 for K = 10, and a fifth of that on usual rows.
-    "logp": "<f2",
-    "log_residual": "<f2",
-}
+INDEX = np.dtype(
+    [
+        ("key", "u1", KEY_BYTES),
+        ("begin", "<i8"),  # of the row's codes
+        ("positions", "<i4"),
+        ("checksum", "<u4"),  # CRC-32 of the row's codes
+        ("ids_hash", "u1", HASH_BYTES),
+        ("num_bytes", "<i8"),
+        ("sum_logp", "<f8"),
+    ]
+)
+_MAPPED = 256  # shards mapped at a time: each holds a file descriptor, of which a process may have 1,024
 
 
-@dataclass(frozen=True)
-class Row:
-    """What a scorer says about the P supervised tokens of one sample, in order; position t predicts token t + 1.
-
-    Attributes:
-        ids_hash: 8 bytes, `Sample.ids_hash` of the scorer's own ids.
-        end_bytes: int32 [P], where position t ends in the canonical stream (-1: nowhere comparable).
-        ids_PK: int32, the K most probable next tokens, ids of the scorer's vocabulary.
-        logp_PK: float32 (fp16 on disk), their log-probs at the manifest's temperature.
-        log_residual_P: float32 (fp16 on disk), log of the mass of all other tokens, at that temperature.
-        sum_logp: summed log-prob of the supervised tokens themselves, at temperature 1, in nats.
-        num_bytes: UTF-8 bytes of the supervised tokens.
-    """
-
-    ids_hash: bytes
-    end_bytes: np.ndarray
-    ids_PK: np.ndarray
-    logp_PK: np.ndarray
-    log_residual_P: np.ndarray
-    sum_logp: float
-    num_bytes: int
-
-    @property
-    def num_tokens(self) -> int:
-        """P."""
-        return len(self.end_bytes)
-
-    @property
-    def mean_logp(self) -> float:
-        """`sum_logp` a token, in nats."""
-        return self.sum_logp / self.num_tokens
-
-    @property
-    def cross_entropy(self) -> float:
-        """-`mean_logp`: nats a token of the scorer's own tokenizer, at temperature 1."""
-        return -self.mean_logp
+def index_entry(key: bytes, row: Row, codes: bytes) -> np.ndarray:
+    """The row's entry of an index, `begin` left 0; [1] of `INDEX`."""
+    entry = np.zeros(1, dtype=INDEX)
+    entry["key"], entry["ids_hash"] = np.frombuffer(key, np.uint8), np.frombuffer(row.ids_hash, np.uint8)
+    entry["positions"], entry["num_bytes"], entry["sum_logp"] = row.num_tokens, row.num_bytes, row.sum_logp
+    entry["checksum"] = zlib.crc32(codes)
+    return entry
 
 
-def write_shard(path: Path, keys: Sequence[bytes], rows: Sequence[Row]) -> None:
+def write_shard(path: Path, manifest: Manifest, index: np.ndarray, codes: list[bytes]) -> None:
     """Writes `path` under a temporary name, syncs, renames; on any failure nothing is left.
+
+    Args:
+        manifest: of the store that it is to be a shard of.
+        index: [R] of `INDEX`; `begin` is filled in here.
+        codes: of the R rows.
 
     Raises:
         UserError: no space left, or any other failure to write, naming the path.
     """
-    columns = _columns(keys, rows)
-    entries, offset = [], 0
-    for name, array in columns.items():
-        entries.append(
-            {
-                "name": name,
-                "dtype": array.dtype.str,
-                "shape": list(array.shape),
-                "offset": offset,
-                "crc32": zlib.crc32(array.data),
-            }
-        )
-        offset += -(-array.nbytes // _ALIGN) * _ALIGN
-    text = json.dumps({"columns": entries, "size": offset}).encode()
-    text += b" " * (-(len(text) + 16) % _ALIGN)
+    index = index.copy()
+    index["begin"] = np.cumsum([0, *map(len, codes[:-1])])
+    size = sum(map(len, codes))
+    header = _HEADER.pack(_MAGIC, manifest.hash, len(index), size, zlib.crc32(index.tobytes()))
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-            for array in columns.values():
-                file.write(array.tobytes())
-                file.write(bytes(-array.nbytes % _ALIGN))
+            file.write(header + _CHECKSUM.pack(zlib.crc32(header)) + index.tobytes())
+            file.writelines(codes)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
@@ -115,76 +78,81 @@ def write_shard(path: Path, keys: Sequence[bytes], rows: Sequence[Row]) -> None:
 
 
 class Shard:
-    """An open shard. `keys`: uint8 [R, 16]. Opening reads the header and the index only."""
+    """An open shard: header and index are read and checked.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Attributes:
+        path: the file.
+        index: [R] of `INDEX`.
+
+    Raises:
+        UserError: no shard of the store whose manifest this is, a truncated or a damaged one, naming the path.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self._manifest = path, manifest
         try:
             with path.open("rb") as file:
-                start = file.read(16)
-                length = int.from_bytes(start[8:], "little")
-                size = os.fstat(file.fileno()).st_size
-                if start[:8] != _MAGIC or length > size:
+                start = file.read(_HEADER.size + _CHECKSUM.size)
+                stat = os.fstat(file.fileno())
+                if start[:8] == _OLD_MAGIC:
+                    raise UserError(f"{path}: a shard of the store format 1; run `fusemega teach` again")
+                if start[:8] != _MAGIC or len(start) < _HEADER.size + _CHECKSUM.size:
                     raise UserError(f"{path}: not a shard of a sample store, or its beginning is damaged")
-                header = json.loads(file.read(length))
-            self._columns: Mapping[str, dict] = {entry["name"]: entry for entry in header["columns"]}
-            expected = 16 + length + header["size"]
+                if zlib.crc32(start[: _HEADER.size]) != _CHECKSUM.unpack_from(start, _HEADER.size)[0]:
+                    raise UserError(f"{path}: damaged shard: checksum of its header does not match")
+                _, owner, rows, size, checksum = _HEADER.unpack_from(start)
+                if owner != manifest.hash:
+                    raise UserError(
+                        f"{path}: a shard of another store, or the manifest was changed after it was written; "
+                        "`fusemega store merge` joins stores of one scorer"
+                    )
+                self._origin = len(start) + rows * INDEX.itemsize
+                if stat.st_size != self._origin + size:
+                    raise UserError(f"{path}: truncated shard: {stat.st_size} bytes, {self._origin + size} expected")
+                index = file.read(rows * INDEX.itemsize)
         except OSError as error:
             raise UserError(f"{path}: cannot read the shard: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: damaged shard header") from None
-        if size != expected:
-            raise UserError(f"{path}: truncated shard: {size} bytes, {expected} expected")
-        self._origin = 16 + length
-        index = self._read(_INDEX)
-        self.keys, self._begins = np.array(index["keys"]), np.array(index["begins"])
-        self._data: dict[str, np.ndarray] | None = None
+        if zlib.crc32(index) != checksum:
+            raise UserError(f"{path}: damaged shard: checksum of its index does not match")
+        self.index: np.ndarray = np.frombuffer(index, dtype=INDEX)
+        self._ends = np.append(self.index["begin"][1:], size)
+        self._version = (stat.st_ino, stat.st_mtime_ns)
+
+    def coded(self, r: int) -> tuple[np.ndarray, bytes]:
+        """Row `r` as it is on disk: [1] of `INDEX`, `begin` 0, and its codes. Equal for equal rows.
+
+        Raises:
+            UserError: its bytes are not what was written.
+        """
+        file = _mapped(self.path, self._version)
+        codes = file[self._origin + int(self.index["begin"][r]) : self._origin + int(self._ends[r])]
+        if zlib.crc32(codes) != self.index["checksum"][r]:
+            key = self.index["key"][r].tobytes().hex()
+            raise UserError(f"{self.path}: damaged shard: checksum of the row of sample {key} does not match")
+        entry = self.index[r : r + 1].copy()
+        entry["begin"] = 0
+        return entry, codes
 
     def row(self, r: int) -> Row:
-        """Row `r` of the shard; the first call checks the whole file."""
-        if self._data is None:
-            self._data = self._read(_DATA)
-        data, here = self._data, slice(int(self._begins[r]), int(self._begins[r + 1]))
+        """Row `r` of the shard. Raises as `coded`."""
+        (entry,), codes = self.coded(r)
+        end_bytes, ids_PK, logp_PK, log_residual_P = decode(codes, int(entry["positions"]), self._manifest)
         return Row(
-            ids_hash=data["ids_hash"][r].tobytes(),
-            end_bytes=np.array(data["end_bytes"][here]),
-            ids_PK=np.array(data["ids"][here]),
-            logp_PK=data["logp"][here].astype(np.float32),
-            log_residual_P=data["log_residual"][here].astype(np.float32),
-            sum_logp=float(data["sum_logp"][r]),
-            num_bytes=int(data["num_bytes"][r]),
+            ids_hash=entry["ids_hash"].tobytes(),
+            end_bytes=end_bytes,
+            ids_PK=ids_PK,
+            logp_PK=logp_PK,
+            log_residual_P=log_residual_P,
+            sum_logp=float(entry["sum_logp"]),
+            num_bytes=int(entry["num_bytes"]),
         )
 
-    def _read(self, names: Mapping[str, str]) -> dict[str, np.ndarray]:
-        """Views of the named columns, each checked against its checksum."""
-        arrays = {}
-        file = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
-        for name, dtype in names.items():
-            entry = self._columns.get(name)
-            if entry is None or entry["dtype"] != dtype:
-                raise UserError(f"{self.path}: damaged shard: column {name} is missing or of another type")
-            try:
-                begin = self._origin + entry["offset"]
-                column = file[begin : begin + math.prod(entry["shape"]) * np.dtype(dtype).itemsize]
-                if zlib.crc32(column.data) != entry["crc32"]:
-                    raise UserError(f"{self.path}: damaged shard: checksum of {name} does not match")
-                arrays[name] = column.view(dtype).reshape(entry["shape"])
-            except (KeyError, TypeError, ValueError):
-                raise UserError(f"{self.path}: damaged shard: its header on column {name}") from None
-        return arrays
 
-
-def _columns(keys: Sequence[bytes], rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    begins = np.concatenate(([0], np.cumsum([row.num_tokens for row in rows])))
-    values = {
-        "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES),
-        "begins": begins,
-        "ids_hash": np.frombuffer(b"".join(row.ids_hash for row in rows), dtype=np.uint8).reshape(-1, HASH_BYTES),
-        "num_bytes": np.array([row.num_bytes for row in rows]),
-        "sum_logp": np.array([row.sum_logp for row in rows]),
-        "end_bytes": np.concatenate([row.end_bytes for row in rows]),
-        "ids": np.concatenate([row.ids_PK for row in rows]),
-        "logp": np.concatenate([row.logp_PK for row in rows]),
-        "log_residual": np.concatenate([row.log_residual_P for row in rows]),
-    }
-    return {name: np.ascontiguousarray(values[name], dtype=dtype) for name, dtype in {**_INDEX, **_DATA}.items()}
+@lru_cache(maxsize=_MAPPED)
+def _mapped(path: Path, version: tuple[int, int]) -> mmap.mmap:
+    """The whole file; `version` tells a file from an earlier one of the same name."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the shard: {error.strerror or error}") from None

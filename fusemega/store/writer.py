@@ -9,8 +9,11 @@ from types import TracebackType
 import numpy as np
 
 from fusemega.errors import UserError
+from fusemega.store.checks import check_row
+from fusemega.store.coding import encode
 from fusemega.store.manifest import Manifest, check_claim, claim_manifest
-from fusemega.store.shard import HASH_BYTES, KEY_BYTES, Row, Shard, write_shard
+from fusemega.store.row import Row
+from fusemega.store.shard import KEY_BYTES, Shard, index_entry, write_shard
 
 _NAME = re.compile(r"shard-(\d{5})-(\d{6})\.bin")
 
@@ -30,7 +33,7 @@ def check_store(folder: Path, manifest: Manifest) -> None:
         raise UserError(f"{folder}: exists and is no sample store")
     check_claim(folder, manifest)
     for path in shard_paths(folder) if folder.is_dir() else []:
-        Shard(path)
+        Shard(path, manifest)
 
 
 class StoreWriter:
@@ -58,9 +61,9 @@ class StoreWriter:
         paths = shard_paths(self._folder)
         own = [int(path.stem.rsplit("-", 1)[1]) for path in paths if path.name.startswith(f"shard-{writer_id:05d}-")]
         self._next = 1 + max(own, default=-1)
-        self._known = {key.tobytes() for path in paths for key in Shard(path).keys}
-        self._keys: list[bytes] = []
-        self._rows: list[Row] = []
+        self._known = {key.tobytes() for path in paths for key in Shard(path, manifest).index["key"]}
+        self._index: list[np.ndarray] = []
+        self._codes: list[bytes] = []
         self._buffered = 0
 
     def __contains__(self, key: bytes) -> bool:
@@ -70,26 +73,32 @@ class StoreWriter:
         """Buffers a row; a key that is already there is left as it is.
 
         Raises:
-            UserError: not-a-number, an infinite or positive log-prob, an id beyond the manifest's vocabulary.
-            ValueError: shapes that disagree with each other or with the manifest's top_k.
+            UserError, ValueError: as `check_row`; nothing of it is stored.
         """
         if key in self._known:
             return
-        self._check(key, row)
-        self._known.add(key)
-        self._keys.append(key)
-        self._rows.append(row)
-        self._buffered += row.num_tokens * (8 + 6 * self._manifest.top_k)
+        check_row(row, self._manifest, f"{self._folder}: sample {key.hex()}")
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"a key has {KEY_BYTES} bytes, found {len(key)}")
+        codes = encode(row, self._manifest)
+        self.add_coded(index_entry(key, row, codes), codes)
+
+    def add_coded(self, entry: np.ndarray, codes: bytes) -> None:
+        """Buffers a row as `Shard.coded` gives it, of a shard of the same manifest; its key must be new."""
+        self._known.add(entry["key"].tobytes())
+        self._index.append(entry)
+        self._codes.append(codes)
+        self._buffered += entry.nbytes + len(codes)
         if self._buffered >= self._shard_bytes:
             self.flush()
 
     def flush(self) -> None:
         """Makes every buffered row durable."""
-        if self._rows:
+        if self._codes:
             name = f"shard-{self._writer_id:05d}-{self._next:06d}.bin"
-            write_shard(self._folder / name, self._keys, self._rows)
+            write_shard(self._folder / name, self._manifest, np.concatenate(self._index), self._codes)
             self._next += 1
-            self._keys, self._rows, self._buffered = [], [], 0
+            self._index, self._codes, self._buffered = [], [], 0
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -99,22 +108,3 @@ class StoreWriter:
     ) -> None:
         if kind is None:
             self.flush()
-
-    def _check(self, key: bytes, row: Row) -> None:
-        positions, top_k = row.num_tokens, self._manifest.top_k
-        shapes = (np.shape(row.ids_PK), np.shape(row.logp_PK), np.shape(row.log_residual_P))
-        if positions == 0 or shapes != ((positions, top_k), (positions, top_k), (positions,)):
-            raise ValueError(f"row of {positions} positions and top_k {top_k}: ids, logp, log_residual are {shapes}")
-        if len(key) != KEY_BYTES or len(row.ids_hash) != HASH_BYTES:
-            raise ValueError(f"a key has {KEY_BYTES} bytes and an ids_hash {HASH_BYTES}")
-        where = f"{self._folder}: sample {key.hex()}"
-        for name, values in (("log-probs", row.logp_PK), ("log residual", row.log_residual_P)):
-            # -inf is a probability of 0; rounding may leave log 1 slightly above 0.
-            if np.isnan(values).any() or (np.asarray(values) > 1e-3).any():
-                raise UserError(f"{where}: its {name} are not all numbers <= 0, nothing of it was stored")
-        if not np.isfinite(row.sum_logp):
-            raise UserError(f"{where}: its summed log-prob is {row.sum_logp}, nothing of it was stored")
-        low, high = int(np.min(row.ids_PK)), int(np.max(row.ids_PK))
-        if low < 0 or high >= self._manifest.vocab_size:
-            worst = low if low < 0 else high
-            raise UserError(f"{where}: id {worst} is outside the vocabulary of {self._manifest.vocab_size}")

@@ -59,6 +59,11 @@ def gone(path: str) -> Damage:
     return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
 
 
+def copied(path: str, to: str) -> Damage:
+    """A folder once more, under another name."""
+    return lambda: shutil.copytree(path, to)
+
+
 def folder(path: str) -> Damage:
     """An empty folder, in place of what was there."""
 
@@ -114,20 +119,17 @@ def tensors(path: str, change: Callable[[dict[str, Any]], object]) -> Damage:
 
 
 def header(path: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
-    """A safetensors file or a store's shard with its JSON header changed in place, or replaced by what `change`
-    returns; the same bytes stand behind it."""
+    """A safetensors file with its JSON header changed in place, or replaced by what `change` returns; the same bytes
+    stand behind it."""
 
     def do() -> None:
         content = Path(path).read_bytes()
-        start = 8 if path.endswith(".safetensors") else 16
-        size = int.from_bytes(content[start - 8 : start], "little")
-        value = json.loads(content[start : start + size])
+        size = int.from_bytes(content[:8], "little")
+        value = json.loads(content[8 : 8 + size])
         value = change(value) or value
         text = json.dumps(value).encode()
-        text += b" " * (-(len(text) + start) % 64)
-        Path(path).write_bytes(
-            content[: start - 8] + len(text).to_bytes(8, "little") + text + content[start + size :]
-        )
+        text += b" " * (-len(text) % 8)
+        Path(path).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
 
     return do
 

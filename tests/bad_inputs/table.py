@@ -7,6 +7,7 @@ from typing import Protocol
 
 from tests.bad_inputs.damage import (
     Damage,
+    copied,
     cut,
     flip,
     folder,
@@ -23,6 +24,7 @@ from tests.bad_inputs.damage import (
 from tests.bad_inputs.run import Bad
 
 TRAIN, DISTILL, TEACH, EVAL = "train train.yaml", "train distill.yaml", "teach teach.yaml", "eval eval.yaml"
+VERIFY = "store verify store --tokenizer model --data data.jsonl"
 RESUME, MORE, DRY = "train resume.yaml", "teach more.yaml", "train train.yaml --dry-run"
 SAFE, CONFIG, INDEX = "model/model.safetensors", "model/config.json", "sharded/model.safetensors.index.json"
 SHARDED, PART = "train train.yaml model.load=sharded", "sharded/model-00002-of-00004.safetensors"
@@ -131,6 +133,9 @@ TABLE: list[Bad] = [
     _c("selected activations by layers", TRAIN + RECOMPUTE + "selective" + LAYERS + "1", "recompute_num_layers has no effect"),
     _c("recomputed groups that do not fill", TRAIN + RECOMPUTE + "full" + UNIFORM + LAYERS + "3", "of 2 layers; allowed: 1, 2"),
     _c("a store for a number", TEACH + " store=", "store: "),
+    _c("top_k of draws", TEACH + " rows=sampled", "top_k: of no effect with rows: sampled"),
+    _c("draws of top_k", TEACH + " num_samples=5", "num_samples: of no effect with rows: top_k"),
+    _c("another kind of rows", TEACH + " rows=sample", "rows: "),
     _c("more ids than the vocabulary", TEACH + " top_k=301", "top_k: 301 is more than the model's vocabulary of 300"),
     _c("a temperature of 0", TEACH + " temperature=0", "temperature: "),
     _c("a result inside a file", EVAL + " output=data.jsonl/x.json", "data.jsonl/x.json"),
@@ -262,10 +267,13 @@ TABLE: list[Bad] = [
     _s("not a store", DISTILL + " objective.store=model", "model: not a sample store"),
     _s("manifest torn", DISTILL, "store/manifest.json: damaged", cut(STORE_MANIFEST, 50)),
     _s("manifest not UTF-8", DISTILL, "store/manifest.json: damaged", put(STORE_MANIFEST, b"\xff")),
-    _s("manifest without top_k", DISTILL, "store/manifest.json: damaged: top_k", key(STORE_MANIFEST, "top_k")),
-    _s("a later format", DISTILL, "format", key(STORE_MANIFEST, "format", 99)),
-    _s("of another tokenizer", DISTILL, "the store's tokenizer is 'x'", key(STORE_MANIFEST, "tokenizer", "x")),
-    _s("of another template", DISTILL, "the store's template is 'x'", key(STORE_MANIFEST, "template", "x")),
+    _s("manifest without top_k", DISTILL, "top_k: missing with rows: top_k", key(STORE_MANIFEST, "top_k")),
+    _s("manifest of both kinds", DISTILL, "num_samples: not with rows: top_k", key(STORE_MANIFEST, "num_samples", 5)),
+    _s("of the first format", DISTILL, "the store's format is 1, and this version reads 2", key(STORE_MANIFEST, "format", 1)),
+    _s("a later format", DISTILL, "the store's format is 99", key(STORE_MANIFEST, "format", 99)),
+    _s("its manifest changed", DISTILL, "or the manifest was changed", key(STORE_MANIFEST, "temperature", 2.0)),
+    _s("of another tokenizer", DISTILL, "the store's tokenizer is", swap(TOKENIZER, b'"<|im_start|>"', b'"<|im_begin|>"'), swap(TEMPLATE, b"im_start", b"im_begin")),
+    _s("of another template", DISTILL, "the store's template is", swap(TEMPLATE, b"assistant", b"helper")),
     _s("at another temperature", DISTILL + " objective.tail=residual objective.temperature=2", "objective.temperature"),
     _s("without shards", DISTILL, "no row in the store store", gone(SHARD)),
     _s("lacks rows", DISTILL, "no row in the store store", rows({"text": "another text"})),
@@ -273,12 +281,22 @@ TABLE: list[Bad] = [
     _s("shard torn", DISTILL, "shard-00000-000000.bin: truncated shard", cut(SHARD, -1)),
     _s("shard empty", DISTILL, "shard-00000-000000.bin: not a shard of a sample store", cut(SHARD, 0)),
     _s("shard of another file", DISTILL, "shard-00000-000000.bin: not a shard", put(SHARD, "x" * 100)),
-    _s("shard's header damaged", DISTILL, "damaged shard header", flip(SHARD, 17)),
-    _s("a column missing", DISTILL, "column keys is missing", header(SHARD, lambda h: h.update(columns=h["columns"][1:]))),
-    _s("a column without shape", DISTILL, "damaged shard", header(SHARD, lambda h: h["columns"][0].update(shape=None))),
-    _s("a column of another shape", DISTILL, "damaged shard", header(SHARD, lambda h: h["columns"][0].update(shape=["x"]))),
-    _s("a column elsewhere", DISTILL, "damaged shard", header(SHARD, lambda h: h["columns"][0].update(offset=10**9))),
-    _s("rows damaged", DISTILL, "checksum of log_residual does not match", flip(SHARD, -64)),
+    _s("shard of the first format", DISTILL, "a shard of the store format 1", swap(SHARD, b"FMSTORE2", b"FMSTORE1")),
+    _s("shard's header damaged", DISTILL, "damaged shard: checksum of its header", flip(SHARD, 17)),
+    _s("shard's index damaged", DISTILL, "damaged shard: checksum of its index", flip(SHARD, 41)),
+    _s("rows damaged", "store verify store", "damaged shard: checksum of the row of sample", flip(SHARD, -1)),
+    _s("inspected, none", "store inspect model", "model: not a sample store"),
+    _s("inspected, torn", "store inspect store", "shard-00000-000000.bin: truncated shard", cut(SHARD, -1)),
+    _s("verified, no tokenizer", "store verify store --data data.jsonl", "--data and --tokenizer belong together"),
+    _s("verified, another template", VERIFY, "the store's template is", swap(TEMPLATE, b"assistant", b"helper")),
+    _s("verified, no data", VERIFY + "x", "data.jsonlx"),
+    _s("merged with nothing", "store merge new store", "give two stores or more"),
+    _s("merged with itself", "store merge new store store", "give two stores or more, each once"),
+    _s("merged with no store", "store merge new store model", "model: not a sample store"),
+    _s("merged with another scorer's", "store merge new store copy", "copy: the store's weights is 'x'", copied("store", "copy"), key("copy/manifest.json", "weights", "x"), gone("copy/shard-00000-000000.bin")),
+    _s("merged with a damaged one", "store merge new store copy", "checksum of the row", copied("store", "copy"), flip("copy/shard-00000-000000.bin", -1)),
+    _s("merged over something", "store merge model store copy", "model: exists and is not an empty folder", copied("store", "copy")),
+    _s("merged inside a file", "store merge data.jsonl/x store copy", "data.jsonl is not a folder", copied("store", "copy")),
     _s("another teacher goes on", MORE, "the store's weights is", tensors(SAFE, lambda t: t[NORM].add_(1))),
     _s("goes on with another top_k", MORE + " top_k=5", "the store's top_k is 4, expected 5"),
     _s("goes on with a damaged shard", MORE, "truncated shard", cut(SHARD, -1)),

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -64,8 +65,11 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
         "data": {"path": str(chat), "seq_length": 128},
         "store": str(folder / "store"),
     }
-    teach(validate(TeachRun, section, "teach"))
-    again = section | {"store": str(folder / "store-layouts"), "parallel": CP2 | PP2 | VPP2}
+    sampled = section | {"store": str(folder / "sampled"), "rows": "sampled", "num_samples": 8, "temperature": 2.0}
+    again = []
+    for one in (section, sampled):
+        teach(validate(TeachRun, one, "teach"))
+        again.append(one | {"store": f"{one['store']}-layouts", "parallel": CP2 | PP2 | VPP2})
     (folder / "teach.json").write_text(json.dumps(again))
     return folder
 
@@ -145,6 +149,13 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         for field in ("ids_hash", "num_bytes", "num_tokens"):
             assert getattr(row, field) == getattr(wanted_row, field)
         assert (row.ids_PK == wanted_row.ids_PK).mean() > 0.99  # the order of near ties
-        assert row.logp_PK == pytest.approx(wanted_row.logp_PK, abs=1e-4)
-        assert row.log_residual_P == pytest.approx(wanted_row.log_residual_P, abs=1e-4)
+        # A near tie of two codes may fall to either.
+        assert row.logp_PK == pytest.approx(wanted_row.logp_PK, abs=0.1)
+        assert np.median(np.abs(row.logp_PK - wanted_row.logp_PK)) < 1e-5
+        assert row.log_residual_P == pytest.approx(wanted_row.log_residual_P, abs=0.1)
         assert row.sum_logp == pytest.approx(wanted_row.sum_logp, rel=1e-5)
+    drawn, wanted_draws = Store.open(work / "sampled-layouts"), Store.open(work / "sampled")
+    assert len(drawn) == len(wanted_draws) > 20 and drawn.manifest == wanted_draws.manifest
+    pairs = [(drawn.get(sample.key), wanted_draws.get(sample.key)) for sample in trainer.data.dataset]
+    same = [row is not None and other is not None and (row.ids_PK == other.ids_PK).all() for row, other in pairs]
+    assert np.mean(same) > 0.9  # a draw may fall on the border of two ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import tiny
 from fusemega.config import validate
 from fusemega.errors import UserError
+from fusemega.losses.sampled import uniforms
 from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store
@@ -37,8 +39,9 @@ def teach_run(work: Path, store: Path, **changes: Any) -> TeachRun:
         "model": {"load": str(work / "model"), "dtype": "fp32"},
         "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
         "store": str(store),
-        "top_k": 7,
     }
+    if "rows" not in changes:
+        base["top_k"] = 7
     return validate(TeachRun, {**base, **changes}, "teach.yaml")
 
 
@@ -61,14 +64,50 @@ def test_rows_are_the_teachers_distribution(
         logp_PV = (logits_LV / temperature).log_softmax(-1)[sample.positions]
         assert np.array_equal(row.end_bytes, sample.end_bytes[sample.positions])
         expected = logp_PV.gather(1, torch.tensor(row.ids_PK.astype("int64")))
-        np.testing.assert_allclose(row.logp_PK, expected, rtol=1e-3, atol=1e-5)
         best = logp_PV.topk(7).values
         np.testing.assert_allclose(expected, best, atol=1e-5)
-        rest = torch.log1p(-best.exp().sum(1))
-        np.testing.assert_allclose(row.log_residual_P, rest, rtol=1e-3, atol=1e-3)
+        given = torch.cat([best, torch.log1p(-best.exp().sum(1, keepdim=True))], dim=1)
+        read = torch.tensor(np.column_stack([row.logp_PK, row.log_residual_P])).double()
+        assert ((given.exp() * (given - read)).sum(1) < 7e-4).all()  # as fusemega.store.coding says
+        np.testing.assert_allclose(read, given, atol=0.1)
         labels = torch.tensor(sample.ids[sample.positions + 1].astype("int64"))
         label_logp = logits_LV.log_softmax(-1)[sample.positions].gather(1, labels[:, None])
         assert row.sum_logp == pytest.approx(label_logp.sum().item(), rel=1e-6)
+
+
+def test_draws_are_from_the_teachers_distribution(work: Path, tmp_path: Path, samples: TokenizedDataset) -> None:
+    settings = {"rows": "sampled", "num_samples": 30, "seed": 5, "temperature": 0.5}
+    store = Store.open(teach(teach_run(work, tmp_path / "store", **settings)))
+    assert len(store) == len(samples) and (store.manifest.entries, store.manifest.seed) == (30, 5)
+    for sample in (samples[0], samples[len(samples) - 1]):
+        row = store.get(sample.key)
+        assert row is not None and row.ids_hash == sample.ids_hash
+        p_PV = (logits_of(work / "model", sample.ids)[sample.positions] / 0.5).softmax(-1).numpy()
+        same = 0
+        for p, us, ids, logp in zip(
+            p_PV, uniforms(5, sample.key, len(p_PV), 30), row.ids_PK.tolist(), row.logp_PK, strict=True
+        ):
+            counts = Counter(int((np.cumsum(p) <= u).sum()) for u in us)
+            expected = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            same += [(v, round(30 * math.exp(x))) for v, x in zip(ids, logp, strict=True) if v >= 0] == expected
+        assert same > 0.9 * len(p_PV)  # a draw may fall on the border of two ids
+        assert np.isneginf(row.log_residual_P).all()
+    again = Store.open(teach(teach_run(work, tmp_path / "again", **settings)))
+    other = Store.open(teach(teach_run(work, tmp_path / "other", **{**settings, "seed": 6})))
+    keys = [sample.key for sample in samples]
+    assert [again.coded(key)[1] for key in keys] == [store.coded(key)[1] for key in keys]
+    assert all(other.coded(key)[1] != store.coded(key)[1] for key in keys)
+    with pytest.raises(UserError, match="the store's seed is 5, expected 6"):
+        teach(teach_run(work, tmp_path / "store", **{**settings, "seed": 6}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rows": "sampled", "top_k": 7}, {"rows": "top_k", "num_samples": 7}, {"seed": 1}],
+)
+def test_a_setting_of_the_other_kind_of_rows_is_refused(work: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="of no effect with rows: "):
+        teach_run(work, tmp_path / "store", **changes)
 
 
 def test_teaching_again_adds_only_what_is_missing(work: Path, tmp_path: Path, samples: TokenizedDataset) -> None:
@@ -144,14 +183,23 @@ def test_evaluation_equals_transformers(work: Path, samples: TokenizedDataset) -
 
 @pytest.mark.parametrize(
     "settings",
-    [{"tail": "residual"}, {"tail": "renormalise"}, {"tail": "renormalise", "temperature": 2.0}],
+    [
+        {"tail": "residual"},
+        {"tail": "renormalise"},
+        {"tail": "renormalise", "temperature": 2.0},
+        {"rows": "sampled", "temperature": 2.0},
+    ],
 )
 def test_distillation_from_a_store_equals_dense(
     make_run: Callable[..., TrainRun], work: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     teacher = tiny.write_model(tmp_path / "teacher", work / "chat.jsonl", seed=3)
-    store = teach(teach_run(work, tmp_path / "store", model={"load": str(teacher), "dtype": "fp32"}))
-    objective = {"name": "distill", "store": str(store), "lambda": 0.3, **settings}
+    taught: dict[str, Any] = {"model": {"load": str(teacher), "dtype": "fp32"}}
+    if settings.get("rows") == "sampled":
+        taught |= {"rows": "sampled", "num_samples": 9, "temperature": 2.0}
+    store = teach(teach_run(work, tmp_path / "store", **taught))
+    objective = {"name": "distill", "store": str(store), "lambda": 0.3}
+    objective |= {name: value for name, value in settings.items() if name != "rows"}
     trainer, _ = open_trainer(make_run(objective=objective))
     rows = Store.open(store)
     t = settings.get("temperature", 1.0)
@@ -165,10 +213,11 @@ def test_distillation_from_a_store_equals_dense(
         for p, position in enumerate(sample.positions):
             ce -= float(logq[p, sample.ids[position + 1]])
             target = torch.tensor(row.logp_PK[p]).double()
-            target = (target / t).softmax(0) if settings["tail"] == "renormalise" else target.exp()
+            target = (target / t).softmax(0) if settings.get("tail") == "renormalise" else target.exp()
             ids = torch.tensor(row.ids_PK[p].astype("int64"))
+            ids, target = ids[ids >= 0], target[ids >= 0]
             kd -= float((target * logq_t[p, ids]).sum())
-            if settings["tail"] == "residual":
+            if settings.get("tail") == "residual":
                 others = torch.ones(logits.size(1), dtype=torch.bool)
                 others[ids] = False
                 kd -= math.exp(row.log_residual_P[p]) * float(logq_t[p, others].logsumexp(0))

@@ -82,7 +82,8 @@ def main() -> None:
         found[f"{name}, then {other}"] = take(trainer, 2)
         found[f"{name}, then {other}, last rows"] = last_rows(trainer)
     if len(sys.argv) > 2:
-        teach(validate(TeachRun, json.loads(Path(sys.argv[2]).read_text()), "teach"))
+        for section in json.loads(Path(sys.argv[2]).read_text()):
+            teach(validate(TeachRun, section, "teach"))
     report(found)
 
 

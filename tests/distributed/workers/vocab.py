@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusemega.losses import _head
+from fusemega.losses.sampled import sample_ids, uniforms
 from fusemega.losses.topk import top_k_log_probs
 from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
 from tests.distributed.launch import report
@@ -107,10 +108,35 @@ def top_k() -> list[dict[str, Any]]:
     return found
 
 
+def draws(group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
+    """Drawn ids and labels' log-probs of two heads, the second without real rows on the last ranks; also run alone."""
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
+    generator = torch.Generator().manual_seed(5)
+    hidden_TH = torch.randn(TOKENS, HIDDEN, dtype=torch.float64, generator=generator)
+    weight_VH = torch.randn(ROWS, HIDDEN, dtype=torch.float64, generator=generator)
+    local = weight_VH[rank * ROWS // ranks : (rank + 1) * ROWS // ranks]
+    uniforms_TS = torch.from_numpy(uniforms(1, b"key", TOKENS, 300))
+    found = []
+    for vocab_size, temperature in ((391, 1.0), (90, 3.0)):
+        ids_TS, label_logp_T = sample_ids(
+            hidden_TH,
+            local,
+            uniforms_TS,
+            torch.arange(TOKENS) * 11 % vocab_size,
+            temperature=temperature,
+            group=group,
+            vocab_size=vocab_size,
+            chunk_tokens=4,
+        )
+        found.append({"ids": ids_TS.tolist(), "label_logp": label_logp_T.tolist()})
+    return found
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     _head.BLOCK_BYTES["cpu"] = 1  # blocks of 64 rows: several a rank
-    report({"errors": {name: check(case) for name, case in CASES.items()}, "top_k": top_k()})
+    errors = {name: check(case) for name, case in CASES.items()}
+    report({"errors": errors, "top_k": top_k(), "draws": draws(dist.group.WORLD)})
     dist.destroy_process_group()
 
 

@@ -1,0 +1,208 @@
+"""The sample store: bytes a position, what the coding costs in accuracy, and shuffled reads beside a training step.
+
+    python benchmarks/store.py [--samples 100] [--megabytes 400] [--work DIR]
+
+Rows are SmolLM2-135M-Instruct's own on real conversations, k = 10, as `fusemega teach` would write them. The error is
+KL(fp32 row || row as read), with the residual as one more outcome, in float64. Bytes are those of all shards, index
+included, at the model's vocabulary of 49,152 and at 262,144. For the reads the rows are repeated under other keys up
+to `--megabytes`; cold means that the shards are not in the page cache (the bytes that came from the disk are counted),
+warm that they are. The step is one of `fusemega train` on such conversations, objective sft, 4 samples, fp32, on all
+cores; the reads' share of it is that of 4 rows. `ok` is whether all that keeps the limits in `LIMITS`. The last line
+is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+K, SEQ_LENGTH, GLOBAL_BATCH, STEPS = 10, 512, 4, 4
+LIMITS = {
+    "bytes_per_position_262144": 35,
+    "kl_mean": 1e-3,
+    "kl_max": 5e-3,
+    "cold_share_of_step": 0.01,
+    "warm_share_of_step": 0.01,
+}
+
+
+def samples_of(count: int) -> list[Any]:
+    """Windows of real conversations with their supervised positions."""
+    from fusemega.assets import cache_folder, chat_data, smollm2
+    from fusemega.text.data import DataConfig
+    from fusemega.text.dataset import prepare
+    from fusemega.text.tokenizer import Tokenizer
+
+    config = DataConfig(path=str(chat_data().train), seq_length=SEQ_LENGTH, limit=count)
+    dataset = prepare(config, Tokenizer.load(smollm2()), cache_folder() / "data", vocab_size=49152)
+    return list(dataset)[:count]
+
+
+def teacher_rows(samples: Sequence[Any]) -> list[Any]:
+    """The model's fp32 rows."""
+    from transformers import AutoModelForCausalLM
+
+    from fusemega.assets import smollm2
+    from fusemega.losses.topk import top_k_log_probs
+    from fusemega.store import Row
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
+    rows = []
+    for sample in samples:
+        ids = torch.tensor(sample.ids.astype("int64"))
+        with torch.no_grad():
+            hidden = model.model(ids[None]).last_hidden_state[0][sample.positions]
+        weight, labels = model.lm_head.weight, ids[sample.positions + 1]
+        columns = top_k_log_probs(hidden, weight, K, labels, vocab_size=len(weight))
+        ids_PK, logp_PK, log_residual_P, label_logp_P = (column.numpy() for column in columns)
+        ends = sample.end_bytes[sample.positions]
+        total = float(label_logp_P.sum())
+        rows.append(Row(sample.ids_hash, ends, ids_PK.astype("i4"), logp_PK, log_residual_P, total, sample.num_bytes))
+    return rows
+
+
+def write(folder: Path, rows: Sequence[Any], vocab_size: int, megabytes: float = 0) -> Any:
+    """A store of the rows, repeated under other keys until it has that size at least."""
+    from fusemega.store import Manifest, Store, StoreWriter
+
+    manifest = Manifest(
+        weights="w", tokenizer="t", template="c", mask_policy="m", truncation=SEQ_LENGTH, temperature=1.0, top_k=K,
+        vocab_size=vocab_size,
+    )  # fmt: skip
+    times = max(1, round(megabytes * 1e6 / (32 * sum(row.num_tokens for row in rows))))
+    with StoreWriter(folder, manifest) as writer:
+        for n in range(times * len(rows)):
+            writer.add(key_of(n), rows[n % len(rows)])
+    return Store.open(folder)
+
+
+def key_of(n: int) -> bytes:
+    return (n * 0x9E3779B97F4A7C15 % 2**64).to_bytes(16, "little")
+
+
+def size_of(store: Any) -> int:
+    return sum(shard.path.stat().st_size for shard in store.shards)
+
+
+def errors(store: Any, rows: Sequence[Any]) -> np.ndarray:
+    """KL of every position."""
+    found = []
+    for n, row in enumerate(rows):
+        read = store.get(key_of(n))
+        given, got = (np.column_stack([r.logp_PK, r.log_residual_P]).astype(np.float64) for r in (row, read))
+        given -= np.log(np.exp(given).sum(1, keepdims=True))
+        p = np.exp(given)
+        found.append(np.where(p > 0, p * (given - np.where(p > 0, got, 0.0)), 0.0).sum(1))
+    return np.concatenate(found)
+
+
+def reads(path: Path, keys: Sequence[bytes]) -> tuple[float, int]:
+    """Mean microseconds of a read, and the bytes that came from the disk meanwhile."""
+    from fusemega.store import Store
+
+    store, times = Store.open(path), []
+    before = disk_bytes()
+    for key in keys:
+        started = time.perf_counter()
+        store.get(key)
+        times.append(time.perf_counter() - started)
+    return statistics.fmean(times) * 1e6, disk_bytes() - before
+
+
+def disk_bytes() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def forget(store: Any) -> None:
+    """Takes the shards out of the page cache."""
+    from fusemega.store import shard
+
+    shard._mapped.cache_clear()
+    for one in store.shards:
+        with one.path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def step_seconds(work: Path) -> float:
+    """Median of a training step on conversations like those of the rows."""
+    from fusemega.assets import chat_data, smollm2
+    from fusemega.config import validate
+    from fusemega.training.run import TrainRun
+    from fusemega.training.train import open_trainer
+
+    settings = {
+        "output_dir": str(work / "run"),
+        "model": {"load": str(smollm2()), "dtype": "fp32"},
+        "data": {"path": str(chat_data().train), "seq_length": SEQ_LENGTH, "limit": 200},
+        "objective": {"name": "sft"},
+        "optimizer": {"lr": 1e-5},
+        "training": {"train_iters": STEPS, "global_batch_size": GLOBAL_BATCH, "export_hf": False},
+    }
+    trainer, _ = open_trainer(validate(TrainRun, settings, "store"))
+    seconds = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        trainer.step()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def measure(work: Path, count: int, megabytes: float) -> dict[str, Any]:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    rows = teacher_rows(samples_of(count))
+    positions = sum(row.num_tokens for row in rows)
+    small, large = write(work / "small", rows, 49_152), write(work / "large", rows, 262_144)
+    kl = errors(large, rows)
+    many = write(work / "many", rows, 262_144, megabytes)
+    keys = [key_of(int(n)) for n in np.random.default_rng(0).permutation(len(many))[:3000]]
+    forget(many)
+    cold, cold_bytes = reads(many.path, keys)
+    warm, warm_bytes = reads(many.path, keys)
+    step = step_seconds(work)
+    result: dict[str, Any] = {
+        "benchmark": "store",
+        "rows": len(rows),
+        "positions": positions,
+        "bytes_per_position_49152": round(size_of(small) / positions, 2),
+        "bytes_per_position_262144": round(size_of(large) / positions, 2),
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "store_megabytes": round(size_of(many) / 1e6),
+        "reads": len(keys),
+        "cold_read_us": round(cold, 1),
+        "cold_kilobytes_from_disk_per_read": round(cold_bytes / len(keys) / 1e3, 1),
+        "warm_read_us": round(warm, 1),
+        "warm_kilobytes_from_disk_per_read": round(warm_bytes / len(keys) / 1e3, 1),
+        "step_seconds": round(step, 3),
+        "cold_share_of_step": cold * GLOBAL_BATCH / 1e6 / step,
+        "warm_share_of_step": warm * GLOBAL_BATCH / 1e6 / step,
+    }
+    result["ok"] = all(result[name] <= limit for name, limit in LIMITS.items())
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=100, help="conversations whose rows are computed")
+    parser.add_argument("--megabytes", type=float, default=400, help="of the store that is read")
+    parser.add_argument("--work", type=Path, help="folder for the stores; by default a temporary one")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="store-", dir=args.work) as work:
+        result = measure(Path(work), args.samples, args.megabytes)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

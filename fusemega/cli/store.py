@@ -1,0 +1,108 @@
+"""`fusemega store`: what sample stores hold, whether they are sound, and several made one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fusemega.errors import UserError
+
+if TYPE_CHECKING:
+    from fusemega.store import Store
+    from fusemega.text.dataset import TokenizedDataset
+
+app = typer.Typer(no_args_is_help=True, help="Sample stores: what they hold, whether they are sound, several made one.")
+
+
+@app.command("inspect")
+def inspect(
+    path: Path, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, on one line.")] = False
+) -> None:
+    """Whose rows the store PATH holds, how many, their size, and how well the scorer predicts the samples.
+
+    Cross-entropies are means in nats at temperature 1: a token of the scorer's own tokenizer, and a byte of text, by
+    which scorers with different tokenizers compare. Rows are not read: see `verify`.
+    """
+    from fusemega.store.inspect import describe
+
+    found = describe(path)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else "none" if value is None else value
+        typer.echo(f"{name:{width}}  {shown}")
+
+
+@app.command("merge")
+def merge(out: Path, sources: list[Path]) -> None:
+    """All rows of the stores SOURCES into a new store OUT, which appears whole or not at all.
+
+    The stores must be of one scorer: the same weights, tokenizer, template, windows, temperature and kind of rows. A
+    sample that several have must have the same row in each.
+    """
+    import shutil
+
+    from fusemega.checkpoint.output import check_writable, disk_errors, publish, refuse_existing
+    from fusemega.store import merge as merging
+
+    stores = merging.open_inputs(sources)
+    refuse_existing(out)
+    check_writable(out)
+    temporary = out.absolute().with_name(f".{out.name}.incomplete")
+    with disk_errors(out):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            written, repeated = merging.merge(stores, temporary)
+            publish(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    typer.echo(f"wrote {out}: {written} samples of {len(stores)} stores; {repeated} repetitions left out")
+
+
+@app.command("verify")
+def verify(
+    path: Path,
+    data: Annotated[
+        str | None, typer.Option(help="File, folder or glob: must every sample of it have its row?")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The scorer's folder or hub id, to read --data with.")] = None,
+) -> None:
+    """Read every row of the store PATH: checksums, and whether it is a distribution over the scorer's vocabulary.
+
+    Prints one JSON object. Exit status 1 where a sample of --data has no row, or one of other token ids.
+    """
+    if (data is None) != (tokenizer is None):
+        raise UserError("store verify: --data and --tokenizer belong together")
+    from fusemega.store import Store
+    from fusemega.store.verify import coverage, verify_rows
+
+    store = Store.open(path)
+    samples = None if data is None or tokenizer is None else _samples(store, data, tokenizer)
+    found = {"path": str(path), "rows": verify_rows(store)}
+    if samples is None:
+        typer.echo(json.dumps(found))
+        return
+    covered = coverage(store, samples)
+    typer.echo(json.dumps(found | asdict(covered)))
+    if covered.missing or covered.other_tokenization:
+        raise typer.Exit(1)
+
+
+def _samples(store: Store, data: str, tokenizer: str) -> TokenizedDataset:
+    """The data's samples, in the scorer's windows."""
+    from fusemega.assets import cache_folder
+    from fusemega.text.data import DataConfig
+    from fusemega.text.dataset import prepare
+    from fusemega.text.document import MASK_POLICY
+    from fusemega.text.tokenizer import Tokenizer
+
+    loaded = Tokenizer.load(tokenizer)
+    store.check({"tokenizer": loaded.content_hash, "template": loaded.template_hash, "mask_policy": MASK_POLICY})
+    config = DataConfig(path=data, seq_length=store.manifest.truncation)
+    return prepare(config, loaded, cache_folder() / "data", vocab_size=store.manifest.vocab_size)

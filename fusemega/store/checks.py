@@ -1,0 +1,59 @@
+"""Whether a row is what its store's manifest says, before it is written or when a store is verified."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusemega.errors import UserError
+from fusemega.store.manifest import Manifest
+from fusemega.store.row import Row
+from fusemega.store.shard import HASH_BYTES
+
+# fp32 leaves a sum of probabilities this near 1, and log 1 at most this far above 0.
+_TOLERANCE = 1e-3
+
+
+def check_row(row: Row, manifest: Manifest, where: str) -> None:
+    """Refuses a row that is no distribution over the manifest's vocabulary.
+
+    Args:
+        where: begins the message: the store and the sample.
+
+    Raises:
+        UserError: not-a-number, a positive log-prob, probabilities whose sum is not 1, counts that are no whole
+            numbers, an id beyond the vocabulary, an id twice at one position.
+        ValueError: shapes that disagree with each other or with the manifest; padding before an entry.
+    """
+    positions, entries = row.num_tokens, manifest.entries
+    shapes = (np.shape(row.ids_PK), np.shape(row.logp_PK), np.shape(row.log_residual_P))
+    if positions == 0 or shapes != ((positions, entries), (positions, entries), (positions,)):
+        raise ValueError(f"row of {positions} positions, {entries} entries: ids, logp, log_residual are {shapes}")
+    if len(row.ids_hash) != HASH_BYTES or np.min(row.end_bytes) < -1:
+        raise ValueError(f"an ids_hash has {HASH_BYTES} bytes, and a position that ends nowhere is -1")
+    for name, values in (("log-probs", row.logp_PK), ("log residual", row.log_residual_P)):
+        # -inf is a probability of 0.
+        if np.isnan(values).any() or (np.asarray(values) > _TOLERANCE).any():
+            raise UserError(f"{where}: its {name} are not all numbers <= 0")
+    if not np.isfinite(row.sum_logp):
+        raise UserError(f"{where}: its summed log-prob is {row.sum_logp}")
+    p_PK = np.exp(np.asarray(row.logp_PK, dtype=np.float64))
+    mass_P = p_PK.sum(1) + np.exp(np.asarray(row.log_residual_P, dtype=np.float64))
+    worst = int(np.argmax(np.abs(mass_P - 1)))
+    if abs(mass_P[worst] - 1) > _TOLERANCE:
+        raise UserError(f"{where}: the probabilities at its position {worst} sum to {mass_P[worst]:.6g}, not to 1")
+    listed_PK = row.ids_PK >= 0
+    if manifest.rows == "sampled":
+        if (np.diff(listed_PK.astype(np.int8)) > 0).any() or (p_PK[~listed_PK] != 0).any():
+            raise ValueError("padding (-1, -inf) stands behind the entries")
+        times_U = p_PK[listed_PK] * entries
+        if (np.abs(times_U - np.rint(times_U)) > _TOLERANCE).any() or (times_U < 0.5).any():
+            raise UserError(f"{where}: its probabilities are not all multiples of 1 / {entries}, the number of draws")
+        low = 0 if listed_PK.any(1).all() and np.min(row.ids_PK) >= -1 else -1
+    else:
+        low = int(np.min(row.ids_PK))
+    high = int(np.max(row.ids_PK))
+    if low < 0 or high >= manifest.vocab_size:
+        raise UserError(f"{where}: id {low if low < 0 else high} is outside the vocabulary of {manifest.vocab_size}")
+    sorted_PK = np.sort(row.ids_PK, axis=1)
+    if ((sorted_PK[:, 1:] == sorted_PK[:, :-1]) & (sorted_PK[:, 1:] >= 0)).any():
+        raise UserError(f"{where}: it lists an id twice at one position")

@@ -1,0 +1,120 @@
+"""A row's positions as a few bytes each, and back: ids by the bit, log-probs in a byte, end bytes as differences.
+
+* Ids take as many bits as the vocabulary's largest one: 18 for 262,144.
+* A log-prob l of a `top_k` row, and the residual, is coded as c = round(254 sqrt(-l / 32)) and read as -32 (c / 254)^2:
+  fine steps where the mass is, coarse ones in the tail; 255 is -inf. Anything else below -32 reads as -32. On reading,
+  the K probabilities and the residual are divided by their sum.
+* A `sampled` row has its number of distinct ids, the ids, and how often each was drawn, all exact.
+* Where positions end: a byte each, the difference to the last one that ended somewhere; 254 for "nowhere", and 255 for
+  any other difference, which then stands in 4 bytes at the end of the row.
+
+What a log-prob's code guarantees. Let e be its error: |e| <= (32 / 254^2) (254 sqrt(-l / 32) + 1 / 4) <= 0.13. With p
+the row as given and q as read, KL(p || q) = log sum p exp(e) - sum p e <= 0.53 sum p e^2, since exp(e) - 1 - e is at
+most 0.53 e^2; and sum p e^2 is 32 / 254^2 times the row's entropy H(p), up to 2e-5. So KL(p || q) <= 2.7e-4 H(p) + 2e-5
+nats. The residual being one outcome, H(p) <= log(K + 1): at K = 10 the error is at most 6.7e-4, and less than 3.4e-3 at
+any K. The order of a row's entries is kept.
+
+Shapes: P positions, K entries of a position, U listed entries of all positions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusemega.store.manifest import Manifest
+from fusemega.store.row import Row
+
+DEPTH, STEPS = 32.0, 254
+_NO_MASS = STEPS + 1
+_LEVELS = np.append(-DEPTH * (np.arange(STEPS + 1) / STEPS) ** 2, -np.inf).astype(np.float32)
+_NOWHERE, _FAR = 254, 255
+_SPARE = 3  # bytes behind the packed bits that `_unpack` may touch
+
+
+def encode(row: Row, manifest: Manifest) -> bytes:
+    """The positions of `row`, which must be one that `manifest` describes (see `StoreWriter.add`)."""
+    if manifest.rows == "top_k":
+        logp_PK = np.column_stack([row.logp_PK, row.log_residual_P])
+        body = _pack(row.ids_PK, _width(manifest.vocab_size)) + _encode_logp(logp_PK).tobytes()
+    else:
+        listed_PK = row.ids_PK >= 0
+        times_U = np.rint(np.exp(row.logp_PK[listed_PK]) * manifest.entries)
+        draws = _width(manifest.entries)
+        body = _pack(listed_PK.sum(1) - 1, draws)
+        body += _pack(row.ids_PK[listed_PK], _width(manifest.vocab_size)) + _pack(times_U - 1, draws)
+    return body + _encode_ends(row.end_bytes)
+
+
+def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `encode` made of a row of so many positions: (end_bytes, ids_PK, logp_PK, log_residual_P), as in `Row`."""
+    cells, width = (positions, manifest.entries), _width(manifest.vocab_size)
+    padded, at = data + bytes(_SPARE), 0
+
+    def bits(count: int, width: int) -> np.ndarray:
+        nonlocal at
+        begin, at = at, at + -(-count * width // 8)
+        return _unpack(padded, begin, count, width)
+
+    if manifest.rows == "top_k":
+        ids_PK = bits(positions * manifest.entries, width).reshape(cells)
+        codes = np.frombuffer(data, np.uint8, positions * (manifest.entries + 1), at)
+        at += len(codes)
+        logp_PK = _LEVELS[codes.reshape(positions, -1)]
+        logp_PK -= np.log(np.exp(logp_PK).sum(1, keepdims=True))
+        logp_PK, log_residual_P = logp_PK[:, :-1], logp_PK[:, -1]
+    else:
+        draws = _width(manifest.entries)
+        listed_PK = np.arange(manifest.entries) <= bits(positions, draws)[:, None]
+        num_listed = int(listed_PK.sum())
+        ids_PK, logp_PK = np.full(cells, -1, dtype=np.int32), np.full(cells, -np.inf, dtype=np.float32)
+        ids_PK[listed_PK] = bits(num_listed, width)
+        logp_PK[listed_PK] = np.log((bits(num_listed, draws) + 1) / manifest.entries)
+        log_residual_P = np.full(positions, -np.inf, dtype=np.float32)
+    return _decode_ends(data, at, positions), ids_PK, logp_PK, log_residual_P
+
+
+def _width(values: int) -> int:
+    """Bits of a number from 0 to values - 1."""
+    return max(1, (values - 1).bit_length())
+
+
+def _pack(numbers: np.ndarray, width: int) -> bytes:
+    """The lowest `width` bits of each number, one after the other, lowest bit first."""
+    words = np.ascontiguousarray(numbers, dtype="<u4").reshape(-1, 1).view(np.uint8)
+    return np.packbits(np.unpackbits(words, axis=1, count=width, bitorder="little"), bitorder="little").tobytes()
+
+
+def _unpack(data: bytes, begin: int, count: int, width: int) -> np.ndarray:
+    """int32 [count] from `_pack`: of each number the four bytes in which it begins, shifted. Hence width <= 25."""
+    words = np.ndarray(len(data) - begin - _SPARE, "<u4", data, begin, strides=(1,))
+    places = np.arange(0, count * width, width)
+    numbers = words[places >> 3]
+    numbers >>= (places & 7).astype(np.uint32)
+    numbers &= (1 << width) - 1
+    return numbers.view(np.int32)
+
+
+def _encode_logp(logp: np.ndarray) -> np.ndarray:
+    codes = np.rint(STEPS * np.sqrt(np.clip(-logp, 0.0, DEPTH) / DEPTH)).astype(np.uint8)
+    codes[np.isneginf(logp)] = _NO_MASS
+    return codes
+
+
+def _encode_ends(end_bytes: np.ndarray) -> bytes:
+    ends = end_bytes.astype(np.int64)
+    somewhere = ends >= 0
+    last = np.maximum.accumulate(np.where(somewhere, np.arange(1, len(ends) + 1), 0))
+    steps = np.diff(np.append(0, ends)[last], prepend=0)
+    codes = np.where(somewhere, np.where((steps >= 0) & (steps < _NOWHERE), steps, _FAR), _NOWHERE)
+    return codes.astype(np.uint8).tobytes() + steps[codes == _FAR].astype("<i4").tobytes()
+
+
+def _decode_ends(data: bytes, begin: int, positions: int) -> np.ndarray:
+    codes = np.frombuffer(data, np.uint8, positions, begin)
+    steps = codes.astype(np.int32)
+    steps[codes == _FAR] = np.frombuffer(data, "<i4", offset=begin + positions)
+    nowhere = codes == _NOWHERE
+    steps[nowhere] = 0
+    ends = np.cumsum(steps, dtype=np.int32)
+    ends[nowhere] = -1
+    return ends

@@ -1,0 +1,39 @@
+"""What a store holds, from its manifest and indexes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusemega.store.reader import Store
+from fusemega.store.shard import INDEX
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """JSON-able: the manifest's fields but for those of the other kind of rows, and these.
+
+    samples, positions, shards, size_bytes (of all shards), bytes_per_position (of the same), text_bytes (UTF-8 bytes of
+    the supervised tokens), and the mean cross-entropies on those, in nats, at temperature 1: cross_entropy_per_token of
+    the scorer's own tokenizer, cross_entropy_per_byte to compare scorers by. Means of nothing are None.
+
+    Raises:
+        UserError: as `Store.open`.
+    """
+    store = Store.open(path)
+    index = np.concatenate([np.empty(0, dtype=INDEX), *(shard.index for shard in store.shards)])
+    positions, text_bytes = int(index["positions"].sum()), int(index["num_bytes"].sum())
+    size, nats = sum(shard.path.stat().st_size for shard in store.shards), -float(index["sum_logp"].sum())
+    return {
+        "path": str(path),
+        **store.manifest.model_dump(exclude_none=True),
+        "samples": len(index),
+        "positions": positions,
+        "shards": len(store.shards),
+        "size_bytes": size,
+        "bytes_per_position": round(size / positions, 2) if positions else None,
+        "text_bytes": text_bytes,
+        "cross_entropy_per_token": nats / positions if positions else None,
+        "cross_entropy_per_byte": nats / text_bytes if text_bytes else None,
+    }

@@ -1,0 +1,48 @@
+"""What one scorer says about one sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a scorer says about the P supervised tokens of one sample, in order; position t predicts token t + 1.
+
+    The K entries of a position come by falling probability. In a store of kind `top_k` they are the K most probable
+    tokens; in one of kind `sampled` the distinct tokens among K draws, padded with id -1 and log-prob -inf.
+
+    Attributes:
+        ids_hash: 8 bytes, `Sample.ids_hash` of the scorer's own ids.
+        end_bytes: int32 [P], where position t ends in the canonical stream (-1: nowhere comparable).
+        ids_PK: int32, ids of the scorer's vocabulary.
+        logp_PK: float32, `top_k`: their log-probs at the manifest's temperature; `sampled`: log(times drawn / K).
+        log_residual_P: float32, log of the mass of all other tokens, at that temperature; `sampled`: -inf.
+        sum_logp: summed log-prob of the supervised tokens themselves, at temperature 1, in nats.
+        num_bytes: UTF-8 bytes of the supervised tokens.
+    """
+
+    ids_hash: bytes
+    end_bytes: np.ndarray
+    ids_PK: np.ndarray
+    logp_PK: np.ndarray
+    log_residual_P: np.ndarray
+    sum_logp: float
+    num_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """P."""
+        return len(self.end_bytes)
+
+    @property
+    def mean_logp(self) -> float:
+        """`sum_logp` a token, in nats."""
+        return self.sum_logp / self.num_tokens
+
+    @property
+    def cross_entropy(self) -> float:
+        """-`mean_logp`: nats a token of the scorer's own tokenizer, at temperature 1."""
+        return -self.mean_logp
