@@ -124,7 +124,7 @@ def test_verify_finds_rows_that_are_no_distributions(tmp_path: Path, capsys: pyt
     for number, (bad, words) in enumerate(
         (
             (dataclasses.replace(row, ids_PK=np.full_like(row.ids_PK, 5)), "lists an id twice"),
-            (dataclasses.replace(row, ids_PK=row.ids_PK + 1000), "outside the vocabulary of 1000"),
+            (dataclasses.replace(row, ids_PK=row.ids_PK * 0 + [1001, 1002, 1003]), "outside the vocabulary of 1000"),
             (dataclasses.replace(row, logp_PK=row.logp_PK[:, ::-1]), "by falling probability"),
             (dataclasses.replace(row, sum_logp=math.nan), "summed log-prob is nan"),
         )

@@ -87,16 +87,12 @@ def test_draws_are_from_the_teachers_distribution(work: Path, tmp_path: Path, sa
         for p, us, ids, logp in zip(
             p_PV, uniforms(5, sample.key, len(p_PV), 30), row.ids_PK.tolist(), row.logp_PK, strict=True
         ):
-            counts = Counter(int((np.cumsum(p) <= u).sum()) for u in us)
+            cumulated = np.cumsum(p)
+            counts = Counter(int((cumulated <= u).sum()) for u in us)
             expected = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
             same += [(v, round(30 * math.exp(x))) for v, x in zip(ids, logp, strict=True) if v >= 0] == expected
         assert same > 0.9 * len(p_PV)  # a draw may fall on the border of two ids
         assert np.isneginf(row.log_residual_P).all()
-    again = Store.open(teach(teach_run(work, tmp_path / "again", **settings)))
-    other = Store.open(teach(teach_run(work, tmp_path / "other", **{**settings, "seed": 6})))
-    keys = [sample.key for sample in samples]
-    assert [again.coded(key)[1] for key in keys] == [store.coded(key)[1] for key in keys]
-    assert all(other.coded(key)[1] != store.coded(key)[1] for key in keys)
     with pytest.raises(UserError, match="the store's seed is 5, expected 6"):
         teach(teach_run(work, tmp_path / "store", **{**settings, "seed": 6}))
 
