@@ -155,8 +155,8 @@ class Distill(Taught):
         teacher = Teacher(settings, "objective", tokenizer, vocab_size, settings.temperature, settings.tail)
         if teacher.store.manifest.rows == "sampled" and "tail" in settings.model_fields_set:
             raise UserError(
-                f"objective.tail: of no effect with {settings.store}, whose rows are draws from the whole distribution: "
-                "leave it out"
+                f"objective.tail: of no effect with {settings.store}, whose rows are draws from the whole "
+                "distribution: leave it out"
             )
         return cls(settings, teacher)
 

@@ -49,6 +49,6 @@ def test_every_command_is_there() -> None:
     page = pages()["cli.md"]
     for name in cli.COMMANDS:
         assert f"## `fusemega {name}`" in page
-    for verb in ("import", "export", "verify"):
-        assert f"## `fusemega convert {verb}`" in page
+    for verb in ("convert import", "convert export", "convert verify", "store inspect", "store merge", "store verify"):
+        assert f"## `fusemega {verb}`" in page
     assert "`--dry-run`" in page and "`--nproc`" in page and "`--max-shard-size` | `5GB`" in page

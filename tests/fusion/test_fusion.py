@@ -208,7 +208,8 @@ def test_a_sample_that_some_teacher_never_saw(tmp_path: Path) -> None:
         assert row is not None
         writer.add(MISSING.key, row)
     fields = fuse({"teachers": stores, "on_missing": "skip", "fusion": {"function": "avg_ce"}}).sample_fields(MISSING)
-    assert fields["teacher_ids"][:, :6].tolist() == random_targets(6, 2).ids_PK.tolist()
+    # As sets: near ties are stored as ties.
+    assert np.array_equal(np.sort(fields["teacher_ids"][:, :6]), np.sort(random_targets(6, 2).ids_PK))
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def sampled_store(folder: Path, temperature: float) -> Store:
 
 def test_draws_are_the_target_as_they_are(tmp_path: Path) -> None:
     store = sampled_store(tmp_path, 2.0)
-    objective = Distill(Distill.Settings(store="s", lambda_=0.0, temperature=2.0), store, VOCAB)
+    objective = built({"name": "distill", "store": str(store.path), "lambda": 0.0, "temperature": 2.0}, VOCAB)
     hidden, weight = make_head()
     loss, _ = objective.loss(hidden, weight, batch_of(objective), {"lm": N, "distill": N}, HEAD)
     logq = (hidden @ weight[:VOCAB].t() / 2.0).log_softmax(1)
@@ -271,13 +271,12 @@ def test_draws_are_the_target_as_they_are(tmp_path: Path) -> None:
 
 
 def test_settings_that_could_not_act_on_draws_are_refused(tmp_path: Path) -> None:
-    store = sampled_store(tmp_path, 2.0)
+    section = {"name": "distill", "store": str(sampled_store(tmp_path, 2.0).path)}
     for tail in ("renormalise", "residual"):
-        section = {"name": "distill", "store": "s", "temperature": 2.0, "tail": tail}
         with pytest.raises(UserError, match="objective.tail: of no effect"):
-            Distill(parse_objective(section), store, VOCAB)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"objective.temperature: found 1.0, .* was stored at 2.0; .*must be equal"):
-        Distill(Distill.Settings(store="s"), store, VOCAB)
+            built({**section, "temperature": 2.0, "tail": tail}, VOCAB)
+    with pytest.raises(UserError, match=r"objective.temperature: found 1.0, .* was stored at 2.0; its rows are draws"):
+        built(section, VOCAB)
 
 
 def test_build_checks_tokenizer_and_template(tmp_path: Path) -> None:
