@@ -48,6 +48,9 @@ setup(
         "tensorboard",
         "matplotlib",
         "numpy",
+        # Edit distances of the published alignments, and their paths in compiled code.
+        "rapidfuzz",
+        "numba",
     ],
     extras_require={
         # The range that megatron-core 0.16.1 asks for.

@@ -1,6 +1,9 @@
 """Two tokenizations of one text, brought together: which positions compare, which ids mean the same.
 
 vocabulary.py       what each token of a tokenizer stands for, in bytes
+vocabulary_map.py   for each source id a target id, as a file
+make_map.py         the kinds of maps
+mined.py            the nearest of many strings by edit distance
 positions.py        positions that end at the same byte
 projection.py       a source's rows in the target's ids, by lookup
 """

@@ -157,6 +157,7 @@ def _in_chat(tokenizer: Tokenizer, contents: list[bytes | None]) -> tuple[int | 
         rendered = renderer.render(Chat(turns))
     except BadRow:  # some templates insist on a system message; the renderer has made sure that one of these works
         rendered = renderer.render(Chat((Message("system", "a", False), *turns)))
-    chat, closing = tokenizer.encode([rendered.text, renderer.closing])
+    # The space before Llama-2's " </s>" is the template's own: it has no place in the canonical stream.
+    chat, closing = tokenizer.encode([rendered.text, renderer.closing.strip()])
     first = chat.ids[int((chat.ends > rendered.spans[-1].start).argmax())]
     return (int(closing.ids[0]) if len(closing.ids) == 1 else None), (contents[first] or b"").startswith(b" ")

@@ -55,7 +55,7 @@ def test_roles_and_special_tokens() -> None:
     mistral = Vocabulary.of(byte_level("mistral"))
     assert mistral.closing_id == mistral.eos_id
     assert Vocabulary.of(byte_level("plain")).closing_id is None  # closes with a line break
-    assert Vocabulary.of(sentencepiece("llama2")).closing_id is None  # closes with a space and </s>
+    assert Vocabulary.of(sentencepiece("llama2")).closing_id == vocabulary.eos_id  # closes with " </s>"
     assert Vocabulary.of(byte_level(None)).closing_id is None
 
 

@@ -1,0 +1,231 @@
+"""How each kind of vocabulary map is made.
+
+exact          tokens that stand for the same bytes
+mined          these, else the nearest token by edit distance (FuseLLM's MinED, arXiv:2401.10491)
+ms             these, else the token that most often ends where it ends, in a corpus
+ms_reference   FuseChat's statistics-based map (arXiv:2402.16107) as FuseAI's align_token_and_vocab.py computes it
+
+FuseLLM and FuseChat compare the tokens' forms in the vocabularies, after writing the source's word marker as the
+target's. Here what tokens stand for is compared, bytes for identity and their text (a marker is a space) for edit
+distances: the same thing for ASCII; but a byte-level form of "é" is "Ã©", and `<0xE2>` stands for one byte.
+
+In all kinds but the reference's a role comes before a content: bos becomes bos, eos eos, and the token that closes a
+turn the target's such token; other special tokens become nothing.
+
+Shapes: S ids of the source's vocabulary, C pairs of a corpus's counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cpdist
+
+from fusemega.align.vocabulary import Vocabulary
+from fusemega.align.vocabulary_map import VocabularyMap
+
+PairCounts = Any
+
+
+def exact_map(source: Vocabulary, target: Vocabulary) -> VocabularyMap:
+    """Ids whose tokens stand for the same bytes; others become nothing."""
+    return _assembled("exact", source, target, np.full(source.size, -1, dtype=np.int32), {})
+
+
+def mined_map(
+    source: Vocabulary,
+    target: Vocabulary,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VocabularyMap:
+    """Tokens of other bytes become the target's token of least edit distance, of equally near ones the lowest id.
+
+    Candidates are all tokens that stand for text; byte tokens (`<0xE2>`) are parts of characters and near to nothing.
+
+    Args:
+        workers: threads; by default one a core.
+        progress: told how many of the tokens without an identical one have been looked up, and their number.
+    """
+    from fusemega.align.mined import Nearest  # compiled code, slow to import
+
+    index, roles = ids_by_content(target), _roles(source, target)
+    asked = [
+        u
+        for u, content in enumerate(source.contents)
+        if content is not None and u not in roles and u not in source.byte_tokens and content not in index
+    ]
+    offered = sorted(i for content, i in index.items() if i not in target.byte_tokens)
+    nearest_S = np.full(source.size, -1, dtype=np.int32)
+    distance_S = np.full(source.size, -1, dtype=np.int64)
+    if asked and offered:
+        done = 0
+
+        def tell(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, len(asked))
+
+        near = Nearest([as_text(target.contents[i]) for i in offered])
+        place, distance = near.find([as_text(source.contents[u]) for u in asked], workers, tell)
+        nearest_S[asked], distance_S[asked] = np.array(offered)[place], distance
+    histogram = np.bincount(distance_S[distance_S >= 0]).tolist()
+    return _assembled("mined", source, target, nearest_S, {"distances": histogram})
+
+
+def ms_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> VocabularyMap:
+    """Tokens of other bytes become the target's token that most often stands beside them; of equally frequent ones
+    the nearest by edit distance, then the lowest id. One that never does becomes nothing.
+
+    The order of frequency is this project's: the paper speaks of frequencies, and its code prefers the rarer pair.
+    """
+    source_C, target_C, count_C = counts.source_C, counts.target_C, counts.count_C
+    has_text_S = np.array([content is not None for content in source.contents])
+    has_text_T = np.array([content is not None for content in target.contents])
+    kept_C = has_text_S[source_C] & has_text_T[target_C]
+    most_S = np.zeros(source.size, dtype=count_C.dtype)
+    np.maximum.at(most_S, source_C[kept_C], count_C[kept_C])
+    kept_C &= count_C == most_S[source_C]
+    source_C, target_C = source_C[kept_C], target_C[kept_C]
+    distance_C = _distances(
+        [as_text(source.contents[u]) for u in source_C], [as_text(target.contents[p]) for p in target_C]
+    )
+    return _assembled("ms", source, target, _first(source.size, source_C, target_C, distance_C), {})
+
+
+def ms_reference_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> VocabularyMap:
+    """FuseChat's rule as it runs: argmin over the tokens p that ever stood beside u of
+
+        sigmoid(count(p, u)) * w * Levenshtein(u', p'),     w = 0.1 where one string contains the other, else 1
+
+    with the word markers taken off (where that leaves nothing of one, both with the target's marker); then bos to bos
+    and eos to eos. A token never seen becomes unk, or eos where the target has no unk. The sigmoid grows with the
+    count, so at equal distance the rarer pair wins.
+    """
+    source_C, target_C = counts.source_C, counts.target_C
+    stripped = [
+        _stripped(source.forms[u], target.forms[p], source.marker, target.marker)
+        for u, p in zip(source_C.tolist(), target_C.tolist(), strict=True)
+    ]
+    weight_C = np.array([0.1 if a in b or b in a else 1.0 for a, b in stripped])
+    distance_C = weight_C * _distances([a for a, _ in stripped], [b for _, b in stripped])
+    score_C = distance_C / (1.0 + np.exp(-counts.count_C.astype(np.float64)))
+    table_S = _first(source.size, source_C, target_C, score_C)
+    unseen = target.eos_id if target.unk_id is None else target.unk_id
+    if unseen is not None:
+        table_S[table_S < 0] = unseen
+    for own, other in ((source.bos_id, target.bos_id), (source.eos_id, target.eos_id)):
+        if own is not None and other is not None:
+            table_S[own] = other
+    return _map("ms_reference", source, target, table_S, table_S, table_S, {})
+
+
+def ids_by_content(vocabulary: Vocabulary) -> dict[bytes, int]:
+    """The id that a tokenizer uses for some bytes: a byte token only where no other has them, then the lowest."""
+    found: dict[bytes, int] = {}
+    for i in sorted(range(vocabulary.size), key=lambda i: (i in vocabulary.byte_tokens, i)):
+        content = vocabulary.contents[i]
+        if content is not None:
+            found.setdefault(content, i)
+    return found
+
+
+def as_text(content: bytes | None) -> str:
+    """What a token stands for, as characters; bytes that are no UTF-8 by themselves stay apart, one character each."""
+    assert content is not None, "a special token has no text"
+    return content.decode("utf-8", "surrogateescape")
+
+
+def _roles(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
+    """Source id -> target id by what they are for. A token with two roles goes by the later one here: the end of a
+    turn rather than that of a text."""
+    pairs = [(source.bos_id, target.bos_id), (source.eos_id, target.eos_id), (source.closing_id, target.closing_id)]
+    return {own: other for own, other in pairs if own is not None and other is not None}
+
+
+def _assembled(
+    kind: str, source: Vocabulary, target: Vocabulary, other_S: np.ndarray, statistics: dict[str, Any]
+) -> VocabularyMap:
+    """The map by role, then by identical content, then by `other_S`.
+
+    With a space put before or taken away: the token of those bytes, else what the source's own token of those bytes
+    becomes. A token that has no space to lose, or whose form with a space is unknown to both, stays what it is: it is
+    the same text to the reader.
+    """
+    index, own, roles = ids_by_content(target), ids_by_content(source), _roles(source, target)
+    table_S, marked_S, unmarked_S = (np.full(source.size, -1, dtype=np.int32) for _ in range(3))
+    for u, content in enumerate(source.contents):
+        if u in roles:
+            table_S[u] = roles[u]
+        elif content is not None:
+            table_S[u] = index.get(content, other_S[u])
+
+    def changed(content: bytes, otherwise: int) -> int:
+        return index.get(content, table_S[own[content]] if content in own else otherwise)
+
+    for u, content in enumerate(source.contents):
+        if u in roles or content is None:
+            marked_S[u] = unmarked_S[u] = table_S[u]
+            continue
+        marked_S[u] = changed(b" " + content, table_S[u])
+        unmarked_S[u] = changed(content[1:], -1) if content.startswith(b" ") else table_S[u]
+    return _map(kind, source, target, table_S, marked_S, unmarked_S, statistics)
+
+
+def _map(
+    kind: str,
+    source: Vocabulary,
+    target: Vocabulary,
+    table_S: np.ndarray,
+    marked_S: np.ndarray,
+    unmarked_S: np.ndarray,
+    statistics: dict[str, Any],
+) -> VocabularyMap:
+    index, roles = ids_by_content(target), _roles(source, target)
+    usable = [u for u, content in enumerate(source.contents) if content is not None or u in roles]
+    per_target = np.bincount(table_S[table_S >= 0], minlength=target.size)
+    counted = {
+        "source_tokens": len(usable),
+        "identical": sum(source.contents[u] in index for u in usable if u not in roles),
+        "mapped": int((table_S[usable] >= 0).sum()),
+        "target_tokens_reached": int((per_target > 0).sum()),
+        # How many source tokens share one target token -> how many target tokens that happens to.
+        "sharing": {str(n): count for n, count in sorted(Counter(per_target[per_target > 0].tolist()).items())},
+    }
+    return VocabularyMap(
+        kind=kind,
+        source=source.content_hash,
+        target=target.content_hash,
+        table_S=table_S,
+        marked_S=marked_S,
+        unmarked_S=unmarked_S,
+        target_size=target.size,
+        source_marks_start=source.marks_start,
+        target_marks_start=target.marks_start,
+        statistics=counted | statistics,
+    )
+
+
+def _first(size: int, source_C: np.ndarray, target_C: np.ndarray, score_C: np.ndarray) -> np.ndarray:
+    """int32 [S]: for each source id its target id of the lowest score, then of the lowest id; -1 where it has none."""
+    order = np.lexsort((target_C, score_C, source_C))
+    source_C, target_C = source_C[order], target_C[order]
+    first = np.flatnonzero(np.diff(source_C, prepend=-1))
+    table_S = np.full(size, -1, dtype=np.int32)
+    table_S[source_C[first]] = target_C[first]
+    return table_S
+
+
+def _distances(first: list[str], second: list[str]) -> np.ndarray:
+    return cpdist(first, second, scorer=Levenshtein.distance, dtype=np.int32) if first else np.empty(0)
+
+
+def _stripped(source: str, target: str, source_marker: str, target_marker: str) -> tuple[str, str]:
+    bare = source.replace(source_marker, "") if source_marker else source
+    other = target.replace(target_marker, "") if target_marker else target
+    if bare and other:
+        return bare, other
+    return (source.replace(source_marker, target_marker) if source_marker else source), target

@@ -1,0 +1,129 @@
+"""A vocabulary map: for each id of a source tokenizer the id of a target tokenizer that stands for it, as one file.
+
+Shapes: S ids of the source's vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusemega.checkpoint.output import disk_errors
+from fusemega.errors import UserError, choose
+
+KINDS = ("exact", "mined", "ms", "ms_reference")
+_FORMAT = 1
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_TABLES = ("table_S", "marked_S", "unmarked_S")
+_FACTS = {
+    "kind": str,
+    "source": str,
+    "target": str,
+    "target_size": int,
+    "source_marks_start": bool,
+    "target_marks_start": bool,
+    "statistics": dict,
+}
+
+
+@dataclass(frozen=True)
+class VocabularyMap:
+    """Which target id each source id becomes; `fusemega.align.make_map` makes one.
+
+    Attributes:
+        kind: how it was made, one of `KINDS`.
+        source, target: content hashes of the two tokenizers.
+        table_S: int32, a target id, or -1 where the source's token has none.
+        marked_S, unmarked_S: int32, the same for the source's token with a space put before it, or with its leading
+            space taken away: for the first position of a message, where one tokenizer's token carries a space that is
+            not in the text and the other's does not.
+        target_size: ids of the target are below it.
+        source_marks_start, target_marks_start: `Vocabulary.marks_start` of both.
+        statistics: what was counted on the way, JSON-able.
+    """
+
+    kind: str
+    source: str
+    target: str
+    table_S: np.ndarray
+    marked_S: np.ndarray
+    unmarked_S: np.ndarray
+    target_size: int
+    source_marks_start: bool
+    target_marks_start: bool
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def content_hash(self) -> str:
+        """Hex, of all that decides a projected row."""
+        digest = hashlib.blake2b(f"{self.source} {self.target} {self.target_size}".encode(), digest_size=16)
+        for name in _TABLES:
+            digest.update(np.ascontiguousarray(getattr(self, name), dtype="<i4").tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the map to a file, whole or not at all; an older one is replaced.
+
+        Raises:
+            UserError: the place cannot be written, or the disk is full.
+        """
+        path = Path(path)
+        facts = {"format": _FORMAT, **{name: getattr(self, name) for name in _FACTS}}
+        tables = {name: np.asarray(getattr(self, name), dtype="<i4") for name in _TABLES}
+        written = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as file:
+                    np.savez_compressed(file, allow_pickle=False, facts=written, **tables)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> VocabularyMap:
+        """The map in a file.
+
+        Raises:
+            UserError: no such file, not a map, or a damaged one.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                facts = json.loads(file["facts"].tobytes())
+                tables = {name: file[name] for name in _TABLES}
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the vocabulary map: {error.strerror or error}") from None
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+            RuntimeError,
+        ):
+            raise UserError(f"{path}: not a vocabulary map, or a damaged one; make one with `fusemega align`") from None
+        if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
+            raise UserError(f"{path}: a vocabulary map of another format; this version reads format {_FORMAT}")
+        for name, kind in _FACTS.items():
+            if type(facts.get(name)) is not kind:
+                raise UserError(f"{path}: damaged vocabulary map: {name} is {facts.get(name)!r}")
+        choose(f"{path}: kind", facts["kind"], KINDS)
+        for name, table in tables.items():
+            fits = table.dtype == np.dtype("<i4") and table.shape == tables["table_S"].shape and table.ndim == 1
+            limit = facts["target_size"]
+            if not fits or table.min(initial=-1) < -1 or table.max(initial=-1) >= limit:
+                raise UserError(f"{path}: damaged vocabulary map: {name} is no table of ids below {limit}")
+        return cls(**tables, **{name: facts[name] for name in _FACTS})

@@ -1,0 +1,97 @@
+"""Vocabulary maps, written from their description with plain loops. Nothing here is shared with the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fusemega.align.vocabulary import Vocabulary
+
+
+def vocabulary(contents: Sequence[bytes | None], **facts) -> Vocabulary:
+    """A made-up vocabulary; forms as SentencePiece writes them unless given."""
+    forms = tuple(
+        f"<{i}>" if c is None else c.decode("utf-8", "replace").replace(" ", "▁") for i, c in enumerate(contents)
+    )
+    plain = {"content_hash": "made up", "source": "made up", "forms": forms, "contents": tuple(contents)}
+    plain |= {"byte_tokens": frozenset(), "marker": "▁", "marks_start": False}
+    plain |= {"bos_id": None, "eos_id": None, "unk_id": None, "closing_id": None}
+    return Vocabulary(**{**plain, **facts})
+
+
+def levenshtein(a: str, b: str) -> int:
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        current = [i]
+        for j, y in enumerate(b, start=1):
+            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x != y)))
+        previous = current
+    return previous[-1]
+
+
+def text(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape")
+
+
+def roles(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
+    found = {}
+    for name in ("bos_id", "eos_id", "closing_id"):
+        if getattr(source, name) is not None and getattr(target, name) is not None:
+            found[getattr(source, name)] = getattr(target, name)
+    return found
+
+
+def same_bytes(content: bytes, target: Vocabulary) -> int:
+    """The first token of these bytes, a byte token only if there is no other."""
+    hits = [i for i in range(target.size) if target.contents[i] == content]
+    usual = [i for i in hits if i not in target.byte_tokens]
+    return (usual or hits or [-1])[0]
+
+
+def mined(u: int, source: Vocabulary, target: Vocabulary) -> int:
+    content = source.contents[u]
+    if content is None or u in roles(source, target):
+        return roles(source, target).get(u, -1)
+    if same_bytes(content, target) >= 0 or u in source.byte_tokens:
+        return same_bytes(content, target)
+    best, found = math.inf, -1
+    for p in range(target.size):
+        if target.contents[p] is not None and p not in target.byte_tokens:
+            distance = levenshtein(text(content), text(target.contents[p]))
+            if distance < best:
+                best, found = distance, p
+    return found
+
+
+def most_frequent(u: int, pairs: dict[tuple[int, int], int], source: Vocabulary, target: Vocabulary) -> int:
+    """`pairs`: (source id, target id) -> count."""
+    content = source.contents[u]
+    if content is None or u in roles(source, target):
+        return roles(source, target).get(u, -1)
+    if same_bytes(content, target) >= 0:
+        return same_bytes(content, target)
+    candidates = [p for (s, p) in pairs if s == u and target.contents[p] is not None]
+    key = {p: (-pairs[u, p], levenshtein(text(content), text(target.contents[p])), p) for p in candidates}
+    return min(candidates, key=key.__getitem__, default=-1)
+
+
+def published(u: int, pairs: dict[tuple[int, int], int], source: Vocabulary, target: Vocabulary) -> int:
+    """FuseChat's statistics map, step by step."""
+    if u == source.eos_id and target.eos_id is not None:
+        return target.eos_id
+    if u == source.bos_id and target.bos_id is not None:
+        return target.bos_id
+    candidates = sorted(p for (s, p) in pairs if s == u)
+    if not candidates:
+        fallback = target.unk_id if target.unk_id is not None else target.eos_id
+        return -1 if fallback is None else fallback
+    best, found = math.inf, -1
+    for p in candidates:
+        a, b = source.forms[u].replace(source.marker, ""), target.forms[p].replace(target.marker, "")
+        if a == "" or b == "":
+            a, b = source.forms[u].replace(source.marker, target.marker), target.forms[p]
+        weight = 0.1 if a in b or b in a else 1.0
+        score = 1.0 / (1.0 + math.exp(-pairs[u, p])) * (weight * levenshtein(a, b))
+        if score < best:
+            best, found = score, p
+    return found
