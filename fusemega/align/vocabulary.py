@@ -137,6 +137,17 @@ def _from_byte_level(form: str) -> bytes:
         return form.encode()
 
 
+def byte_level_form(content: bytes) -> str:
+    """Bytes as byte-level vocabularies write them."""
+    return "".join(map(_byte_level_characters().__getitem__, content))
+
+
+@lru_cache
+def _byte_level_characters() -> list[str]:
+    table = _byte_level_table()
+    return sorted(table, key=table.__getitem__)
+
+
 @lru_cache
 def _byte_level_table() -> dict[str, int]:
     """Character -> byte, as GPT-2's vocabulary writes bytes: printable Latin-1 characters stand for themselves, the

@@ -1,6 +1,8 @@
-"""Whether a Hugging Face folder's tensors are those its configuration asks for. Reads no weights."""
+"""Whether a Hugging Face folder's tensors are those its configuration asks for."""
 
 from __future__ import annotations
+
+import torch
 
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.errors import UserError, nearest
@@ -28,3 +30,22 @@ def check_tensors(folder: HFFolder, hf_config: HFConfig) -> None:
         folder.dtype(name)
     for name in sorted(present - expected.keys() - copies.keys()):
         raise UserError(f"{folder.path}: tensor {name} belongs to no part of this architecture")
+
+
+def check_copies(folder: HFFolder) -> None:
+    """A tied model's folder may hold its head too; then it must be the embedding. Reads both, block by block.
+
+    Raises:
+        UserError: it is not.
+    """
+    for copy, original in family_of(folder.config).copies(folder.config).items():
+        if copy not in folder:
+            continue
+        rows, columns = folder.shape(original)
+        step = max(1, (1 << 22) // columns)
+        for start in range(0, rows, step):
+            box = ((start, min(start + step, rows)), (0, columns))
+            if not torch.equal(folder.read(copy, box), folder.read(original, box)):
+                raise UserError(
+                    f"{folder.path}: config.json ties the head to the embedding, but {copy} differs from {original}"
+                )

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import torch.distributed as dist
 
@@ -77,18 +77,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
     """
     path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.incomplete")
-
-    def prepare() -> None:
-        refuse_existing(path)
-        with disk_errors(path):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            free = shutil.disk_usage(temporary).free
-            if free < needed_bytes:
-                temporary.rmdir()
-                raise UserError(f"{path}: needs {needed_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
-
-    on_main(world, prepare)
+    on_main(world, lambda: _prepare(path, temporary, needed_bytes))
     try:
         with disk_errors(path):
             yield temporary
@@ -103,6 +92,57 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
             publish(temporary, path)
 
     on_main(world, finish)
+
+
+@contextmanager
+def new_folder(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """`output_folder` for a command of one process, which then needs no process groups."""
+    path = Path(os.path.abspath(path))
+    temporary = path.with_name(f".{path.name}.incomplete")
+    _prepare(path, temporary, needed_bytes)
+    try:
+        with disk_errors(path):
+            yield temporary
+            publish(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write into, which appears as `path` when the block ends well, or not at all.
+
+    Raises:
+        UserError: `path` exists, cannot be written, or the disk is full; nothing is left behind.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{path}: exists; nothing is overwritten")
+    check_writable(path)
+    temporary = path.with_name(f".{path.name}.incomplete")
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+            _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _prepare(path: Path, temporary: Path, needed_bytes: int) -> None:
+    refuse_existing(path)
+    with disk_errors(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
+        if free < needed_bytes:
+            temporary.rmdir()
+            raise UserError(f"{path}: needs {needed_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
 
 
 def publish(temporary: Path, path: Path) -> None:

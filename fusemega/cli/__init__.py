@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Train a model as a run file says.",
     "teach": "Store a teacher's top-k distributions for a data set.",
     "merge": "Merge fine-tuned variants of one model, out of core.",
+    "split": "Split long dialogues and texts so that they fit several tokenizers' windows.",
     "eval": "Perplexity and bits per byte of a model on a data set.",
     "report": "A page about one or several training runs, with their curves.",
     "env": "What this machine has, what is missing, and what that costs.",

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from fusemega.merge.execute import Progress
     from fusemega.merge.plan import MergePlan
 
-_LISTS = ("--models", "--weights")
 LINE_SECONDS = 30
 """How often progress is told where there is no terminal."""
 
 
 class ManyValues(TyperCommand):
-    """Lets an option of `_LISTS` take all values up to the next option or KEY=VALUE: `--models A B C`."""
+    """Lets an option of `lists` take all values up to the next option or KEY=VALUE: `--models A B C`."""
+
+    lists: tuple[str, ...] = ("--models", "--weights")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread: list[str] = []
@@ -35,7 +36,7 @@ class ManyValues(TyperCommand):
             if _is_override(argument):
                 option = ""
             if argument.startswith("-") and not _is_number(argument):
-                option = argument if argument in _LISTS else ""
+                option = argument if argument in self.lists else ""
                 spread += [] if option else [argument]
             else:
                 spread += [option, argument] if option else [argument]

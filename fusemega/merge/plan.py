@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fusemega.merge.methods  # noqa: F401  (registers them)
-from fusemega.checkpoint.hf_check import check_tensors
+from fusemega.checkpoint.hf_check import check_copies, check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.ranges import RangeReader
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
@@ -138,9 +138,7 @@ def plan_merge(run: MergeRun, paths: Mapping[str, Path], source: str, notes: Seq
     jobs = plan_jobs(method, run, entries, [tensor.spec for tensor in tensors.values()], layers, source)
     infos = [TensorInfo(name, tensor.dtype, tensor.spec.shape) for name, tensor in tensors.items()]
     shards = plan_shards(infos, parse_size("max_shard_size", run.max_shard_size))
-    return MergePlan(
-        run, method, folders, method.needs_base, tensors, jobs, shards, config, vocabulary, all_notes
-    )
+    return MergePlan(run, method, folders, method.needs_base, tensors, jobs, shards, config, vocabulary, all_notes)
 
 
 def _check_architecture(folders: Sequence[HFFolder]) -> None:
@@ -187,7 +185,7 @@ def _tensors(
             sources.append(Source(readers[id(folder)], there, folder.dtype(there), rows, shape[-1]))
         tensors[name] = PlannedTensor(TensorSpec(name, shape), _dtype(name, sources, run), sources)
     for folder in folders:
-        _check_copies(folder)
+        check_copies(folder)
     del config["tie_word_embeddings"]
     if all(tied) or "tie_word_embeddings" in folders[0].config:
         config["tie_word_embeddings"] = all(tied)
@@ -209,21 +207,6 @@ def _dtype(name: str, sources: Sequence[Source], run: MergeRun) -> torch.dtype:
                 f"{_short(first.dtype)} in {first.reader.folder.path}; say which dtype is to be written (dtype:)"
             )
     return first.dtype
-
-
-def _check_copies(folder: HFFolder) -> None:
-    """A tied model's folder may hold its head too; then it must be the embedding."""
-    for copy, original in family_of(folder.config).copies(folder.config).items():
-        if copy not in folder:
-            continue
-        rows, columns = folder.shape(original)
-        step = max(1, (1 << 22) // columns)
-        for start in range(0, rows, step):
-            box = ((start, min(start + step, rows)), (0, columns))
-            if not torch.equal(folder.read(copy, box), folder.read(original, box)):
-                raise UserError(
-                    f"{folder.path}: config.json ties the head to the embedding, but {copy} differs from {original}"
-                )
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -200,7 +200,7 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
     num_tokens = num_supervised = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in _COLUMNS}
-        advance = stack.enter_context(_progress(progress))
+        advance = stack.enter_context(row_progress("tokenizing", progress))
         rows = itertools.islice(source.rows(), tokenize.config.limit)
         while batch := list(itertools.islice(rows, _BATCH)):
             for row, sample in tokenize(batch):
@@ -227,9 +227,10 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
 
 
 @contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[int], None]]:
-    columns = (SpinnerColumn(), TextColumn("tokenizing"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+def row_progress(what: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A function that is told of rows done, and shows their number on stderr where that is a terminal."""
+    columns = (SpinnerColumn(), TextColumn(what), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task("tokenizing", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda rows: bar.advance(task, rows)

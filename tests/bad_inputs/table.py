@@ -31,6 +31,7 @@ SHARDED, PART = "train train.yaml model.load=sharded", "sharded/model-00002-of-0
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
 TOKENIZER, SETTINGS, TEMPLATE = "model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja"
 SHARD, STORE_MANIFEST = "store/shard-00000-000000.bin", "store/manifest.json"
+SPLIT = "split data.jsonl new.jsonl --tokenizers model sharded"
 FP8 = TRAIN + " model.dtype=bf16 model.fp8=hybrid"
 TRACKER, STATE = "run/checkpoints/latest_checkpointed_iteration.txt", "run/checkpoints/iter_0000002/state.json"
 NEWEST, METRICS = "run/checkpoints/iter_0000002", "run/metrics.jsonl"
@@ -262,6 +263,13 @@ TABLE: list[Bad] = [
     _d("bad rows, taught", TEACH, "data.jsonl:2: the row is empty", rows({})),
     _d("bad rows, evaluated", EVAL, "data.jsonl:2: the row is empty", rows({})),
     _d("bad rows, resumed", RESUME, "data.jsonl:2: the row is empty", rows({})),
+    _d("split to something there", SPLIT.replace("new.jsonl", "data.jsonl"), "data.jsonl: exists; nothing is overwritten"),
+    _d("a turn too long to split", SPLIT + " --max-tokens 9", "data.jsonl:1: a part that cannot be cut has"),
+    _d("all too long to split", SPLIT + " --max-tokens 2 --on-long skip", "data.jsonl: no row is left to write", put("data.jsonl", {"prompt": "a b", "completion": "c d"})),
+    _d("split, and else?", SPLIT + " --on-long never", "--on-long: unknown name 'never'"),
+    _d("split by no tokenizer", SPLIT + " train.yaml", "train.yaml: cannot load a tokenizer"),
+    _d("split by no template", SPLIT, "model: the tokenizer has no chat template", gone(TEMPLATE)),
+    _d("bad rows, split", SPLIT, "data.jsonl:2: the row is empty", rows({})),
     # Sample stores.
     _s("none", DISTILL, "store: not a sample store (no manifest.json)", gone("store")),
     _s("not a store", DISTILL + " objective.store=model", "model: not a sample store"),
