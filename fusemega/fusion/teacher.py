@@ -1,13 +1,18 @@
-"""One teacher: an open sample store whose rows become targets.
+"""One teacher: an open sample store, whose rows become targets in the target's ids.
 
 Shapes: P supervised positions of a sample, K ids of a row.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from pydantic import Field
 
+from fusemega.align.positions import shared_positions
+from fusemega.align.projection import project
+from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.checkpoint.open_model import weights_hash
 from fusemega.config import Section
 from fusemega.errors import UserError
@@ -24,6 +29,9 @@ class TeacherConfig(Section):
     """A store of rows, and how its ids become the target's."""
 
     store: str = Field(description="folder of a sample store, written by `fusemega teach`")
+    map: str | None = Field(
+        None, description="vocabulary map from `fusemega align`; left out: the store is of the target's own tokenizer"
+    )
     teacher: str | None = Field(
         None, description="the model that the store must be of, a folder or hub id; reads all its weights once"
     )
@@ -52,8 +60,10 @@ class Teacher:
         self.store = Store.open(config.store)
         self._vocab_size, self._temperature, self._tail = vocab_size, temperature, tail
         manifest = self.store.manifest
-        hashes = {"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash}
-        self.store.check(hashes | {"mask_policy": MASK_POLICY})
+        self.store.check({"mask_policy": MASK_POLICY})
+        self._map = None if config.map is None else _Map(config.map, self.store, tokenizer)
+        if self._map is None:
+            self.store.check({"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash})
         sampled = manifest.rows == "sampled"
         if (sampled or tail == "residual") and temperature != manifest.temperature:
             why = "its rows are draws at that one" if sampled else "with tail: residual they must be equal"
@@ -90,27 +100,27 @@ class Teacher:
     def targets(self, row: Row, sample: Sample) -> Targets:
         """The store's row of this very sample, in the target's ids.
 
+        With a map, a position is taught where both tokenizations have a token that ends at its byte.
+
         Raises:
             UserError: a row of another tokenization or mask, or with ids beyond the target's vocabulary.
         """
-        if row.ids_hash != sample.ids_hash:
-            raise UserError(f"{sample.source}: the row in the store {self.store.path} is of other token ids")
-        if row.num_tokens != len(sample.positions):
+        logp_PK = row.logp_PK.astype(np.float64)
+        if self._tail == "renormalise":
+            logp_PK *= self.store.manifest.temperature / self._temperature
+        if self._map is not None:
+            targets = self._map.targets(row, logp_PK, sample)
+        else:
+            self._check_tokens(row, sample)
+            ids_PK, mask_P = row.ids_PK.astype(np.int64), np.ones(row.num_tokens, dtype=bool)
+            targets = Targets(ids_PK, logp_PK.astype(np.float32), row.log_residual_P, mask_P)
+        largest = targets.ids_PK.max(initial=-1)
+        if largest >= self._vocab_size:
             raise UserError(
-                f"{sample.source}: the row in the store {self.store.path} has {row.num_tokens} positions, "
-                f"the sample {len(sample.positions)} supervised tokens"
-            )
-        ids_PK, logp_PK = row.ids_PK.astype(np.int64), row.logp_PK
-        if ids_PK.max(initial=-1) >= self._vocab_size:
-            raise UserError(
-                f"{sample.source}: the row in the store {self.store.path} lists id {ids_PK.max()}, and the model in "
+                f"{sample.source}: the row in the store {self.store.path} lists id {largest}, and the model in "
                 f"training has a vocabulary of {self._vocab_size}"
             )
-        mask_P = np.ones(row.num_tokens, dtype=bool)
-        if self._tail == "residual":
-            return Targets(ids_PK, logp_PK, row.log_residual_P, mask_P)
-        logp_PK = logp_PK.astype(np.float64) * (self.store.manifest.temperature / self._temperature)
-        return renormalised(Targets(ids_PK, logp_PK, row.log_residual_P, mask_P))
+        return renormalised(targets) if self._tail == "renormalise" else targets
 
     def check_data(self, dataset: TokenizedDataset, required: bool) -> None:
         """Reads the first sample's row, and looks for the rows of all.
@@ -126,9 +136,57 @@ class Teacher:
                 if sample.key not in self.store:
                     raise UserError(self._no_row(sample))
 
+    def _check_tokens(self, row: Row, sample: Sample) -> None:
+        if row.ids_hash != sample.ids_hash:
+            raise UserError(f"{sample.source}: the row in the store {self.store.path} is of other token ids")
+        if row.num_tokens != len(sample.positions):
+            raise UserError(
+                f"{sample.source}: the row in the store {self.store.path} has {row.num_tokens} positions, "
+                f"the sample {len(sample.positions)} supervised tokens"
+            )
+
     def _no_row(self, sample: Sample) -> str:
         """What to say of a sample that the store lacks."""
         return (
             f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip); "
             "it was written from other data, or with another seq_length"
         )
+
+
+class _Map:
+    """A vocabulary map at work: rows of one tokenizer's store for samples of another tokenizer."""
+
+    def __init__(self, path: str, store: Store, tokenizer: Tokenizer) -> None:
+        loaded = VocabularyMap.load(Path(path))
+        for side, found, expected, whose in (
+            ("source", loaded.source, store.manifest.tokenizer, f"the store {store.path} is of"),
+            ("target", loaded.target, tokenizer.content_hash, f"{tokenizer.source} has"),
+        ):
+            if found != expected:
+                raise UserError(
+                    f"{path}: the map's {side} is another tokenizer ({found[:12]}) than {whose} ({expected[:12]}); "
+                    "make a map of these two with `fusemega align`"
+                )
+        self._tables = np.stack([loaded.table_S, loaded.marked_S, loaded.unmarked_S])
+        # Which table a message's first token takes: "Hello" to "▁Hello", or the other way.
+        marks = loaded.target_marks_start
+        self._start_table = 0 if marks == loaded.source_marks_start else 1 if marks else 2
+
+    def targets(self, row: Row, logp_PK: np.ndarray, sample: Sample) -> Targets:
+        """Targets where a position of the row and one of the sample end at the same byte; nothing elsewhere."""
+        positions_P = sample.positions
+        source_M, target_M = shared_positions(row.end_bytes, sample.end_bytes[positions_P])
+        # A supervised message begins behind a token that is not supervised itself.
+        starts_M = ~sample.supervised[positions_P[target_M]]
+        ids_MK, logp_MK, log_residual_M = project(
+            row.ids_PK[source_M],
+            logp_PK[source_M],
+            row.log_residual_P[source_M],
+            self._tables,
+            np.where(starts_M, self._start_table, 0),
+        )
+        targets = Targets.nothing(len(positions_P), row.ids_PK.shape[1])
+        targets.ids_PK[target_M], targets.logp_PK[target_M] = ids_MK, logp_MK
+        targets.log_residual_P[target_M] = log_residual_M
+        targets.mask_P[target_M] = (ids_MK >= 0).any(1)
+        return targets
