@@ -57,3 +57,11 @@ def write_model(folder: Path, chat: Path, *, seed: int = 0, vocab_size: int = 50
     LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**settings, **config})).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+def pad_vocabulary(folder: Path, vocab_size: int) -> Path:
+    """A model with rows for more ids than its tokenizer has, as many published ones have."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder

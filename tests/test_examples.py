@@ -15,7 +15,7 @@ from fusemega.scoring.teach import TeachRun
 from fusemega.training.run import TrainRun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-KINDS: dict[str, type[Section]] = {"train": TrainRun, "teach": TeachRun, "eval": EvalRun}
+KINDS: dict[str, type[Section]] = {"train": TrainRun, "online": TrainRun, "teach": TeachRun, "eval": EvalRun}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(EXAMPLES)))

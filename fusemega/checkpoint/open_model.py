@@ -37,6 +37,7 @@ class ModelSource:
     """A checked model: nothing is allocated until `build`.
 
     Attributes:
+        config: the section it was opened from.
         hf: the folder with the configuration and the tokenizer (and, for Hugging Face folders, the weights).
         hf_config: its `config.json`.
         tokenizer: the folder's.
@@ -52,6 +53,7 @@ class ModelSource:
 
     def __init__(self, config: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
         parallel.data_parallel_size(world_size)
+        self.config = config
         self._parallel = parallel
         self.dtype = DTYPES[config.dtype]
         self._source = _opened(config.load)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -63,7 +63,7 @@ def config_page() -> str:
     lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
     for name in objective_names():
         objective = objective_named(name)
-        settings = _table(objective.Settings, without="name")
+        settings = _table(objective.Settings, without="name", described=sections)
         has_any = len(objective.Settings.model_fields) > 1
         lines += [f"### `{name}`\n", f"{_first_paragraph(objective)}\n", *(settings if has_any else ["No settings.\n"])]
     lines += ["## `merge_method`\n", "What may stand below `parameters`, of a merge and of one of its models.\n"]
@@ -115,7 +115,8 @@ def _reflowed(text: str) -> Iterator[str]:
         yield " ".join(paragraph.split()) + "\n"
 
 
-def _table(model: type[Section], without: str = "") -> list[str]:
+def _table(model: type[Section], without: str = "", described: Mapping[type[Section], str] | None = None) -> list[str]:
+    """The keys of a section; `described` has the headings of sections that are known under another key's name."""
     lines = [*_TABLE_HEAD]
     for name, field in model.model_fields.items():
         if name == without:
@@ -123,7 +124,8 @@ def _table(model: type[Section], without: str = "") -> list[str]:
         shown = field.alias or name
         section = _section(field.annotation)
         limits = " and ".join(f"{_CONSTRAINTS[key]} {value:g}" for key, value in _limits(field))
-        link = f"see [`{name}`](#{name})" if section else ""
+        heading = (described or {}).get(section, name) if section else ""
+        link = f"see [`{heading}`](#{heading})" if section else ""
         meaning = "; ".join(filter(None, [field.description, link, limits]))
         several = "list of sections" if get_origin(field.annotation) is list else "section"
         kind = several if section is not None else _type(field.annotation)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusemega.losses._gradients import Gradients
+
 MIB = 1 << 20
 # Logits of one chunk. On a CPU small enough to stay a minor part of the memory, on a GPU large enough for full GEMMs.
 CHUNK_BYTES = {"cpu": 96 * MIB, "cuda": 512 * MIB}
@@ -113,10 +115,7 @@ class ChunkedHead:
         self.gemm_dtype = self.dtype if device.type == "cpu" else hidden_TH.dtype
 
         tokens, hidden_size = hidden_TH.shape
-        if chunk_tokens is None:  # from the padded row count: every rank must cut the same chunks
-            chunk_tokens = _for_device(CHUNK_BYTES, device) // (weight_VH.shape[0] * self.dtype.itemsize)
-            chunk_tokens = max(1, chunk_tokens // 64 * 64 if chunk_tokens >= 64 else chunk_tokens)
-        chunk_tokens = min(chunk_tokens, max(tokens, 1))
+        chunk_tokens = min(chunk_tokens or default_chunk(weight_VH, self.dtype), max(tokens, 1))
         self._panel = _for_device(PANEL_COLUMNS, device)
         rows = max(64, _for_device(BLOCK_BYTES, device) // (hidden_size * self.dtype.itemsize) // 64 * 64)
         self.chunks = [slice(at, min(at + chunk_tokens, tokens)) for at in range(0, max(tokens, 1), chunk_tokens)]
@@ -147,10 +146,12 @@ class ChunkedHead:
 
     def reduce(self, logits_CV: Tensor, queries: Sequence[Query]) -> tuple[list[SparseLogProbs], list[Sums]]:
         """Answers `queries` (already cut to the chunk's rows) with one max- and one sum-all-reduce."""
-        tokens = logits_CV.shape[0]
-        temperatures = sorted({query.temperature for query in queries})
+        return reduce_together([(self, logits_CV, queries)])[0]
+
+    def _peaks(self, logits_CV: Tensor, queries: Sequence[Query]) -> Tensor:
+        """Largest logit on this rank, then the largest one that is not listed for each query with a residual."""
         residuals = [query for query in queries if query.residual]
-        peaks = logits_CV.new_full((1 + len(residuals), tokens), -torch.inf)
+        peaks = logits_CV.new_full((1 + len(residuals), logits_CV.shape[0]), -torch.inf)
         for block in self.blocks:
             logits_CB = logits_CV[:, block]
             torch.maximum(peaks[0], logits_CB.amax(1), out=peaks[0])
@@ -159,9 +160,13 @@ class ChunkedHead:
                 others_CB.copy_(logits_CB)
                 wide.scatter_(1, self._columns(query.ids_TK, block), -torch.inf)
                 torch.maximum(peaks[number], others_CB.amax(1), out=peaks[number])
-        self._all_reduce(peaks, dist.ReduceOp.MAX)
+        return peaks
 
-        sums = logits_CV.new_zeros(len(temperatures) + len(residuals), tokens)
+    def _sums(self, logits_CV: Tensor, queries: Sequence[Query], peaks: Tensor) -> Tensor:
+        """This rank's part of the sum for each temperature and each residual, then of each query's listed logits."""
+        temperatures = sorted({query.temperature for query in queries})
+        residuals = [query for query in queries if query.residual]
+        sums = logits_CV.new_zeros(len(temperatures) + len(residuals), logits_CV.shape[0])
         for block in self.blocks:
             logits_CB = logits_CV[:, block]
             for number, temperature in enumerate(temperatures):
@@ -172,10 +177,15 @@ class ChunkedHead:
                 wide.scatter_(1, self._columns(query.ids_TK, block), 0.0)
                 sums[len(temperatures) + number] += exp_CB.sum(1)
         listed = [self._listed_logits(logits_CV, query.ids_TK) for query in queries]
-        packed = torch.cat([sums, *(logits_CK.t() for logits_CK in listed)])
-        self._all_reduce(packed, dist.ReduceOp.SUM)
-        sums, *listed = packed.split([len(sums), *(query.ids_TK.shape[1] for query in queries)])
+        return torch.cat([sums, *(logits_CK.t() for logits_CK in listed)])
 
+    def _answers(
+        self, queries: Sequence[Query], peaks: Tensor, packed: Tensor
+    ) -> tuple[list[SparseLogProbs], list[Sums]]:
+        """The answers, from what `_peaks` and `_sums` gave once the ranks have joined it."""
+        temperatures = sorted({query.temperature for query in queries})
+        num_sums = len(temperatures) + sum(query.residual for query in queries)
+        sums, *listed = packed.split([num_sums, *(query.ids_TK.shape[1] for query in queries)])
         results, state = [], []
         residual_number = 0
         for query, logits_KC in zip(queries, listed, strict=True):
@@ -202,15 +212,17 @@ class ChunkedHead:
         queries: Sequence[Query],
         state: Sequence[Sums],
         upstream: Sequence[SparseLogProbs],
-        d_hidden_TH: Tensor | None,
-        d_weight: WeightGradient | None,
+        gradients: Gradients,
+        further_CV: Tensor | None = None,
     ) -> None:
         """Adds this chunk's part of both gradients, given those of its `SparseLogProbs`; no collective.
 
-        d_hidden is this rank's partial sum over its vocabulary rows.
+        d_hidden is this rank's partial sum over its vocabulary rows. `further_CV` is a gradient that the loss has in
+        the (soft-capped) logits besides.
         """
         hidden_CH = self.hidden_TH[rows].to(self.gemm_dtype)
-        for number, (block, d_logits_CB) in enumerate(self._d_logits(logits_CV, queries, state, upstream)):
+        d_hidden_TH, d_weight = gradients.d_hidden_TH, gradients.d_weight
+        for number, (block, d_logits_CB) in enumerate(self._d_logits(logits_CV, queries, state, upstream, further_CV)):
             factor_CB = d_logits_CB.to(self.gemm_dtype)
             if d_hidden_TH is not None:
                 _add_product(d_hidden_TH[rows], factor_CB, self._weight(block))
@@ -223,6 +235,7 @@ class ChunkedHead:
         queries: Sequence[Query],
         state: Sequence[Sums],
         upstream: Sequence[SparseLogProbs],
+        further_CV: Tensor | None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Block by block, d loss / d raw logits.
 
@@ -261,6 +274,8 @@ class ChunkedHead:
                 total_CB.addcmul_(exp_CB, factor_C[:, None])
             for query, grad in zip(queries, upstream, strict=True):
                 wide.scatter_add_(1, self._columns(query.ids_TK, block), grad.logp_TK / query.temperature)
+            if further_CV is not None:
+                total_CB.add_(further_CV[:, block])
             if self.softcap is not None:  # d cap tanh(x / cap) = 1 - tanh^2
                 _, slope_CB = self._scratch_for(logits_CB, 1)
                 torch.div(logits_CB, self.softcap, out=slope_CB).square_().neg_().add_(1.0)
@@ -302,38 +317,38 @@ class ChunkedHead:
         inside = (column_CK >= 0) & (column_CK < here)
         return torch.where(inside, logits_CV.gather(1, column_CK.clamp(0, here - 1)), 0.0)
 
-    def _all_reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> None:
-        if self.group is not None and values.numel():
-            dist.all_reduce(values, op=op, group=self.group)
+
+def reduce_together(
+    heads: Sequence[tuple[ChunkedHead, Tensor, Sequence[Query]]],
+) -> list[tuple[list[SparseLogProbs], list[Sums]]]:
+    """`ChunkedHead.reduce` of several heads' logits of the same tokens, with one max- and one sum-all-reduce in all."""
+    group = heads[0][0].group
+    peaks = all_reduced(
+        [head._peaks(logits_CV, queries) for head, logits_CV, queries in heads], dist.ReduceOp.MAX, group
+    )
+    parts = [
+        head._sums(logits_CV, queries, peak) for (head, logits_CV, queries), peak in zip(heads, peaks, strict=True)
+    ]
+    sums = all_reduced(parts, dist.ReduceOp.SUM, group)
+    return [head._answers(queries, *found) for (head, _, queries), *found in zip(heads, peaks, sums, strict=True)]
 
 
-class WeightGradient:
-    """d_weight of a whole call, accumulated in the arithmetic's dtype.
+def all_reduced(parts: Sequence[Tensor], op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Tensors [n, C] of this rank, joined over the group (None: alone) by one all-reduce."""
+    packed = torch.cat(list(parts))
+    if group is not None and packed.numel():
+        dist.all_reduce(packed, op=op, group=group)
+    return list(packed.split([len(part) for part in parts]))
 
-    For low-precision weights the sum is held as separate blocks, which `finish` frees one by one while it fills
-    the returned gradient: both never stand in memory whole.
+
+def default_chunk(weight_VH: Tensor, dtype: torch.dtype, heads: int = 1) -> int:
+    """Tokens for which the logits of so many heads, in `dtype`, fill `CHUNK_BYTES`.
+
+    From the padded row count: every rank must cut the same chunks.
     """
-
-    def __init__(self, weight_VH: Tensor, head: ChunkedHead) -> None:
-        self._like = weight_VH.detach()
-        self._slices = head.blocks
-        self._whole: Tensor | None = None
-        if head.dtype == weight_VH.dtype:
-            self._whole = torch.zeros_like(self._like)
-            self.blocks = [self._whole[block] for block in head.blocks]
-        else:
-            self.blocks = [torch.zeros_like(self._like[block], dtype=head.dtype) for block in head.blocks]
-
-    def finish(self, scale: Tensor | float) -> Tensor:
-        """The gradient times `scale`, in the weight's dtype, 0 in padding rows; this object is used up."""
-        if self._whole is not None:
-            self.blocks.clear()
-            return self._whole.mul_(scale)
-        grad_VH = torch.empty_like(self._like)
-        for block in reversed(self._slices):
-            grad_VH[block].copy_(self.blocks.pop().mul_(scale))
-        grad_VH[self._slices[-1].stop if self._slices else 0 :].zero_()
-        return grad_VH
+    row_bytes = weight_VH.shape[0] * dtype.itemsize * heads
+    tokens = max(1, _for_device(CHUNK_BYTES, weight_VH.device) // row_bytes)
+    return tokens // 64 * 64 if tokens >= 64 else tokens
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

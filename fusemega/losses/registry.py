@@ -1,16 +1,17 @@
 """Training objectives by name: what a loss must say about itself for the trainer to run it under any layout.
 
-A new loss is one file: a subclass of `TokenObjective` or `SequenceObjective` with its formula in the docstring, under
-`@register(name)`.
+A new loss is one file: a subclass of `TokenObjective`, `TaughtObjective` or `SequenceObjective` with its formula in the
+docstring, under `@register(name)`.
 
 Shape suffixes: N supervised positions of a micro-batch, P of one sample, S samples of a micro-batch, H hidden size,
-V this rank's vocabulary rows.
+G a teacher's, V this rank's vocabulary rows.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from fusemega.config import Section, mistakes
 from fusemega.errors import UserError, choose
 
 if TYPE_CHECKING:
+    from fusemega.checkpoint.open_model import ModelConfig
     from fusemega.text.dataset import TokenizedDataset
     from fusemega.text.sample import Sample
     from fusemega.text.tokenizer import Tokenizer
@@ -38,7 +40,7 @@ class Objective(ABC):
     Attributes:
         Settings: its section of the run file.
         terms: names of the parts of the loss, each with a denominator of its own.
-        unit: what the loss is a sum over; one of the two subclasses below.
+        unit: what the loss is a sum over.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -100,6 +102,46 @@ class TokenObjective(Objective):
             The scalar to differentiate, already divided: micro-batches and data-parallel ranks simply add. And each
             term's sum over this micro-batch, unweighted and not divided, detached: with `counts` it gives the metric.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class Taught:
+    """What a teacher makes of a micro-batch that the model in training reads too.
+
+    Attributes:
+        hidden_NG: its final hidden states at the supervised positions.
+        weight_VG: its output weight's rows for the ids of the model's own rows on this rank.
+        softcap: of its logits.
+    """
+
+    hidden_NG: Tensor
+    weight_VG: Tensor
+    softcap: float | None
+
+
+class TaughtObjective(Objective):
+    """A sum over supervised tokens, as `TokenObjective`, that asks a second, frozen model about the same tokens.
+
+    The trainer builds the teacher in the model's own layout and runs it over a step's micro-batches before the model.
+
+    Attributes:
+        teacher: of the model's tokenizer, and of its vocabulary or a larger one.
+    """
+
+    unit = "token"
+    teacher: ModelConfig
+
+    @abstractmethod
+    def loss(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        taught: Taught,
+        batch: Mapping[str, Any],
+        denominators: Mapping[str, Tensor | float],
+        head_kwargs: Mapping[str, Any],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of `TokenObjective.loss`; nothing passes back to `taught`."""
 
 
 class SequenceObjective(Objective):

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusemega.losses._head import ChunkedHead, Query, SparseLogProbs, Sums, WeightGradient
+from fusemega.losses._gradients import Gradients
+from fusemega.losses._head import ChunkedHead, Query, SparseLogProbs, Sums
 
 __all__ = ["Query", "SparseLogProbs", "TokenLoss", "fused_token_loss", "sparse_log_probs"]
 
@@ -137,18 +138,12 @@ class _SparseLogProbs(torch.autograd.Function):
         hidden_TH, weight_VH, ids_TK, peak_T, sum_T, other_peak_T, other_sum_T = ctx.saved_tensors
         query = Query(ids_TK, ctx.query.temperature, ctx.query.residual)
         head = ChunkedHead(hidden_TH, weight_VH, [query], **ctx.options)
-        d_hidden_TH = torch.zeros_like(hidden_TH, dtype=head.dtype) if ctx.needs_input_grad[0] else None
-        d_weight = WeightGradient(weight_VH, head) if ctx.needs_input_grad[1] else None
+        gradients = Gradients(hidden_TH, weight_VH, head.dtype, head.blocks, ctx.needs_input_grad[:2])
         for rows in head.chunks:
             state = Sums(peak_T[rows], sum_T[rows], _rows(other_peak_T, rows), _rows(other_sum_T, rows))
             upstream = SparseLogProbs(d_logp_TK[rows], d_lse_T[rows], _rows(d_residual_T, rows))
-            head.backward(rows, head.logits(rows), [query.rows(rows)], [state], [upstream], d_hidden_TH, d_weight)
-        return (
-            None if d_hidden_TH is None else d_hidden_TH.to(hidden_TH.dtype),
-            None if d_weight is None else d_weight.finish(1.0),
-            None,
-            None,
-        )
+            head.backward(rows, head.logits(rows), [query.rows(rows)], [state], [upstream], gradients)
+        return (*gradients.give(1.0), None, None)
 
 
 class _FusedTokenLoss(torch.autograd.Function):
@@ -163,8 +158,7 @@ class _FusedTokenLoss(torch.autograd.Function):
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         head = ChunkedHead(hidden_TH, weight_VH, queries, **options)
-        d_hidden_TH = torch.zeros_like(hidden_TH, dtype=head.dtype) if wanted[0] else None
-        d_weight = WeightGradient(weight_VH, head) if wanted[1] else None
+        gradients = Gradients(hidden_TH, weight_VH, head.dtype, head.blocks, wanted)
         losses, auxes = [], []
         for rows in head.chunks:
             logits_CV = head.logits(rows)
@@ -174,8 +168,8 @@ class _FusedTokenLoss(torch.autograd.Function):
             losses.append(loss)
             auxes.append(aux_M)
             if upstream is not None:
-                head.backward(rows, logits_CV, chunk_queries, state, upstream, d_hidden_TH, d_weight)
-        ctx.gradients = (d_hidden_TH, d_weight, hidden_TH.dtype)
+                head.backward(rows, logits_CV, chunk_queries, state, upstream, gradients)
+        ctx.gradients = gradients
         aux_sums_M = torch.stack(auxes).sum(0)
         ctx.mark_non_differentiable(aux_sums_M)
         return torch.stack(losses).sum(), aux_sums_M
@@ -183,18 +177,7 @@ class _FusedTokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        if ctx.gradients is None:
-            raise RuntimeError("fused_token_loss: backward a second time; its gradients were given away the first time")
-        d_hidden_TH, d_weight, dtype = ctx.gradients
-        ctx.gradients = None
-        return (
-            None if d_hidden_TH is None else d_hidden_TH.mul_(d_loss).to(dtype),
-            None if d_weight is None else d_weight.finish(d_loss),
-            None,
-            None,
-            None,
-            None,
-        )
+        return (*ctx.gradients.give(d_loss), None, None, None, None)
 
 
 def _evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.read_plan import NOTHING_DONE, table
 from fusemega.checkpoint.series import latest_checkpoint, read_state
 from fusemega.models.registry import family_of
@@ -27,20 +28,16 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     """
     world_size = nproc or environment_rank()[1]
     checked = Checked.of(run, world_size)
-    hf_config = checked.source.hf_config
     parallel = run.parallel
     dp = parallel.data_parallel_size(world_size)
-    rules = [rule for rule in family_of(hf_config).rules(hf_config) if not rule.duplicate]
-    shapes = [shape for rule in rules for shape in rule.hf_shapes().values()]
-    parameters = sum(math.prod(shape) for shape in shapes)
     files = Source(run.data).names
     training = run.training
     length = f"{training.train_iters} iterations" if training.train_iters else f"{training.train_epochs:g} epochs"
     newest = latest_checkpoint(Path(run.output_dir) / CHECKPOINTS)
     start = f"resumes after iteration {read_state(newest)['iteration']}" if newest else "starts from the loaded weights"
     lines = {
-        "model": f"{run.model.load}: {hf_config['model_type']}, {parameters / 1e6:.1f}M parameters, {run.model.dtype}, "
-        f"{checked.source.kernels}",
+        "model": _in_words(checked.source),
+        **({} if checked.teacher is None else {"teacher": _in_words(checked.teacher)}),
         "layout": f"{world_size} process(es): {parallel} x DP {dp}",
         "data": f"{len(files)} file(s): {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}",
         "rows": f"{run.data.seq_length} tokens, {'packed' if training.packing else 'one sample each'}, "
@@ -50,5 +47,16 @@ def describe(run: TrainRun, nproc: int | None) -> str:
         "output": run.output_dir,
     }
     summary = "\n".join(f"{name:<10} {value}" for name, value in lines.items())
-    reads = table(checked.source.plan_reads())
-    return f"{summary}\n\nweights, read by each of {dp} data-parallel replica(s):\n{reads}\n{NOTHING_DONE}"
+    reads = "\n\n".join(
+        f"weights of {source.config.load}, read by each of {dp} data-parallel replica(s):\n{table(source.plan_reads())}"
+        for source in (checked.source, checked.teacher)
+        if source is not None
+    )
+    return f"{summary}\n\n{reads}\n{NOTHING_DONE}"
+
+
+def _in_words(source: ModelSource) -> str:
+    hf_config, load, dtype = source.hf_config, source.config.load, source.config.dtype
+    rules = [rule for rule in family_of(hf_config).rules(hf_config) if not rule.duplicate]
+    parameters = sum(math.prod(shape) for rule in rules for shape in rule.hf_shapes().values())
+    return f"{load}: {hf_config['model_type']}, {parameters / 1e6:.1f}M parameters, {dtype}, {source.kernels}"

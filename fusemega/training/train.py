@@ -13,7 +13,7 @@ from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.output import check_writable, on_main, write_durably
 from fusemega.checkpoint.torch_dist import load_model
 from fusemega.errors import UserError
-from fusemega.losses.registry import Objective, build_objective
+from fusemega.losses.registry import Objective, TaughtObjective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
@@ -21,6 +21,7 @@ from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.optimizer import complete_parameters
 from fusemega.training.records import DONE_MARKER, RUN_RECORD
 from fusemega.training.run import TrainRun
+from fusemega.training.teacher import Teacher, open_teacher
 from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
 
@@ -32,19 +33,24 @@ class Checked:
     run: TrainRun
     source: ModelSource
     objective: Objective
+    teacher: ModelSource | None
 
     @classmethod
     def of(cls, run: TrainRun, world_size: int) -> Checked:
         """Open and check everything a run names.
 
         Raises:
-            UserError: a layout that does not divide, a damaged model folder, a store that does not fit.
+            UserError: a layout that does not divide, a damaged model folder, a store or a teacher that does not fit.
         """
         if run.training.wandb_project is not None:
             require_wandb()
         source = ModelSource(run.model, run.parallel, world_size)
         run.training.check_recompute(source.chunk_sizes)
-        return cls(run, source, build_objective(run.objective, source.tokenizer, source.vocab_size))
+        objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
+        teacher = None
+        if isinstance(objective, TaughtObjective):
+            teacher = open_teacher(objective.teacher, run.parallel, world_size, source)
+        return cls(run, source, objective, teacher)
 
 
 def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
@@ -72,7 +78,8 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
             run.evaluation.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world
         )
     gpt = checked.source.build(world, run.training.recompute())
-    trainer = Trainer.create(run, world, gpt, checked.objective, data, held_out)
+    teacher = None if checked.teacher is None else Teacher.build(checked.teacher, gpt, world)
+    trainer = Trainer.create(run, world, gpt, checked.objective, data, held_out, teacher)
     # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
     on_main(world, lambda: _write_record(output, run))
     return trainer, checked

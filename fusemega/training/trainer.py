@@ -34,6 +34,7 @@ from fusemega.training.forward import Batch, objective_loss, run_schedule, total
 from fusemega.training.metrics import MetricsWriter, with_costs
 from fusemega.training.optimizer import complete_parameters, schedule, wrap
 from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
+from fusemega.training.teacher import Teacher
 from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
@@ -72,6 +73,7 @@ class Trainer:
     train_iters: int
     saver: CheckpointSaver
     held_out: TokenizedDataset | None = None
+    teacher: Teacher | None = None
     iteration: int = 0
     best: Best = Best()
 
@@ -84,6 +86,7 @@ class Trainer:
         objective: Objective,
         data: TrainingData,
         held_out: TokenizedDataset | None = None,
+        teacher: Teacher | None = None,
     ) -> Trainer:
         """Wrap the model; start from the newest checkpoint of `run.output_dir`, if there is one.
 
@@ -95,7 +98,9 @@ class Trainer:
         scheduler = schedule(optimizer, run.optimizer, train_iters)
         root = Path(run.output_dir) / CHECKPOINTS
         saver = CheckpointSaver(root, world, run.training.async_save, run.training.keep_checkpoints)
-        trainer = cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, saver, held_out)
+        trainer = cls(
+            run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, saver, held_out, teacher
+        )
         folder = find_checkpoint(root, world)
         if folder is not None:
             trainer._resume(folder)
@@ -149,7 +154,10 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        denominators = self._denominators(batches.micro_batches)
+        micro_batches = batches.micro_batches
+        if self.teacher is not None:
+            micro_batches = self.teacher.teach(micro_batches)
+        denominators = self._denominators(micro_batches)
         unsound: list[str] = []
 
         def loss_function(hidden_NH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +168,7 @@ class Trainer:
 
         collected = run_schedule(
             self.ddp,
-            batches.micro_batches,
+            micro_batches,
             loss_function,
             self.world,
             forward_only=False,
@@ -175,7 +183,7 @@ class Trainer:
         if not math.isfinite(grad_norm):
             raise UserError(
                 f"iteration {self.iteration + 1}: the gradient norm is {grad_norm}, though the loss is {loss:.4g}; "
-                f"samples: {_listed([key.hex() for batch in batches.micro_batches for key in batch['keys']])}"
+                f"samples: {_listed([key.hex() for batch in micro_batches for key in batch['keys']])}"
             )
         self.scheduler.step(increment=1)
         self.iteration += 1

@@ -1,14 +1,16 @@
 """A folder in which every command succeeds: what the table of bad inputs damages, one thing at a time.
 
     model/        a Hugging Face folder                     sharded/    the same in several shards, with an index
-    megatron/     what `convert import` made of it          data.jsonl  conversations and a text
-    train.yaml, distill.yaml, teach.yaml, eval.yaml         run files that name these
+    megatron/     what `convert import` made of it          padded/     the same with rows for more ids
+    data.jsonl    conversations and a text
+    train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files that name these
     store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,11 @@ FILES: dict[str, dict[str, Any]] = {
     "train.yaml": {**TRAIN, "output_dir": "new"},
     "resume.yaml": TRAIN,
     "distill.yaml": {**TRAIN, "output_dir": "new", "objective": {"name": "distill", "store": "store"}},
+    "online.yaml": {
+        **TRAIN,
+        "output_dir": "new",
+        "objective": {"name": "online_distill", "teacher": {"load": "sharded", "dtype": "fp32"}},
+    },
     "teach.yaml": {**TEACH, "store": "new"},
     "more.yaml": TEACH,
     "eval.yaml": {"model": MODEL, "data": DATA, "output": "new.json"},
@@ -57,6 +64,8 @@ def build() -> None:
     AutoModelForCausalLM.from_pretrained("model").save_pretrained("sharded", max_shard_size="30KB")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         Path("sharded", name).write_bytes(Path("model", name).read_bytes())
+    shutil.copytree("model", "padded")
+    tiny.pad_vocabulary(Path("padded"), 307)
     import_hf("model", "megatron")
     teach(validate(TeachRun, TEACH, "more.yaml"))
     train(validate(TrainRun, TRAIN, "resume.yaml"))

@@ -26,6 +26,7 @@ from tests.bad_inputs.run import Bad
 TRAIN, DISTILL, TEACH, EVAL = "train train.yaml", "train distill.yaml", "teach teach.yaml", "eval eval.yaml"
 VERIFY = "store verify store --tokenizer model --data data.jsonl"
 RESUME, MORE, DRY = "train resume.yaml", "teach more.yaml", "train train.yaml --dry-run"
+ONLINE, TEACHER8 = "train online.yaml", " objective.teacher.dtype=bf16 objective.teacher.fp8=hybrid"
 SAFE, CONFIG, INDEX = "model/model.safetensors", "model/config.json", "sharded/model.safetensors.index.json"
 SHARDED, PART = "train train.yaml model.load=sharded", "sharded/model-00002-of-00004.safetensors"
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
@@ -104,6 +105,9 @@ TABLE: list[Bad] = [
     _c("an objective that is a word", TRAIN + " objective=sft", "objective: "),
     _c("another objective's key", TRAIN + " objective.store=store", "store: unknown key"),
     _c("a lambda beyond 1", DISTILL + " objective.lambda=2", "lambda"),
+    _c("an unknown divergence", ONLINE + " objective.divergence=reverse-kl", "'reverse-kl' (did you mean 'reverse_kl'?)"),
+    _c("a teacher without folder", ONLINE, "objective.teacher.load: required", swap("online.yaml", b"    load: sharded\n", b"")),
+    _c("a teacher in FP8", ONLINE + TEACHER8, "objective.teacher: fp8 is for the model in training"),
     _c("no output", TRAIN + " output_dir=", "output_dir: "),
     _c("an output that is a file", TRAIN + " output_dir=data.jsonl", "data.jsonl: exists and is no folder of a training"),
     _c("an output inside a file", TRAIN + " output_dir=data.jsonl/run", "data.jsonl/run: cannot write there"),
@@ -145,6 +149,8 @@ TABLE: list[Bad] = [
     _c("a size without unit", "convert export megatron out --max-shard-size 5", "--max-shard-size: found '5'"),
     # The model's configuration.
     _m("no model", TRAIN + " model.load=./nowhere", "./nowhere: no such model folder"),
+    _m("no teacher", ONLINE + " objective.teacher.load=./nowhere", "objective.teacher: ./nowhere: no such model folder"),
+    _m("a teacher of fewer ids", ONLINE + " model.load=padded", "has a vocabulary of 300, and the model in training one of 307"),
     _m("neither folder nor hub id", TRAIN + " model.load=nowhere", "nowhere: no such folder here"),
     _m("an empty folder", TRAIN + " model.load=empty", "empty/config.json: cannot read: No such file", folder("empty")),
     _m("no config.json", TRAIN, "model/config.json: cannot read: No such file", gone(CONFIG)),
@@ -228,6 +234,7 @@ TABLE: list[Bad] = [
     _t("a template that drops contents", TRAIN, "drops the content of message 0", put(TEMPLATE, "{{ messages[-1]['content'] }}")),
     _t("a template that repeats contents", TRAIN, "repeats the content of message", put(TEMPLATE, "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}")),
     _t("no eos", TRAIN, "has no eos token", key(SETTINGS, "eos_token"), rows({"text": "x"})),
+    _t("the teacher's is another", ONLINE, "sharded has another tokenizer than", key("sharded/tokenizer_config.json", "eos_token", "<|im_start|>")),
     _t("larger than the model", TRAIN, "has id 300, the model's vocabulary has 300", key(SETTINGS, "eos_token", "</s>")),
     # Data.
     _d("no such file", TRAIN + " data.path=dat.jsonl", "dat.jsonl: no such data file (did you mean 'data.jsonl'?)"),

@@ -43,10 +43,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "PP2 x DP2, uneven, overlapped": (PP2 | FIRST1, {}, OVERLAP),
     "CP2 x DP2, overlapped": (CP2, {"micro_batch_size": 2}, OVERLAP),
 }
-# objective -> the layouts it is tried in; but for the last objective, a run is left in each and goes on in the next
+# objective -> the layouts it is tried in; but for the last two, a run is left in each and goes on in the next
 TRIED = {
     "sft": list(LAYOUTS),
     "distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute"],
+    "online_distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
     "sequence_mean": ["CP2 x DP2, overlapped"],
 }
 # go on in their own layout too
@@ -55,11 +56,13 @@ RESUMED = ["sft, TP2+SP x PP2", "sft, CP2 x PP2 x VPP2, recompute", "sft, PP2 x 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) -> Path:
-    """A tiny target, data, and the store of a tiny teacher."""
+    """A tiny target, data, the store of a tiny teacher, and a teacher of another shape with a larger vocabulary."""
     folder = tmp_path_factory.mktemp("tiny")
     chat = tiny.write_chat(folder / "chat.jsonl", rows=24, characters=200)
     tiny.write_model(folder / "model", chat)
     tiny.write_model(folder / "teacher", chat, seed=1)
+    tiny.write_model(folder / "wide", chat, seed=2, hidden_size=32, tie_word_embeddings=False)
+    tiny.pad_vocabulary(folder / "wide", 517)
     section = {
         "model": {"load": str(folder / "teacher"), "dtype": "fp32"},
         "data": {"path": str(chat), "seq_length": 128},
@@ -93,6 +96,13 @@ def test_curves_and_resumed_curves(work: Path) -> None:
     objectives = {
         "sft": {"name": "sft"},
         "distill": {"name": "distill", "store": str(work / "store"), "tail": "residual", "lambda": 0.3},
+        "online_distill": {
+            "name": "online_distill",
+            "teacher": {"load": str(work / "wide"), "dtype": "fp32"},
+            "divergence": "jsd",
+            "lambda": 0.3,
+            "temperature": 2.0,
+        },
         "sequence_mean": {"name": "sequence_mean"},
     }
     cases = {
@@ -109,7 +119,7 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         trainer, checked = open_trainer(run)
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
-        assert len(losses) == (3 if objective == "distill" else 1)
+        assert len(losses) == (3 if objective in ("distill", "online_distill") else 1)
         scored = evaluate_model(trainer.gpt, trainer.data.dataset, trainer.data.shape, trainer.world).model_dump()
         for layout in TRIED[objective]:
             rows = ranks[0][f"{objective}, {layout}"]

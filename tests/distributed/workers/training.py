@@ -74,7 +74,7 @@ def main() -> None:
             trainer, _ = open_trainer(run)
             found[f"{name}, resumed"] = take(trainer, 2)
     for name, other in pairwise(runs):
-        if runs[name].objective != runs[other].objective or runs[name].objective.name == "sequence_mean":
+        if runs[name].objective != runs[other].objective or runs[name].objective.name not in ("sft", "distill"):
             continue
         moved = runs[other].model_copy(update={"output_dir": runs[name].output_dir})
         trainer, _ = open_trainer(moved)

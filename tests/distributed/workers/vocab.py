@@ -1,4 +1,4 @@
-"""Worker of test_vocab.py: the kernel over a plain gloo group against the dense head, in float64."""
+"""Worker of test_vocab.py: the kernels over a plain gloo group against dense heads, in float64."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusemega.losses import _head
+from fusemega.losses.divergence import DIVERGENCES, fused_divergence_loss
 from fusemega.losses.sampled import sample_ids, uniforms
 from fusemega.losses.topk import top_k_log_probs
 from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
 from tests.distributed.launch import report
+from tests.losses.dense_divergence import dense_logits, dense_sums
 
 TOKENS, HIDDEN, ROWS = 9, 6, 400  # rows over all ranks, padding included
 CASES: dict[str, dict[str, Any]] = {
@@ -88,6 +90,50 @@ def check(case: dict[str, Any]) -> float:
     return worst
 
 
+TEACHER_HIDDEN = 4
+DIVERGENCE_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "chunked, softcaps": {"temperature": 2.0, "softcap": 3.0, "teacher_softcap": 2.0, "chunk_tokens": 4},
+    "a rank without real rows": {"vocab_size": 150},
+    "no tokens": {"tokens": 0},
+}
+
+
+def check_divergence(name: str, case: dict[str, Any]) -> float:
+    """As `check`, of `fused_divergence_loss`."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    options = {"vocab_size": 391, "temperature": 1.0} | case
+    tokens, vocab_size = options.pop("tokens", TOKENS), options["vocab_size"]
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((tokens, HIDDEN), (ROWS, HIDDEN), (tokens, TEACHER_HIDDEN), (ROWS, TEACHER_HIDDEN))
+    tensors = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    tensors[1][vocab_size:] = tensors[3][vocab_size:] = 100.0
+    labels_T = torch.randint(vocab_size, (tokens,), generator=generator)
+    full = [tensor.clone().requires_grad_() for tensor in tensors[:2]]
+    own = dense_logits(full[0], full[1][:vocab_size], case.get("softcap"))
+    taught = dense_logits(tensors[2], tensors[3][:vocab_size], case.get("teacher_softcap"))
+    sums = dense_sums(own, taught, labels_T, name, options["temperature"])
+    oracle = 0.3 * sums[0] + 1.7 * sums[1]
+    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    r_hidden, r_weight = torch.autograd.grad(oracle * 2, full)
+    local = [tensors[0].clone().requires_grad_(), tensors[1][mine].clone().requires_grad_()]
+    loss, sums_M = fused_divergence_loss(
+        *local,
+        tensors[2],
+        tensors[3][mine],
+        labels_T,
+        name,
+        label_weight=0.3,
+        divergence_weight=1.7,
+        group=dist.group.WORLD,
+        **options,
+    )
+    d_hidden, d_weight = torch.autograd.grad(loss * 2, local)
+    dist.all_reduce(d_hidden)
+    pairs = ((d_hidden, r_hidden), (d_weight, r_weight[mine]), (loss, oracle), (sums_M, torch.stack(sums)))
+    return max(float((got - wanted).abs().max().nan_to_num(nan=1.0)) for got, wanted in pairs if got.numel())
+
+
 def top_k() -> list[dict[str, Any]]:
     """Rows of a head with ties within and across ranks, at k below and above a rank's real rows."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -136,6 +182,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     _head.BLOCK_BYTES["cpu"] = 1  # blocks of 64 rows: several a rank
     errors = {name: check(case) for name, case in CASES.items()}
+    for name in DIVERGENCES:
+        errors |= {f"{name}, {case}": check_divergence(name, settings) for case, settings in DIVERGENCE_CASES.items()}
     report({"errors": errors, "top_k": top_k(), "draws": draws(dist.group.WORLD)})
     dist.destroy_process_group()
 
