@@ -61,11 +61,18 @@ def config_page() -> str:
     for section, name in sections.items():
         lines += [f"## `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
+    own: dict[type[Section], str] = {}
     for name in objective_names():
         objective = objective_named(name)
+        for key, field in objective.Settings.model_fields.items():
+            section = _section(field.annotation)
+            if section is not None and section not in sections:
+                own.setdefault(section, key)
         settings = _table(objective.Settings, without="name", described=sections)
         has_any = len(objective.Settings.model_fields) > 1
         lines += [f"### `{name}`\n", f"{_first_paragraph(objective)}\n", *(settings if has_any else ["No settings.\n"])]
+    for section, name in own.items():
+        lines += [f"### `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `merge_method`\n", "What may stand below `parameters`, of a merge and of one of its models.\n"]
     for name in method_names():
         method = find_method(name)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.losses.divergence import fused_divergence_loss
-from fusemega.losses.registry import ObjectiveSettings, Taught, TaughtObjective, register
+from fusemega.losses.registry import ObjectiveSettings, OnlineObjective, TeacherOutput, register
 
 if TYPE_CHECKING:
     from fusemega.text.sample import Sample
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @register("online_distill")
-class OnlineDistill(TaughtObjective):
+class OnlineDistill(OnlineObjective):
     """lambda * cross-entropy on labels + (1 - lambda) * T^2 * divergence from a teacher that runs in the same job."""
 
     class Settings(ObjectiveSettings):
@@ -73,7 +73,7 @@ class OnlineDistill(TaughtObjective):
         self,
         hidden_NH: Tensor,
         weight_VH: Tensor,
-        taught: Taught,
+        teacher: TeacherOutput,
         batch: Mapping[str, Any],
         denominators: Mapping[str, Tensor | float],
         head_kwargs: Mapping[str, Any],
@@ -82,14 +82,14 @@ class OnlineDistill(TaughtObjective):
         loss, sums_M = fused_divergence_loss(
             hidden_NH,
             weight_VH,
-            taught.hidden_NG,
-            taught.weight_VG,
+            teacher.hidden_NG,
+            teacher.weight_VG,
             batch["labels"],
             settings.divergence,
             temperature=settings.temperature,
             label_weight=settings.lambda_ / denominators["lm"],
             divergence_weight=(1.0 - settings.lambda_) * settings.temperature**2 / denominators["distill"],
-            teacher_softcap=taught.softcap,
+            teacher_softcap=teacher.softcap,
             **head_kwargs,
         )
         return loss, {"lm": sums_M[0], "distill": sums_M[1]}

@@ -1,6 +1,6 @@
 """Training objectives by name: what a loss must say about itself for the trainer to run it under any layout.
 
-A new loss is one file: a subclass of `TokenObjective`, `TaughtObjective` or `SequenceObjective` with its formula in the
+A new loss is one file: a subclass of `TokenObjective`, `OnlineObjective` or `SequenceObjective` with its formula in the
 docstring, under `@register(name)`.
 
 Shape suffixes: N supervised positions of a micro-batch, P of one sample, S samples of a micro-batch, H hidden size,
@@ -105,7 +105,7 @@ class TokenObjective(Objective):
 
 
 @dataclass(frozen=True, eq=False)
-class Taught:
+class TeacherOutput:
     """What a teacher makes of a micro-batch that the model in training reads too.
 
     Attributes:
@@ -119,7 +119,7 @@ class Taught:
     softcap: float | None
 
 
-class TaughtObjective(Objective):
+class OnlineObjective(Objective):
     """A sum over supervised tokens, as `TokenObjective`, that asks a second, frozen model about the same tokens.
 
     The trainer builds the teacher in the model's own layout and runs it over a step's micro-batches before the model.
@@ -136,12 +136,12 @@ class TaughtObjective(Objective):
         self,
         hidden_NH: Tensor,
         weight_VH: Tensor,
-        taught: Taught,
+        teacher: TeacherOutput,
         batch: Mapping[str, Any],
         denominators: Mapping[str, Tensor | float],
         head_kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As of `TokenObjective.loss`; nothing passes back to `taught`."""
+        """As of `TokenObjective.loss`; nothing passes back to the teacher."""
 
 
 class SequenceObjective(Objective):

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
-from fusemega.losses.registry import Objective, SequenceObjective, TaughtObjective, TokenObjective
+from fusemega.losses.registry import Objective, OnlineObjective, SequenceObjective, TokenObjective
 from fusemega.losses.vocab import Query, sparse_log_probs
 from fusemega.models.build import GPT
 from fusemega.runtime.context_parallel import sum_over_context
@@ -102,14 +102,14 @@ def objective_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A micro-batch's part of the loss, and of each term's sum: see `TokenObjective.loss`. Only on the last stage.
 
-    For a taught objective the batch holds what `Teacher.teach` adds to it.
+    For an online objective the batch holds what `OnlineTeacher.teach` adds to it.
     For a sequence objective, collective over context parallelism: each of its ranks gets the whole value.
     """
     if isinstance(objective, TokenObjective):
         return objective.loss(hidden_NH, gpt.head_weight(), batch, denominators, head_settings(gpt, world))
-    if isinstance(objective, TaughtObjective):
-        taught, head = batch["taught"], head_settings(gpt, world)
-        return objective.loss(hidden_NH, gpt.head_weight(), taught, batch, denominators, head)
+    if isinstance(objective, OnlineObjective):
+        teacher, head = batch["teacher"], head_settings(gpt, world)
+        return objective.loss(hidden_NH, gpt.head_weight(), teacher, batch, denominators, head)
     assert isinstance(objective, SequenceObjective)
     labels = Query(batch["labels"][:, None])
     logp_N = sparse_log_probs(hidden_NH, gpt.head_weight(), labels, **head_settings(gpt, world)).logp_TK[:, 0]

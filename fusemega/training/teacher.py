@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from fusemega.checkpoint.open_model import ModelConfig, ModelSource
 from fusemega.errors import UserError
-from fusemega.losses.registry import Taught
+from fusemega.losses.registry import TeacherOutput
 from fusemega.models.build import GPT
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
@@ -48,7 +48,7 @@ def open_teacher(config: ModelConfig, parallel: ParallelConfig, world_size: int,
 
 
 @dataclass(frozen=True)
-class Teacher:
+class OnlineTeacher:
     """What one process holds of it. `weight_VG` is on the last stage: the rows of the student's ids there."""
 
     gpt: GPT
@@ -56,7 +56,7 @@ class Teacher:
     weight_VG: torch.Tensor | None
 
     @classmethod
-    def build(cls, source: ModelSource, student: GPT, world: World) -> Teacher:
+    def build(cls, source: ModelSource, student: GPT, world: World) -> OnlineTeacher:
         """With its weights, in the student's layout. Collective."""
         gpt = source.build(world).requires_grad_(False).eval()
         weight_VG = _same_rows(gpt.head_weight(), student.head_weight(), world) if world.is_last_stage else None
@@ -64,7 +64,7 @@ class Teacher:
 
     @torch.no_grad()
     def teach(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """The micro-batches, with `Taught` under "taught" on the last stage. Collective."""
+        """The micro-batches, with `TeacherOutput` under "teacher" on the last stage. Collective."""
 
         def keep(hidden_NG: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             return hidden_NG.new_zeros(()), hidden_NG
@@ -74,7 +74,7 @@ class Teacher:
             return list(micro_batches)
         softcap = head_settings(self.gpt, self.world).get("softcap")
         return [
-            {**batch, "taught": Taught(hidden_NG, self.weight_VG, softcap)}
+            {**batch, "teacher": TeacherOutput(hidden_NG, self.weight_VG, softcap)}
             for batch, hidden_NG in zip(micro_batches, hidden, strict=True)
         ]
 

@@ -13,7 +13,7 @@ from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.output import check_writable, on_main, write_durably
 from fusemega.checkpoint.torch_dist import load_model
 from fusemega.errors import UserError
-from fusemega.losses.registry import Objective, TaughtObjective, build_objective
+from fusemega.losses.registry import Objective, OnlineObjective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
@@ -21,7 +21,7 @@ from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.optimizer import complete_parameters
 from fusemega.training.records import DONE_MARKER, RUN_RECORD
 from fusemega.training.run import TrainRun
-from fusemega.training.teacher import Teacher, open_teacher
+from fusemega.training.teacher import OnlineTeacher, open_teacher
 from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
 
@@ -48,7 +48,7 @@ class Checked:
         run.training.check_recompute(source.chunk_sizes)
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
         teacher = None
-        if isinstance(objective, TaughtObjective):
+        if isinstance(objective, OnlineObjective):
             teacher = open_teacher(objective.teacher, run.parallel, world_size, source)
         return cls(run, source, objective, teacher)
 
@@ -78,7 +78,7 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
             run.evaluation.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world
         )
     gpt = checked.source.build(world, run.training.recompute())
-    teacher = None if checked.teacher is None else Teacher.build(checked.teacher, gpt, world)
+    teacher = None if checked.teacher is None else OnlineTeacher.build(checked.teacher, gpt, world)
     trainer = Trainer.create(run, world, gpt, checked.objective, data, held_out, teacher)
     # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
     on_main(world, lambda: _write_record(output, run))

@@ -34,7 +34,7 @@ from fusemega.training.forward import Batch, objective_loss, run_schedule, total
 from fusemega.training.metrics import MetricsWriter, with_costs
 from fusemega.training.optimizer import complete_parameters, schedule, wrap
 from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
-from fusemega.training.teacher import Teacher
+from fusemega.training.teacher import OnlineTeacher
 from fusemega.training.wandb_run import WandbRun
 
 CHECKPOINTS = "checkpoints"
@@ -73,7 +73,7 @@ class Trainer:
     train_iters: int
     saver: CheckpointSaver
     held_out: TokenizedDataset | None = None
-    teacher: Teacher | None = None
+    teacher: OnlineTeacher | None = None
     iteration: int = 0
     best: Best = Best()
 
@@ -86,7 +86,7 @@ class Trainer:
         objective: Objective,
         data: TrainingData,
         held_out: TokenizedDataset | None = None,
-        teacher: Teacher | None = None,
+        teacher: OnlineTeacher | None = None,
     ) -> Trainer:
         """Wrap the model; start from the newest checkpoint of `run.output_dir`, if there is one.
 
