@@ -10,7 +10,7 @@ warm that they are. The step is one of `fusemega train` on such conversations, o
 cores; the reads' share of it is that of 4 rows.
 
 `fuse_over_sft` are such steps with two teachers of other tokenizers (Qwen2.5's and Llama-3's, rows of made-up ids)
-against the same steps without, in turn: the median of the ratios, rows and coordinates being read, aligned and projected
+against the same steps without, in turn: the median of the ratios, rows being read, aligned and projected
 in the step. `ok` is whether all that keeps the limits in `LIMITS`. The last line is one JSON object.
 """
 
