@@ -110,4 +110,4 @@ class Fuse(Taught):
 
     def _cross_entropy(self, row: Row) -> float:
         """Nats a byte of text or a token, as `ce_per` says. Closing tokens have no bytes: a text of none counts one."""
-        return -row.sum_logp / (max(row.num_bytes, 1) if self._fusion.ce_per == "byte" else row.num_tokens)
+        return row.cross_entropy if self._fusion.ce_per == "token" else -row.sum_logp / max(row.num_bytes, 1)

@@ -24,6 +24,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     store = Store.open(path)
     index = np.concatenate([np.empty(0, dtype=INDEX), *(shard.index for shard in store.shards)])
     positions, text_bytes = int(index["positions"].sum()), int(index["num_bytes"].sum())
+    scored = int(index["num_scored"].sum())
     size, nats = sum(shard.path.stat().st_size for shard in store.shards), -float(index["sum_logp"].sum())
     return {
         "path": str(path),
@@ -34,6 +35,6 @@ def describe(path: str | Path) -> dict[str, Any]:
         "size_bytes": size,
         "bytes_per_position": round(size / positions, 2) if positions else None,
         "text_bytes": text_bytes,
-        "cross_entropy_per_token": nats / positions if positions else None,
+        "cross_entropy_per_token": nats / scored if scored else None,
         "cross_entropy_per_byte": nats / text_bytes if text_bytes else None,
     }

@@ -32,6 +32,8 @@ class Manifest(Section):
         top_k: ids a position, of `top_k` rows.
         num_samples, seed: draws a position, with replacement, and their seed, of `sampled` rows.
         vocab_size: of the scorer; ids are below it.
+        projected: of a store in another vocabulary than its scorer's (`fusemega project`): how it came about. Then
+            `tokenizer`, `template` and `vocab_size` are those of the vocabulary that it is in.
         versions: of the packages that wrote it; informative, never compared.
         format: of the shards.
     """
@@ -47,6 +49,7 @@ class Manifest(Section):
     num_samples: int | None = Field(None, ge=1)
     seed: int | None = None
     vocab_size: int = Field(ge=1, le=1 << 25)  # the most that the coding of ids allows
+    projected: dict[str, str] | None = None
     versions: dict[str, str] = {}
     format: int = _FORMAT
 

@@ -22,6 +22,7 @@ class Row:
         log_residual_P: float32, log of the mass of all other tokens, at that temperature; `sampled`: -inf.
         sum_logp: summed log-prob of the supervised tokens themselves, at temperature 1, in nats.
         num_bytes: UTF-8 bytes of the supervised tokens.
+        num_scored: tokens that `sum_logp` is of, the scorer's own; None: P.
     """
 
     ids_hash: bytes
@@ -31,6 +32,7 @@ class Row:
     log_residual_P: np.ndarray
     sum_logp: float
     num_bytes: int
+    num_scored: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -39,8 +41,8 @@ class Row:
 
     @property
     def mean_logp(self) -> float:
-        """`sum_logp` a token, in nats."""
-        return self.sum_logp / self.num_tokens
+        """`sum_logp` a token of the scorer's own tokenizer, in nats."""
+        return self.sum_logp / (self.num_scored or self.num_tokens)
 
     @property
     def cross_entropy(self) -> float:

@@ -34,6 +34,7 @@ INDEX = np.dtype(
         ("ids_hash", "u1", HASH_BYTES),
         ("num_bytes", "<i8"),
         ("sum_logp", "<f8"),
+        ("num_scored", "<i4"),
     ]
 )
 _MAPPED = 256  # shards mapped at a time: each holds a file descriptor, of which a process may have 1,024
@@ -44,6 +45,7 @@ def index_entry(key: bytes, row: Row, codes: bytes) -> np.ndarray:
     entry = np.zeros(1, dtype=INDEX)
     entry["key"], entry["ids_hash"] = np.frombuffer(key, np.uint8), np.frombuffer(row.ids_hash, np.uint8)
     entry["positions"], entry["num_bytes"], entry["sum_logp"] = row.num_tokens, row.num_bytes, row.sum_logp
+    entry["num_scored"] = row.num_scored or row.num_tokens
     entry["checksum"] = zlib.crc32(codes)
     return entry
 
@@ -136,6 +138,7 @@ class Shard:
     def row(self, r: int) -> Row:
         """Row `r` of the shard. Raises as `coded`."""
         (entry,), codes = self.coded(r)
+        scored = int(entry["num_scored"])
         end_bytes, ids_PK, logp_PK, log_residual_P = decode(codes, int(entry["positions"]), self._manifest)
         return Row(
             ids_hash=entry["ids_hash"].tobytes(),
@@ -145,6 +148,7 @@ class Shard:
             log_residual_P=log_residual_P,
             sum_logp=float(entry["sum_logp"]),
             num_bytes=int(entry["num_bytes"]),
+            num_scored=None if scored == entry["positions"] else scored,
         )
 
 
