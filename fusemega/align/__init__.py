@@ -6,4 +6,9 @@ make_map.py         the kinds of maps
 mined.py            the nearest of many strings by edit distance
 positions.py        positions that end at the same byte
 projection.py       a source's rows in the target's ids, by lookup
+dtw.py              the published alignment: dynamic time warping of token strings
+reference_rows.py   the published projection
+corpus.py           the samples that two tokenizations share, over processes
+counts.py           pairs of tokens that stand side by side in a corpus
+project.py          `fusemega project`: a source's store in the target's ids, ahead of training
 """

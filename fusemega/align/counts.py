@@ -1,0 +1,129 @@
+"""How often tokens of two vocabularies stand side by side in a corpus: what statistics-based maps (MS) are made of.
+
+FuseChat (arXiv:2402.16107) counts, for each target position, every distinct source token that its warped path aligns
+with it, prompts, templates and padding included (`dtw`). The default counts the tokens that end at the same byte, of
+supervised text only, which is all that a map is used on (`offsets`).
+
+Shapes: C pairs, N target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fusemega.align.corpus import Pair, map_pairs, sample_pairs
+from fusemega.align.dtw import Strings, dtw_reference
+from fusemega.align.positions import shared_positions
+from fusemega.errors import UserError
+from fusemega.text.dataset import TokenizedDataset
+from fusemega.text.sample import Sample
+
+_MERGE = 1 << 22  # pairs in memory before equal ones are added up
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """Distinct pairs, by source id, then target id. `source_C`, `target_C`, `count_C`: int64."""
+
+    source_C: np.ndarray
+    target_C: np.ndarray
+    count_C: np.ndarray
+
+
+def count_pairs(
+    source: TokenizedDataset,
+    target: TokenizedDataset,
+    by: Literal["offsets", "dtw"] = "offsets",
+    strings: tuple[Strings, Strings] | None = None,
+    pad_to: int = 0,
+    workers: int | None = None,
+) -> PairCounts:
+    """The pairs of all samples that the two tokenizations share.
+
+    Args:
+        source, target: one data set, as `prepare` tokenizes it for each.
+        strings: `decoded_strings` of both, for `dtw`.
+        pad_to: for `dtw`: tokens that both sequences are padded to; 0: not padded.
+        workers: processes; by default as many as there are cores and work for.
+
+    Raises:
+        UserError: no sample in common.
+    """
+    pairs = sample_pairs(source, target)
+    if not pairs:
+        raise UserError(
+            f"none of {len(target)} samples is a sample of both tokenizers: documents longer than seq_length are cut "
+            "at different bytes, so raise data.seq_length"
+        )
+    context = partial(_Corpus, source.folder, target.folder, strings if by == "dtw" else None, pad_to)
+    return _merged(map_pairs(_count, context, pairs, "counting", workers))
+
+
+class _Corpus:
+    """What a process keeps open."""
+
+    def __init__(self, source: Path, target: Path, strings: tuple[Strings, Strings] | None, pad_to: int) -> None:
+        self.source, self.target = TokenizedDataset(source), TokenizedDataset(target)
+        self.strings, self.pad_to = strings, pad_to
+
+    def pairs(self, source: Sample, target: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Source and target ids, one of each a pair."""
+        if self.strings is None:
+            source_ids, source_ends = _supervised(source)
+            target_ids, target_ends = _supervised(target)
+            in_source, in_target = shared_positions(source_ends, target_ends)
+            return source_ids[in_source], target_ids[in_target]
+        source_strings, target_strings = self.strings
+        source_ids = source_strings.padded(source.ids, self.pad_to)
+        target_ids = target_strings.padded(target.ids, self.pad_to)
+        first_N, last_N = dtw_reference(source_ids, target_ids, source_strings, target_strings)
+        count_N = last_N - first_N + 1
+        position = np.repeat(np.arange(len(target_ids)), count_N)
+        step = np.arange(len(position)) + np.repeat(first_N - (np.cumsum(count_N) - count_N), count_N)
+        # A source token that a position is aligned with several times counts once.
+        distinct = np.unique(np.stack([position, source_ids[step]]), axis=1)
+        return distinct[1], target_ids[distinct[0]]
+
+
+def _supervised(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and ends of the supervised tokens that have text of their own: a template's or tokenizer's space ends where
+    the token before it does."""
+    ends = sample.end_bytes.astype(np.int64)
+    before = np.maximum.accumulate(np.append(-1, ends))[:-1]
+    kept = sample.supervised & (ends > before)
+    return sample.ids[kept], ends[kept]
+
+
+def _count(corpus: _Corpus, pairs: Sequence[Pair]) -> PairCounts:
+    found = [corpus.pairs(corpus.source[s], corpus.target[t]) for s, t in pairs]
+    source_C, target_C = (np.concatenate(side).astype(np.int64) for side in zip(*found, strict=True))
+    return _merged([PairCounts(source_C, target_C, np.ones(len(source_C), dtype=np.int64))])
+
+
+def _merged(parts: Iterable[PairCounts]) -> PairCounts:
+    """One list of distinct pairs; memory grows with their number, not with the corpus."""
+    waiting: list[PairCounts] = []
+    size, limit = 0, _MERGE
+    for part in parts:
+        waiting.append(part)
+        size += len(part.count_C)
+        if size > limit:
+            waiting = [_sum(waiting)]
+            size = len(waiting[0].count_C)
+            limit = max(_MERGE, 2 * size)
+    return _sum(waiting)
+
+
+def _sum(parts: Sequence[PairCounts]) -> PairCounts:
+    source_C, target_C, count_C = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("source_C", "target_C", "count_C")
+    )
+    keys, place = np.unique((source_C << 32) | target_C, return_inverse=True)
+    counts = np.bincount(place, weights=count_C, minlength=len(keys)).astype(np.int64)
+    return PairCounts(keys >> 32, keys & 0xFFFFFFFF, counts)
