@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fusemega.align.project import ProjectRun
 from fusemega.config import Section, load
 from fusemega.merge import methods  # noqa: F401  (registers them)
 from fusemega.merge.method import find_method
@@ -15,7 +16,13 @@ from fusemega.scoring.teach import TeachRun
 from fusemega.training.run import TrainRun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-KINDS: dict[str, type[Section]] = {"train": TrainRun, "online": TrainRun, "teach": TeachRun, "eval": EvalRun}
+KINDS: dict[str, type[Section]] = {
+    "train": TrainRun,
+    "online": TrainRun,
+    "teach": TeachRun,
+    "project": ProjectRun,
+    "eval": EvalRun,
+}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: str(p.relative_to(EXAMPLES)))

@@ -20,6 +20,7 @@ from fusemega.runtime.console import quiet_megatron
 COMMANDS = {
     "train": "Train a model as a run file says.",
     "teach": "Store a teacher's top-k distributions for a data set.",
+    "project": "Bring a store into another vocabulary as FuseLLM and FuseChat do, for parity.",
     "merge": "Merge fine-tuned variants of one model, out of core.",
     "split": "Split long dialogues and texts so that they fit several tokenizers' windows.",
     "eval": "Perplexity and bits per byte of a model on a data set.",

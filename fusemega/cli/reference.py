@@ -36,6 +36,7 @@ def write(folder: Path) -> None:
 def config_page() -> str:
     """Every key of every run file: type, default, meaning, constraints."""
     import fusemega.merge.methods  # noqa: F401  (registers them)
+    from fusemega.align.project import ProjectRun
     from fusemega.losses.registry import objective_named, objective_names
     from fusemega.merge.method import find_method, method_names
     from fusemega.merge.run import MergeRun
@@ -43,13 +44,19 @@ def config_page() -> str:
     from fusemega.scoring.teach import TeachRun
     from fusemega.training.run import TrainRun
 
-    runs: dict[str, type[Section]] = {"train": TrainRun, "teach": TeachRun, "eval": EvalRun, "merge": MergeRun}
+    runs: dict[str, type[Section]] = {
+        "train": TrainRun,
+        "teach": TeachRun,
+        "project": ProjectRun,
+        "eval": EvalRun,
+        "merge": MergeRun,
+    }
     lines = [
         "# Run files\n",
         _WRITTEN,
-        "YAML, read by `fusemega train`, `teach`, `eval` and `merge`; any value can be replaced on the command line,",
-        "as in `optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys that are not listed here are",
-        "refused, and so is a key that stands twice.\n",
+        "YAML, read by `fusemega train`, `teach`, `project`, `eval` and `merge`; any value can be replaced on the",
+        "command line, as in `optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys that are not",
+        "listed here are refused, and so is a key that stands twice.\n",
     ]
     sections: dict[type[Section], str] = {}
     for verb, run in runs.items():

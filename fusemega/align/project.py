@@ -1,0 +1,197 @@
+"""`fusemega project`: a source's store in the target's ids, as the published methods make it, ahead of training.
+
+Only parity needs this: it aligns whole token sequences of both tokenizers, which a store does not have. The default
+alignment and projection work on rows as they are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from fusemega import __version__
+from fusemega.align.corpus import Pair, map_pairs, sample_pairs
+from fusemega.align.dtw import Rules, Strings, decoded_strings, form_strings
+from fusemega.align.reference_rows import Aligner, reference_row
+from fusemega.align.vocabulary import Vocabulary
+from fusemega.align.vocabulary_map import VocabularyMap
+from fusemega.assets import cache_folder
+from fusemega.config import Section
+from fusemega.errors import UserError
+from fusemega.runtime.console import say
+from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import TokenizedDataset, prepare
+from fusemega.text.document import MASK_POLICY
+from fusemega.text.tokenizer import Tokenizer
+
+
+class Side(Section):
+    """One of the two models."""
+
+    tokenizer: str = Field(description="folder or hub id of the model, or of its tokenizer alone")
+    store: str = Field(description="folder of its sample store, written by `fusemega teach` from the same data")
+
+
+class TeacherSide(Side):
+    """The teacher: its tokenizer, and what it said about the data."""
+
+
+class TargetSide(Side):
+    """The model to be trained: its tokenizer, and what it said about the data before."""
+
+
+class ProjectRun(Section):
+    """Run file of `fusemega project`."""
+
+    data: DataConfig
+    source: TeacherSide = Field(description="the teacher")
+    target: TargetSide = Field(description="the model to train; its rows stand where nothing of the source's is left")
+    map: str = Field(description="vocabulary map from the source's to the target's, written by `fusemega align`")
+    store: str = Field(description="folder of the new store; an interrupted run goes on where it stopped")
+    rules: Rules = Field(
+        "fusechat",
+        description="fusechat, or fusellm: tokens as the vocabularies write them, another order at equal sums, and the "
+        "position's own token for a label instead of the next",
+    )
+    pad: bool = Field(True, description="pad both sequences to data.seq_length before they are aligned, as FuseChat")
+    on_missing: Literal["error", "skip"] = Field("error", description="for a sample without a row in both stores")
+    workers: int | None = Field(None, ge=1, description="processes; by default as many as there are cores and work for")
+
+
+def project(run: ProjectRun) -> dict[str, int]:
+    """Projects the source's rows. Returns how many positions learn from the source's `row`, their `label`, or the
+    target's `own` row, of the samples projected now.
+
+    Raises:
+        UserError: a store or map of other tokenizers, templates, data or windows; a store begun otherwise; a sample
+            without a row (unless `on_missing: skip`).
+    """
+    source, target = _Model(run.source, run.data.seq_length), _Model(run.target, run.data.seq_length)
+    vocabulary_map = VocabularyMap.load(run.map)
+    for name, model, found in (
+        ("source", source, vocabulary_map.source),
+        ("target", target, vocabulary_map.target),
+    ):
+        if found != model.tokenizer.content_hash:
+            raise UserError(
+                f"{run.map}: the map's {name} is another tokenizer than {model.tokenizer.source} (map {found[:12]}, "
+                f"tokenizer {model.tokenizer.content_hash[:12]}); make one with `fusemega align`"
+            )
+    theirs, ours = source.store.manifest, target.store.manifest
+    if theirs.temperature != ours.temperature:
+        raise UserError(
+            f"{source.store.path}: stored at temperature {theirs.temperature}, and {target.store.path} at "
+            f"{ours.temperature}; rows of both stand in one store"
+        )
+    manifest = Manifest(
+        weights=theirs.weights,
+        tokenizer=target.tokenizer.content_hash,
+        template=target.tokenizer.template_hash,
+        mask_policy=MASK_POLICY,
+        truncation=run.data.seq_length,
+        temperature=theirs.temperature,
+        top_k=max(theirs.entries, ours.entries),
+        vocab_size=max(ours.vocab_size, target.tokenizer.num_ids),
+        projected={
+            "alignment": run.rules + (", padded" if run.pad else ""),
+            "map": f"{vocabulary_map.kind} {vocabulary_map.content_hash}",
+            "source_tokenizer": source.tokenizer.content_hash,
+            "target_weights": ours.weights,
+        },
+        versions={"fusemega": __version__, "numba": version("numba"), "rapidfuzz": version("rapidfuzz")},
+    )
+    folder = Path(run.store)
+    check_store(folder, manifest)
+    for model in (source, target):
+        model.data = prepare(run.data, model.tokenizer, cache_folder() / "data", progress=True)
+    pairs = _with_rows(run, source, target)
+    pad_to = run.data.seq_length if run.pad else 0
+    aligner = Aligner.of(*source.words(run.rules), *target.words(run.rules), vocabulary_map, pad_to)
+    counts: Counter[str] = Counter()
+    with StoreWriter(folder, manifest) as writer:
+        missing = [(s, t) for s, t in pairs if target.data[t].key not in writer]
+        if len(missing) < len(pairs):
+            say(f"{len(pairs) - len(missing)} samples are in {folder} already")
+        context = partial(_Work, source.data.folder, target.data.folder, source.store.path, target.store.path, aligner)
+        for rows, kinds in map_pairs(_project, context, missing, "projected", run.workers):
+            counts += kinds
+            for key, row in rows:
+                writer.add(key, row)
+    return dict(counts)
+
+
+class _Model:
+    """One side's tokenizer, store and samples."""
+
+    data: TokenizedDataset
+
+    def __init__(self, side: Side, seq_length: int) -> None:
+        self.tokenizer, self.store = Tokenizer.load(side.tokenizer), Store.open(side.store)
+        hashes = {"tokenizer": self.tokenizer.content_hash, "template": self.tokenizer.template_hash}
+        self.store.check(hashes | {"mask_policy": MASK_POLICY, "truncation": seq_length, "rows": "top_k"})
+
+    def words(self, rules: Rules) -> tuple[Vocabulary, Strings]:
+        """The vocabulary, and the strings that the rules compare its tokens by."""
+        vocabulary = Vocabulary.of(self.tokenizer)
+        if rules == "fusellm":
+            return vocabulary, form_strings(self.tokenizer, vocabulary)
+        return vocabulary, decoded_strings(self.tokenizer, vocabulary.marker)
+
+
+def _with_rows(run: ProjectRun, source: _Model, target: _Model) -> list[Pair]:
+    """The samples that both tokenizers and both stores have.
+
+    Raises:
+        UserError: one that some of them lacks, unless it may be skipped; none at all.
+    """
+    pairs, keys = sample_pairs(source.data, target.data), target.data.keys
+    reasons = dict.fromkeys(range(len(keys)), "the source's tokenizer cuts its document into other windows")
+    for _, t in pairs:
+        lacking = [model.store.path for model in (source, target) if keys[t] not in model.store]
+        if lacking:
+            reasons[t] = f"no row in the store {lacking[0]}, which was written from other data"
+        else:
+            del reasons[t]
+    if reasons and (run.on_missing == "error" or len(reasons) == len(keys)):
+        first = min(reasons)
+        allowed = " (allowed with on_missing: skip)" if run.on_missing == "error" else ""
+        raise UserError(
+            f"{target.data[first].source}: {reasons[first]}; of {len(keys)} samples {len(reasons)} cannot be "
+            f"projected{allowed}"
+        )
+    if reasons:
+        say(f"skipping {len(reasons)} of {len(keys)} samples without a row in both stores")
+    return [(s, t) for s, t in pairs if t not in reasons]
+
+
+class _Work:
+    """What a process keeps open."""
+
+    def __init__(self, source_data: Path, target_data: Path, source: Path, target: Path, aligner: Aligner) -> None:
+        self.source_data, self.target_data = TokenizedDataset(source_data), TokenizedDataset(target_data)
+        self.source, self.target, self.aligner = Store.open(source), Store.open(target), aligner
+
+
+def _project(work: _Work, pairs: Sequence[Pair]) -> tuple[list[tuple[bytes, Row]], Counter[str]]:
+    rows: list[tuple[bytes, Row]] = []
+    counts: Counter[str] = Counter()
+    for s, t in pairs:
+        source, target = work.source_data[s], work.target_data[t]
+        found = []
+        for sample, store in ((source, work.source), (target, work.target)):
+            row = store.get(sample.key)
+            assert row is not None  # looked up before any work began
+            if row.ids_hash != sample.ids_hash:
+                raise UserError(f"{sample.source}: the row in the store {store.path} is of other token ids")
+            found.append(row)
+        projected, kinds = reference_row(work.aligner, source, target, *found)
+        rows.append((target.key, projected))
+        counts += kinds
+    return rows, counts
