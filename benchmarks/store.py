@@ -7,8 +7,11 @@ KL(fp32 row || row as read), with the residual as one more outcome, in float64. 
 included, at the model's vocabulary of 49,152 and at 262,144. For the reads the rows are repeated under other keys up
 to `--megabytes`; cold means that the shards are not in the page cache (the bytes that came from the disk are counted),
 warm that they are. The step is one of `fusemega train` on such conversations, objective sft, 4 samples, fp32, on all
-cores; the reads' share of it is that of 4 rows. `ok` is whether all that keeps the limits in `LIMITS`. The last line
-is one JSON object.
+cores; the reads' share of it is that of 4 rows.
+
+`fuse_over_sft` are such steps with two teachers of other tokenizers (Qwen2.5's and Llama-3's, rows of made-up ids)
+against the same steps without, in turn: the median of the ratios, rows being read, aligned and projected
+in the step. `ok` is whether all that keeps the limits in `LIMITS`. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,21 +22,24 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-K, SEQ_LENGTH, GLOBAL_BATCH, STEPS = 10, 512, 4, 4
+K, SEQ_LENGTH, GLOBAL_BATCH, STEPS, CHARACTERS = 10, 512, 4, 8, 1200
 LIMITS = {
     "bytes_per_position_262144": 35,
     "kl_mean": 1e-3,
     "kl_max": 5e-3,
     "cold_share_of_step": 0.01,
     "warm_share_of_step": 0.01,
+    "fuse_min_ce_over_sft": 1.05,
+    "fuse_avg_ce_over_sft": 1.05,
 }
+TEACHERS = ("qwen2.5", "llama3")
 
 
 def samples_of(count: int) -> list[Any]:
@@ -135,28 +141,76 @@ def forget(store: Any) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def step_seconds(work: Path) -> float:
-    """Median of a training step on conversations like those of the rows."""
-    from fusemega.assets import chat_data, smollm2
+def write_chat(work: Path) -> Path:
+    """Conversations short enough to be one window in every tokenizer."""
+    from fusemega.assets import chat_data
+
+    lines = chat_data().train.read_text(encoding="utf-8").splitlines()
+    short = [x for x in lines if sum(len(m["content"]) for m in json.loads(x)["messages"]) < CHARACTERS]
+    (work / "chat.jsonl").write_text("\n".join(short[:200]) + "\n", encoding="utf-8")
+    return work / "chat.jsonl"
+
+
+def teacher_of(work: Path, name: str, chat: Path, rows: Sequence[Any]) -> dict[str, str]:
+    """A store of another tokenizer's rows of the conversations, with made-up ids, and the map from it."""
+    from fusemega.align.make_map import exact_map
+    from fusemega.align.vocabulary import Vocabulary
+    from fusemega.assets import cache_folder, smollm2
+    from fusemega.assets_tokenizers import tokenizer
+    from fusemega.store import Manifest, Row, StoreWriter
+    from fusemega.text.data import DataConfig
+    from fusemega.text.dataset import prepare
+    from fusemega.text.document import MASK_POLICY
+    from fusemega.text.tokenizer import Tokenizer
+
+    source, target = Tokenizer.load(tokenizer(name)), Tokenizer.load(smollm2())
+    exact_map(Vocabulary.of(source), Vocabulary.of(target)).save(work / f"{name}.map")
+    manifest = Manifest(
+        weights=name, tokenizer=source.content_hash, template=source.template_hash, mask_policy=MASK_POLICY,
+        truncation=SEQ_LENGTH, temperature=1.0, top_k=K, vocab_size=source.num_ids,
+    )  # fmt: skip
+    logp_NE = np.concatenate([np.column_stack([row.logp_PK, row.log_residual_P]) for row in rows])
+    rng = np.random.default_rng(0)
+    with StoreWriter(work / name, manifest) as writer:
+        for sample in prepare(DataConfig(path=str(chat), seq_length=SEQ_LENGTH), source, cache_folder() / "data"):
+            places = sample.positions
+            logp_PE = logp_NE[rng.integers(0, len(logp_NE), len(places))]
+            ids_PK = (sample.ids[places + 1, None] + 997 * np.arange(K)) % source.num_ids  # the label first
+            ends, nats = sample.end_bytes[places], float(rng.uniform(1, 2) * len(places))
+            ids_PK = ids_PK.astype("i4")
+            writer.add(
+                sample.key,
+                Row(sample.ids_hash, ends, ids_PK, logp_PE[:, :K], logp_PE[:, K], -nats, sample.num_bytes),
+            )
+    return {"store": str(work / name), "map": str(work / f"{name}.map")}
+
+
+def step_seconds(work: Path, chat: Path, objectives: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Seconds of the same steps with each objective, in turn; the first step is not counted."""
+    from fusemega.assets import smollm2
     from fusemega.config import validate
     from fusemega.training.run import TrainRun
     from fusemega.training.train import open_trainer
 
-    settings = {
-        "output_dir": str(work / "run"),
-        "model": {"load": str(smollm2()), "dtype": "fp32"},
-        "data": {"path": str(chat_data().train), "seq_length": SEQ_LENGTH, "limit": 200},
-        "objective": {"name": "sft"},
-        "optimizer": {"lr": 1e-5},
-        "training": {"train_iters": STEPS, "global_batch_size": GLOBAL_BATCH, "export_hf": False},
-    }
-    trainer, _ = open_trainer(validate(TrainRun, settings, "store"))
-    seconds = []
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        trainer.step()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    trainers = {}
+    for name, objective in objectives.items():
+        settings = {
+            "output_dir": str(work / f"run-{name}"),
+            "model": {"load": str(smollm2()), "dtype": "fp32"},
+            "data": {"path": str(chat), "seq_length": SEQ_LENGTH},
+            "objective": objective,
+            "optimizer": {"lr": 1e-5},
+            "training": {"train_iters": STEPS, "global_batch_size": GLOBAL_BATCH, "export_hf": False},
+        }
+        trainers[name], _ = open_trainer(validate(TrainRun, settings, name))
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for step in range(STEPS):
+        for name, trainer in trainers.items():
+            started = time.perf_counter()
+            trainer.step()
+            if step:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 def measure(work: Path, count: int, megabytes: float) -> dict[str, Any]:
@@ -170,7 +224,13 @@ def measure(work: Path, count: int, megabytes: float) -> dict[str, Any]:
     forget(many)
     cold, cold_bytes = reads(many.path, keys)
     warm, warm_bytes = reads(many.path, keys)
-    step = step_seconds(work)
+    chat = write_chat(work)
+    teachers = [teacher_of(work, name, chat, rows) for name in TEACHERS]
+    objectives: dict[str, Any] = {"sft": {"name": "sft"}}
+    for function in ("min_ce", "avg_ce"):
+        objectives[f"fuse_{function}"] = {"name": "fuse", "teachers": teachers, "fusion": {"function": function}}
+    seconds = step_seconds(work, chat, objectives)
+    step = statistics.median(seconds["sft"])
     result: dict[str, Any] = {
         "benchmark": "store",
         "rows": len(rows),
@@ -189,6 +249,10 @@ def measure(work: Path, count: int, megabytes: float) -> dict[str, Any]:
         "cold_share_of_step": cold * GLOBAL_BATCH / 1e6 / step,
         "warm_share_of_step": warm * GLOBAL_BATCH / 1e6 / step,
     }
+    for name in ("fuse_min_ce", "fuse_avg_ce"):
+        ratios = [a / b for a, b in zip(seconds[name], seconds["sft"], strict=True)]
+        result[f"{name}_over_sft"] = round(statistics.median(ratios), 3)
+        result[f"{name}_ratios"] = [round(ratio, 3) for ratio in ratios]
     result["ok"] = all(result[name] <= limit for name, limit in LIMITS.items())
     return result
 

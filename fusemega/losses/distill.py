@@ -153,7 +153,9 @@ class Distill(Taught):
     @classmethod
     def build(cls, settings: Distill.Settings, tokenizer: Tokenizer, vocab_size: int) -> Distill:
         teacher = Teacher(settings, "objective", tokenizer, vocab_size, settings.temperature, settings.tail)
-        if teacher.store.manifest.rows == "sampled" and "tail" in settings.model_fields_set:
+        # Through a map some draws' ids have no counterpart: those are a tail.
+        sampled = teacher.store.manifest.rows == "sampled"
+        if sampled and settings.map is None and "tail" in settings.model_fields_set:
             raise UserError(
                 f"objective.tail: of no effect with {settings.store}, whose rows are draws from the whole "
                 "distribution: leave it out"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import tiny
+from fusemega import cli
 from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.losses.sampled import uniforms
 from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.scoring.teach import TeachRun, teach
-from fusemega.store import Store
+from fusemega.store import Store, StoreWriter
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
@@ -139,6 +142,47 @@ def test_a_store_of_another_scorer_is_refused(work: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="the store's template is"):
         teach(teach_run(work, store, model={"load": str(other), "dtype": "fp32"}))
     assert sorted(path.name for path in store.iterdir()) == files
+
+
+def test_verify_looks_every_sample_up(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = teach(
+        teach_run(work, tmp_path / "store", data={"path": str(work / "chat.jsonl"), "seq_length": 128, "limit": 8})
+    )
+    lines = (work / "chat.jsonl").read_text().splitlines()
+    some, all_of_it = tmp_path / "some.jsonl", work / "chat.jsonl"
+    some.write_text("\n".join(lines[:8]))
+
+    def verify(data: Path, model: Path) -> tuple[object, dict[str, Any], str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["store", "verify", str(store), "--data", str(data), "--tokenizer", str(model)])
+        out, err = capsys.readouterr()
+        return stop.value.code, json.loads(out.splitlines()[-1]) if stop.value.code != 2 else {}, err
+
+    taught = len(Store.open(store))
+    status, found, _ = verify(some, work / "model")
+    assert status == 0
+    counts = {"samples": taught, "missing": 0, "other_tokenization": 0, "first_bad": None}
+    assert found == {"path": str(store), "rows": taught, **counts}
+    status, found, _ = verify(all_of_it, work / "model")
+    assert (status, found["other_tokenization"], found["first_bad"]) == (1, 0, f"{all_of_it}:9")
+    assert found["samples"] - found["missing"] == taught < found["samples"]
+    other = shutil.copytree(work / "model", tmp_path / "other")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>\n", "<|im_end|>"))
+    status, _, err = verify(some, other)
+    assert status == 2 and "the store's template is" in err
+    # The same keys, of other token ids: as after another tokenizer's teaching under this one's name.
+    rows, manifest = Store.open(store), Store.open(store).manifest
+    with StoreWriter(tmp_path / "changed", manifest) as writer:
+        for n, sample in enumerate(
+            prepare(DataConfig(path=str(some), seq_length=128), Tokenizer.load(work / "model"), tmp_path)
+        ):
+            row = rows.get(sample.key)
+            assert row is not None
+            writer.add(sample.key, dataclasses.replace(row, ids_hash=b"otherids") if n == 3 else row)
+    store = tmp_path / "changed"
+    status, found, _ = verify(some, work / "model")
+    assert (status, found["missing"], found["other_tokenization"]) == (1, 0, 1)
 
 
 def test_top_k_beyond_the_vocabulary(work: Path, tmp_path: Path) -> None:
