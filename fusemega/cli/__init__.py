@@ -22,6 +22,7 @@ COMMANDS = {
     "teach": "Store a teacher's top-k distributions for a data set.",
     "project": "Bring a store into another vocabulary as FuseLLM and FuseChat do, for parity.",
     "merge": "Merge fine-tuned variants of one model, out of core.",
+    "transplant": "Move a model onto another tokenizer's vocabulary.",
     "split": "Split long dialogues and texts so that they fit several tokenizers' windows.",
     "eval": "Perplexity and bits per byte of a model on a data set.",
     "report": "A page about one or several training runs, with their curves.",

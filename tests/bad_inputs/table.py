@@ -32,6 +32,7 @@ SHARDED, PART = "train train.yaml model.load=sharded", "sharded/model-00002-of-0
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
 TOKENIZER, SETTINGS, TEMPLATE = "model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja"
 SHARD, STORE_MANIFEST = "store/shard-00000-000000.bin", "store/manifest.json"
+MOVE = "transplant model new --tokenizer sharded"
 SPLIT = "split data.jsonl new.jsonl --tokenizers model sharded"
 FP8 = TRAIN + " model.dtype=bf16 model.fp8=hybrid"
 TRACKER, STATE = "run/checkpoints/latest_checkpointed_iteration.txt", "run/checkpoints/iter_0000002/state.json"
@@ -214,6 +215,12 @@ TABLE: list[Bad] = [
     _i("the folder itself", SHARDED, "sharded", key(INDEX, f"weight_map/{NORM}", "")),
     _i("a name with a NUL", SHARDED, "sharded", key(INDEX, f"weight_map/{NORM}", "a\0b")),
     # Tokenizers and chat templates.
+    _t("transplanted over something", MOVE.replace("new", "run"), "run: exists and is not an empty folder"),
+    _t("transplanted to none", MOVE.replace("sharded", "megatron"), "megatron: cannot load a tokenizer"),
+    _t("transplanted from another form", MOVE.replace("model", "megatron"), "megatron/config.json: cannot read"),
+    _t("transplanted by no map", MOVE + " --map nowhere", "nowhere: cannot read the vocabulary map"),
+    _t("transplanted by no map at all", MOVE + " --map data.jsonl", "data.jsonl: not a vocabulary map"),
+    _t("transplanted, torn", MOVE, "model/model.safetensors: truncated", cut(SAFE, -1)),
     _t("none", TRAIN, "model: cannot load a tokenizer", gone(TOKENIZER), gone(SETTINGS)),
     _t("torn", TRAIN, "model: cannot load a tokenizer", cut(TOKENIZER, 300)),
     _t("of no known model", TRAIN, "model: cannot load a tokenizer", key(TOKENIZER, "model/type", "Magic")),
