@@ -154,7 +154,8 @@ def transplant(model: Path, out: Path, tokenizer_folder: Path, map_file: Path | 
     plan = plan_rows(table_N, new, lambda content: [i for i in cut(content) if i < num_old])
     config, dropped = _with_ids(source.config, new, new_tokenizer.hf.pad_token_id, [new.eos_id])
     config["vocab_size"] = new.size
-    generation, also = {}, []
+    generation: dict[str, Any] = {}
+    also: list[str] = []
     if (source.path / GENERATION).is_file():
         ends = [new.eos_id, new.closing_id]
         generation, also = _with_ids(read_json(source.path / GENERATION), new, new_tokenizer.hf.pad_token_id, ends)
@@ -200,7 +201,7 @@ def _with_ids(
     eos = [i for i in dict.fromkeys(ends) if i is not None]
     ids = {
         "bos_token_id": new.bos_id,
-        "eos_token_id": eos if len(eos) > 1 else (eos or [None])[0],
+        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
         "pad_token_id": pad_id,
     } | ({"unk_token_id": new.unk_id} if "unk_token_id" in settings else {})
     foreign = [key for key in settings if key not in ids and (key.endswith("_token_id") or key in _ID_SETTINGS)]
