@@ -120,6 +120,9 @@ class ChunkedHead:
         rows = max(64, _for_device(BLOCK_BYTES, device) // (hidden_size * self.dtype.itemsize) // 64 * 64)
         self.chunks = [slice(at, min(at + chunk_tokens, tokens)) for at in range(0, max(tokens, 1), chunk_tokens)]
         self.blocks = [slice(at, min(at + rows, real)) for at in range(0, real, rows)]
+        # The same rows in pieces whose logits stay in a CPU's cache, for arithmetic on each of them.
+        width = min(self._panel, rows)
+        self.panels = [slice(at, min(at + width, real)) for at in range(0, real, width)]
         block_rows = min(rows, real)
         self._logits_CV = torch.empty(chunk_tokens, real, dtype=self.dtype, device=device)
         self._scratch = [

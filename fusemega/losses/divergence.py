@@ -16,8 +16,8 @@ logsumexp, which `_head` knows. The cross-entropy on labels comes out of the sam
 weights, and two for the gradients. Logits exist one chunk of tokens at a time, those of both models; a chunk takes
 three all-reduces of a few numbers a token.
 
-Shape suffixes: T tokens, C tokens of a chunk, H hidden size, G the teacher's, V this rank's vocabulary rows, B rows of
-one vocabulary block.
+Shape suffixes: T tokens, C tokens of a chunk, H hidden size, G the teacher's, V this rank's vocabulary rows, P rows of
+a panel of it.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from fusemega.losses._head import (
 )
 
 
-def _forward_kl(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
-    p_CB = logp_CB.exp()
-    return p_CB * (logp_CB - logq_CB), logq_CB.exp() - p_CB
+def _forward_kl(logp_CP: Tensor, logq_CP: Tensor) -> tuple[Tensor, Tensor]:
+    p_CP = logp_CP.exp()
+    return p_CP * (logp_CP - logq_CP), logq_CP.exp() - p_CP
 
 
-def _reverse_kl(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
-    terms_CB = logq_CB.exp() * (logq_CB - logp_CB)
-    return terms_CB, terms_CB
+def _reverse_kl(logp_CP: Tensor, logq_CP: Tensor) -> tuple[Tensor, Tensor]:
+    terms_CP = logq_CP.exp() * (logq_CP - logp_CP)
+    return terms_CP, terms_CP
 
 
-def _jsd(logp_CB: Tensor, logq_CB: Tensor) -> tuple[Tensor, Tensor]:
-    logm_CB = torch.logaddexp(logp_CB, logq_CB) - math.log(2)
-    at_q_CB = 0.5 * logq_CB.exp() * (logq_CB - logm_CB)
-    return 0.5 * logp_CB.exp() * (logp_CB - logm_CB) + at_q_CB, at_q_CB
+def _jsd(logp_CP: Tensor, logq_CP: Tensor) -> tuple[Tensor, Tensor]:
+    logm_CP = torch.logaddexp(logp_CP, logq_CP) - math.log(2)
+    at_q_CP = 0.5 * logq_CP.exp() * (logq_CP - logm_CP)
+    return 0.5 * logp_CP.exp() * (logp_CP - logm_CP) + at_q_CP, at_q_CP
 
 
 # (log p, log q) of some ids -> d and e of each
@@ -155,13 +155,13 @@ class _FusedDivergenceLoss(torch.autograd.Function):
                 [(student, logits_CV, asked), (teacher, teacher_CV, asked[1:])]
             )
             local = logits_CV.new_zeros(2, logits_CV.shape[0])
-            for block in student.blocks:
-                logp_CB = _log_probs(teacher_CV[:, block], teacher_sums, temperature)
-                logq_CB = _log_probs(logits_CV[:, block], state[1], temperature)
-                d_CB, e_CB = f(logp_CB, logq_CB)
-                local[0] += d_CB.sum(1)
-                local[1] += e_CB.sum(1)
-                teacher_CV[:, block] = e_CB  # the teacher's logits have done their work
+            for panel in student.panels:
+                logp_CP = _log_probs(teacher_CV[:, panel], teacher_sums, temperature)
+                logq_CP = _log_probs(logits_CV[:, panel], state[1], temperature)
+                d_CP, e_CP = f(logp_CP, logq_CP)
+                local[0] += d_CP.sum(1)
+                local[1] += e_CP.sum(1)
+                teacher_CV[:, panel] = e_CP  # the teacher's logits have done their work
             divergence_C, slope_C = all_reduced([local], dist.ReduceOp.SUM, student.group)[0]
             ce_C = -results[0].logp_TK[:, 0]
             losses.append((label_weight * ce_C + divergence_weight * divergence_C).sum())
@@ -184,5 +184,5 @@ class _FusedDivergenceLoss(torch.autograd.Function):
         return (*ctx.gradients.give(d_loss), *(None for _ in range(6)))
 
 
-def _log_probs(logits_CB: Tensor, sums: Sums, temperature: float) -> Tensor:
-    return (logits_CB - sums.peak_C[:, None]).div_(temperature).sub_(sums.sum_C.log()[:, None])
+def _log_probs(logits_CP: Tensor, sums: Sums, temperature: float) -> Tensor:
+    return (logits_CP - sums.peak_C[:, None]).div_(temperature).sub_(sums.sum_C.log()[:, None])
