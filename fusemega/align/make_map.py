@@ -133,6 +133,12 @@ def ids_by_content(vocabulary: Vocabulary) -> dict[bytes, int]:
     return found
 
 
+def identical(source: Vocabulary, target: Vocabulary) -> np.ndarray:
+    """bool [S]: whether the target has a token of the same bytes."""
+    index = ids_by_content(target)
+    return np.array([content is not None and content in index for content in source.contents])
+
+
 def as_text(content: bytes | None) -> str:
     """What a token stands for, as characters; bytes that are no UTF-8 by themselves stay apart, one character each."""
     assert content is not None, "a special token has no text"
@@ -184,12 +190,12 @@ def _map(
     unmarked_S: np.ndarray,
     statistics: dict[str, Any],
 ) -> VocabularyMap:
-    index, roles = ids_by_content(target), _roles(source, target)
+    roles, same_S = _roles(source, target), identical(source, target)
     usable = [u for u, content in enumerate(source.contents) if content is not None or u in roles]
     per_target = np.bincount(table_S[table_S >= 0], minlength=target.size)
     counted = {
         "source_tokens": len(usable),
-        "identical": sum(source.contents[u] in index for u in usable if u not in roles),
+        "identical": int(same_S.sum()),
         "mapped": int((table_S[usable] >= 0).sum()),
         "target_tokens_reached": int((per_target > 0).sum()),
         # How many source tokens share one target token -> how many target tokens that happens to.

@@ -20,6 +20,7 @@ from fusemega.runtime.console import quiet_megatron
 COMMANDS = {
     "train": "Train a model as a run file says.",
     "teach": "Store a teacher's top-k distributions for a data set.",
+    "align": "A vocabulary map from one tokenizer's ids to another's.",
     "project": "Bring a store into another vocabulary as FuseLLM and FuseChat do, for parity.",
     "merge": "Merge fine-tuned variants of one model, out of core.",
     "transplant": "Move a model onto another tokenizer's vocabulary.",

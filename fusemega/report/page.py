@@ -15,7 +15,7 @@ from fusemega import __version__
 from fusemega.errors import UserError
 from fusemega.report import charts
 from fusemega.report.charts import Chart, Curve, short
-from fusemega.report.page_template import TEMPLATE
+from fusemega.report.page_template import STYLE, TEMPLATE
 from fusemega.report.runs import Run, metrics_of
 from fusemega.training.records import CPU_MEMORY, GPU_MEMORY, THROUGHPUT, TIME
 
@@ -38,15 +38,20 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     Raises:
         UserError: `out` holds something else than a report, or cannot be written.
     """
-    check_out(out)
     drawn = charts_of(runs)
+    return write_page(out, render(runs, drawn), drawn)
+
+
+def write_page(out: Path, page: str, drawn: Sequence[Chart]) -> Path:
+    """`write_report` for any page and its charts."""
+    check_out(out)
     partial = Path(f"{os.path.abspath(out)}.incomplete")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for chart in drawn:
             (partial / f"{chart.file}.png").write_bytes(charts.png(chart))
-        (partial / PAGE).write_text(render(runs, drawn), encoding="utf-8")
+        (partial / PAGE).write_text(page, encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -92,6 +97,7 @@ def render(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     loss = next(trained, None)
     return environment.from_string(TEMPLATE).render(
         version=__version__,
+        style=STYLE,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} training runs",
         runs=runs,
         colours=[charts.colour(i) for i in range(len(runs))],

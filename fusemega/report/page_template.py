@@ -1,15 +1,9 @@
-"""The HTML of a report, as a jinja2 template. It asks for nothing from outside: no script, font, image or style."""
+"""The look of a page, and the HTML of a report on runs, as jinja2 templates. A page asks for nothing from outside: no
+script, font, image or style."""
 
 from __future__ import annotations
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }} · fusemega report</title>
-<style>
+STYLE = """\
 :root { --ink: #1c2024; --soft: #60646c; --page: #ffffff; --panel: #f6f7f9; --line: #e0e3e8; --mark: #fff3c9; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #9ba1a9; --page: #15181c; --panel: #1d2126; --line: #30363d; --mark: #4a3f12; }
@@ -56,7 +50,17 @@ td { font-variant-numeric: tabular-nums; }
 tr.differs > * { background: var(--mark); }
 .notes { margin: .6rem 0 0; padding-left: 1.2rem; color: var(--soft); }
 footer { margin-top: 3rem; color: var(--soft); font-size: .88em; }
-</style>
+"""
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }} · fusemega report</title>
+<style>
+{{ style|safe }}</style>
 </head>
 <body>
 {% macro run_name(i) %}

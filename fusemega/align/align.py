@@ -1,0 +1,153 @@
+"""`fusemega align`: from two tokenizers, and a corpus where the kind of map needs one, to a vocabulary map.
+
+Shapes: S ids of the source's vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from fusemega.align import make_map
+from fusemega.align.vocabulary import Vocabulary
+from fusemega.align.vocabulary_map import KINDS, VocabularyMap
+from fusemega.assets import cache_folder
+from fusemega.errors import UserError, choose
+from fusemega.runtime.console import say
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import TokenizedDataset, prepare
+from fusemega.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fusemega.align.counts import PairCounts
+
+Positions = Literal["offsets", "dtw_reference"]
+POSITIONS: tuple[Positions, ...] = ("offsets", "dtw_reference")
+_COUNTED: dict[str, Positions] = {
+    "ms": "offsets",
+    "ms_reference": "dtw_reference",
+}  # kind -> what pairs are, by default
+_SAY_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A map with what it was made of. `frequency_S`: int64, how often each source id is a target of the corpus; None
+    without one."""
+
+    map: VocabularyMap
+    tokenizers: tuple[Tokenizer, Tokenizer]
+    vocabularies: tuple[Vocabulary, Vocabulary]
+    frequency_S: np.ndarray | None
+
+
+def check(kind: str, data: Sequence[str], positions: str | None) -> None:
+    """Whether these go together.
+
+    Raises:
+        UserError: an unknown name; a kind without the corpus it counts; positions for a kind that counts none.
+    """
+    choose("--kind", kind, KINDS)
+    if positions is not None:
+        choose("--positions", positions, POSITIONS)
+        if kind not in _COUNTED:
+            raise UserError(f"--positions has no effect with --kind {kind}; it belongs to {' and '.join(_COUNTED)}")
+    if kind in _COUNTED and not data:
+        raise UserError(f"--kind {kind} counts pairs of tokens in a corpus: give one with --data")
+
+
+def align(
+    source: str,
+    target: str,
+    kind: str,
+    data: Sequence[str] = (),
+    seq_length: int = 2048,
+    positions: str | None = None,
+    workers: int | None = None,
+) -> Aligned:
+    """A map from the ids of the tokenizer at `source` to those of the one at `target`.
+
+    Args:
+        data: files of rows, as `data.path` of a run file; needed by the kinds that count, else for coverage only.
+        seq_length: of the windows that documents are cut into.
+        positions: which tokens count as a pair: those that end at the same byte, or those on one step of the published
+            path. By default what the kind is defined with.
+        workers: threads, or processes where a corpus is read.
+
+    Raises:
+        UserError: as `check`; a tokenizer or data that cannot be used.
+    """
+    check(kind, data, positions)
+    begun = time.monotonic()
+    config = DataConfig(path=list(data), seq_length=seq_length) if data else None
+    tokenizers = Tokenizer.load(source), Tokenizer.load(target)
+    source_vocabulary, target_vocabulary = vocabularies = Vocabulary.of(tokenizers[0]), Vocabulary.of(tokenizers[1])
+    if source_vocabulary.content_hash == target_vocabulary.content_hash:
+        say(f"{source} and {target} are the same tokenizer: rows of the one are rows of the other without any map")
+    frequency_S = None
+    if config is not None:
+        cache = cache_folder() / "data"
+        own = prepare(config, tokenizers[0], cache, progress=True)
+        frequency_S = frequencies(own, source_vocabulary.size)
+    if kind in _COUNTED:
+        assert config is not None
+        other = prepare(config, tokenizers[1], cache, progress=True)
+        counts = _count(own, other, tokenizers, vocabularies, positions or _COUNTED[kind], seq_length, workers)
+        make = make_map.ms_map if kind == "ms" else make_map.ms_reference_map
+        made = make(source_vocabulary, target_vocabulary, counts)
+    elif kind == "mined":
+        made = make_map.mined_map(source_vocabulary, target_vocabulary, workers, _teller())
+    else:
+        made = make_map.exact_map(source_vocabulary, target_vocabulary)
+    facts = made.statistics | {"seconds": round(time.monotonic() - begun, 3)}
+    if frequency_S is not None:
+        same_S = make_map.identical(source_vocabulary, target_vocabulary)
+        facts["corpus"] = {
+            "tokens": int(frequency_S.sum()),
+            "mapped": int(frequency_S[made.table_S >= 0].sum()),
+            "identical": int(frequency_S[same_S].sum()),
+        }
+    return Aligned(replace(made, statistics=facts), tokenizers, vocabularies, frequency_S)
+
+
+def frequencies(dataset: TokenizedDataset, size: int) -> np.ndarray:
+    """int64 [size]: how often each id is a supervised token."""
+    counts_S = np.zeros(size, dtype=np.int64)
+    for sample in dataset:
+        np.add.at(counts_S, sample.ids[sample.supervised], 1)
+    return counts_S
+
+
+def _count(
+    source: TokenizedDataset,
+    target: TokenizedDataset,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    vocabularies: tuple[Vocabulary, Vocabulary],
+    positions: str,
+    seq_length: int,
+    workers: int | None,
+) -> PairCounts:
+    from fusemega.align.counts import count_pairs  # compiled code, slow to import
+
+    if positions == "offsets":
+        return count_pairs(source, target, workers=workers)
+    from fusemega.align.dtw import decoded_strings
+
+    first, second = (decoded_strings(t, v.marker) for t, v in zip(tokenizers, vocabularies, strict=True))
+    return count_pairs(source, target, "dtw", (first, second), seq_length, workers)
+
+
+def _teller() -> Callable[[int, int], None]:
+    said = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > _SAY_SECONDS:
+            said = time.monotonic()
+            say(f"nearest tokens: {done:,} of {total:,}")
+
+    return tell
