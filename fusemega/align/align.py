@@ -66,6 +66,7 @@ def align(
     kind: str,
     data: Sequence[str] = (),
     seq_length: int = 2048,
+    on_bad_row: str = "error",
     positions: str | None = None,
     workers: int | None = None,
 ) -> Aligned:
@@ -73,7 +74,7 @@ def align(
 
     Args:
         data: files of rows, as `data.path` of a run file; needed by the kinds that count, else for coverage only.
-        seq_length: of the windows that documents are cut into.
+        seq_length, on_bad_row: as `data.seq_length` and `data.on_bad_row`.
         positions: which tokens count as a pair: those that end at the same byte, or those on one step of the published
             path. By default what the kind is defined with.
         workers: threads, or processes where a corpus is read.
@@ -83,11 +84,11 @@ def align(
     """
     check(kind, data, positions)
     begun = time.monotonic()
-    config = DataConfig(path=list(data), seq_length=seq_length) if data else None
+    choose("--on-bad-row", on_bad_row, ("error", "skip"))
+    rows = {"path": list(data), "seq_length": seq_length, "on_bad_row": on_bad_row}
+    config = DataConfig.model_validate(rows) if data else None
     tokenizers = Tokenizer.load(source), Tokenizer.load(target)
     source_vocabulary, target_vocabulary = vocabularies = Vocabulary.of(tokenizers[0]), Vocabulary.of(tokenizers[1])
-    if source_vocabulary.content_hash == target_vocabulary.content_hash:
-        say(f"{source} and {target} are the same tokenizer: rows of the one are rows of the other without any map")
     frequency_S = None
     if config is not None:
         cache = cache_folder() / "data"

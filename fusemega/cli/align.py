@@ -28,6 +28,7 @@ def command(
         ),
     ] = None,  # fmt: skip
     seq_length: Annotated[int, typer.Option(min=2, help="Tokens of the windows that documents are cut into.")] = 2048,
+    on_bad_row: Annotated[str, typer.Option(help="error (stop at an unusable row) or skip (count it).")] = "error",
     positions: Annotated[
         str | None,
         typer.Option(
@@ -48,12 +49,15 @@ def command(
     from fusemega.checkpoint.output import check_output_file
     from fusemega.report.align_page import write_align_page
     from fusemega.report.page import check_out
+    from fusemega.runtime.console import say
 
     check(kind, data or [], positions)
     check_output_file(out)
     if report is not None:
         check_out(report)
-    made = align(source, target, kind, data or [], seq_length, positions, workers)
+    made = align(source, target, kind, data or [], seq_length, on_bad_row, positions, workers)
+    if made.map.source == made.map.target:
+        say(f"{source} and {target} are the same tokenizer: rows of the one are rows of the other without any map")
     made.map.save(out)
     facts = made.map.statistics
     told = {

@@ -4,6 +4,7 @@
     megatron/     what `convert import` made of it          padded/     the same with rows for more ids
     data.jsonl    conversations and a text
     train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files that name these
+    fuse.yaml, map.npz                                      the same tokenizer's store, taught through a map
     store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
 """
 
@@ -18,9 +19,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from benchmarks import tiny
+from fusemega.align.make_map import exact_map
+from fusemega.align.vocabulary import Vocabulary
 from fusemega.checkpoint.convert import import_hf
 from fusemega.config import validate
 from fusemega.scoring.teach import TeachRun, teach
+from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.run import TrainRun
 from fusemega.training.train import train
 
@@ -38,6 +42,7 @@ TRAIN = {
     "optimizer": {"lr": 1e-3},
     "training": {"train_iters": 2, "global_batch_size": 2, "export_hf": False},
 }
+TEACHER = {"store": "store", "map": "map.npz"}
 TEACH = {"model": MODEL, "data": DATA, "store": "store", "top_k": 4}
 FILES: dict[str, dict[str, Any]] = {
     "train.yaml": {**TRAIN, "output_dir": "new"},
@@ -48,6 +53,7 @@ FILES: dict[str, dict[str, Any]] = {
         "output_dir": "new",
         "objective": {"name": "online_distill", "teacher": {"load": "sharded", "dtype": "fp32"}},
     },
+    "fuse.yaml": {**TRAIN, "output_dir": "new", "objective": {"name": "fuse", "teachers": [TEACHER]}},
     "teach.yaml": {**TEACH, "store": "new"},
     "more.yaml": TEACH,
     "eval.yaml": {"model": MODEL, "data": DATA, "output": "new.json"},
@@ -69,3 +75,5 @@ def build() -> None:
     import_hf("model", "megatron")
     teach(validate(TeachRun, TEACH, "more.yaml"))
     train(validate(TrainRun, TRAIN, "resume.yaml"))
+    vocabulary = Vocabulary.of(Tokenizer.load("model"))
+    exact_map(vocabulary, vocabulary).save("map.npz")

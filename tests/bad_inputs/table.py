@@ -25,6 +25,7 @@ from tests.bad_inputs.run import Bad
 
 TRAIN, DISTILL, TEACH, EVAL = "train train.yaml", "train distill.yaml", "teach teach.yaml", "eval eval.yaml"
 VERIFY = "store verify store --tokenizer model --data data.jsonl"
+FUSE, WORDPIECE = "train fuse.yaml", {"type": "WordPiece", "prefix": "##", "cleanup": True}
 RESUME, MORE, DRY = "train resume.yaml", "teach more.yaml", "train train.yaml --dry-run"
 ONLINE, TEACHER8 = "train online.yaml", " objective.teacher.dtype=bf16 objective.teacher.fp8=hybrid"
 SAFE, CONFIG, INDEX = "model/model.safetensors", "model/config.json", "sharded/model.safetensors.index.json"
@@ -61,7 +62,7 @@ def _of(kind: str) -> Row:
 
 _c, _m, _w, _i = _of("configuration"), _of("model configuration"), _of("weights"), _of("index")
 _t, _d, _s, _k = _of("tokenizer"), _of("data"), _of("store"), _of("checkpoint")
-_r = _of("report")
+_r, _a = _of("report"), _of("alignment")
 
 TABLE: list[Bad] = [
     # Run files.
@@ -324,6 +325,26 @@ TABLE: list[Bad] = [
     _s("goes on with a damaged shard", MORE, "truncated shard", cut(SHARD, -1)),
     _s("inside a file", TEACH + " store=data.jsonl/x", "data.jsonl/x: cannot create the store"),
     _s("in somebody's folder", TEACH + " store=model", "model: exists and is no sample store"),
+    # Vocabulary maps.
+    _a("an unknown kind", "align model model new.npz --kind exakt", "--kind: unknown name 'exakt' (did you mean 'exact'?)"),
+    _a("no tokenizer", "align model empty new.npz", "empty: cannot load a tokenizer", folder("empty")),
+    _a("no such tokenizer", "align ./nowhere model new.npz", "./nowhere: cannot load a tokenizer"),
+    _a("a torn tokenizer", "align model sharded new.npz", "sharded: cannot load a tokenizer", cut("sharded/tokenizer.json", 300)),
+    _a("a tokenizer of unknown bytes", "align sharded model new.npz", "sharded: cannot tell what bytes its tokens stand for: its decoder is WordPiece", key("sharded/tokenizer.json", "decoder", WORDPIECE)),
+    _a("counts of nothing", "align model model new.npz --kind ms", "--kind ms counts pairs of tokens in a corpus: give one with --data"),
+    _a("counts of no file", "align model model new.npz --kind ms --data ./data.jsnl", "data.jsnl: no such data file (did you mean 'data.jsonl'?)"),
+    _a("counts of no row", "align model model new.npz --kind ms --data none.jsonl", "none.jsonl: no usable sample", put("none.jsonl", "")),
+    _a("counts of a bad row", "align model model new.npz --data data.jsonl", "data.jsonl:1: not UTF-8 text", flip("data.jsonl", 0)),
+    _a("bad rows to be mended", "align model model new.npz --data data.jsonl --on-bad-row mend", "--on-bad-row: unknown name 'mend'"),
+    _a("positions of what counts nothing", "align model model new.npz --positions offsets", "--positions has no effect with --kind exact"),
+    _a("unknown positions", "align model model new.npz --kind ms --data data.jsonl --positions dtw", "--positions: unknown name 'dtw'"),
+    _a("onto a folder", "align model model store", "store: cannot write there: it is a folder"),
+    _a("into a file", "align model model data.jsonl/new.npz", "data.jsonl/new.npz: cannot write there"),
+    _a("a report over something", "align model model new.npz --report store", "store: exists and is no report"),
+    _a("no such map", FUSE, "map.npz: cannot read the vocabulary map: No such file", gone("map.npz")),
+    _a("a torn map", FUSE, "map.npz: not a vocabulary map, or a damaged one", cut("map.npz", 200)),
+    _a("a flipped map", FUSE, "map.npz: not a vocabulary map, or a damaged one", flip("map.npz", 300)),
+    _a("a store for a map", FUSE, "map.npz: not a vocabulary map, or a damaged one", gone("map.npz"), put("map.npz", "ids")),
     # Reports of runs.
     _r("no such folder", "report nowhere", "nowhere: no such folder of a training run"),
     _r("no run", "report model", "model: not the folder of a training run (no run.json)"),

@@ -1,0 +1,86 @@
+"""`fusemega align` from folders to a map's file and its page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusemega import cli
+from fusemega.align.make_map import exact_map
+from fusemega.align.vocabulary import Vocabulary
+from fusemega.align.vocabulary_map import VocabularyMap
+from fusemega.report.align_page import EXAMPLE, shown, worked_example
+from tests.align.map_loops import vocabulary
+from tests.text.toys import CORPUS, byte_level, sentencepiece
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUSEMEGA_CACHE", str(tmp_path / "cache"))
+    sentencepiece().hf.save_pretrained("source")
+    byte_level().hf.save_pretrained("target")
+    Path("data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    """What it says on stdout; on stderr nothing, or that the tokenizers are the same."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["align", "source", "target", *words])
+    said = capsys.readouterr()
+    assert stop.value.code == 0 and ("same tokenizer" in said.err) == ("same.npz" in words), said.err
+    return json.loads(said.out)
+
+
+def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = run(capsys, "exact.npz", "--data", "data.jsonl", "--report", "page")
+    made = VocabularyMap.load("exact.npz")
+    source, target = Vocabulary.of(sentencepiece()), Vocabulary.of(byte_level())
+    assert (made.table_S == exact_map(source, target).table_S).all()
+    usable = [u for u, content in enumerate(source.contents) if content is not None or made.table_S[u] >= 0]
+    assert told["coverage"] == pytest.approx(np.mean(made.table_S[usable] >= 0), abs=1e-6)
+    assert (told["source_ids"], told["target_ids"], told["kind"]) == (source.size, target.size, "exact")
+    # Nothing predicts a text's first token.
+    ids = [int(i) for e in sentencepiece().encode(CORPUS) for i in (*e.ids[1:], source.eos_id)]
+    assert told["corpus_tokens"] == len(ids)
+    assert told["corpus_coverage"] == pytest.approx(np.mean(made.table_S[ids] >= 0), abs=1e-6)
+    assert sorted(path.name for path in Path("page").iterdir()) == ["coverage.png", "report.html"]
+    page = Path("page/report.html").read_text()
+    assert EXAMPLE in page and "Tokens that keep no id" in page and "http" not in page.split("</style>")[1]
+    lost = max((u for u in set(ids) if made.table_S[u] < 0), key=ids.count)
+    section = page.split("Tokens that keep no id")[1].split("</table>")[0]
+    assert shown(source, lost)[1:] in section and f"<td>{ids.count(lost):,}</td>" in section
+    Path("data.jsonl").write_text(Path("data.jsonl").read_text() + "{\n")
+    assert run(capsys, "exact.npz", "--data", "data.jsonl", "--on-bad-row", "skip")["corpus_tokens"] == len(ids)
+    told = run(capsys, "mined.npz", "--kind", "mined", "--report", "page")  # an older page is replaced
+    assert told["coverage"] > told["identical"] and Path("page/distances.png").is_file()
+    assert VocabularyMap.load("mined.npz").kind == "mined"
+
+
+def test_the_same_tokenizer_twice_is_the_identity(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    byte_level().hf.save_pretrained("source")
+    assert run(capsys, "same.npz")["coverage"] == 1
+    table_S = VocabularyMap.load("same.npz").table_S
+    assert set(np.flatnonzero(table_S != np.arange(len(table_S)))) <= set(byte_level().special_ids.tolist())
+
+
+def test_the_worked_example_pairs_what_ends_at_one_byte() -> None:
+    tokenizers = sentencepiece(), byte_level(bos=True)
+    vocabularies = [Vocabulary.of(tokenizer) for tokenizer in tokenizers]
+    lines = worked_example(*tokenizers, *vocabularies)
+    source_ids = tokenizers[0].encode([EXAMPLE])[0].ids.tolist()
+    source_ends = np.cumsum([len(vocabularies[0].contents[i]) for i in source_ids]) - 1  # its first space is not there
+    target_ids = [0, *tokenizers[1].encode([EXAMPLE])[0].ids.tolist()]
+    taught = [(line[2], line[3]) for line in lines if line[3] != "none"]
+    assert len(lines) == len(target_ids) and len(taught) > 10
+    assert all(source_ends[position] == end for end, position in taught)
+    assert {line[2] for line in lines if line[3] == "none"}.isdisjoint(source_ends.tolist())
+
+
+def test_tokens_for_the_eye() -> None:
+    tokens = vocabulary([b" a\n", b"\xe2\x82", "今\t".encode(), None, b"\x01<b>"])
+    assert [shown(tokens, i) for i in range(5)] == ["\0␣a⏎", "\0‹E2›‹82›", "\0今⇥", "\0<3>", "\0\\u0001<b>"]
