@@ -4,6 +4,7 @@ vocabulary.py       what each token of a tokenizer stands for, in bytes
 vocabulary_map.py   for each source id a target id, as a file
 make_map.py         the kinds of maps
 mined.py            the nearest of many strings by edit distance
+cooccurrence.py     which of equally near tokens, by their neighbours in a corpus
 positions.py        positions that end at the same byte
 projection.py       a source's rows in the target's ids, by lookup
 dtw.py              the published alignment: dynamic time warping of token strings

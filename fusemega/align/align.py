@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fusemega.align import make_map
+from fusemega.align.cooccurrence import Neighbours
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import KINDS, VocabularyMap
 from fusemega.assets import cache_folder
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Positions = Literal["offsets", "dtw_reference"]
 POSITIONS: tuple[Positions, ...] = ("offsets", "dtw_reference")
+TIES = ("lowest_id", "cooccurrence")
+# kind -> what pairs are, by default
 _COUNTED: dict[str, Positions] = {
     "ms": "offsets",
     "ms_reference": "dtw_reference",
@@ -45,19 +48,25 @@ class Aligned:
     frequency_S: np.ndarray | None
 
 
-def check(kind: str, data: Sequence[str], positions: str | None) -> None:
+def check(kind: str, data: Sequence[str], on_bad_row: str, positions: str | None, ties: str | None) -> None:
     """Whether these go together.
 
     Raises:
-        UserError: an unknown name; a kind without the corpus it counts; positions for a kind that counts none.
+        UserError: an unknown name; a corpus that is needed and not given; what has no effect with the kind.
     """
     choose("--kind", kind, KINDS)
+    choose("--on-bad-row", on_bad_row, ("error", "skip"))
     if positions is not None:
         choose("--positions", positions, POSITIONS)
         if kind not in _COUNTED:
             raise UserError(f"--positions has no effect with --kind {kind}; it belongs to {' and '.join(_COUNTED)}")
-    if kind in _COUNTED and not data:
-        raise UserError(f"--kind {kind} counts pairs of tokens in a corpus: give one with --data")
+    if ties is not None:
+        choose("--ties", ties, TIES)
+        if kind != "mined":
+            raise UserError(f"--ties has no effect with --kind {kind}; it belongs to mined")
+    if not data and (kind in _COUNTED or ties == "cooccurrence"):
+        needs = f"--kind {kind}" if kind in _COUNTED else f"--ties {ties}"
+        raise UserError(f"{needs} counts tokens in a corpus: give one with --data")
 
 
 def align(
@@ -68,6 +77,7 @@ def align(
     seq_length: int = 2048,
     on_bad_row: str = "error",
     positions: str | None = None,
+    ties: str | None = None,
     workers: int | None = None,
 ) -> Aligned:
     """A map from the ids of the tokenizer at `source` to those of the one at `target`.
@@ -77,14 +87,14 @@ def align(
         seq_length, on_bad_row: as `data.seq_length` and `data.on_bad_row`.
         positions: which tokens count as a pair: those that end at the same byte, or those on one step of the published
             path. By default what the kind is defined with.
+        ties: which of equally near tokens `mined` takes.
         workers: threads, or processes where a corpus is read.
 
     Raises:
         UserError: as `check`; a tokenizer or data that cannot be used.
     """
-    check(kind, data, positions)
+    check(kind, data, on_bad_row, positions, ties)
     begun = time.monotonic()
-    choose("--on-bad-row", on_bad_row, ("error", "skip"))
     rows = {"path": list(data), "seq_length": seq_length, "on_bad_row": on_bad_row}
     config = DataConfig.model_validate(rows) if data else None
     tokenizers = Tokenizer.load(source), Tokenizer.load(target)
@@ -94,14 +104,15 @@ def align(
         cache = cache_folder() / "data"
         own = prepare(config, tokenizers[0], cache, progress=True)
         frequency_S = frequencies(own, source_vocabulary.size)
-    if kind in _COUNTED:
-        assert config is not None
+    if config is not None and (kind in _COUNTED or ties == "cooccurrence"):
         other = prepare(config, tokenizers[1], cache, progress=True)
+    if kind in _COUNTED:
         counts = _count(own, other, tokenizers, vocabularies, positions or _COUNTED[kind], seq_length, workers)
         make = make_map.ms_map if kind == "ms" else make_map.ms_reference_map
         made = make(source_vocabulary, target_vocabulary, counts)
     elif kind == "mined":
-        made = make_map.mined_map(source_vocabulary, target_vocabulary, workers, _teller())
+        near = _neighbours(own, other, *vocabularies) if ties == "cooccurrence" else None
+        made = make_map.mined_map(source_vocabulary, target_vocabulary, workers, _teller(), near)
     else:
         made = make_map.exact_map(source_vocabulary, target_vocabulary)
     facts = made.statistics | {"seconds": round(time.monotonic() - begun, 3)}
@@ -132,7 +143,7 @@ def _count(
     seq_length: int,
     workers: int | None,
 ) -> PairCounts:
-    from fusemega.align.counts import count_pairs  # compiled code, slow to import
+    from fusemega.align.counts import count_pairs
 
     if positions == "offsets":
         return count_pairs(source, target, workers=workers)
@@ -140,6 +151,22 @@ def _count(
 
     first, second = (decoded_strings(t, v.marker) for t, v in zip(tokenizers, vocabularies, strict=True))
     return count_pairs(source, target, "dtw", (first, second), seq_length, workers)
+
+
+def _neighbours(
+    source: TokenizedDataset, target: TokenizedDataset, source_vocabulary: Vocabulary, target_vocabulary: Vocabulary
+) -> tuple[Neighbours, Neighbours]:
+    """Vectors over the tokens that both have, by the target's ids."""
+    index = make_map.ids_by_content(target_vocabulary)
+    axes = [
+        np.array([-1 if content is None else index.get(content, -1) for content in vocabulary.contents])
+        for vocabulary in (source_vocabulary, target_vocabulary)
+    ]
+    axes[1][~np.isin(axes[1], axes[0])] = -1
+    return (
+        Neighbours.count((sample.ids for sample in source), axes[0]),
+        Neighbours.count((sample.ids for sample in target), axes[1]),
+    )
 
 
 def _teller() -> Callable[[int, int], None]:

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cpdist
 
+from fusemega.align.cooccurrence import Neighbours, most_alike
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
 
-PairCounts = Any
+if TYPE_CHECKING:
+    from fusemega.align.counts import PairCounts
 
 
 def exact_map(source: Vocabulary, target: Vocabulary) -> VocabularyMap:
@@ -41,6 +43,7 @@ def mined_map(
     target: Vocabulary,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    neighbours: tuple[Neighbours, Neighbours] | None = None,
 ) -> VocabularyMap:
     """Tokens of other bytes become the target's token of least edit distance, of equally near ones the lowest id.
 
@@ -49,6 +52,7 @@ def mined_map(
     Args:
         workers: threads; by default one a core.
         progress: told how many of the tokens without an identical one have been looked up, and their number.
+        neighbours: of both vocabularies; equally near tokens are then chosen between by them, see `cooccurrence`.
     """
     from fusemega.align.mined import Nearest  # compiled code, slow to import
 
@@ -71,7 +75,13 @@ def mined_map(
 
         near = Nearest([as_text(target.contents[i]) for i in offered])
         place, distance = near.find([as_text(source.contents[u]) for u in asked], workers, tell)
-        nearest_S[asked], distance_S[asked] = np.array(offered)[place], distance
+        ids = np.array(offered)
+        nearest_S[asked], distance_S[asked] = ids[place], distance
+        if neighbours is not None:
+            for u in asked:
+                if len(neighbours[0].of(u)[0]):
+                    candidates = ids[near.ties(as_text(source.contents[u]), distance_S[u])]
+                    nearest_S[u] = most_alike(u, candidates, *neighbours)
     histogram = np.bincount(distance_S[distance_S >= 0]).tolist()
     return _assembled("mined", source, target, nearest_S, {"distances": histogram})
 

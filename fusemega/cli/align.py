@@ -36,6 +36,13 @@ def command(
             "ms's default) or dtw_reference (FuseChat's; ms_reference's default)."
         ),
     ] = None,  # fmt: skip
+    ties: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of equally near tokens mined takes: lowest_id (default) or cooccurrence (the one with "
+            "the most similar neighbours in --data)."
+        ),
+    ] = None,  # fmt: skip
     workers: Annotated[int | None, typer.Option(min=1, help="Threads or processes; by default one a core.")] = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for a page about the map; an older one is replaced.")
@@ -51,11 +58,11 @@ def command(
     from fusemega.report.page import check_out
     from fusemega.runtime.console import say
 
-    check(kind, data or [], positions)
+    check(kind, data or [], on_bad_row, positions, ties)
     check_output_file(out)
     if report is not None:
         check_out(report)
-    made = align(source, target, kind, data or [], seq_length, on_bad_row, positions, workers)
+    made = align(source, target, kind, data or [], seq_length, on_bad_row, positions, ties, workers)
     if made.map.source == made.map.target:
         say(f"{source} and {target} are the same tokenizer: rows of the one are rows of the other without any map")
     made.map.save(out)

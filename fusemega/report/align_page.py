@@ -135,17 +135,15 @@ def worked_example(
     ours, theirs = (annotate(rendered, t.encode([EXAMPLE])[0], t) for t in (target, source))
     in_source, in_target = shared_positions(theirs.end_bytes[:-1], ours.end_bytes[:-1])
     taught_by = dict(zip(in_target.tolist(), in_source.tolist(), strict=True))
+    our_ids, their_ids = ours.ids.tolist(), theirs.ids.tolist()
     lines: list[list[Any]] = []
     for position, end in enumerate(ours.end_bytes[:-1].tolist()):
-        own = [position, shown(target_vocabulary, ours.ids[position]), end if end >= 0 else "–"]
-        label = shown(target_vocabulary, ours.ids[position + 1])
+        own = [position, shown(target_vocabulary, our_ids[position]), end if end >= 0 else "–"]
+        label = shown(target_vocabulary, our_ids[position + 1])
         if position in taught_by:
             other = taught_by[position]
-            row_of = [
-                other,
-                shown(source_vocabulary, theirs.ids[other]),
-                shown(source_vocabulary, theirs.ids[other + 1]),
-            ]
+            token, following = (shown(source_vocabulary, their_ids[i]) for i in (other, other + 1))
+            row_of = [other, token, following]
         else:
             row_of = ["none", "", ""]
         lines.append([*own, *row_of, label])
@@ -209,30 +207,31 @@ def _tables(made: Aligned) -> list[tuple[str, str, list[str], list[list[Any]]]]:
         order = order[frequency_S[order] > 0]
     by = "most frequent first" if frequency_S is not None else "lowest ids first: usually the most frequent"
 
+    def lines(which_S: np.ndarray, step: int = 1) -> list[list[Any]]:
+        return [line(u) for u in order[which_S[order]][:_LISTED:step].tolist()]
+
     def line(u: int) -> list[Any]:
-        mapped = shown(target, table_S[u]) if table_S[u] >= 0 else "nothing"
+        mapped = shown(target, int(table_S[u])) if table_S[u] >= 0 else "nothing"
         often = [] if frequency_S is None else [f"{frequency_S[u]:,}"]
         return [shown(source, u), mapped, *often]
 
     head = ["source", "target", *([] if frequency_S is None else ["in the corpus"])]
-    lost = [line(u) for u in order if usable_S[u] and table_S[u] < 0][:_LISTED]
-    moved = [line(u) for u in order if usable_S[u] and table_S[u] >= 0 and not same_S[u]][:_LISTED]
-    far = [(u, _far(source, target, u, table_S[u])) for u in np.flatnonzero(usable_S & ~same_S & (table_S >= 0))]
+    moved_S = usable_S & ~same_S & (table_S >= 0)
+    far = [(u, _far(source, target, u, int(table_S[u]))) for u in np.flatnonzero(moved_S).tolist()]
     worst = [[*line(u), distance] for u, distance in sorted(far, key=lambda pair: -pair[1])[:_LISTED]]
     popular = np.argsort(-np.bincount(table_S[table_S >= 0], minlength=target.size), kind="stable")[:12]
     shared = []
-    for p in popular:
+    for p in popular.tolist():
         group = np.flatnonzero(table_S == p)
         if len(group) > 1:
-            examples = "  ".join(shown(source, u)[1:] for u in group[:6])
+            examples = "  ".join(shown(source, u)[1:] for u in group[:6].tolist())
             shared.append([shown(target, p), f"{len(group):,}", "\0" + examples])
-    kept = [line(u) for u in order if same_S[u]][:_LISTED:3]
     return [
-        ("Tokens that keep no id", by, head, lost),
-        ("Tokens that become another", by, head, moved),
+        ("Tokens that keep no id", by, head, lines(usable_S & (table_S < 0))),
+        ("Tokens that become another", by, head, lines(moved_S)),
         ("Furthest from what they become", "by edit distance", [*head, "distance"], worst),
         ("Most shared target tokens", "", ["target", "source tokens", "such as"], shared),
-        ("Tokens of the same bytes", f"every third, {by}", head, kept),
+        ("Tokens of the same bytes", f"every third, {by}", head, lines(same_S, step=3)),
     ]
 
 

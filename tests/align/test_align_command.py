@@ -58,7 +58,11 @@ def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[s
     assert run(capsys, "exact.npz", "--data", "data.jsonl", "--on-bad-row", "skip")["corpus_tokens"] == len(ids)
     told = run(capsys, "mined.npz", "--kind", "mined", "--report", "page")  # an older page is replaced
     assert told["coverage"] > told["identical"] and Path("page/distances.png").is_file()
-    assert VocabularyMap.load("mined.npz").kind == "mined"
+    mined = VocabularyMap.load("mined.npz")
+    assert mined.kind == "mined"
+    run(capsys, "ties.npz", "--kind", "mined", "--ties", "cooccurrence", "--data", "data.jsonl", "--on-bad-row", "skip")
+    changed = np.flatnonzero(VocabularyMap.load("ties.npz").table_S != mined.table_S)
+    assert len(changed) and set(changed) <= set(ids)
 
 
 def test_the_same_tokenizer_twice_is_the_identity(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
