@@ -147,10 +147,10 @@ class Teacher:
 
     def _no_row(self, sample: Sample) -> str:
         """What to say of a sample that the store lacks."""
-        return (
-            f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip); "
-            "it was written from other data, or with another seq_length"
-        )
+        reason = "it was written from other data, or with another seq_length"
+        if self._map is not None:
+            reason += ", or the document is longer than a window of either tokenizer (see `fusemega split`)"
+        return f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip); {reason}"
 
 
 class _Map:
