@@ -1,13 +1,14 @@
 """The same loss curve in every layout: 20 steps of each, relative to one process.
 
-    python benchmarks/layouts.py [--all] [--quick] [--worlds 1 2 4 8] [--steps 20]
+    python benchmarks/layouts.py [--all] [--quick] [--objective fuse] [--worlds 1 2 4 8] [--steps 20]
 
 Trains a tiny random Llama (8 layers, tied embeddings, an odd vocabulary that needs padding) on real chat text in fp32,
 through the same code as `fusemega train`. A star around the run of one process, in which one thing changes at a time,
 and with `--all` named combinations on four and eight processes. Gradient buckets are made small, so that overlapped
-communication has something to overlap. Several layouts share a launch; `--worlds` picks launches (the reference is
-always run). The last line is one JSON object; `ok` says whether every case is within 1e-5 (loss, all steps), 1e-5
-(gradient norm, step 1) and 1e-4 (gradient norm, all steps) of the reference.
+communication has something to overlap. `--objective fuse`: two teachers beside the labels, one of them with a tokenizer
+of its own, mixed; their stores are written by four processes, PP2 x DP2. Several layouts share a launch; `--worlds`
+picks launches (the reference is always run). The last line is one JSON object; `ok` says whether every case is within
+1e-5 (loss, all steps), 1e-5 (gradient norm, step 1) and 1e-4 (gradient norm, all steps) of the reference.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+SEQ_LENGTH = {"sft": 128, "fuse": 512}  # the latter holds every conversation whole, under either tokenizer
 BUCKET = 20_000  # elements; a layer has 36,992
 LOSS_TOLERANCE, FIRST_NORM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5, 1e-4
 
@@ -103,6 +105,7 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
     from fusemega.training.train import open_trainer
 
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
+    objective = json.loads((work / "objective.json").read_text())
     found = {}
     for name in names:
         case = CASES[name]
@@ -112,8 +115,8 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
                 "output_dir": str(work / "runs" / name),
                 "model": {"load": str(work / "model"), "dtype": "fp32"},
                 "parallel": case.parallel,
-                "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
-                "objective": {"name": "sft"},
+                "data": {"path": str(work / "chat.jsonl"), "seq_length": SEQ_LENGTH[objective["name"]]},
+                "objective": objective,
                 "optimizer": {
                     "lr": 2e-3,
                     "weight_decay": 0.1,
@@ -127,8 +130,31 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
         )
         trainer, _ = open_trainer(run)
         rows = [trainer.step() for _ in range(steps)]
-        found[name] = [(row["lm loss"], row["grad-norm"]) for row in rows]
+        found[name] = [(row.get("loss", row["lm loss"]), row["grad-norm"]) for row in rows]
     return found
+
+
+def write_teachers(work: Path, chat: Path) -> dict[str, Any]:
+    """Two teachers' stores and a map. Returns the objective that fuses them."""
+    import tiny
+
+    from fusemega.align.make_map import exact_map
+    from fusemega.align.vocabulary import Vocabulary
+    from fusemega.text.tokenizer import Tokenizer
+
+    tiny.write_model(work / "alike", chat, seed=1, num_hidden_layers=8)
+    tiny.write_model(work / "coarse", chat, seed=2, vocab_size=331)
+    coarse, own = (Vocabulary.of(Tokenizer.load(work / name)) for name in ("coarse", "model"))
+    exact_map(coarse, own).save(work / "coarse.map")
+    for name in ("alike", "coarse"):
+        run = {"model": {"load": str(work / name), "dtype": "fp32"}, "parallel": PP2}
+        run |= {"data": {"path": str(chat), "seq_length": SEQ_LENGTH["fuse"]}, "store": str(work / f"store-{name}")}
+        (work / "teach.yaml").write_text(json.dumps(run))
+        command = [sys.executable, "-m", "fusemega", "teach", str(work / "teach.yaml"), "--nproc", "4"]
+        subprocess.run(command, check=True)
+    stores = [{"store": str(work / "store-alike")}]
+    stores += [{"store": str(work / "store-coarse"), "map": str(work / "coarse.map")}]
+    return {"name": "fuse", "teachers": stores, "fusion": {"function": "avg_ce"}, "lambda": 0.3}
 
 
 def relative(a: float, b: float) -> float:
@@ -140,6 +166,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--all", action="store_true", help="also the combinations")
     parser.add_argument("--quick", action="store_true", help="seven cases only")
+    parser.add_argument("--objective", choices=["sft", "fuse"], default="sft")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="launches of so many processes")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="+", help=argparse.SUPPRESS)
@@ -158,6 +185,8 @@ def main() -> None:
         work = Path(folder)
         chat = tiny.write_chat(work / "chat.jsonl", rows=96, characters=300)
         tiny.write_model(work / "model", chat, num_hidden_layers=8)
+        objective = write_teachers(work, chat) if args.objective == "fuse" else {"name": "sft"}
+        (work / "objective.json").write_text(json.dumps(objective))
         found: dict[str, list[tuple[float, float]]] = {}
         for world in sorted({CASES[name].world for name in names}):
             cases = [name for name in names if CASES[name].world == world]
@@ -182,7 +211,7 @@ def main() -> None:
         and case["grad_norm"] <= NORM_TOLERANCE
         for case in report.values()
     )
-    curve = {"first_loss": reference[0][0], "last_loss": reference[-1][0]}
+    curve = {"objective": args.objective, "first_loss": reference[0][0], "last_loss": reference[-1][0]}
     print(json.dumps({"benchmark": "layouts", "ok": ok, "steps": args.steps, **curve, "relative_difference": report}))
     sys.exit(not ok)
 

@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 
 from benchmarks import tiny
 from fusemega import assets
+from fusemega.align.make_map import exact_map
+from fusemega.align.vocabulary import Vocabulary
 from fusemega.checkpoint.hf_export import export_hf
 from fusemega.config import validate
 from fusemega.losses.registry import register
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store
+from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.evaluation import evaluate_model
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
@@ -43,20 +46,23 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "PP2 x DP2, uneven, overlapped": (PP2 | FIRST1, {}, OVERLAP),
     "CP2 x DP2, overlapped": (CP2, {"micro_batch_size": 2}, OVERLAP),
 }
-# objective -> the layouts it is tried in; but for the last two, a run is left in each and goes on in the next
+# objective -> the layouts it is tried in; of the first two, a run is left in each and goes on in the next
 TRIED = {
     "sft": list(LAYOUTS),
     "distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute"],
     "online_distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
+    "fuse": ["CP2 x PP2 x VPP2, recompute"],
     "sequence_mean": ["CP2 x DP2, overlapped"],
 }
+WHOLE = 384  # tokens in which every conversation is one window for either tokenizer
 # go on in their own layout too
 RESUMED = ["sft, TP2+SP x PP2", "sft, CP2 x PP2 x VPP2, recompute", "sft, PP2 x DP2, uneven, overlapped"]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) -> Path:
-    """A tiny target, data, the store of a tiny teacher, and a teacher of another shape with a larger vocabulary."""
+    """A tiny target, data, the store of a tiny teacher, a teacher of another shape with a larger vocabulary, and one
+    with a tokenizer of its own, with its store and map."""
     folder = tmp_path_factory.mktemp("tiny")
     chat = tiny.write_chat(folder / "chat.jsonl", rows=24, characters=200)
     tiny.write_model(folder / "model", chat)
@@ -68,6 +74,12 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
         "data": {"path": str(chat), "seq_length": 128},
         "store": str(folder / "store"),
     }
+    tiny.write_model(folder / "coarse", chat, seed=3, vocab_size=331)
+    for name in ("teacher", "coarse"):
+        model = {"model": {"load": str(folder / name), "dtype": "fp32"}, "store": str(folder / f"whole-{name}")}
+        teach(validate(TeachRun, section | model | {"data": {"path": str(chat), "seq_length": WHOLE}}, "teach"))
+    coarse, fine = (Vocabulary.of(Tokenizer.load(folder / name)) for name in ("coarse", "model"))
+    exact_map(coarse, fine).save(folder / "coarse.map")
     sampled = section | {"store": str(folder / "sampled"), "rows": "sampled", "num_samples": 8, "temperature": 2.0}
     again = []
     for one in (section, sampled):
@@ -84,7 +96,7 @@ def section(
         "output_dir": str(work / "runs" / name),
         "model": {"load": str(work / "model"), "dtype": "fp32"},
         "parallel": parallel,
-        "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
+        "data": {"path": str(work / "chat.jsonl"), "seq_length": WHOLE if objective["name"] == "fuse" else 128},
         "objective": objective,
         "optimizer": {"lr": 2e-3, "weight_decay": 0.1, "lr_warmup_fraction": 0.2, **optimizer},
         "training": {"train_iters": 4, "global_batch_size": 6, "export_hf": False, **training},
@@ -103,6 +115,15 @@ def test_curves_and_resumed_curves(work: Path) -> None:
             "lambda": 0.3,
             "temperature": 2.0,
         },
+        "fuse": {
+            "name": "fuse",
+            "teachers": [
+                {"store": str(work / "whole-teacher")},
+                {"store": str(work / "whole-coarse"), "map": str(work / "coarse.map")},
+            ],
+            "fusion": {"function": "avg_ce"},
+            "lambda": 0.3,
+        },
         "sequence_mean": {"name": "sequence_mean"},
     }
     cases = {
@@ -119,7 +140,7 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         trainer, checked = open_trainer(run)
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
-        assert len(losses) == (3 if objective in ("distill", "online_distill") else 1)
+        assert len(losses) == (1 if objective in ("sft", "sequence_mean") else 3)
         scored = evaluate_model(trainer.gpt, trainer.data.dataset, trainer.data.shape, trainer.world).model_dump()
         for layout in TRIED[objective]:
             rows = ranks[0][f"{objective}, {layout}"]
