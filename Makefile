@@ -1,5 +1,6 @@
 # Everything runs in .venv, which these targets make themselves:
 #   make quickstart [ARGS=--smoke]    fuse a real teacher into a real target
+#   make quickstart-xtok [ARGS=...]   the same across tokenizers
 #   make test                         ruff, mypy and the whole test suite
 #   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
@@ -9,10 +10,13 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-te lint assets setup
+.PHONY: quickstart quickstart-xtok test test-te lint assets setup
 
 quickstart: setup
 	$(BIN)/python -m fusemega.recipes.quickstart $(ARGS)
+
+quickstart-xtok: setup
+	$(BIN)/python -m fusemega.recipes.quickstart_xtok $(ARGS)
 
 # Tests whose assets cannot be fetched skip, and say which ones.
 test: lint

@@ -11,6 +11,7 @@ from fusemega.config import Section, load
 from fusemega.merge import methods  # noqa: F401  (registers them)
 from fusemega.merge.method import find_method
 from fusemega.merge.run import read_run
+from fusemega.recipes.fusion import FusionRecipe
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.teach import TeachRun
 from fusemega.training.run import TrainRun
@@ -30,5 +31,7 @@ def test_examples_are_valid(path: Path) -> None:
     if path.parent.name == "merge":
         run, _ = read_run(path)
         assert find_method(run.merge_method)
+    elif path.parent.name in ("fusellm", "fusechat"):
+        load(FusionRecipe, path)
     else:
         load(KINDS[path.stem], path)

@@ -1,4 +1,4 @@
-"""What the README tells people to type works: the quickstart, in its smallest size, then every `fusemega` line."""
+"""What the README tells people to type works: the quickstarts, in their smallest size, then every other line."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run(command: list[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path, chat_files: assets.ChatData) -> Path:
-    """A folder like the repository's, after the quickstart."""
+    """A folder like the repository's, after both quickstarts."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "examples").symlink_to(ROOT / "examples")
-    command = [sys.executable, "-m", "fusemega.recipes.quickstart", "--smoke", "--out", "runs/quickstart"]
-    printed = run(command, folder)
-    assert "held-out bits per byte" in printed
+    for module, out in (("quickstart", "runs/quickstart"), ("quickstart_xtok", "runs/quickstart-xtok")):
+        printed = run([sys.executable, "-m", f"fusemega.recipes.{module}", "--smoke", "--out", out], folder)
+        assert "held-out bits per byte" in printed
     return folder
 
 
@@ -52,6 +52,19 @@ def test_quickstart(home: Path) -> None:
         assert "model.layers.20.mlp.down_proj.weight" not in weights.keys()  # noqa: SIM118
 
 
+def test_quickstart_across_tokenizers(home: Path) -> None:
+    folder = home / "runs" / "quickstart-xtok"
+    summary = json.loads((folder / "summary.json").read_text())
+    bits = summary["bits_per_byte"]
+    assert bits.keys() == {"target", "control", "fused", "smollm2"}
+    assert bits["smollm2"] < bits["control"] < bits["target"] and bits["smollm2"] < bits["fused"] < bits["target"]
+    assert bits["fused"] != bits["control"]
+    config = json.loads((folder / "fused" / "hf" / "config.json").read_text())
+    assert config["vocab_size"] == 32_768
+    taught = [json.loads(line) for line in (folder / "fused" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["distill loss"] > 0 for row in taught)
+
+
 def test_a_second_run_skips_what_is_finished(home: Path) -> None:
     store = home / "runs" / "quickstart" / "stores" / "teacher"
     before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
@@ -60,10 +73,11 @@ def test_a_second_run_skips_what_is_finished(home: Path) -> None:
 
 
 def test_commands(home: Path) -> None:
-    commands = [shlex.split(line) for line in TYPED if line.startswith("fusemega ")]
-    assert {command[1] for command in commands} >= {"env", "convert", "teach", "train", "eval", "merge"}
+    commands = [shlex.split(line.removeprefix("python -m ")) for line in TYPED if "fusemega" in line.split("#")[0]]
+    assert {command[1] for command in commands} >= {"env", "convert", "teach", "train", "eval", "merge", "align"}
     for command in commands:
         run([sys.executable, "-m", *command], home)
+    assert (home / "runs" / "example" / "fusechat" / "merged" / "model.safetensors").exists()
     assert (home / "runs" / "example" / "distill" / "done").exists()
     assert json.loads((home / "runs" / "example" / "eval.json").read_text())["bits_per_byte"] > 0
     assert (home / "runs" / "example" / "merged" / "model.safetensors").exists()

@@ -42,24 +42,35 @@ class Arms:
     Args:
         options: of the command line, from `parser`.
         scale: how much of everything.
-        teachers: HF folders or hub ids; the data is chosen to suit the tokenizers of all.
     """
 
-    def __init__(self, options: argparse.Namespace, scale: Scale, teachers: Sequence[str]) -> None:
+    def __init__(self, options: argparse.Namespace, scale: Scale) -> None:
         self.options, self.scale, self.folder = options, scale, Path(options.out)
         self.stages = Stages(self.folder, options.tp * options.pp)
         self.parallel = {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
-        train_source, held_out_source = _data_sources(options)
         self.train_file = self.folder / "data" / "train.jsonl"
         self.held_out_file = self.folder / "data" / "held_out.jsonl"
         self.rows = {"path": str(self.train_file), "seq_length": SEQ_LENGTH}
+
+    def choose_data(self, models: Sequence[str]) -> dict[str, int]:
+        """The text to train on and to measure on, of a size that suits the tokenizers of all `models`.
+
+        Tokens are the first model's. With several tokenizers, conversations longer than a window of one of them are
+        left out: windows that tokenizers cut at different bytes are no common samples.
+        """
+        options, scale = self.options, self.scale
+        if (options.train is None) != (options.held_out is None):
+            raise UserError("--train and --held-out: give both or neither")
+        files = assets.chat_data() if options.train is None else (Path(options.train), Path(options.held_out))
         sizes = {"tokens": scale.train_tokens, "held_out_rows": scale.held_out_rows, "seq_length": SEQ_LENGTH}
-        self.data = self.stages.run(
-            "data",
-            {"teachers": list(teachers), "train": str(train_source), "held_out": str(held_out_source), **sizes},
-            partial(self._choose_data, teachers, train_source, held_out_source),
-            (self.folder / "data",),
-        )
+        settings = {"models": list(models), "files": list(map(str, files)), **sizes}
+        return self.stages.run("data", settings, partial(self._choose, models, *files), (self.folder / "data",))
+
+    def cut(self, model: str, out: Path) -> str:
+        """`model` without `CUT_LAYERS`, as folder `out`."""
+        settings = {"model": model, "cut": list(CUT_LAYERS)}
+        self.stages.run("cut", settings, partial(_cut, model, out), (out,))
+        return str(out)
 
     def model(self, load: str) -> dict[str, Any]:
         """A run file's `model`."""
@@ -68,8 +79,8 @@ class Arms:
     def teach(self, name: str, teacher: str) -> str:
         """A teacher's rows of the training data, as stage `name`. Returns the store's folder."""
         store = self.folder / "stores" / name
-        run = {"model": self.model(teacher), "parallel": self.parallel, "data": self.rows, "store": str(store)}
-        run["top_k"] = TOP_K
+        run: dict[str, Any] = {"model": self.model(teacher), "parallel": self.parallel, "data": self.rows}
+        run |= {"store": str(store), "top_k": TOP_K}
         self.stages.run(f"teach-{name}", run, partial(self.stages.command, "teach", f"teach-{name}", run), (store,))
         return str(store)
 
@@ -114,7 +125,6 @@ class Arms:
             "teachers": dict(teachers),
             "target": target,
             "layout": {"processes": self.stages.nproc, "TP": self.options.tp, "PP": self.options.pp},
-            "data": self.data,
             "train_tokens": {arm: curve[-1][0] for arm, curve in curves.items()},
             "bits_per_byte": {name: result["bits_per_byte"] for name, result in results.items()},
             "held_out": {key: results["target"][key] for key in ("samples", "tokens", "bytes")},
@@ -129,13 +139,8 @@ class Arms:
         plot_arms(summary["bits_per_byte"], curves, title, self.folder / "summary.png")
         return summary
 
-    def _choose_data(self, teachers: Sequence[str], train: Path, held_out: Path) -> dict[str, int]:
-        """The first conversations of `train` that fit in the token budget, and the first held-out ones.
-
-        Tokens are the first teacher's. With several tokenizers, conversations longer than a window of one of them are
-        left out: windows that tokenizers cut at different bytes are no common samples.
-        """
-        rows = _lengths(teachers, train)
+    def _choose(self, models: Sequence[str], train: Path, held_out: Path) -> dict[str, int]:
+        rows = _lengths(models, train)
         chosen, tokens = [], 0
         for row, length in sorted(rows.items()):
             if tokens + length > self.scale.train_tokens:
@@ -144,22 +149,12 @@ class Arms:
             tokens += length
         if not chosen:
             raise UserError(f"{train}: its first conversation alone has more than {self.scale.train_tokens} tokens")
-        kept = sorted(_lengths(teachers, held_out))[: self.scale.held_out_rows]
+        kept = sorted(_lengths(models, held_out))[: self.scale.held_out_rows]
         self.train_file.parent.mkdir(parents=True, exist_ok=True)
         for source, numbers, out in ((train, chosen, self.train_file), (held_out, kept, self.held_out_file)):
             lines = source.read_text(encoding="utf-8").splitlines()
             write_durably(out, "".join(lines[number - 1] + "\n" for number in numbers))
         return {"train_rows": len(chosen), "train_tokens": tokens, "held_out_rows": len(kept)}
-
-
-def cut(model: str, target: Path) -> list[int]:
-    """`model` without `CUT_LAYERS`, as folder `target`."""
-    from fusemega.checkpoint.cut_layers import cut_layers
-    from fusemega.checkpoint.hub import resolve
-    from fusemega.runtime.parallel import ParallelConfig, initialize
-
-    cut_layers(resolve(model), target, CUT_LAYERS, initialize(ParallelConfig()))
-    return list(CUT_LAYERS)
 
 
 def link(place: Path, model: str) -> None:
@@ -217,13 +212,13 @@ def run(
     print(_table(summary))
 
 
-def _data_sources(options: argparse.Namespace) -> tuple[Path, Path]:
-    if (options.train is None) != (options.held_out is None):
-        raise UserError("--train and --held-out: give both or neither")
-    if options.train is not None:
-        return Path(options.train), Path(options.held_out)
-    chat = assets.chat_data()
-    return chat.train, chat.held_out
+def _cut(model: str, out: Path) -> list[int]:
+    from fusemega.checkpoint.cut_layers import cut_layers
+    from fusemega.checkpoint.hub import resolve
+    from fusemega.runtime.parallel import ParallelConfig, initialize
+
+    cut_layers(resolve(model), out, CUT_LAYERS, initialize(ParallelConfig()))
+    return list(CUT_LAYERS)
 
 
 def _lengths(models: Sequence[str], path: Path) -> dict[int, int]:

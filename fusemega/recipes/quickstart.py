@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fusemega.runtime.console import quiet_megatron
 quiet_megatron()
 
 from fusemega import assets  # noqa: E402  (after the filters are set)
-from fusemega.recipes.arms import CUT_LAYERS, Arms, Scale, cut, link, parser, run  # noqa: E402
+from fusemega.recipes.arms import Arms, Scale, link, parser, run  # noqa: E402
 
 SCALES = {
     "smoke": Scale(train_tokens=1_200, held_out_rows=2, global_batch_size=2, train_iters=2),
@@ -39,11 +38,9 @@ def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     started = time.monotonic()
     teacher = options.teacher or str(assets.smollm2())
     link(Path(options.out) / "teacher", teacher)
-    arms = Arms(options, scale, [teacher])
-    target = options.target or str(arms.folder / "target")
-    if options.target is None:
-        settings = {"teacher": teacher, "cut": list(CUT_LAYERS)}
-        arms.stages.run("target", settings, partial(cut, teacher, Path(target)), (Path(target),))
+    arms = Arms(options, scale)
+    arms.choose_data([teacher])
+    target = options.target or arms.cut(teacher, arms.folder / "target")
     store = arms.teach("teacher", teacher)
     objectives: dict[str, dict[str, Any]] = {
         "control": {"name": "sft"},

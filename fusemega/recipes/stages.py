@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +79,19 @@ class Stages:
         if status:
             raise UserError(f"fusemega {verb} {run_file}: ended with status {status}; its messages are above")
         return str(run_file)
+
+    def tool(self, *argv: str) -> str:
+        """Run `fusemega argv...` in one process of its own. Returns the command, as anyone may type it.
+
+        Raises:
+            UserError: it failed.
+        """
+        command = shlex.join(["fusemega", *argv])
+        say(command)
+        status = subprocess.run([sys.executable, "-m", "fusemega", *argv]).returncode
+        if status:
+            raise UserError(f"{command}: ended with status {status}; its messages are above")
+        return command
 
     def write_run_file(self, verb: str, name: str, run: dict[str, Any], nproc: int) -> Path:
         """`run` as `folder/{name}.yaml`, which anyone may run again by hand."""
