@@ -198,12 +198,12 @@ def parity(sides: dict[str, Side], rows: Sequence[tuple[str, dict[str, Any]]]) -
 
 def text_read(sample: Sample, vocabulary: Vocabulary) -> list[bytes]:
     """For every token all bytes up to its end, spelt out from the tokens alone. Special tokens stand for one byte that
-    no text has, spaces before the first word count as one."""
+    no text has; SentencePiece's own spaces, at the beginning and after special tokens, are left out."""
     read, found = b"", []
     for i in sample.ids.tolist():
         raw = vocabulary.contents[i]
         read += b"\xff" if raw is None else raw
-        found.append(read.lstrip(b" \xff"))
+        found.append(read.lstrip(b" \xff").replace(b"\xff ", b"\xff"))
     return found
 
 
@@ -235,10 +235,16 @@ def agreement(sides: dict[str, Side], rows: Sequence[tuple[str, dict[str, Any]]]
     return {"positions": positions, "agree": round(agree, 4), "agree_by_text": by_kind, "shares": shares}
 
 
+def _same(theirs: bytes, ours: bytes) -> bool:
+    """The template's space before an answer is a token of its own only where the answer's first token has none."""
+    begun = [read.removesuffix(b" ") for read in (theirs, ours)]
+    return theirs == ours or (begun[0] == begun[1] and begun[0].endswith(b"Assistant:"))
+
+
 def _verdict(t: int, by_dtw: int, by_bytes: int, theirs: list[bytes], ours: list[bytes]) -> str:
     if by_dtw == by_bytes:
         return "neither" if by_dtw < 0 else "same position"
-    right = [j >= 0 and theirs[j] == ours[t] for j in (by_dtw, by_bytes)]
+    right = [j >= 0 and _same(theirs[j], ours[t]) for j in (by_dtw, by_bytes)]
     judged = {(True, False): "DTW right", (False, True): "bytes right"}.get((right[0], right[1]), "")
     if by_dtw < 0:
         return f"DTW takes the label, bytes a position: {judged or 'bytes wrong'}"

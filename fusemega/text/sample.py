@@ -14,7 +14,7 @@ What a position predicts must be what follows its byte, whatever the template an
   one coordinate the last is meant;
 * where the closing is several tokens, the content's last token ends nowhere: its next token is half a marker.
 
-Shapes: L tokens of a window, P supervised tokens among them.
+Shapes: L tokens of a window, P supervised tokens among them; W tokens at one message.
 """
 
 from __future__ import annotations
@@ -96,27 +96,30 @@ def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> An
     supervised = np.zeros(len(ids), dtype=bool)
     end_bytes = np.full(len(ids), -1, dtype=np.int32)
     target_chars = np.zeros(len(rendered.text) + 1, dtype=np.int64)  # [i + 1]: bytes of character i if it is a target
+    reached = np.maximum.accumulate(ends)
     for span in rendered.spans:
+        # The message's tokens, with the one before it: views.
+        window = slice(*np.searchsorted(reached, (span.start - 1, span.closing_end + 1)))
+        ends_W, byte_ends_W, end_bytes_W = ends[window], byte_ends[window], end_bytes[window]
         origin = span.base + int(span.has_header)
         first, last = char_bytes[span.start], char_bytes[span.end]
-        inside = (byte_ends > first) & (byte_ends <= last)
-        end_bytes[inside] = origin + span.stripped_bytes + byte_ends[inside] - first
-        if not _mark_last(end_bytes, byte_ends == first, origin) and rendered.text[: span.start].endswith(" "):
-            _mark_last(end_bytes, byte_ends == first - 1, origin)
+        inside = (byte_ends_W > first) & (byte_ends_W <= last)
+        end_bytes_W[inside] = origin + span.stripped_bytes + byte_ends_W[inside] - first
+        if not _mark_last(end_bytes_W, byte_ends_W == first, origin) and rendered.text.endswith(" ", 0, span.start):
+            _mark_last(end_bytes_W, byte_ends_W == first - 1, origin)
         if span.closing_end > span.end:
             closing = rendered.text[span.end : span.closing_end]
             token_start = span.closing_end - len(closing.lstrip())
             content_end = origin + span.stripped_bytes + last - first
-            end_bytes[(ends > span.end) & (ends <= token_start)] = content_end
-            if ((ends > token_start) & (ends < span.closing_end)).any():
-                end_bytes[end_bytes == content_end] = -1
-            _mark_last(end_bytes, ends == span.closing_end, origin + span.num_bytes + 1)
+            end_bytes_W[(ends_W > span.end) & (ends_W <= token_start)] = content_end
+            if ((ends_W > token_start) & (ends_W < span.closing_end)).any():
+                end_bytes_W[end_bytes_W == content_end] = -1
+            _mark_last(end_bytes_W, ends_W == span.closing_end, origin + span.num_bytes + 1)
         if span.supervised is not None:
             low, high = span.supervised
-            supervised |= (ends > low) & (ends <= high)
+            supervised[window] |= (ends_W > low) & (ends_W <= high)
             target_chars[low + 1 : span.end + 1] = np.diff(char_bytes[low : span.end + 1])
-    reached = np.maximum.accumulate(np.concatenate(([0], ends)))
-    target_bytes = np.diff(np.cumsum(target_chars)[reached])
+    target_bytes = np.diff(np.cumsum(target_chars)[np.append(0, reached)])
     if rendered.framed:
         prefix = len(tokenizer.prefix_ids)
         ids = np.concatenate([tokenizer.prefix_ids, ids, [tokenizer.eos_id]]).astype(np.int32)
