@@ -1,6 +1,6 @@
 """Alignment by bytes against the published one: parity of the latter, where the two differ and which is right, speed.
 
-    python benchmarks/alignment.py [--texts 250] [--dialogues 3]
+    python benchmarks/alignment.py [--texts 210] [--dialogues 3]
 
 1. Parity: paths, and rows projected by EM, MinED and MS, equal to the slow form in tests/align/published.py, which is
    written from the description of the methods, on real texts and pairs of real tokenizers.
@@ -74,7 +74,7 @@ def conversations(count: int) -> list[tuple[str, dict[str, Any]]]:
 
     def cut(*contents: str) -> dict[str, Any]:
         roles = ("user", "assistant")
-        return {"messages": [{"role": roles[n % 2], "content": c[:1200].strip()} for n, c in enumerate(contents)]}
+        return {"messages": [{"role": roles[n % 2], "content": c[:1000].strip()} for n, c in enumerate(contents)]}
 
     def with_emoji(text: str, n: int) -> str:
         words = text[:600].split(" ")
@@ -264,18 +264,21 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def long_dialogues(pair: Pair, count: int, tokens: int = 2048) -> Iterator[dict[str, Any]]:
-    """Real turns, as many as make `tokens` tokens of both sequences' longer one, cut to that in the speed runs."""
+    """Real turns, as many as make at least `tokens` tokens of both tokenizers, the last one cut short."""
     rng = random.Random(0)
     rows = [json.loads(line)["messages"] for line in chat_data().train.read_text(encoding="utf-8").splitlines()]
+
+    def length(messages: list[dict[str, str]]) -> int:
+        return min(len(side.sample({"messages": messages}).ids) for side in (pair.source, pair.target))
+
     for _ in range(count):
         messages: list[dict[str, str]] = []
-        while True:
-            more = [{**m, "content": m["content"][:300].strip()} for m in rng.choice(rows)]
-            row = {"messages": messages + more}
-            if min(len(side.sample(row).ids) for side in (pair.source, pair.target)) > tokens:
-                break
-            messages += more
-        yield row
+        while not messages or length(messages) < tokens:
+            messages += [{**m, "content": m["content"].strip()} for m in rng.choice(rows)]
+        last = messages[-1]
+        while length([*messages[:-1], shorter := {**last, "content": last["content"][:-40]}]) >= tokens:
+            last = shorter
+        yield {"messages": [*messages[:-1], last]}
 
 
 def head(sample: Sample, tokens: int) -> Sample:
@@ -327,7 +330,7 @@ def speed(pair: Pair, count: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=250)
+    parser.add_argument("--texts", type=int, default=210)
     parser.add_argument("--dialogues", type=int, default=3)
     options = parser.parse_args()
     sides = {name: Side(name) for name in dict.fromkeys(name for pair in PAIRS for name in pair)}

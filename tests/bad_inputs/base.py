@@ -4,7 +4,7 @@
     megatron/     what `convert import` made of it          padded/     the same with rows for more ids
     data.jsonl    conversations and a text
     train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files that name these
-    fuse.yaml, map.npz                                      the same tokenizer's store, taught through a map
+    fuse.yaml, project.yaml, map.npz                        the same tokenizer's store, taught through a map
     store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
 """
 
@@ -42,6 +42,7 @@ TRAIN = {
     "optimizer": {"lr": 1e-3},
     "training": {"train_iters": 2, "global_batch_size": 2, "export_hf": False},
 }
+SIDE = {"tokenizer": "model", "store": "store"}
 TEACHER = {"store": "store", "map": "map.npz"}
 TEACH = {"model": MODEL, "data": DATA, "store": "store", "top_k": 4}
 FILES: dict[str, dict[str, Any]] = {
@@ -54,6 +55,7 @@ FILES: dict[str, dict[str, Any]] = {
         "objective": {"name": "online_distill", "teacher": {"load": "sharded", "dtype": "fp32"}},
     },
     "fuse.yaml": {**TRAIN, "output_dir": "new", "objective": {"name": "fuse", "teachers": [TEACHER]}},
+    "project.yaml": {"data": DATA, "source": SIDE, "target": SIDE, "map": "map.npz", "store": "new", "workers": 1},
     "teach.yaml": {**TEACH, "store": "new"},
     "more.yaml": TEACH,
     "eval.yaml": {"model": MODEL, "data": DATA, "output": "new.json"},

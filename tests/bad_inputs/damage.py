@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from fusemega.align.vocabulary_map import VocabularyMap
 from tests.bad_inputs.base import ROWS
 
 Damage = Callable[[], object]
@@ -132,6 +134,11 @@ def header(path: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
         Path(path).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
 
     return do
+
+
+def mapped(path: str, **facts: Any) -> Damage:
+    """A vocabulary map that says other things of itself."""
+    return lambda: replace(VocabularyMap.load(path), **facts).save(path)
 
 
 def parquet(path: str, **columns: list[Any]) -> Damage:

@@ -15,6 +15,7 @@ from tests.bad_inputs.damage import (
     header,
     key,
     longer,
+    mapped,
     parquet,
     put,
     rows,
@@ -25,7 +26,7 @@ from tests.bad_inputs.run import Bad
 
 TRAIN, DISTILL, TEACH, EVAL = "train train.yaml", "train distill.yaml", "teach teach.yaml", "eval eval.yaml"
 VERIFY = "store verify store --tokenizer model --data data.jsonl"
-FUSE, WORDPIECE = "train fuse.yaml", {"type": "WordPiece", "prefix": "##", "cleanup": True}
+PROJECT, FUSE, WORDPIECE = "project project.yaml", "train fuse.yaml", {"type": "WordPiece", "prefix": "##", "cleanup": True}
 RESUME, MORE, DRY = "train resume.yaml", "teach more.yaml", "train train.yaml --dry-run"
 ONLINE, TEACHER8 = "train online.yaml", " objective.teacher.dtype=bf16 objective.teacher.fp8=hybrid"
 SAFE, CONFIG, INDEX = "model/model.safetensors", "model/config.json", "sharded/model.safetensors.index.json"
@@ -344,6 +345,17 @@ TABLE: list[Bad] = [
     _a("onto a folder", "align model model store", "store: cannot write there: it is a folder"),
     _a("into a file", "align model model data.jsonl/new.npz", "data.jsonl/new.npz: cannot write there"),
     _a("a report over something", "align model model new.npz --report store", "store: exists and is no report"),
+    _a("a projection by no rules", PROJECT + " rules=fuselm", "rules: found 'fuselm' (did you mean 'fusellm'?)"),
+    _a("a projection by no map", PROJECT, "map.npz: cannot read the vocabulary map: No such file", gone("map.npz")),
+    _a("a map for another target", PROJECT, "map.npz: the map's target is another tokenizer than model", mapped("map.npz", target="x")),
+    _a("a map from another source", PROJECT, "map.npz: the map's source is another tokenizer than model", mapped("map.npz", source="x")),
+    _a("a store of another tokenizer", PROJECT + " source.tokenizer=sharded", "store: the store's tokenizer is", key("sharded/tokenizer.json", "model/merges/0", ["x", "y"])),
+    _a("a store of another template", PROJECT + " target.tokenizer=sharded", "store: the store's template is", put("sharded/chat_template.jinja", "{{ messages[0]['content'] }}")),
+    _a("a store of other windows", PROJECT + " data.seq_length=32", "store: the store's truncation is 64, expected 32"),
+    _a("a text the teacher never saw", PROJECT, "data.jsonl:2: no row in the store store, which was written from other data; of 2 samples 1", rows({"text": "new"})),
+    _a("nothing the teacher saw", PROJECT + " on_missing=skip", "of 1 samples 1 cannot be projected", put("data.jsonl", {"text": "new"})),
+    _a("a projection into somebody's folder", PROJECT + " store=model", "model: exists and is no sample store"),
+    _a("a projection into its source", PROJECT + " store=store", "store/manifest.json: the store's"),
     _a("no such map", FUSE, "map.npz: cannot read the vocabulary map: No such file", gone("map.npz")),
     _a("a torn map", FUSE, "map.npz: not a vocabulary map, or a damaged one", cut("map.npz", 200)),
     _a("a flipped map", FUSE, "map.npz: not a vocabulary map, or a damaged one", flip("map.npz", 300)),
