@@ -349,7 +349,7 @@ TABLE: list[Bad] = [
     _a("a projection by no map", PROJECT, "map.npz: cannot read the vocabulary map: No such file", gone("map.npz")),
     _a("a map for another target", PROJECT, "map.npz: the map's target is another tokenizer than model", mapped("map.npz", target="x")),
     _a("a map from another source", PROJECT, "map.npz: the map's source is another tokenizer than model", mapped("map.npz", source="x")),
-    _a("a store of another tokenizer", PROJECT + " source.tokenizer=sharded", "store: the store's tokenizer is", key("sharded/tokenizer.json", "model/merges/0", ["x", "y"])),
+    _a("a store of another tokenizer", PROJECT + " source.tokenizer=sharded", "store: the store's tokenizer is", key("sharded/tokenizer_config.json", "bos_token", "<|im_start|>")),
     _a("a store of another template", PROJECT + " target.tokenizer=sharded", "store: the store's template is", put("sharded/chat_template.jinja", "{{ messages[0]['content'] }}")),
     _a("a store of other windows", PROJECT + " data.seq_length=32", "store: the store's truncation is 64, expected 32"),
     _a("a text the teacher never saw", PROJECT, "data.jsonl:2: no row in the store store, which was written from other data; of 2 samples 1", rows({"text": "new"})),
