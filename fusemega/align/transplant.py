@@ -4,7 +4,9 @@ A new token takes the old row of the token with the same content, as a vocabular
 old one says (the direction of the rows: which old id stands for this new id). One without a counterpart takes the mean
 of the old rows of the pieces that the old tokenizer cuts its content into (FVT: Gee et al. 2022, Fast Vocabulary
 Transfer for Language Model Compression); one without pieces (unused ids, special tokens without a counterpart) the
-mean of all the old tokenizer's rows (Hewitt 2021). Means are taken in fp32 and rounded once.
+mean of all the old tokenizer's rows (Hewitt 2021). So does a byte token whose byte another token has (`<0x41>` beside
+`A`): no text becomes it, and with that token's row it would take half of that token's probability. Means are taken in
+fp32 and rounded once.
 
 Shapes: N new ids, V old ids, H hidden size, C pieces of a token.
 """
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusemega.align.make_map import exact_map
+from fusemega.align.make_map import exact_map, ids_by_content
 from fusemega.align.vocabulary import Vocabulary, byte_level_form
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.checkpoint.hf_check import check_copies, check_tensors
@@ -69,9 +71,12 @@ def plan_rows(table_N: np.ndarray, new: Vocabulary, cut: Callable[[bytes], list[
         table_N: int, the old id of each new id, -1 where it has none.
         cut: the pieces of a content, as old ids; see `cutter`.
     """
+    own = ids_by_content(new)
+    unseen = [i for i in new.byte_tokens if own[new.contents[i] or b""] != i]
     copied_N = table_N.astype(np.int64)
-    missing = np.flatnonzero(copied_N < 0).tolist()
-    pieces = {i: cut(content) for i in missing if (content := new.contents[i]) is not None}
+    copied_N[unseen] = -1
+    missing = set(np.flatnonzero(copied_N < 0).tolist()).difference(unseen)
+    pieces = {i: cut(content) for i in sorted(missing) if (content := new.contents[i]) is not None}
     return RowPlan(copied_N, {i: found for i, found in pieces.items() if found})
 
 

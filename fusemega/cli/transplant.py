@@ -25,9 +25,9 @@ def command(
     """Move a model onto another tokenizer's vocabulary: new rows for its embedding and head, all else bit for bit.
 
     A new id takes the old row of the id with the same content; without one, the mean of the old rows of the pieces
-    that the old tokenizer cuts its content into; without pieces, the mean of all old rows. Tokens of a role (bos,
-    eos, the one that closes an assistant's turn, pad, unk) take their counterpart's row. The model needs training
-    afterwards. Prints one JSON object, which is transplant.json in OUT too.
+    that the old tokenizer cuts its content into; without pieces, or where no text becomes it, the mean of all old
+    rows. Tokens of a role (bos, eos, the one that closes an assistant's turn, pad, unk) take their counterpart's row.
+    The model needs training afterwards. Prints one JSON object, which is transplant.json in OUT too.
     """
     import json
 
