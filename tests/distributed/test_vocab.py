@@ -20,6 +20,7 @@ TIED = [
 def test_equals_the_dense_head(ranks: int) -> None:
     alone = draws(None)
     for found in run_ranks("vocab.py", ranks):
+        assert found["collectives"] == 3 * 3, "three a chunk"
         assert found["errors"] and {n: e for n, e in found["errors"].items() if not e <= 1e-10} == {}
         assert [rows["ids"] for rows in found["top_k"]] == [[ids] * 3 for ids in TIED]
         for rows in found["top_k"]:

@@ -134,6 +134,20 @@ def check_divergence(name: str, case: dict[str, Any]) -> float:
     return max(float((got - wanted).abs().max().nan_to_num(nan=1.0)) for got, wanted in pairs if got.numel())
 
 
+def collectives() -> int:
+    """All-reduces of one `fused_divergence_loss` over three chunks."""
+    calls = []
+    plain = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (calls.append(None), plain(*args, **kwargs))[1]
+    inputs = [torch.zeros(shape, requires_grad=True) for shape in ((9, 2), (100, 2), (9, 3), (100, 3))]
+    fused_divergence_loss(
+        *inputs, torch.zeros(9, dtype=torch.int64), "jsd", temperature=2.0, label_weight=1.0, divergence_weight=1.0,
+        group=dist.group.WORLD, vocab_size=100 * dist.get_world_size(), chunk_tokens=3,
+    )  # fmt: skip
+    dist.all_reduce = plain
+    return len(calls)
+
+
 def top_k() -> list[dict[str, Any]]:
     """Rows of a head with ties within and across ranks, at k below and above a rank's real rows."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -184,7 +198,7 @@ def main() -> None:
     errors = {name: check(case) for name, case in CASES.items()}
     for name in DIVERGENCES:
         errors |= {f"{name}, {case}": check_divergence(name, settings) for case, settings in DIVERGENCE_CASES.items()}
-    report({"errors": errors, "top_k": top_k(), "draws": draws(dist.group.WORLD)})
+    report({"collectives": collectives(), "errors": errors, "top_k": top_k(), "draws": draws(dist.group.WORLD)})
     dist.destroy_process_group()
 
 
