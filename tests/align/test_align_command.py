@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 
 from fusemega import cli
-from fusemega.align.make_map import exact_map
+from fusemega.align.counts import count_pairs
+from fusemega.align.dtw import decoded_strings
+from fusemega.align.make_map import exact_map, ms_map, ms_reference_map
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.report.align_page import EXAMPLE, shown, worked_example
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import prepare
 from tests.align.map_loops import vocabulary
 from tests.text.toys import CORPUS, byte_level, sentencepiece
 
@@ -28,7 +32,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
-    """What it says on stdout; on stderr nothing, or that the tokenizers are the same."""
+    """What it says on stdout."""
     with pytest.raises(SystemExit) as stop:
         cli.main(["align", "source", "target", *words])
     said = capsys.readouterr()
@@ -63,6 +67,26 @@ def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[s
     run(capsys, "ties.npz", "--kind", "mined", "--ties", "cooccurrence", "--data", "data.jsonl", "--on-bad-row", "skip")
     changed = np.flatnonzero(VocabularyMap.load("ties.npz").table_S != mined.table_S)
     assert len(changed) and set(changed) <= set(ids)
+
+
+def test_kinds_that_count(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = {}
+    for kind, positions in (("ms", None), ("ms_reference", None), ("ms_reference", "offsets"), ("ms", "dtw_reference")):
+        words = ["--kind", kind, "--data", "data.jsonl", "--workers", "1", "--seq-length", "64"]
+        words += [] if positions is None else ["--positions", positions]
+        run(capsys, "map.npz", *words, "--report", "page")
+        tables[kind, positions] = VocabularyMap.load("map.npz").table_S
+    config = DataConfig(path="data.jsonl", seq_length=64)
+    tokenizers = sentencepiece(), byte_level()
+    source, target = (Vocabulary.of(tokenizer) for tokenizer in tokenizers)
+    datasets = [prepare(config, tokenizer, "cache/data") for tokenizer in tokenizers]
+    ends = count_pairs(*datasets, workers=1)
+    path = count_pairs(*datasets, "dtw", tuple(map(decoded_strings, tokenizers, ("▁", "Ġ"))), 64, workers=1)
+    assert (tables["ms", None] == ms_map(source, target, ends).table_S).all()
+    assert (tables["ms", "dtw_reference"] == ms_map(source, target, path).table_S).all()
+    assert (tables["ms_reference", None] == ms_reference_map(source, target, path).table_S).all()
+    assert (tables["ms_reference", "offsets"] == ms_reference_map(source, target, ends).table_S).all()
+    assert len({table_S.tobytes() for table_S in tables.values()}) == 4
 
 
 def test_the_same_tokenizer_twice_is_the_identity(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
