@@ -1,4 +1,5 @@
-"""The same merges by fusemega and by mergekit: equal within bf16 rounding, time and peak memory side by side.
+"""The same merges by fusemega and by mergekit: equal within bf16 rounding but for ties (`merge_compare.py`), time and
+peak memory side by side.
 
     python benchmarks/merge_vs_mergekit.py [--models 2 4 8] [--size 135m 500m] [--methods ...] [--mergekit PYTHON]
 
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import yaml
+from merge_compare import compare
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -116,28 +118,6 @@ def measured(command: list[str], log: Path) -> tuple[float, float, float]:
     return seconds, memory, processor
 
 
-def compare(ours: Path, theirs: Path) -> dict[str, float]:
-    """The share of elements that differ, and the largest difference in units of the larger one's last bf16 place."""
-    elements = different = 0
-    worst = 0.0
-    opened = [open_all(folder) for folder in (ours, theirs)]
-    for name in sorted(opened[0].keys() & opened[1].keys()):
-        a, b = (files[name].get_tensor(name).float() for files in opened)
-        elements += a.numel()
-        different += int((a != b).sum())
-        unit = torch.maximum(a.abs(), b.abs()).clamp_(min=1e-30).log2_().floor_().sub_(7).exp2_()
-        worst = max(worst, float(((a - b).abs() / unit).max()))
-    return {"different_share": different / max(elements, 1), "largest_difference_in_bf16_steps": worst}
-
-
-def open_all(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for path in folder.glob("*.safetensors"):
-        file = safe_open(path, framework="pt")
-        found |= dict.fromkeys(file.keys(), file)  # noqa: SIM118
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=int, nargs="+", default=[2, 4, 8])
@@ -209,12 +189,13 @@ def one(
         seconds, memory, processor = measured(command, log)
         row[tool] = {"seconds": round(seconds, 2), "of_which_start": round(start[tool], 2)}
         row[tool] |= {"processor_seconds": round(processor, 2), "peak_gb": round(memory, 3)}
-    row |= compare(work / "fusemega.out", work / "mergekit.out")
+    setting = float(METHODS[method].get("density", METHODS[method].get("select_topk", 1)))
+    row |= compare(work / "fusemega.out", work / "mergekit.out", base, models, method, setting)
     ours, theirs = row["fusemega"], row["mergekit"]
     row["speedup_whole"] = round(theirs["seconds"] / ours["seconds"], 2)
     row["speedup_work"] = round((theirs["seconds"] - start["mergekit"]) / (ours["seconds"] - start["fusemega"]), 2)
     row["memory_ratio"] = round(ours["peak_gb"] / theirs["peak_gb"], 3)
-    equal = row["largest_difference_in_bf16_steps"] <= 1
+    equal = row["steps_off_ties"] <= 1
     row["meets"] = row["speedup_whole"] >= TARGETS.get(method, 1.5) and row["memory_ratio"] <= 1 / 3 and equal
     return row
 

@@ -109,7 +109,7 @@ class _Run:
         if not (self._checked or isinstance(self._step, Sample)):
             check_finite(tensor.sources, values, place.start)
         base, models = (values[0], values[1:]) if self._has_base else (None, values)
-        block = Block(tensor.spec, place.index, place.start, base, models)
+        block = Block(tensor.spec, place.index, place.start, base, models, tensor.computed_in)
         if isinstance(self._step, Sample):
             return self._step.measure(block)
         if self.merge is None:

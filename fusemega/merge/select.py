@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Block, Job, Pass, Sample
+from fusemega.merge.statistics import CELL
 
 _LOW_BITS = 17
 _COARSE_BINS = 1 << (31 - _LOW_BITS)  # no sign bit
@@ -31,6 +32,7 @@ _PIECES = (16, 128)
 _SURE = 8.0
 """Standard errors of a sample of independent elements on either side of the bracket. A tensor's neighbours are alike,
 so its elements are not independent."""
+_FEW = 4
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 MAX_MEMBERS = 1 << 22
 PASS_NAMES = ("the threshold and its ties",)
@@ -41,20 +43,23 @@ class Keys:
     """Streams of keys to rank elements by: non-negative fp32.
 
     Attributes:
-        rough: block -> each stream's keys [n], relatively within `slack` of the true ones, and zero where those are.
+        rough: block -> each stream's keys [n], relatively within `slack` of the true ones, and zero where those are;
+            one stream after the other, so that only one needs room.
         exact: (block, stream, places [m]) -> the true keys there [m], fp32.
         slack: 0 where `rough` is exact.
     """
 
-    rough: Callable[[Block], list[torch.Tensor]]
+    rough: Callable[[Block], Iterator[torch.Tensor]]
     exact: Callable[[Block, int, np.ndarray], np.ndarray] | None = None
     slack: float = 0.0
 
-    def near(self, block: Block, stream: int, rough: np.ndarray, low: float, high: float) -> tuple[np.ndarray, ...]:
-        """(places of the keys that may lie in [low, high], the true keys there): all others are surely outside."""
-        inside = np.logical_and(rough >= low * (1 - self.slack), rough <= high * (1 + self.slack))
-        places = np.flatnonzero(inside)
-        return places, rough[places] if self.exact is None else self.exact(block, stream, places)
+
+@dataclass
+class _Marks:
+    """Which elements of a block are surely taken, and which may be (None: no others), a bit each."""
+
+    taken: np.ndarray
+    open: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,10 @@ class Selection:
     """The k largest of one stream of keys.
 
     Attributes:
-        keys: what is ranked.
-        stream: its number among them.
         count: k.
         threshold: the smallest key taken; infinite where k is 0.
         ties: for each block, how many of the keys that equal the threshold are taken, and how many there are.
+        marks: of each block, where there are `Keys.exact`.
     """
 
     keys: Keys
@@ -74,31 +78,50 @@ class Selection:
     count: int
     threshold: float
     ties: list[tuple[int, int]]
+    marks: list[_Marks]
 
-    def mask(self, block: Block, rough_n: torch.Tensor) -> torch.Tensor:
-        """1.0 for the elements taken and 0.0 for the others, fp32 [n]; from the stream's rough keys."""
+    def places(self, block: Block) -> np.ndarray:
+        """Where the elements taken are, in ascending order. Needs `Keys.exact`.
+
+        Of a block that is asked for again, they are remembered.
+        """
+        marks = self.marks[block.index]
+        length = len(block.stored[0])
+        taken = np.unpackbits(marks.taken, count=length).view(bool)
+        if marks.open is not None:
+            assert self.keys.exact is not None
+            places = np.flatnonzero(np.unpackbits(marks.open, count=length).view(bool))
+            keys = self.keys.exact(block, self.stream, places)
+            taken[places[keys > self.threshold]] = True
+            if self.ties:
+                taken[places[keys == self.threshold][: self.ties[block.index][0]]] = True
+            marks.taken, marks.open = np.packbits(taken), None
+        return np.flatnonzero(taken)
+
+    def trim(self, block: Block, values_n: torch.Tensor) -> torch.Tensor:
+        """`values_n`, whose magnitudes are the keys, with zero in place of those not taken."""
         taken, there = self.ties[block.index] if self.ties else (0, 0)
-        out = torch.empty_like(rough_n, dtype=torch.float32)
-        if self.keys.slack == 0 and taken in (0, there):
-            compare = torch.ge if taken else torch.gt
-            return compare(rough_n, self.threshold, out=out)
-        torch.gt(rough_n, self.threshold * (1 + self.keys.slack), out=out)
-        places, keys = self.keys.near(block, self.stream, rough_n.numpy(), self.threshold, self.threshold)
-        out.numpy()[places[keys > self.threshold]] = 1.0
-        out.numpy()[places[keys == self.threshold][:taken]] = 1.0
-        return out
+        if values_n.dtype == torch.float32 and taken in (0, there):
+            bound = np.nextafter(np.float32(self.threshold), np.float32(0)) if taken else self.threshold
+            return torch.nn.functional.hardshrink(values_n, float(bound))
+        keys = values_n.abs().float()
+        mask = torch.gt(keys, self.threshold, out=torch.empty_like(keys))
+        ties = np.flatnonzero(keys.numpy() == self.threshold)
+        mask.numpy()[ties[:taken]] = 1.0
+        return values_n.mul_(mask)
 
 
 @dataclass(frozen=True)
 class _Scanned:
     """One stream of one block: how many keys there are, are not zero, and lie above the bracket; and the values within
-    it, without zero, with how often each occurs (a value may be there several times)."""
+    it, without zero, with how often each occurs."""
 
     elements: int
     nonzero: int
     above: int
     values: np.ndarray
     counts: np.ndarray
+    marks: _Marks | None
 
 
 def select_largest(
@@ -110,7 +133,7 @@ def select_largest(
         job: the job.
         keys: of its blocks; computed again in every pass.
         count_of: how many elements of the first stream are not zero -> how many are wanted of each stream. No more than
-            there are elements.
+            there are elements; where there are `Keys.exact`, than are not zero.
     """
     (tensor,) = job.tensors
     sampled = yield Sample(lambda block: [key.numpy() for key in keys.rough(block)], _pieces(tensor.elements))
@@ -136,13 +159,18 @@ def _pieces(elements: int) -> list[tuple[int, int]]:
     return [(place * step, _PIECE) for place in range(number)]
 
 
-Brackets = list[tuple[float, float]]
-"""(low, high) of each stream, both within."""
+@dataclass(frozen=True)
+class _Bracket:
+    """Keys from `low` to `high`, both within; and all the values that a sample has there, if they are few."""
+
+    low: float
+    high: float
+    values: tuple[float, ...] = ()
 
 
 def _guess(
     samples: list[np.ndarray], elements: int, count_of: Callable[[int], list[int]], slack: float
-) -> Brackets | None:
+) -> list[_Bracket] | None:
     """From a sample; None where more keys may lie within than are to be remembered."""
     size = len(samples[0])
     nonzero = round(np.count_nonzero(samples[0]) / size * elements)
@@ -151,16 +179,19 @@ def _guess(
         rank = k / elements * size  # of the k-th largest in the sample, from the top
         margin = 1.0 if size == elements else _SURE * (math.sqrt(rank * (1 - rank / size)) + 1)
         first, last = math.floor(size - rank - margin), math.ceil(size - rank + margin)
-        sample = np.partition(sample, [min(max(place, 0), size - 1) for place in (first, last)])
+        sample = np.sort(sample)
         low = float(sample[first]) * (1 - slack) if first >= 0 else 0.0
         high = float(sample[last]) * (1 + slack) if last < size else math.inf
-        if np.count_nonzero((sample >= max(low, _SMALLEST)) & (sample <= high)) / size * elements > MAX_MEMBERS:
+        within = sample[np.searchsorted(sample, max(low, _SMALLEST)) : np.searchsorted(sample, high, "right")]
+        values = within[np.flatnonzero(np.diff(within, prepend=np.float32(-1)))]
+        # A block remembers a value once, so few values are few members however often they occur.
+        if min(len(within) / size * elements, len(values) * (1 + elements / CELL)) > MAX_MEMBERS:
             return None
-        out.append((low, high))
+        out.append(_Bracket(low, high, tuple(values.tolist()) if len(values) <= _FEW and not slack else ()))
     return out
 
 
-def _count(keys: Keys, count_of: Callable[[int], list[int]]) -> Generator[Pass | Sample, list[Any], Brackets]:
+def _count(keys: Keys, count_of: Callable[[int], list[int]]) -> Generator[Pass | Sample, list[Any], list[_Bracket]]:
     """From the bit patterns of all keys."""
     histograms = _Histograms(keys)
     counts = count_of(sum((yield histograms.add)))
@@ -176,7 +207,8 @@ def _count(keys: Keys, count_of: Callable[[int], list[int]]) -> Generator[Pass |
         ]
         lows = highs = [low + offset for low, offset in zip(lows, offsets, strict=True)]
     return [
-        (_float(low) * (1 - keys.slack), _float(high) * (1 + keys.slack)) for low, high in zip(lows, highs, strict=True)
+        _Bracket(_float(low) * (1 - keys.slack), _float(high) * (1 + keys.slack))
+        for low, high in zip(lows, highs, strict=True)
     ]
 
 
@@ -190,9 +222,10 @@ class _Histograms:
 
     def add(self, block: Block) -> int:
         """Returns how many keys of the first stream are not zero."""
-        streams = self.keys.rough(block)
         parts = []
-        for stream, key in enumerate(streams):
+        nonzero = 0
+        for stream, key in enumerate(self.keys.rough(block)):
+            nonzero = nonzero if stream else int(np.count_nonzero(key.numpy()))
             bits = key.view(torch.int32)
             if self.lows is None:
                 parts.append(torch.bincount(bits >> _LOW_BITS, minlength=_COARSE_BINS).numpy())
@@ -204,7 +237,7 @@ class _Histograms:
                 self.counts = [np.zeros_like(part) for part in parts]
             for total, part in zip(self.counts, parts, strict=True):
                 total += part
-        return int(np.count_nonzero(streams[0].numpy() > 0))
+        return nonzero
 
 
 def _locate(histogram: np.ndarray, k: int) -> tuple[int, int, int]:
@@ -220,37 +253,52 @@ def _float(bits: int) -> float:
     return float(np.array(bits, np.int32).view(np.float32))
 
 
-def _scan(keys: Keys, brackets: Brackets) -> Pass:
+def _scan(keys: Keys, brackets: list[_Bracket]) -> Pass:
     def scan(block: Block) -> list[_Scanned]:
-        out = []
-        for stream, (rough_n, (low, high)) in enumerate(zip(keys.rough(block), brackets, strict=True)):
-            rough = rough_n.numpy()
-            places, true = keys.near(block, stream, rough, max(low, _SMALLEST), high)
-            above = np.count_nonzero(rough > high * (1 + keys.slack)) + np.count_nonzero(true > high)
-            values = true[(true >= low) & (true <= high)]
-            counts: np.ndarray = np.ones(len(values), np.int32)
-            if len(values) > len(rough) // 8:  # many equal ones, which are to be remembered as one
-                values, counts = np.unique(values, return_counts=True)
-            out.append(_Scanned(len(rough), int(np.count_nonzero(rough > 0)), int(above), values, counts))
-        return out
+        return [
+            _scan_one(keys, block, stream, rough_n.numpy(), bracket)
+            for stream, (rough_n, bracket) in enumerate(zip(keys.rough(block), brackets, strict=True))
+        ]
 
     return scan
 
 
+def _scan_one(keys: Keys, block: Block, stream: int, rough: np.ndarray, bracket: _Bracket) -> _Scanned:
+    low, high = max(bracket.low, _SMALLEST), bracket.high
+    above, below = rough > high * (1 + keys.slack), rough < low * (1 - keys.slack)
+    number = np.count_nonzero(above)
+    left = len(rough) - number - np.count_nonzero(below)
+    values = np.array(bracket.values, np.float32)
+    counts = np.array([np.count_nonzero(rough == value) for value in values], np.int64)
+    marks = None if keys.exact is None else _Marks(np.packbits(above), None)
+    if left > counts.sum():  # not only the values that the sample has
+        within = np.logical_not(np.logical_or(above, below))
+        places = np.flatnonzero(within)
+        true = rough.take(places) if keys.exact is None else keys.exact(block, stream, places)
+        number += np.count_nonzero(true > high)
+        values, counts = np.unique(true[(true >= low) & (true <= high)], return_counts=True)
+        if marks:
+            marks.open = np.packbits(within)
+    # Zeros are asked for in the first stream, and where they may be taken.
+    nonzero = np.count_nonzero(rough) if stream == 0 or bracket.low == 0 else 0
+    return _Scanned(len(rough), int(nonzero), int(number), values, counts, marks)
+
+
 def _settle(
-    parts: list[list[_Scanned]], keys: Keys, brackets: Brackets, count_of: Callable[[int], list[int]]
+    parts: list[list[_Scanned]], keys: Keys, brackets: list[_Bracket], count_of: Callable[[int], list[int]]
 ) -> list[Selection] | None:
     """None where a k-th largest does not lie in its bracket."""
     counts = count_of(sum(streams[0].nonzero for streams in parts))
     out = []
-    for stream, (k, (low, _)) in enumerate(zip(counts, brackets, strict=True)):
+    for stream, (k, bracket) in enumerate(zip(counts, brackets, strict=True)):
         blocks = [streams[stream] for streams in parts]
         left = k - sum(block.above for block in blocks)
+        marks = [block.marks for block in blocks if block.marks]
         within = sum(int(block.counts.sum()) for block in blocks)
         if k == 0:
-            out.append(Selection(keys, stream, 0, math.inf, []))
+            out.append(Selection(keys, stream, 0, math.inf, [], marks))
             continue
-        if left <= 0 or (left > within and low > 0):
+        if left <= 0 or (left > within and bracket.low > 0):
             return None
         threshold = 0.0
         there = [block.elements - block.nonzero for block in blocks]
@@ -266,5 +314,5 @@ def _settle(
         for number in there:
             ties.append((min(left, number), number))
             left -= ties[-1][0]
-        out.append(Selection(keys, stream, k, threshold, ties))
+        out.append(Selection(keys, stream, k, threshold, ties, marks))
     return out

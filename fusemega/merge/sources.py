@@ -1,8 +1,7 @@
-"""Blocks of the tensors of several models, read and widened: what methods compute on."""
+"""Blocks of the tensors of several models, read: what methods compute on."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,21 +30,17 @@ class Source:
     rows: np.ndarray | None = None
     width: int = 1
 
-    def load(self, start: int, out_n: torch.Tensor) -> list[tuple[int, int]]:
-        """Output elements `start` on, widened to `out_n`'s dtype.
-
-        Returns:
-            The parts (from, to) of `out_n` that this model lacks; they are left as they were.
-        """
-        raw = _scratch(len(out_n), self.dtype)
+    def load(self, start: int, count: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Output elements `start` to `start + count` in this model's dtype, and the parts (from, to) of them that it
+        lacks, where they are anything."""
+        out_n = torch.empty(count, dtype=self.dtype)
         missing = []
-        for begin, end, own in self._runs(start, len(out_n)):
+        for begin, end, own in self._runs(start, count):
             if own is None:
                 missing.append((begin, end))
             else:
-                self.reader.read(self.name, own, raw[begin:end])
-                out_n[begin:end].copy_(raw[begin:end])
-        return missing
+                self.reader.read(self.name, own, out_n[begin:end])
+        return out_n, missing
 
     def _runs(self, start: int, count: int) -> Iterator[tuple[int, int, int | None]]:
         """(from, to) in the block, and the first own element: one for each stretch that lies together in the file."""
@@ -68,12 +63,16 @@ class Source:
 def load_block(
     sources: Sequence[Source], start: int, count: int, dtype: torch.dtype, has_base: bool
 ) -> list[torch.Tensor]:
-    """Output elements `start` to `start + count` of every model, the base (if there is one) first, widened to `dtype`.
+    """Output elements `start` to `start + count` of every model, the base (if there is one) first, as they are stored.
 
-    A model that lacks a row gets the base's, or the mean of those that have it where there is no base or it lacks it.
+    A model that lacks a row gets the base's, or the mean of those that have it where there is no base or it lacks it;
+    then all are widened to `dtype`.
     """
-    out = list(torch.empty(len(sources), count, dtype=dtype))
-    missing = [source.load(start, values) for source, values in zip(sources, out, strict=True)]
+    loaded = [source.load(start, count) for source in sources]
+    out, missing = [values for values, _ in loaded], [parts for _, parts in loaded]
+    if not any(missing):
+        return out
+    out = [values.to(dtype) for values in out]
     edges = sorted({edge for parts in missing for part in parts for edge in part})
     for left, right in zip(edges[:-1], edges[1:], strict=True):
         lacks = [any(begin <= left and right <= end for begin, end in parts) for parts in missing]
@@ -103,14 +102,3 @@ def check_finite(sources: Sequence[Source], values: Sequence[torch.Tensor], star
                 f"{source.reader.folder.path}: tensor {source.name} holds {block[place].item()} at element "
                 f"{start + place} of the merged tensor; nothing can be merged with it"
             )
-
-
-_local = threading.local()
-
-
-def _scratch(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """This thread's buffer for raw elements, overwritten by its next use."""
-    size = count * dtype.itemsize
-    if getattr(_local, "bytes", None) is None or len(_local.bytes) < size:
-        _local.bytes = torch.empty(size, dtype=torch.uint8)
-    return _local.bytes[:size].view(dtype)

@@ -89,9 +89,7 @@ def family(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
     ) -> tuple[Path, list[Path]]:
         base = base_tensors(dtype=dtype, **config)
         folder = write_folder(tmp_path / "base", base, **config)
-        return folder, [
-            write_folder(tmp_path / f"m{j}", tuned(base, j, size), **config) for j, size in enumerate(rms)
-        ]
+        return folder, [write_folder(tmp_path / f"m{j}", tuned(base, j, size), **config) for j, size in enumerate(rms)]
 
     return make
 

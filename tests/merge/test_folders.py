@@ -106,9 +106,7 @@ def test_bad_models_are_refused(case: str, tmp_path: Path) -> None:
     base = base_tensors()
     folders = [write_folder(tmp_path / "base", base), write_folder(tmp_path / "a", tuned(base, 0, 1e-3))]
     bad = write_folder(tmp_path / "bad", change(tuned(base, 1, 1e-3)), **config)
-    message = _refused(
-        tmp_path, merge_method="sce", base_model=str(folders[0]), models=entries([folders[1], bad])
-    )
+    message = _refused(tmp_path, merge_method="sce", base_model=str(folders[0]), models=entries([folders[1], bad]))
     assert expected in message and str(bad) in message or case == "other model type"
 
 

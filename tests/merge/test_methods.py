@@ -13,7 +13,7 @@ import torch
 
 from fusemega.merge import select
 from fusemega.merge.merge import Options
-from fusemega.merge.method import Job, Sample, TensorSpec, find_method, method_names
+from fusemega.merge.method import Block, Job, Sample, TensorSpec, find_method, method_names
 from fusemega.merge.methods.dare import uniform
 from fusemega.merge.methods.della import keep_probabilities
 from tests.merge import oracles
@@ -293,21 +293,22 @@ def test_selection_equals_the_stable_sort(case: str, quanta: int, monkeypatch: p
         torch.randint(0, quanta, (100_000,), generator=generator).float() / quanta * scale for scale in (1.0, 1e-12)
     ]
     for key in keys:
-        key[:4096] *= "misleading" not in case
+        key[:4096] *= 1e-3 if "misleading" in case else 1.0
     rough = [key * (1 + slack * (torch.rand(key.shape, generator=generator) * 1.8 - 0.9)) for key in keys]
     edges = [0, 16384, 32768, 90112, 100_000]
     spec = TensorSpec("x", (100_000,))
 
-    def block(index: int, start: int, end: int) -> select.Block:
-        return select.Block(spec, index, start, None, [key[start:end] for key in rough])
+    def block(index: int, start: int, end: int) -> Block:
+        return Block(spec, index, start, None, [key[start:end] for key in rough])
 
-    def exact(block: select.Block, stream: int, places: np.ndarray) -> np.ndarray:
+    def exact(block: Block, stream: int, places: np.ndarray) -> np.ndarray:
         return keys[stream].numpy()[block.start + places]
 
-    ranked = select.Keys(lambda block: block.models, exact if slack else None, slack)
+    ranked = select.Keys(Block.models, exact if slack else None, slack)
     blocks = [block(i, a, b) for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))]
     most = 0
-    for k in (0, 1, 777, 50_000, 99_999, 100_000):
+    most_k = min(int(key.count_nonzero()) for key in keys) if slack else 100_000
+    for k in (0, 1, 777, 50_000, min(99_999, most_k), most_k):
         steps = select.select_largest(Job([spec], None, [], 0), ranked, lambda nonzero, k=k: [k, k])  # type: ignore[misc]
         passes, answer = 0, None
         while True:
@@ -322,9 +323,14 @@ def test_selection_equals_the_stable_sort(case: str, quanta: int, monkeypatch: p
             else:
                 answer = [step(block) for block in blocks]
         most = max(most, passes)
-        for stream, (key, selection) in enumerate(zip(keys, selections, strict=True)):
-            mask = torch.cat([selection.mask(b, b.models[stream]) for b in blocks])
-            expected = torch.zeros(100_000)
-            expected[key.argsort(descending=True, stable=True)[:k]] = 1
-            assert torch.equal(mask, expected), k
+        for key, selection in zip(keys, selections, strict=True):
+            expected = key.argsort(descending=True, stable=True)[:k]
+            if slack:
+                for _ in range(2):  # found, then remembered
+                    places = np.concatenate([selection.places(b) + b.start for b in blocks])
+                    assert np.array_equal(places, np.sort(expected.numpy())), k
+                continue
+            for wide in (key, key.double()):
+                trimmed = torch.cat([selection.trim(b, wide[b.start :][: len(b.stored[0])].clone()) for b in blocks])
+                assert torch.equal(trimmed, torch.zeros_like(wide).index_copy_(0, expected, wide[expected])), k
     assert most == (2 if case.startswith(("all", "sampled")) else 4)

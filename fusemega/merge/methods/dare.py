@@ -65,7 +65,7 @@ class DareLinear(Method):
         yield from ()
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
-            out = torch.zeros_like(block.models[0])
+            out = block.zeros()
             for delta, weight in zip(dropped(job, block), weights, strict=True):
                 out.add_(delta, alpha=factor * weight)
             return block.plus_base(out), 0.0

@@ -51,9 +51,10 @@ class Linear(Method):
         yield from ()
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
-            out = torch.mul(block.models[0], coefficients[0])
-            for model, coefficient in zip(block.models[1:], coefficients[1:], strict=True):
-                out.add_(model, alpha=coefficient)
+            first, *others = coefficients
+            out = torch.mul(block.model(0), first)
+            for number, coefficient in enumerate(others, 1):
+                out.add_(block.model(number), alpha=coefficient)
             return out, 0.0
 
         return Merge(apply, {"coefficients": coefficients})

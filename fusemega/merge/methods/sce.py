@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def select(job: Job) -> Generator[Pass | Sample, list[Any], Selection]:
     """The selection of `Sce`; equal variances are taken in the order of the flat tensor."""
     tau, count = job.settings.select_topk, len(job.models)
     slack = 4 * count * (count + 2) * 2.0**-24
-    keys = Keys(lambda block: [rough_variance(block)], variance_at, slack)
+    keys = Keys(lambda block: iter([rough_variance(block)]), variance_at, slack)
     (selection,) = yield from select_largest(job, keys, lambda nonzero: [int(tau * nonzero)])
     return selection
 
@@ -73,34 +73,59 @@ def rough_variance(block: Block) -> torch.Tensor:
     then loses at most a factor K to cancellation. Below `LEAST_VARIANCE`, where squares near the end of fp32's range,
     it is zero.
     """
-    first, *others = block.models
-    sums, squares = torch.zeros_like(first), torch.zeros_like(first)
-    for model in others:
-        difference = model - first
+    sums, squares = block.zeros(), block.zeros()
+    models = block.models()
+    first = next(models)
+    for model in models:
+        difference = torch.sub(model, first)
         sums.add_(difference)
         squares.addcmul_(difference, difference)
-    rough = squares.addcmul_(sums, sums, value=-1 / len(block.models)).float()
+    rough = squares.addcmul_(sums, sums, value=-1 / len(block.stored)).float()
     return torch.nn.functional.hardshrink(rough, LEAST_VARIANCE)
 
 
 def variance_at(block: Block, stream: int, places: np.ndarray) -> np.ndarray:
     """The same at some places in fp64, rounded to fp32: models in another order give the same bits."""
-    first, *others = (model.numpy()[places].astype(np.float64) for model in block.models)
+    first, *others = (model.numpy().astype(np.float64) for model in block.at(places).models())
     sums, squares = np.zeros_like(first), np.zeros_like(first)
     for model in others:
         difference = model - first
         sums += difference
         squares += difference * difference
-    count = len(block.models)
+    count = len(block.stored)
     variance = ((count * squares - sums * sums) / count).astype(np.float32)
     return np.where(variance > LEAST_VARIANCE, variance, np.float32(0))
 
 
 def selected_squares(block: Block, selection: Selection) -> list[list[float]]:
     """For each model, the cell sums of the squared deltas of the selected elements."""
-    deltas = block.deltas()
-    mask = selection.mask(block, rough_variance(block))
-    return [cell_sums(delta.mul_(mask).square_()) for delta in deltas]
+    places = selection.places(block)
+    selected = block.at(places)
+    squares = block.zeros()
+    out = []
+    for number in range(len(block.stored)):
+        squares.numpy()[places] = selected.delta(number).square_()
+        out.append(cell_sums(squares))
+    return out
+
+
+def merge_selected(
+    block: Block, selection: Selection, merge: Callable[[list[torch.Tensor]], tuple[torch.Tensor, float]]
+) -> tuple[torch.Tensor, float]:
+    """What `Merge.apply` returns where elements that are not selected become the base's.
+
+    Args:
+        block: the block.
+        selection: of its job.
+        merge: the deltas of the selected elements, K times [m], which it may overwrite -> the merged delta [m], agreed.
+    """
+    assert block.base is not None
+    places = selection.places(block)
+    selected = block.at(places)
+    merged, agreed = merge(selected.deltas())
+    out = torch.add(block.base, 0.0)  # +0 where the base has -0, as the sum of base and delta
+    out.numpy()[places] = selected.plus_base(merged)
+    return out, agreed
 
 
 def erase(deltas: list[torch.Tensor], eta: list[float]) -> tuple[torch.Tensor, torch.Tensor, float]:

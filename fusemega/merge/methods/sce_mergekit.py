@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
-from fusemega.merge.methods.sce import Sce, SceSettings, erase, rough_variance, select, selected_squares
+from fusemega.merge.methods.sce import Sce, SceSettings, erase, merge_selected, select, selected_squares
 from fusemega.merge.statistics import cell_sums, shares, totals
 
 LEAST_TOTAL = 1e-6
@@ -47,14 +47,15 @@ class SceMergekit(Method):
         below = math.fsum(squares) / job.elements < LEAST_TOTAL
         eta = [1 / len(squares)] * len(squares) if below else shares(squares)
 
+        def merged(deltas: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
+            total, share, agreed = erase(deltas, eta)
+            return total.div_(share.clamp_(min=LEAST_DIVISOR)), agreed
+
         def apply(block: Block) -> tuple[torch.Tensor, float]:
-            deltas = block.deltas()
             if not everything:
-                mask = selection.mask(block, rough_variance(block))
-                for delta in deltas:
-                    delta.mul_(mask)
-            merged, share, agreed = erase(deltas, eta)
-            return block.plus_base(merged.div_(share.clamp_(min=LEAST_DIVISOR))), agreed
+                return merge_selected(block, selection, merged)
+            delta, agreed = merged(block.deltas())
+            return block.plus_base(delta), agreed
 
         selected = 1.0 if everything else selection.count / job.elements
         pairs = round(selected * job.elements) * len(eta)

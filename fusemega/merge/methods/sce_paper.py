@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
-from fusemega.merge.methods.sce import Sce, SceSettings, erase, rough_variance, select, selected_squares
+from fusemega.merge.methods.sce import Sce, SceSettings, erase, merge_selected, select, selected_squares
 from fusemega.merge.statistics import shares, totals
 
 
@@ -28,12 +28,7 @@ class ScePaper(Method):
         eta = shares(totals((yield lambda block: selected_squares(block, selection))))
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
-            deltas = block.deltas()
-            mask = selection.mask(block, rough_variance(block))
-            for delta in deltas:
-                delta.mul_(mask)
-            merged, _, agreed = erase(deltas, eta)
-            return block.plus_base(merged), agreed
+            return merge_selected(block, selection, lambda deltas: erase(deltas, eta)[::2])
 
         report = {"coefficients": eta, "selected": selection.count / job.elements}
         return Merge(apply, report, pairs=selection.count * len(eta))

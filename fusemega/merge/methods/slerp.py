@@ -43,7 +43,7 @@ class Slerp(Method):
         t = job.settings.t
 
         def products(block: Block) -> list[list[float]]:
-            a, (b,) = block.base, block.models
+            a, b = block.base, block.model(0)
             assert a is not None
             return [cell_sums(a * a), cell_sums(b * b), cell_sums(a * b)]
 
@@ -56,6 +56,6 @@ class Slerp(Method):
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
             assert block.base is not None
-            return torch.mul(block.base, left).add_(block.models[0], alpha=right), 0.0
+            return torch.mul(block.base, left).add_(block.model(0), alpha=right), 0.0
 
         return Merge(apply, {"coefficients": [right], "base_coefficient": left, "cosine": cosine})

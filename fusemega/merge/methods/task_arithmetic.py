@@ -48,7 +48,7 @@ class TaskArithmetic(Method):
         yield from ()
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
-            out = torch.zeros_like(block.models[0])
+            out = block.zeros()
             for number, coefficient in enumerate(coefficients):
                 out.add_(block.delta(number), alpha=coefficient)
             return block.plus_base(out), 0.0

@@ -46,14 +46,11 @@ class Ties(Method):
         """See `Method.passes`."""
         (tensor,) = job.tensors
         counts = [max(1, int(model.density * tensor.elements)) for model in job.models]
-        keys = Keys(lambda block: [delta.abs_().float() for delta in block.deltas()])
+        keys = Keys(lambda block: (block.delta(number).abs_().float() for number in range(len(counts))))
         selections = yield from select_largest(job, keys, lambda nonzero: counts)
 
         def trimmed(block: Block) -> list[torch.Tensor]:
-            deltas = block.deltas()
-            for delta, selection in zip(deltas, selections, strict=True):
-                delta.mul_(selection.mask(block, delta.abs().float()))
-            return deltas
+            return [selection.trim(block, block.delta(number)) for number, selection in enumerate(selections)]
 
         apply = merge_by_sign(trimmed, [model.weight for model in job.models], job.settings)
         selected = [count / tensor.elements for count in counts]

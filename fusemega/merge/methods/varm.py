@@ -58,7 +58,7 @@ class Varm(Method):
         weights = shares(squares)
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
-            out = torch.zeros_like(block.models[0])
+            out = block.zeros()
             for number, weight in enumerate(weights):
                 out.add_(block.delta(number), alpha=weight)
             return block.plus_base(out), 0.0
@@ -69,11 +69,11 @@ class Varm(Method):
 
 def _by_element(block: Block) -> tuple[torch.Tensor, float]:
     """base + sum_j d_j^3 / sum_j d_j^2."""
-    cubes = torch.zeros_like(block.models[0], dtype=torch.float64)  # a small delta's cube is below fp32
+    cubes = block.zeros(torch.float64)  # a small delta's cube is below fp32
     squares = torch.zeros_like(cubes)
     for delta in block.deltas():
         wide = delta.double()
         square = wide * wide
         squares.add_(square)
         cubes.add_(square.mul_(wide))
-    return block.plus_base(ratio(cubes, squares).to(block.models[0].dtype)), 0.0
+    return block.plus_base(ratio(cubes, squares).to(block.dtype)), 0.0
