@@ -17,6 +17,7 @@ in the step. `ok` is whether all that keeps the limits in `LIMITS`. The last lin
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -185,27 +186,33 @@ def teacher_of(work: Path, name: str, chat: Path, rows: Sequence[Any]) -> dict[s
     return {"store": str(work / name), "map": str(work / f"{name}.map")}
 
 
-def step_seconds(work: Path, chat: Path, objectives: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Seconds of the same steps with each objective, in turn; the first step is not counted."""
+def step_seconds(work: Path, chat: Path, objectives: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Seconds of steps on the same samples with each objective, in turn; the first of each is not counted."""
     from fusemega.assets import smollm2
     from fusemega.config import validate
+    from fusemega.losses.registry import build_objective, parse_objective
     from fusemega.training.run import TrainRun
     from fusemega.training.train import open_trainer
 
-    trainers = {}
-    for name, objective in objectives.items():
-        settings = {
-            "output_dir": str(work / f"run-{name}"),
-            "model": {"load": str(smollm2()), "dtype": "fp32"},
-            "data": {"path": str(chat), "seq_length": SEQ_LENGTH},
-            "objective": objective,
-            "optimizer": {"lr": 1e-5},
-            "training": {"train_iters": STEPS, "global_batch_size": GLOBAL_BATCH, "export_hf": False},
-        }
-        trainers[name], _ = open_trainer(validate(TrainRun, settings, name))
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    settings = {
+        "output_dir": str(work / "run"),
+        "model": {"load": str(smollm2()), "dtype": "fp32"},
+        "data": {"path": str(chat), "seq_length": SEQ_LENGTH},
+        "objective": {"name": "sft"},
+        "optimizer": {"lr": 1e-5},
+        "training": {"train_iters": STEPS, "global_batch_size": GLOBAL_BATCH, "export_hf": False},
+    }
+    trainer, checked = open_trainer(validate(TrainRun, settings, "store"))
+    built = {
+        name: build_objective(parse_objective(dict(section)), checked.source.tokenizer, checked.source.vocab_size)
+        for name, section in objectives.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in objectives}
     for step in range(STEPS):
-        for name, trainer in trainers.items():
+        for name, objective in built.items():
+            objective.check_data(trainer.data.dataset)
+            trainer.objective, trainer.iteration = objective, step
+            trainer.data = dataclasses.replace(trainer.data, fields=objective.sample_fields)
             started = time.perf_counter()
             trainer.step()
             if step:
