@@ -5,6 +5,10 @@ bf16 models many keys are exactly equal, and where more of them equal the thresh
 fusemega keeps the first by position, mergekit whichever its top-k or its unstable sort puts first. Such elements are
 ties here: for `sce` those whose variance in fp32 is within `ROUNDING` of the threshold, for `ties` those whose
 magnitude, which is exact in fp32, equals the threshold of a model.
+
+The coefficients of SCE are shares of the squares of what is kept, so they move a little with the ties that are. Where
+base and merged delta nearly cancel, even that is many last places of the small rest: an element that is no tie is
+counted as equal within one such place and what the coefficients may move it by.
 """
 
 from __future__ import annotations
@@ -38,24 +42,25 @@ def compare(ours: Path, theirs: Path, base: Path, models: list[Path], method: st
         tied_share: of the elements that differ, those that are ties.
         steps, steps_off_ties: the largest difference in units of the larger one's last bf16 place, of all elements and
             of those that are no ties.
-        more_than_a_step_off_ties: how many of these differ by more than one such unit.
-        coefficients_move: for `sce_mergekit`, how far a coefficient moves between keeping the first and the last ties.
+        unexplained: how many of the latter differ by more than one such unit and what the coefficients explain.
+        coefficients_move: how far a coefficient of `sce_mergekit` moves from the first ties to those of `torch.topk`,
+            which is mergekit's choice.
     """
     opened = [_open(folder) for folder in (ours, theirs, base, *models)]
-    elements = different = tied = beyond = 0
-    steps = off_ties = move = 0.0
+    elements = different = tied = unexplained = 0
+    steps = off_ties = most_moved = 0.0
     for name in sorted(opened[0].keys() & opened[1].keys()):
         a, b, base_n, *models_n = (files[name].get_tensor(name).flatten() for files in opened)
         elements += len(a)
         places = torch.nonzero(a != b).flatten()
         if not len(places):
             continue
-        tie_n = torch.zeros(len(a), dtype=torch.bool)
+        tie_n, moved = torch.zeros(len(a), dtype=torch.bool), 0.0
         if method == "ties":
             tie_n = _magnitude_ties(base_n, models_n, setting)
         elif method == "sce_mergekit":
             tie_n, moved = _variance_ties(base_n, models_n, setting)
-            move = max(move, moved)
+            most_moved = max(most_moved, moved)
         at_a, at_b, tie = a[places].float(), b[places].float(), tie_n[places]
         unit = torch.maximum(at_a.abs(), at_b.abs()).clamp_(min=1e-30).log2_().floor_().sub_(7).exp2_()
         apart = (at_a - at_b).abs() / unit
@@ -63,10 +68,13 @@ def compare(ours: Path, theirs: Path, base: Path, models: list[Path], method: st
         tied += int(tie.sum())
         steps = max(steps, float(apart.max()))
         off_ties = max(off_ties, float(apart[~tie].max()) if not tie.all() else 0.0)
-        beyond += int((apart[~tie] > 1).sum())
+        # To first order: each of K coefficients moves what it multiplies, and the sum that all are divided by.
+        largest = torch.stack([(model[places].float() - base_n[places].float()).abs() for model in models_n]).amax(0)
+        explained = unit + 2 * len(models_n) * moved * largest
+        unexplained += int(((at_a - at_b).abs() > explained)[~tie].sum())
     found: dict[str, Any] = {"different_share": different / max(elements, 1), "tied_share": tied / max(different, 1)}
-    found |= {"steps": steps, "steps_off_ties": off_ties, "more_than_a_step_off_ties": beyond}
-    return found | ({"coefficients_move": move} if method == "sce_mergekit" else {})
+    found |= {"steps": steps, "steps_off_ties": off_ties, "unexplained": unexplained}
+    return found | ({"coefficients_move": most_moved} if method == "sce_mergekit" else {})
 
 
 def _open(folder: Path) -> dict[str, Any]:
@@ -93,26 +101,31 @@ def _magnitude_ties(base_n: torch.Tensor, models_n: list[torch.Tensor], density:
 def _variance_ties(
     base_n: torch.Tensor, models_n: list[torch.Tensor], select_topk: float
 ) -> tuple[torch.Tensor, float]:
-    """(the ties, how far a coefficient moves between keeping the first of them and the last)."""
+    """(the ties, how far apart the coefficients of the two choices among them are)."""
     keys_n = torch.cat([torch.var(deltas, dim=0, unbiased=False) for deltas in _deltas(base_n, models_n)])
     count = int(int(torch.count_nonzero(keys_n)) * select_topk)
     if count == 0:
         return torch.zeros(len(base_n), dtype=torch.bool), 0.0
     threshold = _threshold(keys_n, count)
-    above_n = keys_n > threshold * (1 + ROUNDING)
-    tie_n = (keys_n >= threshold * (1 - ROUNDING)) & ~above_n
+    first_n = keys_n > threshold * (1 + ROUNDING)
+    tie_n = (keys_n >= threshold * (1 - ROUNDING)) & ~first_n
     ties = torch.nonzero(tie_n).flatten()
-    number = max(0, count - int(above_n.sum()))
-    coefficients = []
-    for taken in (ties[:number], ties[len(ties) - number :]):
-        mask_n = above_n.clone()
-        mask_n[taken] = True
-        squares = torch.zeros(len(models_n), dtype=torch.float64)
-        for deltas, mask in zip(_deltas(base_n, models_n), mask_n.split(CHUNK), strict=True):
-            squares += deltas[:, mask].double().square().sum(dim=1)
-        floor = float(squares.sum()) / len(base_n) < 1e-6  # then mergekit's coefficients are equal
-        coefficients.append(torch.full_like(squares, 1 / len(squares)) if floor else squares / squares.sum())
-    return tie_n, float((coefficients[0] - coefficients[1]).abs().max())
+    first_n[ties[: count - int(first_n.sum())]] = True
+    ours = _coefficients(base_n, models_n, first_n)
+    if float((ours - ours[0]).abs().max()) == 0:  # below mergekit's floor, whatever is chosen
+        return tie_n, 0.0
+    theirs_n = torch.zeros_like(first_n)
+    theirs_n[torch.topk(keys_n, count).indices] = True
+    return tie_n, float((ours - _coefficients(base_n, models_n, theirs_n)).abs().max())
+
+
+def _coefficients(base_n: torch.Tensor, models_n: list[torch.Tensor], mask_n: torch.Tensor) -> torch.Tensor:
+    """Of `sce_mergekit`, fp64 [K]."""
+    squares = torch.zeros(len(models_n), dtype=torch.float64)
+    for deltas, mask in zip(_deltas(base_n, models_n), mask_n.split(CHUNK), strict=True):
+        squares += deltas[:, mask].double().square().sum(dim=1)
+    below = float(squares.sum()) / len(base_n) < 1e-6
+    return torch.full_like(squares, 1 / len(squares)) if below else squares / squares.sum()
 
 
 def _deltas(base_n: torch.Tensor, models_n: list[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -195,7 +195,7 @@ def one(
     row["speedup_whole"] = round(theirs["seconds"] / ours["seconds"], 2)
     row["speedup_work"] = round((theirs["seconds"] - start["mergekit"]) / (ours["seconds"] - start["fusemega"]), 2)
     row["memory_ratio"] = round(ours["peak_gb"] / theirs["peak_gb"], 3)
-    equal = row["steps_off_ties"] <= 1
+    equal = row["unexplained"] == 0
     row["meets"] = row["speedup_whole"] >= TARGETS.get(method, 1.5) and row["memory_ratio"] <= 1 / 3 and equal
     return row
 
