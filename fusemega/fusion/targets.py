@@ -51,6 +51,15 @@ def renormalised(targets: Targets) -> Targets:
     return Targets(targets.ids_PK, logp_PK.astype(np.float32), np.full_like(targets.log_residual_P, -np.inf), listed_P)
 
 
+def or_label(targets: Targets, labels_P: np.ndarray) -> Targets:
+    """The label with probability 1 where there is nothing else."""
+    bare_P = ~targets.mask_P
+    ids_PK, logp_PK, log_residual_P = targets.ids_PK.copy(), targets.logp_PK.copy(), targets.log_residual_P.copy()
+    ids_PK[bare_P], logp_PK[bare_P], log_residual_P[bare_P] = -1, -np.inf, -np.inf
+    ids_PK[bare_P, 0], logp_PK[bare_P, 0] = labels_P[bare_P], 0.0
+    return Targets(ids_PK, logp_PK, log_residual_P, np.ones_like(targets.mask_P))
+
+
 def mixture(parts: Sequence[Targets], weights_JP: np.ndarray) -> Targets:
     """sum_j w_j P_j at each position, over the teachers that have a distribution there.
 

@@ -14,7 +14,11 @@ had, whose expectation is the teacher's whole distribution. T must be the one th
 
 The distillation term is multiplied by T^2 (Hinton et al., arXiv:1503.02531, section 2.1), so that its gradient keeps
 its size as T grows; the cross-entropy on labels is always at temperature 1. The metric `distill` is the mean of
-CE(p, q^T) itself, without lambda and without T^2. Positions without a row have the label's term only.
+CE(p, q^T) itself, without lambda and without T^2.
+
+Where a teacher has another tokenizer, some positions of the target end inside one of its tokens. `unaligned: label`:
+there p is the label alone, as in FuseChat; so with a small lambda the target still learns how its own tokens go on.
+`nothing`, and samples without any row: such positions have the label's term only.
 
 Shape suffixes: N supervised positions of a micro-batch, P of one sample, K ids of a row, H hidden size, V this rank's
 vocabulary rows, C rows of a chunk.
@@ -32,7 +36,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fusemega.errors import UserError
-from fusemega.fusion.targets import Tail, Targets
+from fusemega.fusion.targets import Tail, Targets, or_label
 from fusemega.fusion.teacher import Teacher, TeacherConfig
 from fusemega.losses.registry import ObjectiveSettings, TokenObjective, register
 from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss
@@ -52,6 +56,9 @@ class TaughtSettings(ObjectiveSettings):
     temperature: float = Field(1.0, gt=0, description="of teacher and student in the distillation term")
     tail: Tail = Field("residual", description="the mass outside the listed ids: one more outcome, or shared out")
     on_missing: Literal["error", "skip"] = Field("error", description="for a sample without a row in the store")
+    unaligned: Literal["label", "nothing"] = Field(
+        "label", description="what teaches a position at which no token of a teacher with another tokenizer ends"
+    )
 
 
 class Taught(TokenObjective):
@@ -81,8 +88,11 @@ class Taught(TokenObjective):
         Raises:
             UserError: as `targets`.
         """
-        positions = len(sample.positions)
-        targets = self.targets(sample) or Targets.nothing(positions, self._k)
+        targets = self.targets(sample)
+        if targets is None:
+            targets = Targets.nothing(len(sample.positions), self._k)
+        elif self.settings.unaligned == "label":
+            targets = or_label(targets, sample.ids[sample.positions + 1])
         spare = ((0, 0), (0, self._k - targets.ids_PK.shape[1]))
         return {
             "teacher_ids": np.pad(targets.ids_PK, spare, constant_values=-1),

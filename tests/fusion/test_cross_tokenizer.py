@@ -119,6 +119,7 @@ def test_rows_in_the_targets_ids(source_template: str, target_template: str, fli
     exact_map(source, target).save(tmp_path / "chat.map")
     section = {"name": "distill", "store": str(tmp_path / "teacher/store"), "map": str(tmp_path / "chat.map")}
     objective = build_objective(parse_objective(section), ours, ours.num_ids)
+    without = build_objective(parse_objective(section | {"unaligned": "nothing"}), ours, ours.num_ids)
     assert isinstance(objective, Distill)
     compared = starts = 0
     for sample in prepare(DataConfig(path=str(data), seq_length=512), ours, tmp_path / "cache"):
@@ -154,6 +155,16 @@ def test_rows_in_the_targets_ids(source_template: str, target_template: str, fli
             label = int(sample.ids[position + 1])
             if theirs.token(int(row.ids_PK[source_p][0])) == ours.token(label):
                 assert label in got  # where both spell the next token alike, the target is taught its own label
+        labels = sample.ids[sample.positions + 1]
+        for unaligned, rows_of in ((objective, True), (without, False)):
+            fields = unaligned.sample_fields(sample)
+            np.testing.assert_array_equal(fields["teacher_mask"], targets.mask_P | rows_of)
+            for p in np.flatnonzero(targets.mask_P):
+                np.testing.assert_array_equal(fields["teacher_logp"][p], targets.logp_PK[p])
+            for p in np.flatnonzero(~targets.mask_P) if rows_of else ():
+                assert fields["teacher_ids"][p].tolist() == [labels[p]] + [-1] * (K - 1)
+                assert fields["teacher_logp"][p].tolist() == [0.0] + [-np.inf] * (K - 1)
+                assert fields["teacher_log_residual"][p] == -np.inf
     assert compared > 12 and starts == 3
     assert len(taught) == 2
 
