@@ -167,7 +167,10 @@ class _Map:
                     f"{path}: the map's {side} is another tokenizer ({found[:12]}) than {whose} ({expected[:12]}); "
                     "make a map of these two with `fusemega align`"
                 )
-        self._tables = np.stack([loaded.table_S, loaded.marked_S, loaded.unmarked_S])
+        # A model may have more rows than its tokenizer has ids; those become nothing.
+        spare = max(0, store.manifest.vocab_size - len(loaded.table_S))
+        tables = (loaded.table_S, loaded.marked_S, loaded.unmarked_S)
+        self._tables = np.stack([np.pad(table_S, (0, spare), constant_values=-1) for table_S in tables])
         # Which table a message's first token takes: "Hello" to "▁Hello", or the other way.
         marks = loaded.target_marks_start
         self._start_table = 0 if marks == loaded.source_marks_start else 1 if marks else 2

@@ -23,7 +23,7 @@ from fusemega.text.document import MASK_POLICY
 from fusemega.text.tokenizer import Tokenizer
 from tests.text.toys import byte_level, sentencepiece
 
-K = 6
+K, PADDING = 6, 7
 ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the lazy dog; 天气很好 😀"}]},
     {
@@ -50,15 +50,16 @@ def write_teacher(folder: Path, data: Path, tokenizer: Tokenizer) -> tuple[Token
         truncation=512,
         temperature=1.0,
         top_k=K,
-        vocab_size=tokenizer.num_ids,
+        vocab_size=tokenizer.num_ids + PADDING,
     )
     rows = {}
     with StoreWriter(folder / "store", manifest) as writer:
         for sample in dataset:
             count = len(sample.positions)
             ids = np.stack([generator.permutation(tokenizer.num_ids)[:K] for _ in range(count)])
+            ids[:, 1] = tokenizer.num_ids + generator.integers(PADDING, size=count)  # a row that no token has
             ids[:, 0] = sample.ids[sample.positions + 1]  # the label, as a teacher would have it
-            ids = np.stack([_distinct(row, tokenizer.num_ids) for row in ids])
+            ids = np.stack([_distinct(row, tokenizer.num_ids + PADDING) for row in ids])
             p = -np.sort(-generator.dirichlet(np.ones(K + 1), size=count)[:, :K], axis=1)
             row = Row(
                 ids_hash=sample.ids_hash,
@@ -89,6 +90,8 @@ def _distinct(row: np.ndarray, size: int) -> np.ndarray:
 
 def by_bytes(source: Vocabulary, target: Vocabulary, token: int, shift: int) -> int | None:
     """The target's id of a source token: roles, then equal bytes, with a space added (1) or taken away (-1)."""
+    if token >= source.size:
+        return None
     for role in ("closing_id", "eos_id", "bos_id"):
         if getattr(source, role) == token and getattr(target, role) is not None:
             return int(getattr(target, role))
