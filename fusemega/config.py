@@ -31,9 +31,7 @@ class Section(BaseModel):
     Nor does an empty text stand for a path (it would be the current folder), an infinity or `yes` for a number.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, str_min_length=1
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, str_min_length=1)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -70,12 +70,7 @@ class _Sources:
     def __init__(self, model: GPT, model_placements: list[Placement], world: World) -> None:
         self.world = world
         self.model = model
-        self.rules = {
-            name: rule
-            for rule in model.rules()
-            if not rule.duplicate
-            for name in rule.hf_shapes()
-        }
+        self.rules = {name: rule for rule in model.rules() if not rule.duplicate for name in rule.hf_shapes()}
         self.parameters = {placement.rule.megatron: placement.parameter for placement in model_placements}
         mine = (world.dp_rank, world.tp_rank, set(self.parameters))
         everyone: list[Any] = [None] * world.world_size

@@ -1,9 +1,9 @@
 """The folder that `fusemega convert import` writes: a Megatron checkpoint that stands alone.
 
-    weights/         torch_dist, loadable under any layout
-    hf/              config.json, tokenizer and the other small files
-    manifest.json    where the weights came from
-    integrity.json   sizes and hashes of all of these
+weights/         torch_dist, loadable under any layout
+hf/              config.json, tokenizer and the other small files
+manifest.json    where the weights came from
+integrity.json   sizes and hashes of all of these
 """
 
 from __future__ import annotations

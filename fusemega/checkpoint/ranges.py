@@ -103,5 +103,3 @@ class RangeWriter:
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
-
-

@@ -69,8 +69,6 @@ def load_checkpoint(folder: Path, gpt: GPT, optimizer: MegatronOptimizer, world:
 def _random_state(world: World) -> dict[str, ShardedTensor]:
     """Each generator's state, stacked over ranks."""
     return {
-        name: ShardedTensor.from_rank_offsets(
-            f"random_state.{name}", value[None], (0, world.rank, world.world_size)
-        )
+        name: ShardedTensor.from_rank_offsets(f"random_state.{name}", value[None], (0, world.rank, world.world_size))
         for name, value in random_state().items()
     }

@@ -1,8 +1,8 @@
 """Outputs that take long: written under a temporary name together with a journal, resumed from it, renamed when whole.
 
-    .OUT.incomplete/
-      journal.jsonl    a line of JSON: what is being made; then a line for each finished item
-      out/             the output's files, whole or not; renamed to OUT
+.OUT.incomplete/
+  journal.jsonl    a line of JSON: what is being made; then a line for each finished item
+  out/             the output's files, whole or not; renamed to OUT
 """
 
 from __future__ import annotations

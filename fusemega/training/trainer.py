@@ -309,9 +309,7 @@ class Trainer:
         wandb_run = None
         if training.wandb_project is not None:
             wandb_run = WandbRun(training.wandb_project, folder, self.run.model_dump(mode="json"))
-        return closing(
-            MetricsWriter(folder, self.iteration, self.train_iters, training.log_interval, say, wandb_run)
-        )
+        return closing(MetricsWriter(folder, self.iteration, self.train_iters, training.log_interval, say, wandb_run))
 
 
 def _listed(keys: Sequence[str], most: int = 8) -> str:

@@ -1,11 +1,11 @@
 """A folder in which every command succeeds: what the table of bad inputs damages, one thing at a time.
 
-    model/        a Hugging Face folder                     sharded/    the same in several shards, with an index
-    megatron/     what `convert import` made of it          padded/     the same with rows for more ids
-    data.jsonl    conversations and a text
-    train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files that name these
-    fuse.yaml, project.yaml, map.npz                        the same tokenizer's store, taught through a map
-    store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
+model/        a Hugging Face folder                     sharded/    the same in several shards, with an index
+megatron/     what `convert import` made of it          padded/     the same with rows for more ids
+data.jsonl    conversations and a text
+train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files that name these
+fuse.yaml, project.yaml, map.npz                        the same tokenizer's store, taught through a map
+store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
 """
 
 from __future__ import annotations

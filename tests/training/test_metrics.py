@@ -79,9 +79,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return started
 
 
-def test_wandb_gets_every_row_and_a_resumed_run_is_the_same(
-    make_run: MakeRun, runs: list[Any], tmp_path: Path
-) -> None:
+def test_wandb_gets_every_row_and_a_resumed_run_is_the_same(make_run: MakeRun, runs: list[Any], tmp_path: Path) -> None:
     train(make_run(training={"train_iters": 2, "wandb_project": "p"}))
     (run,) = runs
     assert run.rows == read_metrics(tmp_path / "run") and run.finished
