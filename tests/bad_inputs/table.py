@@ -26,7 +26,8 @@ from tests.bad_inputs.run import Bad
 
 TRAIN, DISTILL, TEACH, EVAL = "train train.yaml", "train distill.yaml", "teach teach.yaml", "eval eval.yaml"
 VERIFY = "store verify store --tokenizer model --data data.jsonl"
-PROJECT, FUSE, WORDPIECE = "project project.yaml", "train fuse.yaml", {"type": "WordPiece", "prefix": "##", "cleanup": True}
+PROJECT, FUSE = "project project.yaml", "train fuse.yaml"
+WORDPIECE = {"type": "WordPiece", "prefix": "##", "cleanup": True}
 RESUME, MORE, DRY = "train resume.yaml", "teach more.yaml", "train train.yaml --dry-run"
 ONLINE, TEACHER8 = "train online.yaml", " objective.teacher.dtype=bf16 objective.teacher.fp8=hybrid"
 SAFE, CONFIG, INDEX = "model/model.safetensors", "model/config.json", "sharded/model.safetensors.index.json"
@@ -65,7 +66,7 @@ _c, _m, _w, _i = _of("configuration"), _of("model configuration"), _of("weights"
 _t, _d, _s, _k = _of("tokenizer"), _of("data"), _of("store"), _of("checkpoint")
 _r, _a = _of("report"), _of("alignment")
 
-# fmt: off  (one row, one line)
+# fmt: off
 TABLE: list[Bad] = [
     # Run files.
     _c("no such file", "train nowhere.yaml", "nowhere.yaml: cannot read the run file: No such file"),
