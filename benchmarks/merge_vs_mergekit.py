@@ -185,7 +185,8 @@ def one(
         ("fusemega", [*fusemega, str(file), str(work / "fusemega.out"), f"merge_method={method}"]),
         ("mergekit", [*mergekit, str(file), str(work / "mergekit.out"), "--quiet"]),
     ):
-        shutil.rmtree(work / f"{tool}.out", ignore_errors=True)
+        for left in (work / f"{tool}.out", work / f".{tool}.out.incomplete"):  # by a run that was stopped
+            shutil.rmtree(left, ignore_errors=True)
         seconds, memory, processor = measured(command, log)
         row[tool] = {"seconds": round(seconds, 2), "of_which_start": round(start[tool], 2)}
         row[tool] |= {"processor_seconds": round(processor, 2), "peak_gb": round(memory, 3)}
