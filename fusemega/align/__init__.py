@@ -3,6 +3,7 @@
 vocabulary.py       what each token of a tokenizer stands for, in bytes
 vocabulary_map.py   for each source id a target id, as a file
 make_map.py         the kinds of maps
+pieces.py           a token of the one in pieces of the other
 mined.py            the nearest of many strings by edit distance
 cooccurrence.py     which of equally near tokens, by their neighbours in a corpus
 positions.py        positions that end at the same byte

@@ -14,6 +14,7 @@ import numpy as np
 
 from fusemega.align import make_map
 from fusemega.align.cooccurrence import Neighbours
+from fusemega.align.pieces import cutter
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import KINDS, VocabularyMap
 from fusemega.assets import cache_folder
@@ -30,10 +31,7 @@ Positions = Literal["offsets", "dtw_reference"]
 POSITIONS: tuple[Positions, ...] = ("offsets", "dtw_reference")
 TIES = ("lowest_id", "cooccurrence")
 # kind -> what pairs are, by default
-_COUNTED: dict[str, Positions] = {
-    "ms": "offsets",
-    "ms_reference": "dtw_reference",
-}  # kind -> what pairs are, by default
+_COUNTED: dict[str, Positions] = {"ms": "offsets", "ms_reference": "dtw_reference"}
 _SAY_SECONDS = 15.0
 
 
@@ -113,6 +111,9 @@ def align(
     elif kind == "mined":
         near = _neighbours(own, other, *vocabularies) if ties == "cooccurrence" else None
         made = make_map.mined_map(source_vocabulary, target_vocabulary, workers, _teller(), near)
+    elif kind == "first_piece":
+        cut = cutter(tokenizers[1], target_vocabulary)
+        made = make_map.first_piece_map(source_vocabulary, target_vocabulary, cut)
     else:
         made = make_map.exact_map(source_vocabulary, target_vocabulary)
     facts = made.statistics | {"seconds": round(time.monotonic() - begun, 3)}

@@ -1,6 +1,7 @@
 """How each kind of vocabulary map is made.
 
 exact          tokens that stand for the same bytes
+first_piece    these, else the first of the pieces that the target's tokenizer cuts the token into
 mined          these, else the nearest token by edit distance (FuseLLM's MinED, arXiv:2401.10491)
 ms             these, else the token that most often ends where it ends, in a corpus
 ms_reference   FuseChat's statistics-based map (arXiv:2402.16107) as FuseAI's align_token_and_vocab.py computes it
@@ -36,6 +37,25 @@ if TYPE_CHECKING:
 def exact_map(source: Vocabulary, target: Vocabulary) -> VocabularyMap:
     """Ids whose tokens stand for the same bytes; others become nothing."""
     return _assembled("exact", source, target, np.full(source.size, -1, dtype=np.int32), {})
+
+
+def first_piece_map(source: Vocabulary, target: Vocabulary, cut: Callable[[bytes], list[int]]) -> VocabularyMap:
+    """Tokens of other bytes become the first piece that the target writes them with; nothing where that is not theirs.
+
+    A row says how likely each token is to come next. Where the target writes a token in several pieces, the first of
+    them is what comes next: it gets the probability of every token that begins with it. This project's own.
+
+    Args:
+        cut: the target's pieces of a content; `fusemega.align.pieces.cutter` makes it.
+    """
+    index = ids_by_content(target)
+    other_S = np.full(source.size, -1, dtype=np.int32)
+    for u, content in enumerate(source.contents):
+        if content and content not in index and (pieces := cut(content)):
+            first = target.contents[pieces[0]]
+            if first and content.startswith(first):  # else the piece that comes first is unknown
+                other_S[u] = pieces[0]
+    return _assembled("first_piece", source, target, other_S, {})
 
 
 def mined_map(

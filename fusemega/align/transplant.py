@@ -14,7 +14,6 @@ Shapes: N new ids, V old ids, H hidden size, C pieces of a token.
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ import numpy as np
 import torch
 
 from fusemega.align.make_map import exact_map, ids_by_content
-from fusemega.align.vocabulary import Vocabulary, byte_level_form
+from fusemega.align.pieces import cutter
+from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.checkpoint.hf_check import check_copies, check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder, read_json
@@ -41,7 +41,6 @@ from fusemega.text.tokenizer import Tokenizer
 RECORD = "transplant.json"
 GENERATION = "generation_config.json"
 _ROWS_EACH = 1 << 12  # rows averaged together
-_NOT_TEXT = re.compile("([\udc80-\udcff])")
 # Generation settings that hold ids of the old vocabulary (beside `*_token_id`, of which three are known here).
 _ID_SETTINGS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids")
 
@@ -78,34 +77,6 @@ def plan_rows(table_N: np.ndarray, new: Vocabulary, cut: Callable[[bytes], list[
     missing = set(np.flatnonzero(copied_N < 0).tolist()).difference(unseen)
     pieces = {i: cut(content) for i in sorted(missing) if (content := new.contents[i]) is not None}
     return RowPlan(copied_N, {i: found for i, found in pieces.items() if found})
-
-
-def cutter(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Callable[[bytes], list[int]]:
-    """A function that cuts bytes in the middle of a text into the tokenizer's ids, unknown pieces left out.
-
-    It asks the tokenizer's model alone: a new token may begin or end inside a word, where neither a word marker nor
-    a border belongs.
-    """
-    model = tokenizer.hf.backend_tokenizer.model
-    byte_ids = {vocabulary.contents[i]: i for i in vocabulary.byte_tokens}
-
-    def tokenize(form: str) -> list[int]:
-        return [piece.id for piece in model.tokenize(form) if piece.id != vocabulary.unk_id]
-
-    def cut(content: bytes) -> list[int]:
-        if vocabulary.marker == "Ġ":
-            return tokenize(byte_level_form(content))
-        found: list[int] = []
-        # Bytes that are no whole character have the byte tokens alone.
-        for part in _NOT_TEXT.split(content.decode("utf-8", "surrogateescape")):
-            if _NOT_TEXT.fullmatch(part):
-                byte = part.encode("utf-8", "surrogateescape")
-                found += [byte_ids[byte]] if byte in byte_ids else []
-            elif part:
-                found += tokenize(part.replace(" ", vocabulary.marker or " "))
-        return found
-
-    return cut
 
 
 def move_rows(old_VH: torch.Tensor, plan: RowPlan, num_old: int) -> torch.Tensor:

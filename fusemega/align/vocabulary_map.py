@@ -19,7 +19,7 @@ import numpy as np
 from fusemega.checkpoint.output import disk_errors
 from fusemega.errors import UserError, choose
 
-KINDS = ("exact", "mined", "ms", "ms_reference")
+KINDS = ("exact", "first_piece", "mined", "ms", "ms_reference")
 _FORMAT = 1
 _DAMAGE = (ValueError, TypeError, LookupError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _TABLES = ("table_S", "marked_S", "unmarked_S")

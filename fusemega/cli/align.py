@@ -16,8 +16,9 @@ def command(
     kind: Annotated[
         str,
         typer.Option(
-            help="exact (tokens of the same bytes), mined (else the nearest by edit distance), ms (else the most "
-            "frequent companion in a corpus) or ms_reference (FuseChat's rule as it was released)."
+            help="exact (tokens of the same bytes), first_piece (else the first of TARGET's pieces of the token), "
+            "mined (else the nearest by edit distance), ms (else the most frequent companion in a corpus) or "
+            "ms_reference (FuseChat's rule as it was released)."
         ),
     ] = "exact",
     data: Annotated[

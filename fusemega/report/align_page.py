@@ -92,6 +92,7 @@ really follows, play no part in it.</p>
 """
 _KIND_NOTES = {
     "exact": "Tokens that stand for the same bytes.",
+    "first_piece": "Tokens that stand for the same bytes, else the first piece that the target writes the token with.",
     "mined": "Tokens that stand for the same bytes, else the target's nearest by edit distance.",
     "ms": "Tokens that stand for the same bytes, else the token that most often ends at the same byte.",
     "ms_reference": "FuseChat's statistics as released; a token never seen becomes the unknown token.",

@@ -48,6 +48,19 @@ def same_bytes(content: bytes, target: Vocabulary) -> int:
     return (usual or hits or [-1])[0]
 
 
+def first_piece(u: int, cut, source: Vocabulary, target: Vocabulary) -> int:
+    content = source.contents[u]
+    if content is None or u in roles(source, target):
+        return roles(source, target).get(u, -1)
+    if same_bytes(content, target) >= 0:
+        return same_bytes(content, target)
+    for piece in cut(content)[:1]:
+        whole = target.contents[piece]
+        if content[: len(whole)] == whole:
+            return piece
+    return -1
+
+
 def mined(u: int, source: Vocabulary, target: Vocabulary) -> int:
     content = source.contents[u]
     if content is None or u in roles(source, target):

@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusemega.align.make_map import exact_map, mined_map, ms_map, ms_reference_map
+from fusemega.align.make_map import exact_map, first_piece_map, mined_map, ms_map, ms_reference_map
+from fusemega.align.pieces import cutter
+from fusemega.align.positions import shared_positions
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import KINDS, VocabularyMap
 from fusemega.errors import UserError
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import prepare
 from tests.align import map_loops
 from tests.align.map_loops import vocabulary
-from tests.text.toys import byte_level, sentencepiece
+from tests.text.toys import CORPUS, byte_level, sentencepiece
 
 
 @dataclass
@@ -49,8 +53,14 @@ def test_every_kind_is_what_plain_loops_make(seed: int) -> None:
     ids = range(source.size)
     roles = map_loops.roles(source, target)
     same = [roles.get(u, -1 if c is None else map_loops.same_bytes(c, target)) for u, c in enumerate(source.contents)]
+    in_bytes = {c: i for i, c in enumerate(target.contents) if c is not None and len(c) == 1}
+
+    def cut(content: bytes) -> list[int]:
+        return [in_bytes[content[i : i + 1]] for i in range(len(content)) if content[i : i + 1] in in_bytes]
+
     expected = [
         (exact_map(source, target), same),
+        (first_piece_map(source, target, cut), [map_loops.first_piece(u, cut, source, target) for u in ids]),
         (mined_map(source, target), [map_loops.mined(u, source, target) for u in ids]),
         (ms_map(source, target, counts), [map_loops.most_frequent(u, pairs, source, target) for u in ids]),
         (ms_reference_map(source, target, counts), [map_loops.published(u, pairs, source, target) for u in ids]),
@@ -58,8 +68,31 @@ def test_every_kind_is_what_plain_loops_make(seed: int) -> None:
     assert [made.kind for made, _ in expected] == list(KINDS)
     for made, table in expected:
         assert made.table_S.dtype == np.int32 and made.table_S.tolist() == table, made.kind
-    assert len({tuple(table) for _, table in expected}) == 4, "two kinds agree: nothing was told apart"
-    assert len({made.content_hash for made, _ in expected}) == 4
+    assert len({tuple(table) for _, table in expected}) == 5, "two kinds agree: nothing was told apart"
+    assert len({made.content_hash for made, _ in expected}) == 5
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["to sentencepiece", "to byte-level"])
+def test_first_pieces_are_what_comes_next(flip: bool, tmp_path: Path) -> None:
+    """Where two tokenizations meet, the source's next token becomes the target's, far more often than by bytes."""
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in CORPUS[:4]))
+    tokenizers = [byte_level(), sentencepiece()][:: -1 if flip else 1]
+    source, target = map(Vocabulary.of, tokenizers)
+    samples = [list(prepare(DataConfig(path=str(data), seq_length=512), t, tmp_path)) for t in tokenizers]
+    right, wrong = {}, {}
+    for made in (exact_map(source, target), first_piece_map(source, target, cutter(tokenizers[1], target))):
+        pairs = []
+        for theirs, ours in zip(*samples, strict=True):
+            at, to = shared_positions(theirs.end_bytes[theirs.positions], ours.end_bytes[ours.positions])
+            said = made.table_S[theirs.ids[theirs.positions[at] + 1]][1:]  # but for the text's first token
+            pairs += zip(said.tolist(), ours.ids[ours.positions[to] + 1][1:].tolist(), strict=True)
+        right[made.kind] = sum(said == label for said, label in pairs)
+        wrong[made.kind] = sum(said not in (label, -1) for said, label in pairs)
+    assert right["first_piece"] > 1.1 * right["exact"] and wrong["first_piece"] < right["first_piece"] / 4
+    for u, p in enumerate(made.table_S.tolist()):
+        if p >= 0 and source.contents[u] is not None and source.contents[u] not in target.contents:
+            assert source.contents[u].startswith(target.contents[p])
 
 
 def test_byte_tokens_markers_and_roles() -> None:
