@@ -31,6 +31,8 @@ from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.tokenizer import Tokenizer
 
+PUBLISHED = ("exact", "mined", "ms", "ms_reference")  # kinds of maps
+
 
 class Side(Section):
     """One of the two models."""
@@ -75,6 +77,10 @@ def project(run: ProjectRun) -> dict[str, int]:
     """
     source, target = _Model(run.source, run.data.seq_length), _Model(run.target, run.data.seq_length)
     vocabulary_map = VocabularyMap.load(run.map)
+    if vocabulary_map.kind not in PUBLISHED:
+        raise UserError(
+            f"{run.map}: of kind first_piece, which was never published; allowed: exact, mined, ms, ms_reference"
+        )
     for name, model, found in (
         ("source", source, vocabulary_map.source),
         ("target", target, vocabulary_map.target),

@@ -16,11 +16,11 @@ def command(
     kind: Annotated[
         str,
         typer.Option(
-            help="exact (tokens of the same bytes), first_piece (else the first of TARGET's pieces of the token), "
-            "mined (else the nearest by edit distance), ms (else the most frequent companion in a corpus) or "
+            help="first_piece (tokens of the same bytes, else the first of TARGET's pieces of the token), exact (else "
+            "none), mined (else the nearest by edit distance), ms (else the most frequent companion in a corpus) or "
             "ms_reference (FuseChat's rule as it was released)."
         ),
-    ] = "exact",
+    ] = "first_piece",
     data: Annotated[
         list[str] | None,
         typer.Option(

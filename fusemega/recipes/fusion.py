@@ -48,7 +48,7 @@ class TeachSection(Section):
 class AlignSection(Section):
     """How the ids of a source with another tokenizer become the target's."""
 
-    kind: str = Field("exact", description="of the vocabulary map: exact, first_piece, mined, ms or ms_reference")
+    kind: str = Field("first_piece", description="of the vocabulary map: first_piece, exact, mined, ms or ms_reference")
 
 
 class ObjectiveSection(TaughtSettings):

@@ -41,7 +41,8 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
 
 
 def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = run(capsys, "exact.npz", "--data", "data.jsonl", "--report", "page")
+    assert run(capsys, "default.npz")["kind"] == "first_piece"
+    told = run(capsys, "exact.npz", "--kind", "exact", "--data", "data.jsonl", "--report", "page")
     made = VocabularyMap.load("exact.npz")
     source, target = Vocabulary.of(sentencepiece()), Vocabulary.of(byte_level())
     assert (made.table_S == exact_map(source, target).table_S).all()

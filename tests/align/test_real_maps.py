@@ -11,7 +11,9 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from fusemega.align.counts import count_pairs
-from fusemega.align.make_map import exact_map, mined_map, ms_map, ms_reference_map
+from fusemega.align.make_map import exact_map, first_piece_map, mined_map, ms_map, ms_reference_map
+from fusemega.align.pieces import cutter
+from fusemega.align.positions import shared_positions
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.assets import ChatData
 from fusemega.text.data import DataConfig
@@ -108,3 +110,22 @@ def test_statistics_of_real_texts(loaded: dict, chat_files: ChatData, tmp_path: 
         assert all(ours[u] == map_loops.most_frequent(u, of_source[u], source, target) for u in lacking)
         never = np.setdiff1d(np.arange(source.size), [*of_source, source.bos_id, source.eos_id])
         assert set(theirs[never].tolist()) == {target.unk_id}
+
+
+def test_first_pieces_are_what_comes_next(loaded: dict, chat_files: ChatData, tmp_path: Path) -> None:
+    """Where the tokenizations meet, the source's next token becomes the target's, hardly ever another or nothing."""
+    (theirs, source), (ours, target) = loaded["smollm2"], loaded["mistral_v3"]
+    config = DataConfig(path=str(chat_files.held_out), seq_length=2048, limit=12)
+    samples = [{sample.key: sample for sample in prepare(config, t, tmp_path)} for t in (theirs, ours)]
+    said, labels = [], []
+    maps = exact_map(source, target), first_piece_map(source, target, cutter(ours, target))
+    for key in samples[0].keys() & samples[1].keys():
+        a, b = samples[0][key], samples[1][key]
+        at, to = shared_positions(a.end_bytes[a.positions], b.end_bytes[b.positions])
+        inside = b.supervised[b.positions[to]]  # but for a message's first token
+        said.append(np.stack([made.table_S[a.ids[a.positions[at][inside] + 1]] for made in maps]))
+        labels.append(b.ids[b.positions[to][inside] + 1])
+    said_MP, labels_P = np.concatenate(said, axis=1), np.concatenate(labels)
+    exact, pieces = (said_MP == labels_P).mean(axis=1)
+    assert len(labels_P) > 1000 and pieces > 0.98 > 0.93 > exact
+    assert (said_MP[1] >= 0).all()

@@ -350,6 +350,7 @@ TABLE: list[Bad] = [
     _a("a projection by no rules", PROJECT + " rules=fuselm", "rules: found 'fuselm' (did you mean 'fusellm'?)"),
     _a("a projection by no map", PROJECT, "map.npz: cannot read the vocabulary map: No such file", gone("map.npz")),
     _a("a map for another target", PROJECT, "map.npz: the map's target is another tokenizer than model", mapped("map.npz", target="x")),
+    _a("a map of no published kind", PROJECT, "map.npz: of kind first_piece", mapped("map.npz", kind="first_piece")),
     _a("a map from another source", PROJECT, "map.npz: the map's source is another tokenizer than model", mapped("map.npz", source="x")),
     _a("a store of another tokenizer", PROJECT + " source.tokenizer=sharded", "store: the store's tokenizer is", key("sharded/tokenizer_config.json", "bos_token", "<|im_start|>")),
     _a("a store of another template", PROJECT + " target.tokenizer=sharded", "store: the store's template is", put("sharded/chat_template.jinja", "{{ messages[0]['content'] }}")),
