@@ -87,7 +87,8 @@ def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> An
     A token that straddles the border of a supervised range is a target iff it ends inside the range.
 
     Raises:
-        BadRow: a content spells a special token, which the tokenizer would read as that token.
+        BadRow: a content spells a special token, which the tokenizer would read as that token, or holds a character
+            that the tokenizer has no token for.
     """
     _refuse_special_tokens(rendered, encoding, tokenizer)
     ids, ends = encoding.ids, encoding.ends
@@ -205,14 +206,22 @@ def _byte_ends(encoding: Encoding, char_bytes: np.ndarray, tokenizer: Tokenizer)
 
 
 def _refuse_special_tokens(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> None:
-    for i in np.flatnonzero(np.isin(encoding.ids, tokenizer.special_ids)):
-        token = tokenizer.token(encoding.ids[i])
-        # Where the token's own text begins: it may have absorbed white space around it. An unknown token, which
-        # stands for other text than its own, is no concern here (-1).
-        start = rendered.text.find(token, int(encoding.starts[i]), int(encoding.ends[i]))
-        if any(span.start <= start < span.end for span in rendered.spans):
+    suspects = [*tokenizer.special_ids, -1 if tokenizer.unknown_id is None else tokenizer.unknown_id]
+    for i in np.flatnonzero(np.isin(encoding.ids, suspects)):
+        token, start, end = tokenizer.token(encoding.ids[i]), int(encoding.starts[i]), int(encoding.ends[i])
+        # Where the token's own text begins: it may have absorbed white space around it. An unknown token (-1) stands
+        # for other text than its own.
+        spelt = rendered.text.find(token, start, end)
+        if any(span.start <= spelt < span.end for span in rendered.spans):
             raise BadRow(
                 "special token in content",
-                f"the content spells the special token {token!r} (character {start} of the rendered text), "
+                f"the content spells the special token {token!r} (character {spelt} of the rendered text), "
                 "which would be read as that token",
+            )
+        unknown = spelt < 0 and encoding.ids[i] == tokenizer.unknown_id
+        if unknown and any(span.start <= start < span.end for span in rendered.spans):
+            raise BadRow(
+                "text without a token",
+                f"the tokenizer has no token for {rendered.text[start:end]!r} (character {start} of the rendered "
+                f"text): it would be read, and learnt, as {token!r}",
             )

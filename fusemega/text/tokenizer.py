@@ -39,6 +39,7 @@ class Tokenizer:
         eos_id, pad_id: int or None; pad_id falls back on eos_id, then on 0.
         prefix_ids: what its post-processor puts before a text (usually bos, or nothing).
         special_ids: ids of special tokens.
+        unknown_id: what its model makes of text that it has no token for; None where there is no such text.
         added_tokens: texts of all added tokens, longest first.
     """
 
@@ -71,6 +72,9 @@ class Tokenizer:
         added = self._encoder.get_added_tokens_decoder()
         self.special_ids = np.array(sorted(i for i, token in added.items() if token.special), dtype=np.int32)
         self.added_tokens = tuple(sorted((token.content for token in added.values()), key=len, reverse=True))
+        model = state["model"]
+        unknown = model.get("unk_token")  # Unigram models have its id, the others its form
+        self.unknown_id: int | None = model.get("unk_id") if unknown is None else self._encoder.token_to_id(unknown)
         if not self._encoder.encode("a", add_special_tokens=False).ids:
             raise UserError(f"{source}: the tokenizer makes no token of the text 'a': its vocabulary is damaged")
         framed = self._encoder.encode("a", add_special_tokens=True)

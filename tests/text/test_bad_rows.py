@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Encoder
+from tokenizers import models
+from tokenizers.trainers import BpeTrainer
 
 from fusemega.errors import UserError
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import prepare
-from tests.text.toys import byte_level
+from tests.text.toys import CORPUS, SPECIALS, byte_level, wrapped
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 GOOD = {"messages": [USER, ASSISTANT]}
@@ -89,3 +92,17 @@ def test_rows_that_need_what_the_tokenizer_lacks(tmp_path: Path) -> None:
         prepare(config, byte_level(None), tmp_path / "cache")
     with pytest.raises(UserError, match="cannot use its chat template: .* drops the content"):
         prepare(config, byte_level("{{ messages[0]['content'] }}"), tmp_path / "cache")
+
+
+def test_text_that_the_tokenizer_has_no_token_for(tmp_path: Path) -> None:
+    rows = [GOOD, {"messages": [USER, ASSISTANT | {"content": "say ж now"}]}, {"text": "ж"}, {"text": "a <unk> b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoder = Encoder(models.BPE(unk_token="<unk>"))
+    trainer = BpeTrainer(vocab_size=200, special_tokens=["<unk>", *SPECIALS], show_progress=False)
+    encoder.train_from_iterator(CORPUS, trainer)
+    tokenizer = wrapped(encoder, "chatml")
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the tokenizer has no token for 'ж' \(character \d+ .*'<unk>'"):
+        prepare(DataConfig(path=str(tmp_path / "rows.jsonl")), tokenizer, tmp_path / "cache")
+    skipping = DataConfig(path=str(tmp_path / "rows.jsonl"), on_bad_row="skip")
+    kept = prepare(skipping, tokenizer, tmp_path / "cache")
+    assert len(kept) == 1 and kept.skipped == {"text without a token": 2, "special token in content": 1}

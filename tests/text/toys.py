@@ -129,7 +129,7 @@ def byte_level(template: str | None = "chatml", bos: bool = False) -> Tokenizer:
     trimmed = processors.ByteLevel(trim_offsets=True)
     framed = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
     encoder.post_processor = processors.Sequence([trimmed, framed]) if bos else trimmed
-    return _wrap(encoder, template)
+    return wrapped(encoder, template)
 
 
 @lru_cache
@@ -141,10 +141,11 @@ def sentencepiece(template: str | None = "chatml") -> Tokenizer:
     tokens = ["<unk>", *SPECIALS, *(f"<0x{i:02X}>" for i in range(256))]
     trainer = BpeTrainer(vocab_size=480, special_tokens=tokens, show_progress=False, limit_alphabet=80)
     encoder.train_from_iterator(CORPUS, trainer)
-    return _wrap(encoder, template)
+    return wrapped(encoder, template)
 
 
-def _wrap(encoder: Encoder, template: str | None) -> Tokenizer:
+def wrapped(encoder: Encoder, template: str | None) -> Tokenizer:
+    """The tokenizer around an encoder that has `SPECIALS`; `template`: a name of `TEMPLATES`, or jinja."""
     hf = PreTrainedTokenizerFast(tokenizer_object=encoder, bos_token="<s>", eos_token="</s>")
     if template is not None:
         hf.chat_template = TEMPLATES[template].jinja if template in TEMPLATES else template
