@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from typing import Any, TypeVar
 
@@ -37,6 +38,9 @@ class Workers:
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
         """(item, result) in the order in which they are finished; an item's exception is raised here.
 
+        Only a few items are ahead of the caller: what is finished, it has seen (and written down) before much more is
+        begun, and a disk that fills up meanwhile costs those few.
+
         Args:
             function: of a module that imports little; it, the items and the results are pickled.
             items: started in this order.
@@ -45,11 +49,14 @@ class Workers:
             for item in items:
                 yield item, function(item)
             return
-        waiting: dict[Future[tuple[R, int, int]], T] = {
-            self._pool.submit(partial(_measured, function), item): item for item in items
-        }
+        waiting: dict[Future[tuple[R, int, int]], T] = {}
+        left = iter(items)
         try:
-            while waiting:
+            while True:
+                for item in islice(left, 2 * self.count - len(waiting)):
+                    waiting[self._pool.submit(partial(_measured, function), item)] = item
+                if not waiting:
+                    return
                 # What has been finished comes before what has failed: the caller keeps it.
                 done = wait(waiting, return_when=FIRST_COMPLETED).done
                 for future in sorted(done, key=lambda future: future.exception() is not None):
