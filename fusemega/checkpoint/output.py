@@ -136,6 +136,15 @@ def new_file(path: Path) -> Iterator[TextIO]:
 
 def _prepare(path: Path, temporary: Path, needed_bytes: int) -> None:
     refuse_existing(path)
+    empty_folder(temporary, path, needed_bytes)
+
+
+def empty_folder(temporary: Path, path: Path, needed_bytes: int) -> None:
+    """Makes the folder `temporary`, in place of an older one.
+
+    Raises:
+        UserError: it cannot be made, or its disk has less room than `needed_bytes`; names `path`.
+    """
     with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

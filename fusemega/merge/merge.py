@@ -15,7 +15,7 @@ from typing import Any
 
 from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
-from fusemega.checkpoint.output import disk_errors, publish, refuse_existing
+from fusemega.checkpoint.output import disk_errors, empty_folder, publish, refuse_existing
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import write_index
 from fusemega.checkpoint.side_files import copy_side_files
@@ -106,7 +106,7 @@ def merge(
     if partial.exists() and not options.resume:
         raise UserError(f"{partial}: left by an interrupted merge; go on with --resume, or delete it")
     if not resume:
-        _prepare(partial, plan.output_bytes)
+        empty_folder(partial, out, plan.output_bytes)
     journal = Journal(partial, plan, resume)
     try:
         with disk_errors(out):
@@ -146,18 +146,6 @@ def _imported(merged: Path) -> Path:
     for name in (REPORT, PAGE):
         shutil.copyfile(merged / name, out / name)
     return out
-
-
-def _prepare(partial: Path, needed_bytes: int) -> None:
-    with disk_errors(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < needed_bytes:
-            partial.rmdir()
-            raise UserError(
-                f"{partial.parent}: needs {needed_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free"
-            )
 
 
 def _finish(plan: MergePlan, partial: Path, report: dict[str, Any], page: Callable[[dict[str, Any]], str]) -> None:

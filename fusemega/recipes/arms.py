@@ -36,6 +36,13 @@ class Scale:
     train_iters: int | None
 
 
+SCALES = {
+    "smoke": Scale(train_tokens=1_200, held_out_rows=2, global_batch_size=2, train_iters=2),
+    "default": Scale(train_tokens=16_384, held_out_rows=16, global_batch_size=4, train_iters=None),
+    "full": Scale(train_tokens=49_152, held_out_rows=32, global_batch_size=4, train_iters=None),
+}
+
+
 class Arms:
     """A pipeline's stages, its data and the settings that all arms have in common.
 
@@ -197,14 +204,13 @@ def parser(prog: str, description: str | None, out: str, lr: float, lambda_: flo
 def run(
     parser: argparse.ArgumentParser,
     pipeline: Callable[[argparse.Namespace, Scale], dict[str, Any]],
-    scales: Mapping[str, Scale],
 ) -> None:
     """Parse, run, print what came out."""
     options = parser.parse_args()
     scale = options.scale or "default"
     options.out = options.out or (options.default_out if scale == "default" else f"{options.default_out}-{scale}")
     try:
-        summary = pipeline(options, scales[scale])
+        summary = pipeline(options, SCALES[scale])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

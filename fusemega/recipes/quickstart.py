@@ -22,12 +22,6 @@ quiet_megatron()
 from fusemega import assets  # noqa: E402  (after the filters are set)
 from fusemega.recipes.arms import Arms, Scale, link, parser, run  # noqa: E402
 
-SCALES = {
-    "smoke": Scale(train_tokens=1_200, held_out_rows=2, global_batch_size=2, train_iters=2),
-    "default": Scale(train_tokens=16_384, held_out_rows=16, global_batch_size=4, train_iters=None),
-    "full": Scale(train_tokens=49_152, held_out_rows=32, global_batch_size=4, train_iters=None),
-}
-
 
 def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     """Run every stage that is not finished yet; returns what summary.json holds.
@@ -55,7 +49,7 @@ def main() -> None:
     arguments = parser("fusemega.recipes.quickstart", __doc__, "runs/quickstart", lr=3e-4, lambda_=0.1)
     arguments.add_argument("--teacher", help="HF folder or hub id (default: SmolLM2-135M-Instruct)")
     arguments.add_argument("--target", help="HF folder or hub id with the teacher's tokenizer (default: teacher, cut)")
-    run(arguments, quickstart, SCALES)
+    run(arguments, quickstart)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,6 @@ from fusemega.assets_tokenizers import tokenizer  # noqa: E402
 from fusemega.errors import UserError  # noqa: E402
 from fusemega.recipes.arms import Arms, Scale, link, parser, run  # noqa: E402
 
-SCALES = {
-    "smoke": Scale(train_tokens=1_200, held_out_rows=2, global_batch_size=2, train_iters=2),
-    "default": Scale(train_tokens=16_384, held_out_rows=16, global_batch_size=4, train_iters=None),
-    "full": Scale(train_tokens=49_152, held_out_rows=32, global_batch_size=4, train_iters=None),
-}
-
 
 def quickstart_xtok(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
     """Run every stage that is not finished yet; returns what summary.json holds.
@@ -78,7 +72,7 @@ def main() -> None:
     arguments.add_argument(
         "--teacher", action="append", default=[], metavar="NAME=HF", help="a further teacher: HF folder or hub id"
     )
-    run(arguments, quickstart_xtok, SCALES)
+    run(arguments, quickstart_xtok)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from fusemega.align.vocabulary import Vocabulary
+from tests.align.published import levenshtein
 
 
 def vocabulary(contents: Sequence[bytes | None], **facts) -> Vocabulary:
@@ -17,16 +18,6 @@ def vocabulary(contents: Sequence[bytes | None], **facts) -> Vocabulary:
     plain |= {"byte_tokens": frozenset(), "marker": "▁", "marks_start": False}
     plain |= {"bos_id": None, "eos_id": None, "unk_id": None, "closing_id": None}
     return Vocabulary(**{**plain, **facts})
-
-
-def levenshtein(a: str, b: str) -> int:
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        current = [i]
-        for j, y in enumerate(b, start=1):
-            current.append(min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (x != y)))
-        previous = current
-    return previous[-1]
 
 
 def text(content: bytes) -> str:

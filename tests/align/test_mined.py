@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fusemega.align.mined import Nearest
-from tests.align.map_loops import levenshtein
+from tests.align.published import levenshtein
 
 
 def words(rng: random.Random, count: int, letters: str, longest: int) -> list[str]:
