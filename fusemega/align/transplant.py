@@ -156,6 +156,11 @@ def _load_map(path: Path, new: Vocabulary, old: Vocabulary) -> VocabularyMap:
             f"{path}: maps {'the other way round' if turned else 'other vocabularies'}; "
             f"a transplant needs a map whose source is {new.source} and whose target is {old.source}"
         )
+    if loaded.kind == "first_piece":
+        raise UserError(
+            f"{path}: of kind first_piece, whose old ids are only the beginnings of new tokens; make it with "
+            "`fusemega align --kind exact`, or leave it out"
+        )
     return loaded
 
 

@@ -223,6 +223,7 @@ TABLE: list[Bad] = [
     _t("transplanted to none", MOVE.replace("sharded", "megatron"), "megatron: cannot load a tokenizer"),
     _t("transplanted from another form", MOVE.replace("model", "megatron"), "megatron/config.json: cannot read"),
     _t("transplanted by no map", MOVE + " --map nowhere", "nowhere: cannot read the vocabulary map"),
+    _t("transplanted by first pieces", "transplant model new --tokenizer model --map map.npz", "map.npz: of kind first_piece", mapped("map.npz", kind="first_piece")),
     _t("transplanted by no map at all", MOVE + " --map data.jsonl", "data.jsonl: not a vocabulary map"),
     _t("transplanted, torn", MOVE, "model/model.safetensors: truncated", cut(SAFE, -1)),
     _t("none", TRAIN, "model: cannot load a tokenizer", gone(TOKENIZER), gone(SETTINGS)),
