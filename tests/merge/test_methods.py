@@ -197,7 +197,7 @@ def _settings(method: str, count: int) -> tuple[dict[str, Any], dict[str, Sequen
     keys = {info.alias or name for name, info in find_method(method).ModelSettings.model_fields.items()}
     values: dict[str, Any] = {"weight": [0.2 + 0.1 * j for j in range(count)], "density": [0.6] * count}
     shared = {"slerp": {"t": 0.4}}.get(method, {"select_topk": 0.2} if method.startswith("sce") else {})
-    return shared, {key: values[key] for key in keys if key in values}
+    return shared, {key: value for key, value in values.items() if key in keys}
 
 
 @pytest.mark.parametrize("method", method_names())
