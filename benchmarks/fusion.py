@@ -22,7 +22,7 @@ from typing import Any
 
 from fusemega.assets import domain_data, smollm2
 from fusemega.assets_tokenizers import tokenizer
-from fusemega.recipes.arms import CUT_LAYERS
+from fusemega.recipes.arms import CUT_LAYERS, cut_middle, evaluate_here
 from fusemega.recipes.stages import Stages
 
 DOMAINS = ("maths", "encyclopedia")
@@ -71,13 +71,8 @@ def training(load: str, out: Path, data: Path, objective: dict[str, Any], lr: fl
 
 
 def bits(load: str, held_out: Path) -> float:
-    from fusemega.config import validate
-    from fusemega.scoring.evaluate import EvalRun, evaluate
-
     data = {"path": str(held_out), "seq_length": SEQ_LENGTH}
-    return evaluate(validate(EvalRun, {"model": {"load": load, "dtype": "fp32"}, "data": data}, "eval"))[
-        0
-    ].bits_per_byte
+    return float(evaluate_here({"model": {"load": load, "dtype": "fp32"}, "data": data})["bits_per_byte"])
 
 
 def main() -> None:
@@ -93,13 +88,7 @@ def main() -> None:
     stages = Stages(work, TP * PP)
     source, vocabulary, target = str(smollm2()), str(tokenizer("mistral_v3")), work / "target"
 
-    def cut() -> None:
-        from fusemega.checkpoint.cut_layers import cut_layers
-        from fusemega.runtime.parallel import ParallelConfig, initialize
-
-        cut_layers(source, work / "cut", CUT_LAYERS, initialize(ParallelConfig()))
-
-    stages.run("cut", list(CUT_LAYERS), cut, (work / "cut",))
+    stages.run("cut", list(CUT_LAYERS), partial(cut_middle, source, work / "cut"), (work / "cut",))
     move = ("transplant", str(work / "cut"), str(target), "--tokenizer", vocabulary)
     stages.run("transplant", move, lambda: stages.tool(*move), (target,))
     data = work / "data"

@@ -81,15 +81,8 @@ def project(run: ProjectRun) -> dict[str, int]:
         raise UserError(
             f"{run.map}: of kind first_piece, which was never published; allowed: exact, mined, ms, ms_reference"
         )
-    for name, model, found in (
-        ("source", source, vocabulary_map.source),
-        ("target", target, vocabulary_map.target),
-    ):
-        if found != model.tokenizer.content_hash:
-            raise UserError(
-                f"{run.map}: the map's {name} is another tokenizer than {model.tokenizer.source} (map {found[:12]}, "
-                f"tokenizer {model.tokenizer.content_hash[:12]}); make one with `fusemega align`"
-            )
+    tokenizers = (model.tokenizer for model in (source, target))
+    vocabulary_map.check(run.map, *((tokenizer.content_hash, tokenizer.source) for tokenizer in tokenizers))
     theirs, ours = source.store.manifest, target.store.manifest
     if theirs.temperature != ours.temperature:
         raise UserError(

@@ -69,6 +69,19 @@ class VocabularyMap:
             digest.update(np.ascontiguousarray(getattr(self, name), dtype="<i4").tobytes())
         return digest.hexdigest()
 
+    def check(self, path: str | Path, source: tuple[str, str], target: tuple[str, str]) -> None:
+        """Whether the map is of these two tokenizers: (content hash, whose it is, for the message) of each.
+
+        Raises:
+            UserError: it is not; names `path`.
+        """
+        for side, found, (wanted, whose) in (("source", self.source, source), ("target", self.target, target)):
+            if found != wanted:
+                raise UserError(
+                    f"{path}: the map's {side} is another tokenizer than {whose} (map {found[:12]}, tokenizer "
+                    f"{wanted[:12]}); make one with `fusemega align`"
+                )
+
     def save(self, path: str | Path) -> None:
         """Writes the map to a file, whole or not at all; an older one is replaced.
 

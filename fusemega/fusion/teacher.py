@@ -158,15 +158,8 @@ class _Map:
 
     def __init__(self, path: str, store: Store, tokenizer: Tokenizer) -> None:
         loaded = VocabularyMap.load(Path(path))
-        for side, found, expected, whose in (
-            ("source", loaded.source, store.manifest.tokenizer, f"the store {store.path} is of"),
-            ("target", loaded.target, tokenizer.content_hash, f"{tokenizer.source} has"),
-        ):
-            if found != expected:
-                raise UserError(
-                    f"{path}: the map's {side} is another tokenizer ({found[:12]}) than {whose} ({expected[:12]}); "
-                    "make a map of these two with `fusemega align`"
-                )
+        scorer = store.manifest.tokenizer, f"that of the store {store.path}"
+        loaded.check(path, scorer, (tokenizer.content_hash, tokenizer.source))
         # A model may have more rows than its tokenizer has ids; those become nothing.
         spare = max(0, store.manifest.vocab_size - len(loaded.table_S))
         tables = (loaded.table_S, loaded.marked_S, loaded.unmarked_S)

@@ -76,7 +76,7 @@ class Arms:
     def cut(self, model: str, out: Path) -> str:
         """`model` without `CUT_LAYERS`, as folder `out`."""
         settings = {"model": model, "cut": list(CUT_LAYERS)}
-        self.stages.run("cut", settings, partial(_cut, model, out), (out,))
+        self.stages.run("cut", settings, partial(cut_middle, model, out), (out,))
         return str(out)
 
     def model(self, load: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Arms:
             held_out = {"path": str(self.held_out_file), "seq_length": SEQ_LENGTH}
             evaluation = {"model": self.model(load), "data": held_out}
             self.stages.write_run_file("eval", f"eval-{name}", evaluation, nproc=1)
-            results[name] = self.stages.run(f"eval-{name}", evaluation, partial(_evaluate, evaluation))
+            results[name] = self.stages.run(f"eval-{name}", evaluation, partial(evaluate_here, evaluation))
         last, prompt = models[arms[-1]], self.options.prompt
         curves = {arm: _curve(self.folder / arm) for arm in arms}
         summary = {
@@ -218,7 +218,8 @@ def run(
     print(_table(summary))
 
 
-def _cut(model: str, out: Path) -> list[int]:
+def cut_middle(model: str, out: Path) -> list[int]:
+    """Writes `model` without `CUT_LAYERS` as folder `out`; returns those."""
     from fusemega.checkpoint.cut_layers import cut_layers
     from fusemega.checkpoint.hub import resolve
     from fusemega.runtime.parallel import ParallelConfig, initialize
@@ -250,7 +251,7 @@ def _lengths(models: Sequence[str], path: Path) -> dict[int, int]:
     return common or {}
 
 
-def _evaluate(evaluation: dict[str, Any]) -> dict[str, Any]:
+def evaluate_here(evaluation: dict[str, Any]) -> dict[str, Any]:
     """`fusemega eval` in this process: one model of this size needs no launch."""
     from fusemega.config import validate
     from fusemega.scoring.evaluate import EvalRun, evaluate
