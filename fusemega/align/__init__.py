@@ -10,6 +10,7 @@ positions.py        positions that end at the same byte
 projection.py       a source's rows in the target's ids, by lookup
 dtw.py              the published alignment: dynamic time warping of token strings
 reference_rows.py   the published projection
+pairs.py            counts of pairs of ids, sparse
 corpus.py           the samples that two tokenizations share, over processes
 counts.py           pairs of tokens that stand side by side in a corpus
 project.py          `fusemega project`: a source's store in the target's ids, ahead of training

@@ -25,7 +25,7 @@ from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from fusemega.align.counts import PairCounts
+    from fusemega.align.pairs import PairCounts
 
 Positions = Literal["offsets", "dtw_reference"]
 POSITIONS: tuple[Positions, ...] = ("offsets", "dtw_reference")

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fusemega.align.pairs import PairCounts, merged
+
 REACH = 5
-_MERGE = 1 << 22  # pairs in memory before equal ones are added up
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,9 @@ class Neighbours:
             sequences: int32 [L] each, the tokens of a text.
             axis_S: the axis on which a neighbour counts, or -1 for none.
         """
-        keys, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        waiting, size = [keys], 0
-        for ids in sequences:
-            ids_L = ids.astype(np.int64)
-            for step in range(1, REACH + 1):
-                for token, near in ((ids_L[step:], ids_L[:-step]), (ids_L[:-step], ids_L[step:])):
-                    axis = axis_S[near]
-                    waiting.append((token[axis >= 0] << 32) | axis[axis >= 0])
-                    size += len(waiting[-1])
-            if size > _MERGE:
-                keys, counts = _added(keys, counts, waiting)
-                waiting, size = [], 0
-        keys, counts = _added(keys, counts, waiting)
-        begin_S = np.searchsorted(keys >> 32, np.arange(len(axis_S) + 1))
-        return cls(begin_S, keys & 0xFFFFFFFF, counts)
+        found = merged(_near(ids.astype(np.int64), axis_S) for ids in sequences)
+        begin_S = np.searchsorted(found.source_C, np.arange(len(axis_S) + 1))
+        return cls(begin_S, found.target_C, found.count_C)
 
     def of(self, token: int) -> tuple[np.ndarray, np.ndarray]:
         """Axes, ascending, and counts of one token."""
@@ -70,7 +59,12 @@ def most_alike(token: int, candidates: np.ndarray, source: Neighbours, target: N
     return found
 
 
-def _added(keys: np.ndarray, counts: np.ndarray, new: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    merged, place = np.unique(np.concatenate([keys, *new]), return_inverse=True)
-    weights = np.concatenate([counts, np.ones(len(place) - len(keys), dtype=np.int64)])
-    return merged, np.bincount(place, weights=weights, minlength=len(merged)).astype(np.int64)
+def _near(ids_L: np.ndarray, axis_S: np.ndarray) -> PairCounts:
+    """Each token of a text with the axes of its neighbours, one by one."""
+    tokens, axes = [], []
+    for step in range(1, REACH + 1):
+        tokens += [ids_L[step:], ids_L[:-step]]
+        axes += [axis_S[ids_L[:-step]], axis_S[ids_L[step:]]]
+    token_C, axis_C = np.concatenate(tokens), np.concatenate(axes).astype(np.int64)
+    kept = axis_C >= 0
+    return PairCounts(token_C[kept], axis_C[kept], np.ones(int(kept.sum()), dtype=np.int64))

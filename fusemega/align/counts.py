@@ -9,8 +9,7 @@ Shapes: C pairs, N target tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,21 +18,11 @@ import numpy as np
 
 from fusemega.align.corpus import Pair, map_pairs, sample_pairs
 from fusemega.align.dtw import Strings, dtw_reference
+from fusemega.align.pairs import PairCounts, merged
 from fusemega.align.positions import shared_positions
 from fusemega.errors import UserError
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.sample import Sample
-
-_MERGE = 1 << 22  # pairs in memory before equal ones are added up
-
-
-@dataclass(frozen=True)
-class PairCounts:
-    """Distinct pairs, by source id, then target id. `source_C`, `target_C`, `count_C`: int64."""
-
-    source_C: np.ndarray
-    target_C: np.ndarray
-    count_C: np.ndarray
 
 
 def count_pairs(
@@ -62,7 +51,7 @@ def count_pairs(
             "at different bytes, so raise data.seq_length"
         )
     context = partial(_Corpus, source.folder, target.folder, strings if by == "dtw" else None, pad_to)
-    return _merged(map_pairs(_count, context, pairs, "counting", workers))
+    return merged(map_pairs(_count, context, pairs, "counting", workers))
 
 
 class _Corpus:
@@ -103,27 +92,4 @@ def _supervised(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
 def _count(corpus: _Corpus, pairs: Sequence[Pair]) -> PairCounts:
     found = [corpus.pairs(corpus.source[s], corpus.target[t]) for s, t in pairs]
     source_C, target_C = (np.concatenate(side).astype(np.int64) for side in zip(*found, strict=True))
-    return _merged([PairCounts(source_C, target_C, np.ones(len(source_C), dtype=np.int64))])
-
-
-def _merged(parts: Iterable[PairCounts]) -> PairCounts:
-    """One list of distinct pairs; memory grows with their number, not with the corpus."""
-    waiting: list[PairCounts] = []
-    size, limit = 0, _MERGE
-    for part in parts:
-        waiting.append(part)
-        size += len(part.count_C)
-        if size > limit:
-            waiting = [_sum(waiting)]
-            size = len(waiting[0].count_C)
-            limit = max(_MERGE, 2 * size)
-    return _sum(waiting)
-
-
-def _sum(parts: Sequence[PairCounts]) -> PairCounts:
-    source_C, target_C, count_C = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("source_C", "target_C", "count_C")
-    )
-    keys, place = np.unique((source_C << 32) | target_C, return_inverse=True)
-    counts = np.bincount(place, weights=count_C, minlength=len(keys)).astype(np.int64)
-    return PairCounts(keys >> 32, keys & 0xFFFFFFFF, counts)
+    return merged([PairCounts(source_C, target_C, np.ones(len(source_C), dtype=np.int64))])

@@ -31,7 +31,7 @@ from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
 
 if TYPE_CHECKING:
-    from fusemega.align.counts import PairCounts
+    from fusemega.align.pairs import PairCounts
 
 
 def exact_map(source: Vocabulary, target: Vocabulary) -> VocabularyMap:

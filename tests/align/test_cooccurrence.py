@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fusemega.align import cooccurrence
+from fusemega.align import pairs
 from fusemega.align.cooccurrence import Neighbours, most_alike
 from fusemega.align.make_map import mined_map
 from tests.align.map_loops import vocabulary
@@ -32,7 +32,7 @@ def cosine(a: Counter, b: Counter) -> float:
 
 @pytest.mark.parametrize("merge", [1 << 22, 40])
 def test_against_plain_loops(merge: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cooccurrence, "_MERGE", merge)  # counted at once, and in many pieces
+    monkeypatch.setattr(pairs, "_MERGE", merge)  # counted at once, and in many pieces
     rng = random.Random(3)
     axes = [[rng.choice((-1, *range(6))) for _ in range(12)] for _ in range(2)]
     texts = [[np.array(rng.choices(range(11), k=rng.randint(0, 30)), dtype=np.int32) for _ in range(8)] for _ in axes]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fusemega.align.corpus import sample_pairs
-from fusemega.align.counts import PairCounts, count_pairs
+from fusemega.align.counts import count_pairs
 from fusemega.align.dtw import decoded_strings
+from fusemega.align.pairs import PairCounts
 from fusemega.errors import UserError
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
