@@ -15,12 +15,14 @@ the disk (fsync), which mergekit does not do. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +104,45 @@ def _random_llama(folder: Path) -> None:
 
 
 def measured(command: list[str], log: Path) -> tuple[float, float, float]:
-    """(seconds, peak resident GB, processor seconds) of a command and its children."""
-    code = (
-        "import json, resource, subprocess, sys, time; t = time.monotonic();"
-        "r = subprocess.run(sys.argv[1:], stdout=2, stderr=2).returncode; s = time.monotonic() - t;"
-        "u = resource.getrusage(resource.RUSAGE_CHILDREN);"
-        "print(json.dumps([r, s, u.ru_maxrss * 1024 / 1e9, u.ru_utime + u.ru_stime]))"
-    )
+    """(seconds, peak GB, processor seconds) of a command and its children.
+
+    Memory is the proportional set size of all of them together, seen ten times a second: what forked processes share
+    counts once.
+    """
+    peak = 0
+    begun = seen = time.monotonic()
     with log.open("ab") as errors:
-        run = subprocess.run([sys.executable, "-S", "-c", code, *command], stdout=subprocess.PIPE, stderr=errors)
-    status, *figures = json.loads(run.stdout)
+        process = subprocess.Popen(command, stdout=errors, stderr=errors)
+    while True:
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            break
+        if time.monotonic() - seen > 0.1:
+            peak = max(peak, sum(_memory(pid) for pid in _family(process.pid)))
+            seen = time.monotonic()
+        time.sleep(0.005)
+    seconds = time.monotonic() - begun
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    seconds, memory, processor = figures
-    return seconds, memory, processor
+    return seconds, peak / 1e9, usage.ru_utime + usage.ru_stime
+
+
+def _family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+            found += map(int, children.split())
+    return found
+
+
+def _memory(pid: int) -> int:
+    """Bytes of its proportional set size; 0 where it has ended."""
+    with contextlib.suppress(OSError):
+        rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return next((int(row.split()[1]) * 1024 for row in rows if row.startswith("Pss:")), 0)
+    return 0
 
 
 def main() -> None:

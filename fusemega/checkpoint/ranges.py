@@ -24,6 +24,7 @@ class RangeReader:
     def __init__(self, folder: HFFolder) -> None:
         self.folder = folder
         self._descriptors: dict[str, int] = {}
+        self._places: dict[str, tuple[int, int]] = {}
         self._opening = threading.Lock()
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
@@ -32,28 +33,34 @@ class RangeReader:
         Raises:
             UserError: the file cannot be read, or has become shorter than it was.
         """
-        stored = self.folder.stored(name)
         view = out.view(torch.uint8).numpy().data
-        at = stored.offset + start * out.element_size()
-        while view:
-            try:
-                count = os.preadv(self._descriptor(stored.path), [view], at)
-            except OSError as error:
-                raise UserError(f"{stored.path}: cannot read tensor {name}: {error.strerror}") from None
-            if count == 0:
-                raise UserError(f"{stored.path}: truncated while it was being read, in tensor {name}")
-            view, at = view[count:], at + count
+        try:
+            descriptor, at = self._places.get(name) or self._open(name)
+            at += start * out.element_size()
+            while view:
+                count = os.preadv(descriptor, [view], at)
+                if count == 0:
+                    path = self.folder.stored(name).path
+                    raise UserError(f"{path}: truncated while it was being read, in tensor {name}")
+                view, at = view[count:], at + count
+        except OSError as error:
+            path = self.folder.stored(name).path
+            raise UserError(f"{path}: cannot read tensor {name}: {error.strerror}") from None
 
-    def _descriptor(self, shard: str) -> int:
+    def _open(self, name: str) -> tuple[int, int]:
+        """The descriptor of a tensor's file, and where in it the tensor begins."""
+        stored = self.folder.stored(name)
         with self._opening:
-            if shard not in self._descriptors:
-                self._descriptors[shard] = os.open(shard, os.O_RDONLY)
-            return self._descriptors[shard]
+            if stored.path not in self._descriptors:
+                self._descriptors[stored.path] = os.open(stored.path, os.O_RDONLY)
+            self._places[name] = self._descriptors[stored.path], stored.offset
+        return self._places[name]
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+        self._places.clear()
 
 
 class RangeWriter:

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ def default_workers() -> int:
 
 
 class Workers:
-    """`map` over processes that import next to nothing; with one worker, over this process.
+    """`map` over processes; with one worker, over this process.
 
     Attributes:
         peak_bytes: the sum of every process's own peak of resident memory so far, this one's included; never less than
@@ -42,7 +42,8 @@ class Workers:
         begun, and a disk that fills up meanwhile costs those few.
 
         Args:
-            function: of a module that imports little; it, the items and the results are pickled.
+            function: of a module; it, the items and the results are pickled. Where processes are not forked, one of
+                a module that imports little.
             items: started in this order.
         """
         if self._pool is None:
@@ -73,14 +74,26 @@ class Workers:
 
 
 @contextmanager
-def start_workers(count: int) -> Iterator[Workers]:
-    """`count` processes, gone when the block ends; they also go when this process is killed."""
+def start_workers(count: int, forked: bool = False) -> Iterator[Workers]:
+    """`count` processes, gone when the block ends, at once where it ends in an error or this process is killed.
+
+    Args:
+        count: at least 1.
+        forked: they begin with this process's memory, and so with its modules and globals; nothing here may use a GPU.
+            Else they are spawned: a fork would carry the memory and the locks of this process's threads along.
+    """
     if count == 1:
         yield Workers(None, 1)
         return
-    # Spawned, not forked: a fork would carry this process's memory and its threads' locks along.
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_follow_parent) as pool:
-        yield Workers(pool, count)
+    context = get_context("fork" if forked else "spawn")
+    others = set(active_children())
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_follow_parent) as pool:
+        try:
+            yield Workers(pool, count)
+        except BaseException:
+            for process in set(active_children()) - others:
+                process.terminate()  # what they are at, nobody will take
+            raise
 
 
 def peak_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -67,9 +68,9 @@ def command(
         bool, typer.Option("--dry-run", help="Check everything, print the plan with its memory and bytes, and stop.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge to the same OUT.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; by default one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
     block_elements: Annotated[
-        int | None, typer.Option(min=1, help="Elements of a tensor that a thread works on at a time.")
+        int | None, typer.Option(min=1, help="Elements of a tensor that a process works on at a time.")
     ] = None,
 ) -> None:
     """Merge fine-tuned variants of one model, tensor by tensor and block by block, into OUT, a Hugging Face folder.
@@ -81,10 +82,12 @@ def command(
     Memory depends neither on the models' size nor on their number. OUT appears whole or not at all, with
     merge_report.json and merge_report.html beside the weights. Prints one JSON object.
     """
+    gc.disable()  # importing torch makes objects by the hundred thousand, and no garbage
     from fusemega.merge.merge import Options, merge, opened
     from fusemega.report.merge_page import merge_page
     from fusemega.runtime.console import say
 
+    gc.enable()
     overrides = [argument for argument in arguments if _is_override(argument)]
     paths = [argument for argument in arguments if not _is_override(argument)]
     if len(paths) != (2 if method is None else 1):

@@ -34,7 +34,7 @@ class Options:
     """How a merge is executed; nothing here changes a bit of its result.
 
     Attributes:
-        workers: threads; None: one a core.
+        workers: processes; None: one a core.
         block_elements: elements of a block, about; None: what fits near the caches.
         resume: go on with what an interrupted merge has left.
     """

@@ -196,6 +196,10 @@ class Method(ABC):
         """The passes before the merge under these settings."""
         return self.pass_names
 
+    def remembered_bytes(self, elements: int, models: int) -> int:
+        """What it may hold of a tensor of so many elements between passes; for the plan's memory."""
+        return 0
+
     @abstractmethod
     def passes(self, job: Job) -> Passes:
         """The merge of one job; see the module's docstring."""

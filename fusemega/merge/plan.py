@@ -29,8 +29,10 @@ from fusemega.models.rules import VocabRows
 BLOCK_BYTES = 16 << 20
 """What the vectors of one block may take in a worker: near the processor's caches, and long beside what Python adds to
 each operation."""
-INTERPRETER_BYTES = 300 << 20
+INTERPRETER_BYTES = 230 << 20
 """Python with torch, measured."""
+WORKER_BYTES = 24 << 20
+"""Of it, what a forked process comes to have for itself, measured."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,13 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def memory_bytes(plan: MergePlan, workers: int, block_elements: int) -> int:
-    """What the process is expected to hold at its peak: Python and torch, and each worker's block and temporaries."""
+    """What all processes together are expected to hold at their peak: Python and torch once, and for each worker what
+    it has of that for itself, a block with its temporaries, and what the method remembers of a tensor."""
     fixed, each = plan.method.vectors
     largest = max(count for t in plan.tensors.values() for _, count in plan.blocks(t.spec, block_elements))
     widest = max(tensor.computed_in.itemsize for tensor in plan.tensors.values())
     vectors = len(plan.folders) + 1 + fixed + each * len(plan.models)
-    return INTERPRETER_BYTES + workers * largest * widest * vectors
+    sizes = sorted((job.elements for job in plan.jobs), reverse=True)
+    remembered = sum(plan.method.remembered_bytes(elements, len(plan.models)) for elements in sizes[:workers])
+    own = WORKER_BYTES if workers > 1 else 0
+    return INTERPRETER_BYTES + workers * (own + largest * widest * vectors) + remembered

@@ -13,12 +13,12 @@ def elect(total_n: torch.Tensor) -> torch.Tensor:
 
 
 def agreeing_sums(
-    weighted: Sequence[torch.Tensor], weights: Sequence[float], sign_n: torch.Tensor
+    deltas: Sequence[torch.Tensor], weights: Sequence[float], sign_n: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Over the models whose weighted delta has the elected sign (one of zero has none).
 
     Args:
-        weighted: K tensors [n], weight * delta; they are overwritten.
+        deltas: K tensors [n]; they are overwritten.
         weights: K numbers.
         sign_n: of `elect`.
 
@@ -28,11 +28,13 @@ def agreeing_sums(
     numerator, denominator = torch.zeros_like(sign_n), torch.zeros_like(sign_n)
     agrees = torch.empty_like(sign_n)
     pairs = 0.0
-    for delta, weight in zip(weighted, weights, strict=True):
-        delta.mul_(sign_n)  # now positive where it agrees
-        torch.gt(delta, 0, out=agrees)
+    for delta, weight in zip(deltas, weights, strict=True):
+        if weight == 0:
+            continue
+        delta.mul_(sign_n)  # now of the weight's sign where it agrees
+        (torch.gt if weight > 0 else torch.lt)(delta, 0, out=agrees)
         pairs += agrees.sum().item()
-        numerator.add_(delta.clamp_(min=0))
+        numerator.addcmul_(delta, agrees, value=weight)
         denominator.add_(agrees, alpha=weight)
     return numerator.mul_(sign_n), denominator, pairs
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
+from multiprocessing import active_children
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fusemega.checkpoint.workers import Workers
+from fusemega.checkpoint.workers import Workers, start_workers
 
 
 class Finished:
@@ -48,3 +52,33 @@ def test_little_is_begun_before_the_caller_has_seen_what_is_finished() -> None:
         seen.append(pair)
         assert pool.submitted <= len(seen) + 3
     assert sorted(seen) == [(number, number // 2) for number in range(10, 50)]
+
+
+_factor = 1
+
+
+def _times(number: int) -> int:
+    return _factor * number
+
+
+def test_forked_processes_have_what_this_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "_factor", 7)
+    with start_workers(2, forked=True) as pool:
+        assert sorted(pool.map(_times, range(9))) == [(number, 7 * number) for number in range(9)]
+
+
+def _fail_beside_a_long_one(folder: Path, number: int) -> None:
+    (folder / f"begun{number}").touch()
+    while number == 0 and not (folder / "begun1").exists():
+        time.sleep(0.01)
+    if number == 0:
+        raise ValueError("the first one fails")
+    time.sleep(120)
+    (folder / "ended").touch()
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_an_error_ends_what_the_others_are_at(forked: bool, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the first one fails"), start_workers(2, forked) as pool:
+        list(pool.map(partial(_fail_beside_a_long_one, tmp_path), range(2)))
+    assert not (tmp_path / "ended").exists() and not active_children()

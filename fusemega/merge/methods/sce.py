@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fusemega.config import Section
 from fusemega.merge.method import Block, Job, Merge, Method, Pass, Passes, Sample, register
-from fusemega.merge.select import PASS_NAMES, Keys, Selection, select_largest
+from fusemega.merge.select import PASS_NAMES, Keys, Selection, sample_bytes, select_largest
 from fusemega.merge.signs import agreeing_sums, elect, ratio
 from fusemega.merge.statistics import cell_sums, shares, totals
 
@@ -42,6 +42,10 @@ class Sce(Method):
     pass_names = (*PASS_NAMES, "sums of squares over the selection")
     vectors = (5, 1)
     Settings = SceSettings
+
+    def remembered_bytes(self, elements: int, models: int) -> int:
+        """See `Method.remembered_bytes`: two marks an element."""
+        return sample_bytes(elements) + elements // 4
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
@@ -133,6 +137,4 @@ def erase(deltas: list[torch.Tensor], eta: list[float]) -> tuple[torch.Tensor, t
     total = deltas[0].clone()
     for delta in deltas[1:]:
         total.add_(delta)
-    for delta, weight in zip(deltas, eta, strict=True):
-        delta.mul_(weight)
     return agreeing_sums(deltas, eta, elect(total))

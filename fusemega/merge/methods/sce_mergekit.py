@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
-from fusemega.merge.methods.sce import Sce, SceSettings, erase, merge_selected, select, selected_squares
+from fusemega.merge.method import Block, Job, Merge, Passes, register
+from fusemega.merge.methods.sce import Sce, erase, merge_selected, select, selected_squares
 from fusemega.merge.statistics import cell_sums, shares, totals
 
 LEAST_TOTAL = 1e-6
@@ -16,7 +16,7 @@ LEAST_DIVISOR = 1e-6
 
 
 @register
-class SceMergekit(Method):
+class SceMergekit(Sce):
     """With d_j = delta_j on S (of `Sce`) and 0 elsewhere, everything at tau = 1; n elements in the tensor:
 
         eta_j = mean(d_j^2) / sum_i mean(d_i^2), but equal where that sum is below 1e-6
@@ -28,9 +28,6 @@ class SceMergekit(Method):
     """
 
     name = "sce_mergekit"
-    pass_names = Sce.pass_names
-    vectors = Sce.vectors
-    Settings = SceSettings
 
     def measures(self, settings: Any) -> tuple[str, ...]:
         """See `Method.measures`."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
-from fusemega.merge.methods.sce import Sce, SceSettings, erase, merge_selected, select, selected_squares
+from fusemega.merge.method import Block, Job, Merge, Passes, register
+from fusemega.merge.methods.sce import Sce, erase, merge_selected, select, selected_squares
 from fusemega.merge.statistics import shares, totals
 
 
 @register
-class ScePaper(Method):
+class ScePaper(Sce):
     """As `Sce`, but the selection also decides what is merged, and the sum is task arithmetic's: with d_j = delta_j
     on S and 0 elsewhere, and m_j from the sign of sum_i d_i,
 
@@ -18,9 +18,6 @@ class ScePaper(Method):
     """
 
     name = "sce_paper"
-    pass_names = Sce.pass_names
-    vectors = Sce.vectors
-    Settings = SceSettings
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
