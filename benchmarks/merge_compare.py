@@ -7,8 +7,9 @@ ties here: for `sce` those whose variance in fp32 is within `ROUNDING` of the th
 magnitude, which is exact in fp32, equals the threshold of a model.
 
 The coefficients of SCE are shares of the squares of what is kept, so they move a little with the ties that are. Where
-base and merged delta nearly cancel, even that is many last places of the small rest: an element that is no tie is
-counted as equal within one such place and what the coefficients may move it by.
+the terms of a sum nearly cancel, even that, or the fp32 rounding of the terms, is many bf16 places of the small rest:
+an element that is no tie is counted as equal within one such place, what the coefficients may move it by, and one
+rounding of fp32 for every operation on the terms.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def compare(ours: Path, theirs: Path, base: Path, models: list[Path], method: st
         tied_share: of the elements that differ, those that are ties.
         steps, steps_off_ties: the largest difference in units of the larger one's last bf16 place, of all elements and
             of those that are no ties.
-        unexplained: how many of the latter differ by more than one such unit and what the coefficients explain.
+        unexplained: how many of the latter differ by more than one such unit, what the coefficients explain and what
+            fp32 rounds.
         coefficients_move: how far a coefficient of `sce_mergekit` moves from the first ties to those of `torch.topk`,
             which is mergekit's choice.
     """
@@ -70,7 +72,8 @@ def compare(ours: Path, theirs: Path, base: Path, models: list[Path], method: st
         off_ties = max(off_ties, float(apart[~tie].max()) if not tie.all() else 0.0)
         # To first order: each of K coefficients moves what it multiplies, and the sum that all are divided by.
         largest = torch.stack([(model[places].float() - base_n[places].float()).abs() for model in models_n]).amax(0)
-        explained = unit + 2 * len(models_n) * moved * largest
+        terms = torch.stack([part[places].float().abs() for part in (base_n, *models_n)]).sum(0)
+        explained = unit + 2 * len(models_n) * moved * largest + (len(models_n) + 2) * 2.0**-24 * terms
         unexplained += int(((at_a - at_b).abs() > explained)[~tie].sum())
     found: dict[str, Any] = {"different_share": different / max(elements, 1), "tied_share": tied / max(different, 1)}
     found |= {"steps": steps, "steps_off_ties": off_ties, "unexplained": unexplained}
