@@ -14,10 +14,12 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusemega.assets import DOMAINS, domain_data, smollm2
+from fusemega.recipes.arms import evaluate_here
 from fusemega.recipes.stages import Stages
 
 WEIGHTS = {"weight": 1 / 3}
@@ -55,14 +57,17 @@ def main() -> None:
         held_out[domain] = output / f"held_out_{domain}.jsonl"
         held_out[domain].write_text("".join(lines[: args.held_out]), encoding="utf-8")
         run = training_run(base, data.train, output / domain, args.steps, args.tokens)
-        stages.run(domain, run, lambda d=domain, r=run: stages.command("train", d, r), (output / domain,))  # type: ignore[misc]
+        stages.run(domain, run, partial(stages.command, "train", domain, run), (output / domain,))
         parts[domain] = output / domain / "hf"
     folders = {"base": base, **parts}
     for name, (method, settings) in MERGES.items():
         out = output / f"merged_{method}"
-        stages.run(method, [method, settings], lambda m=method, s=settings, o=out: merge(m, s, base, parts, o), (out,))  # type: ignore[misc]
+        stages.run(method, [method, settings], partial(merge, method, settings, base, parts, out), (out,))
         folders[name] = out
-    table = stages.run("scores", [args.held_out, list(folders)], lambda: scores(folders, held_out))
+    table = {
+        name: stages.run(f"scores-{name}", [args.held_out, str(folder)], partial(scores, folder, held_out))
+        for name, folder in folders.items()
+    }
     print(f"{'bits per byte':24s}" + "".join(f"{domain:>14s}" for domain in DOMAINS) + f"{'mean':>14s}")
     for name, row in table.items():
         values = [row[domain] for domain in DOMAINS]
@@ -93,20 +98,14 @@ def merge(method: str, settings: dict[str, Any], base: Path, parts: dict[str, Pa
     return str(out)
 
 
-def scores(folders: dict[str, Path], held_out: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Bits per byte of every model on every domain, in one process."""
-    from fusemega.config import validate
-    from fusemega.scoring.evaluate import EvalRun, evaluate
-
-    table: dict[str, dict[str, float]] = {}
-    for name, folder in folders.items():
-        table[name] = {}
-        for domain, path in held_out.items():
-            data = {"path": str(path), "seq_length": 512}
-            run = validate(EvalRun, {"model": {"load": str(folder), "dtype": "fp32"}, "data": data}, "compare.py")
-            table[name][domain] = evaluate(run)[0].bits_per_byte
-        print(name, table[name], flush=True)
-    return table
+def scores(folder: Path, held_out: dict[str, Path]) -> dict[str, float]:
+    """Bits per byte of a model on every domain."""
+    found = {}
+    for domain, path in held_out.items():
+        data = {"path": str(path), "seq_length": 512}
+        evaluation = {"model": {"load": str(folder), "dtype": "fp32"}, "data": data}
+        found[domain] = float(evaluate_here(evaluation)["bits_per_byte"])
+    return found
 
 
 if __name__ == "__main__":

@@ -62,6 +62,18 @@ def write_folder(folder: Path, tensors: Tensors, **config: Any) -> Path:
     return folder
 
 
+def write_tokenizer(folder: Path, tokens: Sequence[str], added: Sequence[str] = ()) -> None:
+    """A tokenizer.json of whole words."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    extra = [
+        {"id": len(tokens) + i, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
+        | {"normalized": False, "special": True}
+        for i, token in enumerate(added)
+    ]
+    model = {"type": "WordLevel", "vocab": ids, "unk_token": tokens[0]}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": extra, "model": model}))
+
+
 def base_tensors(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Tensors:
     """Random weights of a trained model's size."""
     generator = torch.Generator().manual_seed(seed)
