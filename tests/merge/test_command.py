@@ -1,0 +1,194 @@
+"""The command: what it prints and writes, and a merge that is killed and goes on, from and to Megatron folders too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.merge.conftest import CONFIG, entries, read_all, run_merge, write_tokenizer
+
+Family = Callable[..., tuple[Path, list[Path]]]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "fusemega", "merge", *map(str, arguments)]
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
+
+
+def _alive(pid: str) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"  # one that nobody has waited for
+    except OSError:
+        return False
+
+
+def test_the_command(family: Family, tmp_path: Path) -> None:
+    base, models = family(dtype=torch.bfloat16)
+    options = ["--method", "sce", "--base", base, "--models", *models, "parameters.select_topk=0.1"]
+    plan = subprocess.run(
+        _command(tmp_path / "out", *options, "--dry-run"), env=_environment(), capture_output=True, text=True
+    )
+    assert plan.returncode == 0, plan.stderr
+    assert "3 pass(es)" in plan.stdout and "expected peak memory" in plan.stdout and "lm_head.weight" in plan.stdout
+    assert not (tmp_path / "out").exists() and "sce_mergekit" in plan.stderr
+    done = subprocess.run(_command(tmp_path / "out", *options), env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["wrote"] == str(tmp_path / "out")
+    page = (tmp_path / "out" / "merge_report.html").read_text()
+    assert "<svg" in page and "http" not in page
+    assert "Coefficient: m0" in page and "layer 2, mlp.up_proj" in page
+    file = tmp_path / "merge.yaml"
+    file.write_text(
+        yaml.safe_dump({"merge_method": "sce", "base_model": str(base), "models": [{"model": str(m)} for m in models]})
+    )
+    command = _command(file, tmp_path / "again", "parameters.select_topk=0.1")
+    again = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    wrong = subprocess.run(_command(file, "a", "b"), env=_environment(), capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_and_resumed_it_is_bitwise_the_same(workers: int, family: Family, tmp_path: Path) -> None:
+    base, models = family(rms=(1e-3, 2e-3, 3e-3), dtype=torch.bfloat16, num_hidden_layers=30)
+    run: dict[str, Any] = {"merge_method": "ties", "base_model": str(base), "models": entries(models, weight=[1, 1, 1])}
+    options = ["--method", "ties", "--base", base, "--models", *models, "--weights", 1, 1, 1, "--workers", workers]
+    whole = run_merge(tmp_path / "whole", **run)
+    out, partial = tmp_path / "out", tmp_path / ".out.incomplete"
+    journal = partial / "merge_journal.jsonl"
+    # After 40 finished jobs it waits to be killed in the middle of the next: a slow machine cannot miss the moment.
+    slow = (
+        "import sys, time, fusemega.merge.execute as e\n"
+        "from pathlib import Path\n"
+        "e.JOURNAL_SECONDS = 0.0\n"
+        "load, journal, enough = e.load_block, Path(sys.argv.pop(1)), int(sys.argv.pop(1))\n"
+        "def waiting(*arguments):\n"
+        "    while journal.read_text().count('\\n') > enough: time.sleep(1)\n"
+        "    return load(*arguments)\n"
+        "e.load_block = waiting\n"
+        "from fusemega.cli import main; main()"
+    )
+    for kill in range(2):
+        resume = ["--resume"] if kill else []
+        process = subprocess.Popen(
+            [sys.executable, "-c", slow, *map(str, [journal, 40 * (kill + 1), "merge", out, *options, *resume])],
+            env=_environment(),
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            if journal.exists() and journal.read_text().count("\n") > 40 * (kill + 1):
+                break
+            time.sleep(0.002)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == (workers if workers > 1 else 0)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        while any(map(_alive, children)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(map(_alive, children))
+        assert not out.exists() and journal.exists()
+    refused = subprocess.run(_command(out, *options), env=_environment(), capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    other = subprocess.run(
+        _command(out, *options, "seed=1", "--resume", "parameters.density=0.5"),
+        env=_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert other.returncode == 2 and "other models or settings" in other.stderr and journal.exists()
+    resumed = subprocess.run(_command(out, *options, "--resume"), env=_environment(), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    first, second = (json.loads((folder / "merge_report.json").read_text()) for folder in (whole, out))
+    assert first["tensors"] == second["tensors"] and not partial.exists()
+
+
+MEGATRON = """
+import os, signal, sys
+from pathlib import Path
+import fusemega.merge.execute as execute
+from fusemega.checkpoint import convert
+from fusemega.merge.journal import Journal
+from fusemega.merge.merge import Options
+from tests.merge.conftest import entries, run_merge
+
+base, m0, m1, m2, work = map(Path, sys.argv[1:])
+convert.import_hf(m0, work / "megatron")
+run = dict(merge_method="sce", base_model=str(base), models=entries([work / "megatron", m1, m2]))
+run |= dict(output_format="megatron")
+
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_the_export(): convert.write_index = die
+
+
+def in_the_merge():
+    add, saved = Journal.add, []
+    execute.JOURNAL_SECONDS = 0.0
+    def dying(self, jobs):
+        add(self, jobs)
+        saved.extend(jobs)
+        len(saved) > 5 and die()
+    Journal.add = dying
+
+
+def in_the_import(): convert.write_metadata = die
+
+
+for break_it in (in_the_export, in_the_merge, in_the_import):
+    child = os.fork()
+    if not child:
+        break_it()
+        run_merge(work / "merged", Options(workers=1, resume=True), **run)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, break_it
+    assert not (work / "merged").exists()
+    print(break_it.__name__, sorted(path.name for path in work.glob(".*")))
+run_merge(work / "merged", Options(resume=True), **run)
+convert.export_megatron(work / "merged", work / "back")
+"""
+
+
+def test_megatron_folders_in_and_out_killed_on_the_way(family: Family, tmp_path: Path) -> None:
+    base, models = family(dtype=torch.bfloat16, vocab_size=CONFIG["vocab_size"])
+    for folder in (base, *models):
+        write_tokenizer(folder, [f"t{i}" for i in range(301)])
+    plain = run_merge(tmp_path / "plain", merge_method="sce", base_model=str(base), models=entries(models))
+    done = subprocess.run(
+        [sys.executable, "-c", MEGATRON, *map(str, (base, *models, tmp_path))],
+        env=_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    left = [".merged.exported", ".merged.incomplete"]
+    stages = ["in_the_export", "in_the_merge", "in_the_import"]
+    assert done.stdout.splitlines() == [f"{stage} {left[: 1 + (stage != stages[0])]}" for stage in stages]
+    first, second = read_all(plain), read_all(tmp_path / "back")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "merged" / "merge_report.html").is_file()
+    assert not list(tmp_path.glob(".*"))
