@@ -98,16 +98,18 @@ class Selection:
         return np.flatnonzero(taken)
 
     def trim(self, block: Block, values_n: torch.Tensor) -> torch.Tensor:
-        """`values_n`, whose magnitudes are the keys, with zero in place of those not taken."""
+        """`values_n`, whose magnitudes are the keys, with zero in place of those not taken; it may be overwritten."""
         taken, there = self.ties[block.index] if self.ties else (0, 0)
-        if values_n.dtype == torch.float32 and taken in (0, there):
+        if values_n.dtype == torch.float32:
             bound = np.nextafter(np.float32(self.threshold), np.float32(0)) if taken else self.threshold
-            return torch.nn.functional.hardshrink(values_n, float(bound))
-        keys = values_n.abs().float()
-        mask = torch.gt(keys, self.threshold, out=torch.empty_like(keys))
-        ties = np.flatnonzero(keys.numpy() == self.threshold)
-        mask.numpy()[ties[:taken]] = 1.0
-        return values_n.mul_(mask)
+            kept = torch.nn.functional.hardshrink(values_n, float(bound))
+            if 0 < taken < there:
+                kept.numpy()[np.flatnonzero(values_n.abs_().numpy() == self.threshold)[taken:]] = 0
+            return kept
+        keys = values_n.abs().float().numpy()
+        values_n.numpy()[keys < self.threshold] = 0
+        values_n.numpy()[np.flatnonzero(keys == self.threshold)[taken:]] = 0
+        return values_n
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,7 @@ def select_largest(
     """
     (tensor,) = job.tensors
     sampled = yield Sample(lambda block: [key.numpy() for key in keys.rough(block)], _pieces(tensor.elements))
-    samples = [np.concatenate(parts) for parts in zip(*sampled, strict=True)]
-    brackets = _guess(samples, tensor.elements, count_of, keys.slack)
+    brackets = _guess(sampled, tensor.elements, count_of, keys.slack)
     if brackets is not None:
         found = _settle((yield _scan(keys, brackets)), keys, brackets, count_of)
         if found is not None:
@@ -153,14 +154,14 @@ def _pieces(elements: int) -> list[tuple[int, int]]:
     fewest, most = _PIECES
     number = min(max(elements // (16 * _PIECE), fewest), most)
     if elements <= 2 * number * _PIECE:
-        return [(start, min(_PIECE, elements - start)) for start in range(0, elements, _PIECE)]
+        return [(0, elements)]
     step = elements // number // ELEMENTWISE_ALIGNMENT * ELEMENTWISE_ALIGNMENT
     return [(place * step, _PIECE) for place in range(number)]
 
 
-def sample_bytes(elements: int) -> int:
-    """What a sample of one stream of keys takes, of which there are three copies for a while."""
-    return 3 * 4 * sum(count for _, count in _pieces(elements))
+def sample_bytes(elements: int, streams: int) -> int:
+    """What the sample of a tensor takes, with one stream's sorted copy."""
+    return 4 * (streams + 1) * sum(count for _, count in _pieces(elements))
 
 
 @dataclass(frozen=True)
@@ -173,17 +174,19 @@ class _Bracket:
 
 
 def _guess(
-    samples: list[np.ndarray], elements: int, count_of: Callable[[int], list[int]], slack: float
+    sampled: list[list[np.ndarray]], elements: int, count_of: Callable[[int], list[int]], slack: float
 ) -> list[_Bracket] | None:
-    """From a sample; None where more keys may lie within than are to be remembered."""
-    size = len(samples[0])
-    nonzero = round(np.count_nonzero(samples[0]) / size * elements)
+    """From a sample, each of whose blocks has one array a stream; None where more keys may lie within than are to be
+    remembered."""
+    size = sum(len(streams[0]) for streams in sampled)
+    nonzero = sum(_nonzero(streams[0]) for streams in sampled)
     out = []
-    for sample, k in zip(samples, count_of(nonzero), strict=True):
+    for parts, k in zip(zip(*sampled, strict=True), count_of(round(nonzero / size * elements)), strict=True):
+        sample = np.concatenate(parts)
+        sample.sort()
         rank = k / elements * size  # of the k-th largest in the sample, from the top
         margin = 1.0 if size == elements else _SURE * (math.sqrt(rank * (1 - rank / size)) + 1)
         first, last = math.floor(size - rank - margin), math.ceil(size - rank + margin)
-        sample = np.sort(sample)
         low = float(sample[first]) * (1 - slack) if first >= 0 else 0.0
         high = float(sample[last]) * (1 + slack) if last < size else math.inf
         within = sample[np.searchsorted(sample, max(low, _SMALLEST)) : np.searchsorted(sample, high, "right")]
@@ -228,7 +231,7 @@ class _Histograms:
         parts = []
         nonzero = 0
         for stream, key in enumerate(self.keys.rough(block)):
-            nonzero = nonzero if stream else int(np.count_nonzero(key.numpy()))
+            nonzero = nonzero if stream else _nonzero(key.numpy())
             bits = key.view(torch.int32)
             if self.lows is None:
                 parts.append(torch.bincount(bits >> _LOW_BITS, minlength=_COARSE_BINS).numpy())
@@ -282,8 +285,12 @@ def _scan_one(keys: Keys, block: Block, stream: int, rough: np.ndarray, bracket:
         if marks:
             marks.open = np.packbits(within)
     # Zeros are asked for in the first stream, and where they may be taken.
-    nonzero = np.count_nonzero(rough) if stream == 0 or bracket.low == 0 else 0
-    return _Scanned(len(rough), int(nonzero), int(number), values, counts, marks)
+    nonzero = _nonzero(rough) if stream == 0 or bracket.low == 0 else 0
+    return _Scanned(len(rough), nonzero, int(number), values, counts, marks)
+
+
+def _nonzero(keys_n: np.ndarray) -> int:
+    return int(np.count_nonzero(keys_n > 0))  # keys are not negative; of floats themselves it takes six times as long
 
 
 def _settle(

@@ -45,7 +45,7 @@ class Sce(Method):
 
     def remembered_bytes(self, elements: int, models: int) -> int:
         """See `Method.remembered_bytes`: two marks an element."""
-        return sample_bytes(elements) + elements // 4
+        return sample_bytes(elements, streams=1) + elements // 4
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""

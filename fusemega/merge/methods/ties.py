@@ -44,7 +44,7 @@ class Ties(Method):
 
     def remembered_bytes(self, elements: int, models: int) -> int:
         """See `Method.remembered_bytes`."""
-        return sample_bytes(elements) * models
+        return sample_bytes(elements, models)
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
