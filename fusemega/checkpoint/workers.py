@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -110,8 +111,10 @@ def _measured(function: Callable[[T], R], item: T) -> tuple[R, int, int]:
 
 
 def _follow_parent() -> None:
-    """A pool's processes outlive a parent that is killed, waiting for work for ever; these do not."""
+    """A pool's processes outlive a parent that is killed, waiting for work for ever; these do not. Ctrl-C is for the
+    parent, which ends them."""
     parent: Any = parent_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         connection.wait([parent.sentinel])

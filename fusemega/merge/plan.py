@@ -31,8 +31,8 @@ BLOCK_BYTES = 16 << 20
 each operation."""
 INTERPRETER_BYTES = 230 << 20
 """Python with torch, measured."""
-WORKER_BYTES = 24 << 20
-"""Of it, what a forked process comes to have for itself, measured."""
+WORKER_BYTES = 40 << 20
+"""What a forked process comes to have for itself of that, and of memory that it has freed, measured."""
 
 
 @dataclass(frozen=True)
@@ -224,5 +224,4 @@ def memory_bytes(plan: MergePlan, workers: int, block_elements: int) -> int:
     vectors = len(plan.folders) + 1 + fixed + each * len(plan.models)
     sizes = sorted((job.elements for job in plan.jobs), reverse=True)
     remembered = sum(plan.method.remembered_bytes(elements, len(plan.models)) for elements in sizes[:workers])
-    own = WORKER_BYTES if workers > 1 else 0
-    return INTERPRETER_BYTES + workers * (own + largest * widest * vectors) + remembered
+    return INTERPRETER_BYTES + workers * (WORKER_BYTES + largest * widest * vectors) + remembered

@@ -159,9 +159,12 @@ def _pieces(elements: int) -> list[tuple[int, int]]:
     return [(place * step, _PIECE) for place in range(number)]
 
 
-def sample_bytes(elements: int, streams: int) -> int:
-    """What the sample of a tensor takes, with one stream's sorted copy."""
-    return 4 * (streams + 1) * sum(count for _, count in _pieces(elements))
+def selection_bytes(elements: int, streams: int) -> int:
+    """What a selection holds of a tensor: the sample and one stream's sorted copy; the values within the brackets, at
+    their widest, and how often they occur."""
+    size = sum(count for _, count in _pieces(elements))
+    within = min(MAX_MEMBERS, int(_SURE / math.sqrt(size) * elements))
+    return 4 * size * (streams + 1) + 12 * within * streams
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 74rem; padding: 0 1rem; color: #1c2330; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 0; }
 p.note { color: #566; margin: .2rem 0; } code { font-size: .92em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dt { color: #566; } dd { margin: 0; }
 .maps { display: flex; flex-wrap: wrap; gap: 1.5rem 2rem; }
-figure { margin: 0; overflow-x: auto; } figcaption { margin-bottom: .3rem; font-weight: 600; }
-svg text { font: 10px system-ui, sans-serif; fill: #334; }
+figure { margin: 0; width: min-content; } figcaption { margin-bottom: .3rem; font-weight: 600; }
 table { border-collapse: collapse; font-size: 12px; } td, th { padding: .15rem .6rem; text-align: right; }
 td:first-child, th:first-child { text-align: left; } tr:nth-child(even) td { background: #f5f7fa; }
 details summary { cursor: pointer; color: #245; }
@@ -30,18 +30,19 @@ def merge_page(report: dict[str, Any]) -> str:
     """The page, from the content of merge_report.json."""
     rows: list[Row] = report["tensors"]
     names = short_names(report["models"])
-    maps = []
+    measures = []
     for title, explain, values in _measures(rows, names):
         numbers = [number for row in rows if _LAYER.match(row["tensor"]) for v in values.values() if (number := v(row))]
         scale = (min(numbers, default=0.0), max(numbers, default=1.0))  # one for all models, to compare them by eye
-        for name, value in values.items():
-            maps.append(_heat_map(f"{title}: {name}" if name else title, explain, rows, value, scale))
+        maps = "".join(_heat_map(name, rows, value, scale) for name, value in values.items())
+        if maps:
+            measures.append(f'<h3>{title}</h3><p class="note">{explain}</p><div class="maps">{maps}</div>')
     body = [
         f"<h1>Merge by {html.escape(report['method'])}</h1>",
         _facts(report),
         *(f'<p class="note">{html.escape(note)}</p>' for note in report["notes"]),
         "<h2>Over the layers</h2>",
-        f'<div class="maps">{"".join(maps)}</div>' if any(maps) else "<p>This method measures nothing by tensor.</p>",
+        "".join(measures) or "<p>This method measures nothing by tensor.</p>",
         "<h2>Every tensor</h2>",
         _table(rows, names),
     ]
@@ -92,10 +93,8 @@ def _item(key: str, place: int | None) -> Callable[[Row], float | None]:
     return lambda row: None if key not in row else row[key] if place is None else row[key][place]
 
 
-def _heat_map(
-    title: str, explain: str, rows: list[Row], value: Callable[[Row], float | None], scale: tuple[float, float]
-) -> str:
-    """Layers across, tensors of a layer down; the tensors outside the layers follow by name."""
+def _heat_map(name: str, rows: list[Row], value: Callable[[Row], float | None], scale: tuple[float, float]) -> str:
+    """Of one model, if it has a name. Layers across, tensors of a layer down; the tensors outside the layers follow."""
     cells: dict[tuple[str, int], float] = {}
     outside = []
     for row in rows:
@@ -112,7 +111,7 @@ def _heat_map(
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     layers = 1 + max(layer for _, layer in cells)
     low, high = scale
-    size, left, top = 12, 140, 14
+    size, left, top = 12, 150, 14
     parts = []
     for y, kind in enumerate(kinds):
         parts.append(f'<text x="{left - 6}" y="{top + y * size + 9}" text-anchor="end">{html.escape(kind)}</text>')
@@ -139,8 +138,9 @@ def _heat_map(
     others = ", ".join(f"{html.escape(name)} {number:.3g}" for name, number in outside)
     width = max(width, left + 220)
     return (
-        f'<figure><figcaption>{html.escape(title)}</figcaption><p class="note">{html.escape(explain)}</p>'
-        f'<svg width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}">'
+        "<figure>"
+        + (f"<figcaption>{html.escape(name)}</figcaption>" if name else "")
+        + f'<svg width="{width}" height="{height}" font-size="10" font-family="sans-serif" fill="#334">'
         f"{''.join(parts)}{legend}</svg>"
         + (f'<p class="note">outside the layers: {others}</p>' if others else "")
         + "</figure>"

@@ -52,7 +52,7 @@ def test_the_command(family: Family, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["wrote"] == str(tmp_path / "out")
     page = (tmp_path / "out" / "merge_report.html").read_text()
     assert "<svg" in page and "http" not in page
-    assert "Coefficient: m0" in page and "layer 2, mlp.up_proj" in page
+    assert "<h3>Coefficient</h3>" in page and "<figcaption>m0</figcaption>" in page and "layer 2, mlp.up_proj" in page
     file = tmp_path / "merge.yaml"
     file.write_text(
         yaml.safe_dump({"merge_method": "sce", "base_model": str(base), "models": [{"model": str(m)} for m in models]})
@@ -67,7 +67,7 @@ def test_the_command(family: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_and_resumed_it_is_bitwise_the_same(workers: int, family: Family, tmp_path: Path) -> None:
+def test_killed_or_interrupted_and_resumed_it_is_bitwise_the_same(workers: int, family: Family, tmp_path: Path) -> None:
     base, models = family(rms=(1e-3, 2e-3, 3e-3), dtype=torch.bfloat16, num_hidden_layers=30)
     run: dict[str, Any] = {"merge_method": "ties", "base_model": str(base), "models": entries(models, weight=[1, 1, 1])}
     options = ["--method", "ties", "--base", base, "--models", *models, "--weights", 1, 1, 1, "--workers", workers]
@@ -86,22 +86,28 @@ def test_killed_and_resumed_it_is_bitwise_the_same(workers: int, family: Family,
         "e.load_block = waiting\n"
         "from fusemega.cli import main; main()"
     )
-    for kill in range(2):
-        resume = ["--resume"] if kill else []
+    for number, by in enumerate((signal.SIGKILL, signal.SIGINT)):
+        resume, enough = ["--resume"] if number else [], 40 * (number + 1)
         process = subprocess.Popen(
-            [sys.executable, "-c", slow, *map(str, [journal, 40 * (kill + 1), "merge", out, *options, *resume])],
+            [sys.executable, "-c", slow, *map(str, [journal, enough, "merge", out, *options, *resume])],
             env=_environment(),
             stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
-            if journal.exists() and journal.read_text().count("\n") > 40 * (kill + 1):
+            if journal.exists() and journal.read_text().count("\n") > enough:
                 break
             time.sleep(0.002)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == (workers if workers > 1 else 0)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        if by == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, by)  # what a terminal does for Ctrl-C
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode and "Traceback" not in errors, errors
         while any(map(_alive, children)) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not any(map(_alive, children))

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fusemega.config import Section
 from fusemega.merge.method import Block, Job, Merge, Method, Pass, Passes, Sample, register
-from fusemega.merge.select import PASS_NAMES, Keys, Selection, sample_bytes, select_largest
+from fusemega.merge.select import PASS_NAMES, Keys, Selection, select_largest, selection_bytes
 from fusemega.merge.signs import agreeing_sums, elect, ratio
 from fusemega.merge.statistics import cell_sums, shares, totals
 
@@ -45,7 +45,7 @@ class Sce(Method):
 
     def remembered_bytes(self, elements: int, models: int) -> int:
         """See `Method.remembered_bytes`: two marks an element."""
-        return sample_bytes(elements, streams=1) + elements // 4
+        return selection_bytes(elements, streams=1) + elements // 4
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
 from fusemega.merge.methods.task_arithmetic import ArithmeticSettings, WeightSettings
-from fusemega.merge.select import PASS_NAMES, Keys, sample_bytes, select_largest
+from fusemega.merge.select import PASS_NAMES, Keys, select_largest, selection_bytes
 from fusemega.merge.signs import agreeing_sums, elect, ratio
 
 
@@ -44,7 +44,7 @@ class Ties(Method):
 
     def remembered_bytes(self, elements: int, models: int) -> int:
         """See `Method.remembered_bytes`."""
-        return sample_bytes(elements, models)
+        return selection_bytes(elements, models)
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
@@ -72,14 +72,12 @@ def merge_by_sign(
         settings: normalize and lambda.
     """
 
-    even = len(set(weights)) == 1 and weights[0] > 0
-
     def apply(block: Block) -> tuple[torch.Tensor, float]:
         deltas = sparse(block)
         wanted = torch.zeros_like(deltas[0])
         for delta, weight in zip(deltas, weights, strict=True):
-            # Added up as it is rounded: with `alpha` two opposite ones need not cancel.
-            wanted.add_(delta if even else torch.mul(delta, weight))
+            # Rounded first, as everybody does it: with `alpha` two opposite ones need not cancel.
+            wanted.add_(torch.mul(delta, weight))
         merged, share, agreed = agreeing_sums(deltas, weights, elect(wanted))
         if settings.normalize:
             merged = ratio(merged, share)
