@@ -183,9 +183,14 @@ def progress_bar(plan: MergePlan) -> Iterator[Progress]:
     if sys.stderr.isatty():
         from rich.progress import Progress as Bar
 
-        with Bar(console=console()) as bar:
+        with Bar(console=console(), auto_refresh=False) as bar:  # by a thread, which had better not be there at a fork
             task = bar.add_task(f"merging by {plan.method.name}", total=total)
-            yield lambda count: bar.advance(task, count)
+
+            def show(count: int) -> None:
+                bar.advance(task, count)
+                bar.refresh()
+
+            yield show
         return
     done: list[int] = []  # the first is what an interrupted merge had written
     begun = said = time.monotonic()
