@@ -164,7 +164,7 @@ def selection_bytes(elements: int, streams: int) -> int:
     their widest, and how often they occur."""
     size = sum(count for _, count in _pieces(elements))
     within = min(MAX_MEMBERS, int(_SURE / math.sqrt(size) * elements))
-    return 4 * size * (streams + 1) + 12 * within * streams
+    return 4 * size * (streams + 1) + 8 * within * streams
 
 
 @dataclass(frozen=True)
@@ -277,14 +277,15 @@ def _scan_one(keys: Keys, block: Block, stream: int, rough: np.ndarray, bracket:
     number = np.count_nonzero(above)
     left = len(rough) - number - np.count_nonzero(below)
     values = np.array(bracket.values, np.float32)
-    counts = np.array([np.count_nonzero(rough == value) for value in values], np.int64)
+    counts = np.array([np.count_nonzero(rough == value) for value in values], np.int32)
     marks = None if keys.exact is None else _Marks(np.packbits(above), None)
     if left > counts.sum():  # not only the values that the sample has
         within = np.logical_not(np.logical_or(above, below))
         places = np.flatnonzero(within)
         true = rough.take(places) if keys.exact is None else keys.exact(block, stream, places)
         number += np.count_nonzero(true > high)
-        values, counts = np.unique(true[(true >= low) & (true <= high)], return_counts=True)
+        values, often = np.unique(true[(true >= low) & (true <= high)], return_counts=True)
+        counts = often.astype(np.int32)
         if marks:
             marks.open = np.packbits(within)
     # Zeros are asked for in the first stream, and where they may be taken.
