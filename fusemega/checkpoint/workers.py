@@ -8,11 +8,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from multiprocessing import active_children, connection, get_context, parent_process
 from typing import Any, TypeVar
+
+from fusemega.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,6 +24,10 @@ R = TypeVar("R")
 def default_workers() -> int:
     """One a core, and no more than a disk can feed."""
     return min(8, len(os.sched_getaffinity(0)))
+
+
+class WorkerLost(UserError):
+    """One of the processes has been ended by somebody else."""
 
 
 class Workers:
@@ -46,6 +53,9 @@ class Workers:
             function: of a module; it, the items and the results are pickled. Where processes are not forked, one of
                 a module that imports little.
             items: started in this order.
+
+        Raises:
+            WorkerLost: a process has ended without a result.
         """
         if self._pool is None:
             for item in items:
@@ -65,6 +75,11 @@ class Workers:
                     result, process, peak = future.result()
                     self._peaks[process] = peak
                     yield waiting.pop(future), result
+        except BrokenProcessPool:
+            raise WorkerLost(
+                f"one of {self.count} worker processes was ended from outside, as the kernel does where memory is "
+                f"short; fewer --workers need less"
+            ) from None
         finally:
             for future in waiting:
                 future.cancel()

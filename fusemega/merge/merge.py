@@ -19,6 +19,7 @@ from fusemega.checkpoint.output import disk_errors, empty_folder, publish, refus
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import write_index
 from fusemega.checkpoint.side_files import copy_side_files
+from fusemega.checkpoint.workers import WorkerLost
 from fusemega.errors import UserError
 from fusemega.merge.execute import Progress, default_workers, execute
 from fusemega.merge.journal import JOURNAL, Journal
@@ -83,8 +84,8 @@ def merge(
 ) -> dict[str, Any]:
     """Executes a plan; the folder `out` appears whole or not at all.
 
-    What an interrupted merge has written is kept beside `out`, as `.NAME.incomplete`, for `options.resume`; what one
-    that met an error has written is not.
+    What an interrupted merge has written is kept beside `out`, as `.NAME.incomplete`, for `options.resume`, also where
+    only one of its processes was killed; what one that met an error has written is not.
 
     Args:
         plan: of `opened`.
@@ -130,6 +131,8 @@ def merge(
             else:
                 journal.path.unlink()
                 publish(partial, out)
+    except WorkerLost as error:
+        raise UserError(f"{out}: {error}; --resume goes on with what is finished") from None
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fusemega.checkpoint.workers import Workers, start_workers
+from fusemega.checkpoint.workers import WorkerLost, Workers, start_workers
 
 
 class Finished:
@@ -82,3 +84,15 @@ def test_an_error_ends_what_the_others_are_at(forked: bool, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="the first one fails"), start_workers(2, forked) as pool:
         list(pool.map(partial(_fail_beside_a_long_one, tmp_path), range(2)))
     assert not (tmp_path / "ended").exists() and not active_children()
+
+
+def _killed(number: int) -> None:
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_was_killed_is_told_of() -> None:
+    with pytest.raises(WorkerLost, match="one of 2 worker processes was ended from outside"):
+        with start_workers(2, forked=True) as pool:
+            list(pool.map(_killed, range(9)))
+    assert not active_children()

@@ -129,6 +129,36 @@ def test_killed_or_interrupted_and_resumed_it_is_bitwise_the_same(workers: int, 
     assert first["tensors"] == second["tensors"] and not partial.exists()
 
 
+def test_a_merge_that_loses_a_process_can_be_gone_on_with(family: Family, tmp_path: Path) -> None:
+    base, models = family(dtype=torch.bfloat16, num_hidden_layers=4)
+    options = ["--method", "varm", "--base", base, "--models", *models]
+    out, journal = tmp_path / "out", tmp_path / ".out.incomplete" / "merge_journal.jsonl"
+    losing = (
+        "import os, signal, sys, fusemega.merge.execute as e\n"
+        "from pathlib import Path\n"
+        "e.JOURNAL_SECONDS = 0.0\n"
+        "load, journal = e.load_block, Path(sys.argv.pop(1))\n"
+        "def dying(*arguments):\n"
+        "    if journal.read_text().count('\\n') > 9: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return load(*arguments)\n"
+        "e.load_block = dying\n"
+        "from fusemega.cli import main; main()"
+    )
+    lost = subprocess.run(
+        [sys.executable, "-c", losing, *map(str, [journal, "merge", out, *options, "--workers", 2])],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert lost.returncode == 2 and "one of 2 worker processes was ended" in lost.stderr, lost.stderr
+    assert "Traceback" not in lost.stderr and journal.exists() and not out.exists()
+    resumed = subprocess.run(_command(out, *options, "--resume"), env=_environment(), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = run_merge(tmp_path / "whole", merge_method="varm", base_model=str(base), models=entries(models))
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+
+
 MEGATRON = """
 import os, signal, sys
 from pathlib import Path
