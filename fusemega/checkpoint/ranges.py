@@ -1,7 +1,7 @@
 """Element ranges of tensors in model folders, read and written in place: the weights of an out-of-core computation.
 
 Reading is `pread` into a buffer the caller owns, not a memory map: pages of a map count as this process's memory, and
-a map of five models is the five models. Any number of threads may read and write at once.
+a map of five models is the five models. Any number of processes and threads may read and write at once.
 """
 
 from __future__ import annotations

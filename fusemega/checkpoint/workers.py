@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -122,7 +124,14 @@ def peak_memory() -> int:
 
 
 def _measured(function: Callable[[T], R], item: T) -> tuple[R, int, int]:
-    return function(item), os.getpid(), peak_memory()
+    try:
+        return function(item), os.getpid(), peak_memory()
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # it could not be raised again in the parent, which would take the process for killed
+            raise RuntimeError("".join(traceback.format_exception(error))) from None
+        raise
 
 
 def _follow_parent() -> None:

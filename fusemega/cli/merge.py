@@ -68,7 +68,7 @@ def command(
         bool, typer.Option("--dry-run", help="Check everything, print the plan with its memory and bytes, and stop.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge to the same OUT.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core, at most 8.")] = None,
     block_elements: Annotated[
         int | None, typer.Option(min=1, help="Elements of a tensor that a process works on at a time.")
     ] = None,
@@ -79,7 +79,7 @@ def command(
 
         fusemega merge OUT --method sce --base B --models A B C parameters.select_topk=0.1
 
-    Memory depends neither on the models' size nor on their number. OUT appears whole or not at all, with
+    Memory hardly depends on the models' size and number (--dry-run tells it). OUT appears whole or not at all, with
     merge_report.json and merge_report.html beside the weights. Prints one JSON object.
     """
     gc.disable()  # importing torch makes objects by the hundred thousand, and no garbage
@@ -144,10 +144,10 @@ def _run(
 
 def describe(plan: MergePlan, options: Any) -> str:
     """The plan as text: every tensor, then the totals."""
-    from fusemega.merge.execute import default_workers
+    from fusemega.checkpoint.workers import default_workers
     from fusemega.merge.plan import memory_bytes
 
-    workers = options.workers or default_workers()
+    workers = min(options.workers or default_workers(), len(plan.jobs))
     block = plan.block_elements(options.block_elements)
     lines = [f"merge by {plan.method.name} of {len(plan.models)} model(s)"]
     lines += [f"  {'base ' if plan.has_base and not i else 'model'}  {f.path}" for i, f in enumerate(plan.folders)]

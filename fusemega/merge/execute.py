@@ -8,7 +8,6 @@ one thread (`torch.set_num_threads(1)`), so a result never depends on how torch 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,11 +69,6 @@ def execute(
     return [by_tensor[name] for name in plan.tensors]
 
 
-def default_workers() -> int:
-    """One a core this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a block is: in most passes one piece of a tensor."""
@@ -108,7 +102,7 @@ class _Work:
                     results = [step(self._load(place, check=not checked)) for place in blocks]
                     checked = True
         except StopIteration as end:
-            merge = end.value
+            merge, results = end.value, None  # what is needed of the results, `merge` has
         agreed = 0.0
         for place in blocks:
             merged, agreeing = merge.apply(self._load(place, check=not checked))

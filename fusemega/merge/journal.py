@@ -11,6 +11,7 @@ from typing import Any
 from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
 from fusemega.merge.plan import MergePlan
+from fusemega.merge.vocabulary import TOKENIZER_FILE
 
 JOURNAL = "merge_journal.jsonl"
 
@@ -71,15 +72,14 @@ def _fingerprint(plan: MergePlan) -> dict[str, Any]:
     """What decides the output's bits: settings, and the inputs by path, size and time of change."""
     files = []
     for folder in plan.folders:
-        for path in folder.files():
-            status = path.stat()
-            files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    jobs = hashlib.blake2b(repr(plan.jobs).encode(), digest_size=16).hexdigest()
-    return {
-        "method": plan.method.name,
-        "jobs": jobs,
-        "rows": plan.vocabulary.rows,
-        "dtypes": sorted({str(tensor.dtype) for tensor in plan.tensors.values()}),
-        "shards": list(plan.shards),
-        "files": files,
-    }
+        for path in [*folder.files(), folder.path / TOKENIZER_FILE]:
+            if path.exists():
+                status = path.stat()
+                files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    vocabulary = plan.vocabulary
+    decides = hashlib.blake2b(digest_size=16)
+    for part in (plan.jobs, plan.shards, plan.config, vocabulary.rows, vocabulary.donor, vocabulary.added):
+        decides.update(repr(part).encode())
+    for rows in vocabulary.maps:
+        decides.update(b"same" if rows is None else rows.tobytes())
+    return {"method": plan.method.name, "decides": decides.hexdigest(), "files": files}

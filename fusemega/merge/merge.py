@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +19,9 @@ from fusemega.checkpoint.output import disk_errors, empty_folder, publish, refus
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import write_index
 from fusemega.checkpoint.side_files import copy_side_files
-from fusemega.checkpoint.workers import WorkerLost
+from fusemega.checkpoint.workers import WorkerLost, default_workers
 from fusemega.errors import UserError
-from fusemega.merge.execute import Progress, default_workers, execute
+from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
 from fusemega.merge.run import MergeRun
@@ -35,7 +35,7 @@ class Options:
     """How a merge is executed; nothing here changes a bit of its result.
 
     Attributes:
-        workers: processes; None: one a core.
+        workers: processes; None: one a core, at most 8.
         block_elements: elements of a block, about; None: what fits near the caches.
         resume: go on with what an interrupted merge has left.
     """
@@ -54,19 +54,25 @@ def opened(run: MergeRun, out: Path, source: str, notes: Sequence[str] = ()) -> 
     """
     names = dict.fromkeys([*([run.base_model] if run.base_model else []), *(entry.model for entry in run.models)])
     paths = {name: resolve(name) for name in names}
-    megatron = [name for name, path in paths.items() if is_megatron_folder(path)]
-    if not megatron:
-        yield plan_merge(run, paths, source, notes)
-        return
     scratch = out.with_name(f".{out.name}.exported")
-    for name in megatron:
-        paths[name] = _exported(paths[name], scratch)
     try:
-        yield plan_merge(run, paths, source, notes)
+        for name, path in paths.items():
+            if is_megatron_folder(path):
+                paths[name] = _exported(path, scratch)
+        plan = plan_merge(run, paths, source, notes)
+        try:
+            yield plan
+        finally:
+            plan.close()
     except (Exception, GeneratorExit):
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not _partial(out).exists():  # else the merge can be resumed, from these very files
+            shutil.rmtree(scratch, ignore_errors=True)
         raise
-    shutil.rmtree(scratch, ignore_errors=True)  # not after an interruption: the merge can be resumed then
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.incomplete")
 
 
 def _exported(source: Path, scratch: Path) -> Path:
@@ -102,40 +108,59 @@ def merge(
     """
     refuse_existing(out)
     out = Path(os.path.abspath(out))
-    partial = out.with_name(f".{out.name}.incomplete")
+    partial = _partial(out)
     resume = options.resume and (partial / JOURNAL).is_file()
     if partial.exists() and not options.resume:
         raise UserError(f"{partial}: left by an interrupted merge; go on with --resume, or delete it")
     if not resume:
         empty_folder(partial, out, plan.output_bytes)
-    journal = Journal(partial, plan, resume)
-    try:
-        with disk_errors(out):
-            progress(sum(_elements(row) for rows in journal.done.values() for row in rows))
-            writer = RangeWriter(partial, plan.shards, resume=bool(journal.done))
-            rows = execute(
-                plan,
-                writer,
-                journal,
-                workers=options.workers or default_workers(),
-                block_elements=plan.block_elements(options.block_elements),
-                progress=progress,
-            )
-            writer.close()
-            report = _report(plan, rows)
-            _finish(plan, partial, report, page)
-            journal.close()
-            if plan.run.output_format == "megatron":
-                publish(_imported(partial), out)
-                shutil.rmtree(partial)
-            else:
-                journal.path.unlink()
-                publish(partial, out)
-    except WorkerLost as error:
-        raise UserError(f"{out}: {error}; --resume goes on with what is finished") from None
-    except Exception:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with ExitStack() as opened_files:
+        try:
+            with disk_errors(out):
+                journal = opened_files.enter_context(closing(Journal(partial, plan, resume)))
+                files = RangeWriter(partial, plan.shards, resume=bool(journal.done))
+                writer = opened_files.enter_context(closing(files))
+        except Exception:
+            if not resume:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        try:
+            with disk_errors(out):
+                return _merge(plan, partial, out, writer, journal, options, progress, page)
+        except WorkerLost as error:
+            raise WorkerLost(f"{out}: {error}; --resume goes on with what is finished") from None
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _merge(
+    plan: MergePlan,
+    partial: Path,
+    out: Path,
+    writer: RangeWriter,
+    journal: Journal,
+    options: Options,
+    progress: Progress,
+    page: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    progress(sum(_elements(row) for rows in journal.done.values() for row in rows))
+    rows = execute(
+        plan,
+        writer,
+        journal,
+        workers=options.workers or default_workers(),
+        block_elements=plan.block_elements(options.block_elements),
+        progress=progress,
+    )
+    report = _report(plan, rows)
+    _finish(plan, partial, report, page)
+    if plan.run.output_format == "megatron":
+        publish(_imported(partial), out)
+        shutil.rmtree(partial)
+    else:
+        publish(partial, out)
+        (out / JOURNAL).unlink()  # not before: publishing waits for the disk, and may be interrupted too
     return report
 
 

@@ -29,6 +29,8 @@ from fusemega.models.rules import VocabRows
 BLOCK_BYTES = 16 << 20
 """What the vectors of one block may take in a worker: near the processor's caches, and long beside what Python adds to
 each operation."""
+MOST_ELEMENTS = 1 << 24
+"""Of a block; so far fp32 counts exactly."""
 INTERPRETER_BYTES = 230 << 20
 """Python with torch, measured."""
 WORKER_BYTES = 40 << 20
@@ -87,13 +89,19 @@ class MergePlan:
         """Of the weights."""
         return sum(info.nbytes for shard in self.shards.values() for info in shard)
 
+    def close(self) -> None:
+        """Closes the folders' files."""
+        for tensor in self.tensors.values():
+            for source in tensor.sources:
+                source.reader.close()
+
     def block_elements(self, asked: int | None) -> int:
         """Elements of a block: about `asked`, or what `BLOCK_BYTES` allow, in steps that keep results the same."""
         if asked is None:
             fixed, each = self.method.vectors
             count = len(self.models)
             asked = BLOCK_BYTES // (4 * (len(self.folders) + 1 + fixed + each * count))
-        return max(CELL, asked // CELL * CELL)
+        return max(CELL, min(asked, MOST_ELEMENTS) // CELL * CELL)
 
     def blocks(self, spec: TensorSpec, block_elements: int) -> list[tuple[int, int]]:
         """(start, count) of each block of a tensor."""
@@ -218,6 +226,7 @@ def _short(dtype: torch.dtype) -> str:
 def memory_bytes(plan: MergePlan, workers: int, block_elements: int) -> int:
     """What all processes together are expected to hold at their peak: Python and torch once, and for each worker what
     it has of that for itself, a block with its temporaries, and what the method remembers of a tensor."""
+    workers = min(workers, len(plan.jobs))
     fixed, each = plan.method.vectors
     largest = max(count for t in plan.tensors.values() for _, count in plan.blocks(t.spec, block_elements))
     widest = max(tensor.computed_in.itemsize for tensor in plan.tensors.values())

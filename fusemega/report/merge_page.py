@@ -10,6 +10,7 @@ from typing import Any
 
 _LAYER = re.compile(r".*\blayers\.(\d+)\.(.*?)(?:\.weight)?$")
 Row = dict[str, Any]
+_Value = Callable[[Row], float | None]
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -32,9 +33,10 @@ def merge_page(report: dict[str, Any]) -> str:
     names = short_names(report["models"])
     measures = []
     for title, explain, values in _measures(rows, names):
-        numbers = [number for row in rows if _LAYER.match(row["tensor"]) for v in values.values() if (number := v(row))]
+        found = (value(row) for row in rows if _LAYER.match(row["tensor"]) for _, value in values)
+        numbers = [number for number in found if number is not None]
         scale = (min(numbers, default=0.0), max(numbers, default=1.0))  # one for all models, to compare them by eye
-        maps = "".join(_heat_map(name, rows, value, scale) for name, value in values.items())
+        maps = "".join(_heat_map(name, rows, value, scale) for name, value in values)
         if maps:
             measures.append(f'<h3>{title}</h3><p class="note">{explain}</p><div class="maps">{maps}</div>')
     body = [
@@ -70,9 +72,10 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def _measures(rows: list[Row], names: Sequence[str]) -> list[tuple[str, str, dict[str, Callable[[Row], float | None]]]]:
-    """(title, explanation, model -> value of a row) of each measure; what is no single model's has no name."""
-    out: list[tuple[str, str, dict[str, Callable[[Row], float | None]]]] = []
+def _measures(rows: list[Row], names: Sequence[str]) -> list[tuple[str, str, list[tuple[str, _Value]]]]:
+    """(title, explanation, (model, value of a row) for each model) of each measure; what is no single model's has no
+    name."""
+    out: list[tuple[str, str, list[tuple[str, _Value]]]] = []
     for key, title, explain in (
         ("coefficients", "Coefficient", "weight of the model's delta, before signs are erased"),
         ("selected", "Selected share", "share of the elements that the method kept"),
@@ -83,17 +86,17 @@ def _measures(rows: list[Row], names: Sequence[str]) -> list[tuple[str, str, dic
         if not have:
             continue
         if isinstance(have[0][key], list):
-            out.append((title, explain, {name: _item(key, place) for place, name in enumerate(names)}))
+            out.append((title, explain, [(name, _item(key, place)) for place, name in enumerate(names)]))
         else:
-            out.append((title, explain, {"": _item(key, None)}))
+            out.append((title, explain, [("", _item(key, None))]))
     return out
 
 
-def _item(key: str, place: int | None) -> Callable[[Row], float | None]:
+def _item(key: str, place: int | None) -> _Value:
     return lambda row: None if key not in row else row[key] if place is None else row[key][place]
 
 
-def _heat_map(name: str, rows: list[Row], value: Callable[[Row], float | None], scale: tuple[float, float]) -> str:
+def _heat_map(name: str, rows: list[Row], value: _Value, scale: tuple[float, float]) -> str:
     """Of one model, if it has a name. Layers across, tensors of a layer down; the tensors outside the layers follow."""
     cells: dict[tuple[str, int], float] = {}
     outside = []

@@ -93,6 +93,24 @@ def tuned(base: Tensors, seed: int, rms: float) -> Tensors:
 
 
 @pytest.fixture
+def real_family(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
+    """The same with weights and changes of real fine-tunes, of which each tensor takes as many as it needs."""
+
+    def make(dtype: torch.dtype, **config: Any) -> tuple[Path, list[Path]]:
+        pool = load_file(Path(__file__).parent / "data" / "real_deltas.safetensors")
+        folders = []
+        for name, values in pool.items():
+            tensors, at = {}, 0
+            for tensor, shape in shapes(CONFIG | config).items():
+                places = torch.arange(at, at + torch.Size(shape).numel()) % len(values)
+                tensors[tensor], at = values[places].view(shape).to(dtype), int(places[-1]) + 1
+            folders.append(write_folder(tmp_path / f"real_{name}", tensors, **config))
+        return folders[0], folders[1:]
+
+    return make
+
+
+@pytest.fixture
 def family(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
     """`family(rms=..., count=..., dtype=..., **config)`: a base's folder and those of its variants."""
 

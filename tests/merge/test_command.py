@@ -16,7 +16,11 @@ import pytest
 import torch
 import yaml
 
-from tests.merge.conftest import CONFIG, entries, read_all, run_merge, write_tokenizer
+from fusemega.errors import UserError
+from fusemega.merge import execute
+from fusemega.merge.journal import Journal
+from fusemega.merge.merge import Options
+from tests.merge.conftest import CONFIG, base_tensors, entries, read_all, run_merge, write_folder, write_tokenizer
 
 Family = Callable[..., tuple[Path, list[Path]]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +161,51 @@ def test_a_merge_that_loses_a_process_can_be_gone_on_with(family: Family, tmp_pa
     whole = run_merge(tmp_path / "whole", merge_method="varm", base_model=str(base), models=entries(models))
     for path in whole.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+def _interrupted(monkeypatch: pytest.MonkeyPatch, out: Path, **run: Any) -> None:
+    """Leaves a merge of which three jobs are finished."""
+    add, saved = Journal.add, list[Any]()
+
+    def interrupting(self: Journal, jobs: list[Any]) -> None:
+        add(self, jobs)
+        saved.extend(jobs)
+        if len(saved) >= 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(execute, "JOURNAL_SECONDS", 0.0)
+        patch.setattr(Journal, "add", interrupting)
+        run_merge(out, Options(workers=1), **run)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "vocabulary": {"vocabulary": "union"},
+    "files": {"max_shard_size": "60KB"},
+    "setting": {"parameters": {"granularity": "layer"}},
+    "type": {"dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_merge_is_not_gone_on_with_otherwise(change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokens = [f"t{i}" for i in range(304)]
+    folders = []
+    for name, rows in (("base", 301), ("longer", 304)):
+        tensors = base_tensors(len(folders), torch.bfloat16, vocab_size=rows)
+        folders.append(write_folder(tmp_path / name, tensors, vocab_size=rows))
+        write_tokenizer(folders[-1], tokens[:rows])
+    run: dict[str, Any] = {"merge_method": "varm", "base_model": str(folders[0]), "models": entries(folders[1:])}
+    run |= {"vocabulary": "pad", "max_shard_size": "100KB"}
+    out, partial = tmp_path / "out", tmp_path / ".out.incomplete"
+    _interrupted(monkeypatch, out, **run)
+    left = {path.name: path.read_bytes() for path in partial.iterdir()}
+    with pytest.raises(UserError, match="other models or settings"):
+        run_merge(out, Options(resume=True), **run | CHANGES[change])
+    assert left == {path.name: path.read_bytes() for path in partial.iterdir()}
+    run_merge(out, Options(resume=True), **run)
+    whole = run_merge(tmp_path / "whole", **run)
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
 MEGATRON = """

@@ -322,6 +322,3 @@ def test_a_tied_models_copy_of_its_head_must_be_the_embedding(tmp_path: Path) ->
     merged = read_all(run_merge(tmp_path / "fine", **_unequal_run(plain, good)))
     assert merged.keys() == base.keys()
     assert "lm_head.weight differs" in _refused(tmp_path, **_unequal_run(good, other))
-
-
-# --- the command --------------------------------------------------------------------------------------------------

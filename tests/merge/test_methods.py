@@ -76,13 +76,17 @@ def _wide(tensor: torch.Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
+@pytest.mark.parametrize("real", [False, True], ids=["random", "real"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_dense_float64_oracle(case: str, dtype: torch.dtype, family: Family, tmp_path: Path) -> None:
+def test_equals_the_dense_float64_oracle(
+    case: str, dtype: torch.dtype, real: bool, family: Family, real_family: Family, tmp_path: Path
+) -> None:
     method, parameters, each, oracle = CASES[case]
     # bf16 keeps 8 bits of weights around 0.3: smaller changes than this would leave most of them as they were.
     rms = (1e-5, 1e-3, 1e-2) if dtype == torch.float32 else (2e-3, 5e-3, 1e-2)
-    base, models = family(rms=rms, dtype=dtype, num_hidden_layers=1)
+    config = {"dtype": dtype, "num_hidden_layers": 1}
+    base, models = real_family(**config) if real else family(rms=rms, **config)
     out = run_merge(
         tmp_path / "out",
         Options(workers=2, block_elements=1),

@@ -12,7 +12,7 @@ from pydantic import Field
 from fusemega.config import Section
 from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
 from fusemega.merge.signs import ratio
-from fusemega.merge.statistics import cell_sums, shares, totals
+from fusemega.merge.statistics import CELL, cell_sums, shares, totals
 
 _LAYER = re.compile(r".*\blayers\.\d+\.")
 
@@ -49,6 +49,10 @@ class Varm(Method):
     def measures(self, settings: Any) -> tuple[str, ...]:
         """See `Method.measures`."""
         return () if settings.granularity == "parameter" else self.pass_names
+
+    def remembered_bytes(self, elements: int, models: int) -> int:
+        """See `Method.remembered_bytes`: a Python number a cell, of all tensors that are merged together."""
+        return elements // CELL * models * 32
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
