@@ -20,7 +20,7 @@ from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.workers import start_workers
 from fusemega.errors import UserError
 from fusemega.merge.journal import Journal
-from fusemega.merge.method import Block, Job, Sample, TensorSpec
+from fusemega.merge.method import Block, Job, Sample
 from fusemega.merge.plan import MergePlan, PlannedTensor
 from fusemega.merge.sources import check_finite, load_block
 from fusemega.runtime.memory import keep_freed_memory
@@ -109,7 +109,8 @@ class _Work:
             agreed += agreeing
             self._write(place, merged)
         extra = {"sign_agreement": agreed / merge.pairs} if merge.pairs else {}
-        return [_row(spec) | dict(merge.report) | extra for spec in job.tensors]
+        said = dict(merge.report) | extra
+        return [{"tensor": spec.name, "shape": list(spec.shape)} | said for spec in job.tensors]
 
     def _blocks(self, job: Job) -> list[_Place]:
         pieces = [(spec, piece) for spec in job.tensors for piece in self.plan.blocks(spec, self.block_elements)]
@@ -137,10 +138,6 @@ class _Work:
             if not torch.isfinite(narrow).all():
                 raise UserError(f"tensor {name}: merged values are too large for {dtype}")
         self.writer.write(name, place.pieces[0][0], narrow)
-
-
-def _row(spec: TensorSpec) -> dict[str, Any]:
-    return {"tensor": spec.name, "shape": list(spec.shape)}
 
 
 _work: _Work | None = None

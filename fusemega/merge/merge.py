@@ -65,10 +65,16 @@ def opened(run: MergeRun, out: Path, source: str, notes: Sequence[str] = ()) -> 
         finally:
             plan.close()
     except (Exception, GeneratorExit):
-        if not _partial(out).exists():  # else the merge can be resumed, from these very files
-            shutil.rmtree(scratch, ignore_errors=True)
+        _drop(scratch, out)
         raise
-    shutil.rmtree(scratch, ignore_errors=True)
+    _drop(scratch, out)
+
+
+def _drop(scratch: Path, out: Path) -> None:
+    """Deletes exported folders, unless an interrupted merge can be resumed from these very files: a dry run of it, or
+    one with a mistyped setting, leaves them."""
+    if not _partial(out).exists():
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _partial(out: Path) -> Path:
