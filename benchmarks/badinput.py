@@ -2,7 +2,7 @@
 
     python benchmarks/badinput.py
 
-Runs the table of tests/bad_inputs in this process. Prints what was found wrong and, as last line, one JSON object.
+Runs the tables of tests/bad_inputs in this process. Prints what was found wrong and, as last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fusemega.runtime.console import quiet_megatron  # noqa: E402  (after the fo
 def main() -> None:
     quiet_megatron()
     from tests.bad_inputs import base
+    from tests.bad_inputs.rows import ROWS
     from tests.bad_inputs.run import found_wrong, standing_in
-    from tests.bad_inputs.table import TABLE
 
     wrong: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="badinput-") as scratch:
@@ -35,7 +35,7 @@ def main() -> None:
         with standing_in(sound):
             base.build()
         begun = time.monotonic()
-        for bad in TABLE:
+        for bad in ROWS:
             found = found_wrong(bad, sound, Path(scratch) / "place")
             if found is not None:
                 wrong[f"{bad.kind}: {bad.name}"] = found
@@ -44,9 +44,9 @@ def main() -> None:
         print(f"{name}\n{found}\n", file=sys.stderr)
     result = {
         "benchmark": "badinput",
-        "inputs": len(TABLE),
-        "kinds": dict(Counter(bad.kind for bad in TABLE)),
-        "refused_as_they_should": len(TABLE) - len(wrong),
+        "inputs": len(ROWS),
+        "kinds": dict(Counter(bad.kind for bad in ROWS)),
+        "refused_as_they_should": len(ROWS) - len(wrong),
         "wrong": sorted(wrong),
         "seconds": round(seconds, 1),
     }

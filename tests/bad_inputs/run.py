@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from fusemega import cli
 from tests.bad_inputs.damage import Damage
@@ -36,6 +37,17 @@ class Bad:
     command: str
     words: str
     damage: tuple[Damage, ...] = ()
+
+
+class Row(Protocol):
+    """One line of a table: see `Bad` for the words of it."""
+
+    def __call__(self, name: str, command: str, words: str, *damage: Damage) -> Bad: ...
+
+
+def kind(kind: str) -> Row:
+    """What makes the rows of one kind: `row("empty", "train train.yaml", "train.yaml: ", put("train.yaml", ""))`."""
+    return lambda name, command, words, *damage: Bad(kind, name, command, words, damage)
 
 
 def found_wrong(bad: Bad, base: Path, place: Path) -> str | None:

@@ -1,12 +1,13 @@
-"""The table of bad inputs. One row, one malformed input: what it is, how it comes about, what must be said."""
+"""The table of bad inputs. One row, one malformed input: what it is, how it comes about, what must be said.
+
+Modules `table_*.py` beside this one add to it (`rows.py` joins them).
+"""
 
 from __future__ import annotations
 
 import gzip
-from typing import Protocol
 
 from tests.bad_inputs.damage import (
-    Damage,
     copied,
     cut,
     flip,
@@ -22,7 +23,7 @@ from tests.bad_inputs.damage import (
     swap,
     tensors,
 )
-from tests.bad_inputs.run import Bad
+from tests.bad_inputs.run import Bad, kind
 
 TRAIN, DISTILL, TEACH, EVAL = "train train.yaml", "train distill.yaml", "teach teach.yaml", "eval eval.yaml"
 VERIFY = "store verify store --tokenizer model --data data.jsonl"
@@ -49,22 +50,9 @@ RECOMPUTE, LAYERS = " training.recompute_granularity=", " training.recompute_num
 UNIFORM = " training.recompute_method=uniform"
 
 
-class Row(Protocol):
-    """One line of the table: see `Bad` for the words of it."""
-
-    def __call__(self, name: str, command: str, words: str, *damage: Damage) -> Bad: ...
-
-
-def _of(kind: str) -> Row:
-    def row(name: str, command: str, words: str, *damage: Damage) -> Bad:
-        return Bad(kind, name, command, words, damage)
-
-    return row
-
-
-_c, _m, _w, _i = _of("configuration"), _of("model configuration"), _of("weights"), _of("index")
-_t, _d, _s, _k = _of("tokenizer"), _of("data"), _of("store"), _of("checkpoint")
-_r, _a = _of("report"), _of("alignment")
+_c, _m, _w, _i = kind("configuration"), kind("model configuration"), kind("weights"), kind("index")
+_t, _d, _s, _k = kind("tokenizer"), kind("data"), kind("store"), kind("checkpoint")
+_r, _a = kind("report"), kind("alignment")
 
 # fmt: off
 TABLE: list[Bad] = [

@@ -9,8 +9,8 @@ import pytest
 
 from fusemega.errors import UserError
 from tests.bad_inputs import base
+from tests.bad_inputs.rows import ROWS
 from tests.bad_inputs.run import Bad, found_wrong, standing_in
-from tests.bad_inputs.table import TABLE
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("bad", TABLE, ids=[f"{bad.kind}: {bad.name}" for bad in TABLE])
+@pytest.mark.parametrize("bad", ROWS, ids=[f"{bad.kind}: {bad.name}" for bad in ROWS])
 def test_refused_with_its_cause_and_nothing_written(bad: Bad, sound: Path, tmp_path: Path) -> None:
     wrong = found_wrong(bad, sound, tmp_path / "place")
     assert wrong is None, wrong
@@ -32,10 +32,10 @@ def test_refused_with_its_cause_and_nothing_written(bad: Bad, sound: Path, tmp_p
 
 
 def test_the_table_says_each_thing_once_and_covers_every_kind() -> None:
-    names = Counter((bad.kind, bad.name) for bad in TABLE)
+    names = Counter((bad.kind, bad.name) for bad in ROWS)
     assert not [name for name, count in names.items() if count > 1]
-    kinds = Counter(bad.kind for bad in TABLE)
-    assert len(TABLE) >= 60 and min(kinds.values()) >= 5, kinds
+    kinds = Counter(bad.kind for bad in ROWS)
+    assert len(ROWS) >= 60 and min(kinds.values()) >= 5, kinds
 
 
 COMMANDS = [f"train {name}.yaml" for name in ("train", "distill", "online", "resume")]
