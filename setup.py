@@ -41,7 +41,6 @@ setup(
         "psutil",
         "nvidia-ml-py",
         "pydantic>=2",
-        "omegaconf",
         "pyyaml",
         "typer",
         "rich",

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from fusemega.errors import UserError, nearest
+from fusemega.files.yaml_files import read_yaml_file
+from fusemega.run_values import resolved, with_overrides
 
 S = TypeVar("S", bound="Section")
 
@@ -42,58 +41,29 @@ class Section(BaseModel):
         return value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which no key stands twice: of two values one would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML mapping with `a.b=c` overrides applied and `${...}` references resolved.
+    """A YAML mapping with `a.b=c` overrides applied and `${section.key}` references resolved.
 
     Raises:
-        UserError: missing file, malformed YAML (with line), not a mapping, malformed override.
+        UserError: missing file, malformed YAML (with line), not a mapping, malformed override, a reference to nothing.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the run file: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    try:
-        values = yaml.load(text, _Loader)
-        if not isinstance(values, dict | None):
-            raise UserError(f"{path}: a run file is a mapping of sections, found a {type(values).__name__}")
-        return apply_overrides(values or {}, overrides, path)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: malformed YAML: {getattr(error, 'problem', error)}") from None
-    except RecursionError:
-        raise UserError(f"{path}: a value that contains itself, or is nested too deeply") from None
+    values = read_yaml_file(path, "the run file")
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: a run file is a mapping of sections, found a {type(values).__name__}")
+    return apply_overrides(values or {}, overrides, path)
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str], source: str | Path) -> dict[str, Any]:
-    """`values` with `a.b=c` overrides applied and `${...}` references resolved.
+    """`values` with `a.b=c` overrides applied and `${section.key}` references resolved.
 
     Raises:
         UserError: malformed override, or a reference to nothing; it names `source`.
     """
+    laid_over = with_overrides(values, overrides)
     try:
-        config = OmegaConf.merge(OmegaConf.create(values), *map(_override, overrides))
-        return typing.cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
+        return resolved(laid_over)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def validate(model: type[S], data: dict[str, Any], source: str | Path) -> S:
@@ -117,17 +87,6 @@ def mistakes(model: type[BaseModel], error: ValidationError, at: str = "") -> st
 def load(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """`read_yaml` then `validate`."""
     return validate(model, read_yaml(path, overrides), path)
-
-
-def _override(text: str) -> Any:
-    """The configuration that one `a.b=c` gives."""
-    key, equals, _ = text.partition("=")
-    if not equals or not key or any(not part for part in key.split(".")):
-        raise UserError(f"override {text!r}: expected key=value, such as training.lr=1e-5")
-    try:
-        return OmegaConf.from_dotlist([text])
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: malformed value: {getattr(error, 'problem', error)}") from None
 
 
 def _explain(model: type[BaseModel], item: Any) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+LONGEST = 4000  # characters of a message
 
 
 class UserError(Exception):
@@ -14,7 +17,22 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+        line = printable(" ".join(line.strip() for line in message.splitlines()))
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may show it: line ends and tabs stay, every other control character, and what would change
+    the direction of writing or has no glyph, is written as Python escapes it."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else _escaped(c) for c in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def nearest(name: object, allowed: Iterable[object]) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 
 from fusemega.checkpoint.moves import Stored
 from fusemega.errors import UserError, nearest
+from fusemega.files.json_files import read_json
+from fusemega.files.opening import is_inside, open_regular
+from fusemega.files.safetensors_header import read_header
 from fusemega.models.rules import Box, slices
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _HASH_CHUNK_BYTES = 1 << 24
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -35,10 +36,12 @@ _STORAGE_KEYS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dty
 
 @dataclass(frozen=True)
 class _Entry:
+    """A tensor, as `Tensor` has it, and its file."""
+
     shard: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int  # bytes from the start of the file
+    start: int
     stop: int
 
 
@@ -143,7 +146,7 @@ class HFFolder:
 
     def _open(self) -> dict[str, _Entry]:
         if (self.path / SINGLE_FILE).exists():
-            return dict(_read_header(self.path / SINGLE_FILE))
+            return _entries(self.path / SINGLE_FILE)
         index_path = self.path / INDEX_FILE
         if not index_path.exists():
             pickles = sorted(file.name for file in self.path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
@@ -159,12 +162,12 @@ class HFFolder:
         entries: dict[str, _Entry] = {}
         for file in sorted(set(weight_map.values())):
             # Checked as text, because the shards of a hub cache are links that lead out of the folder by design.
-            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file:
+            if not is_inside(file):
                 raise UserError(f"{index_path}: weight_map names a file outside the folder: {file!r}")
             shard = self.path / file
             if not shard.exists():
                 raise UserError(f"{shard}: missing, and {INDEX_FILE} names it")
-            for name, entry in _read_header(shard):
+            for name, entry in _entries(shard).items():
                 if weight_map.get(name) != file:
                     where = f"places it in {weight_map[name]}" if name in weight_map else "does not name it"
                     raise UserError(f"{shard}: holds tensor {name}, but {INDEX_FILE} {where}")
@@ -175,9 +178,13 @@ class HFFolder:
         return entries
 
 
+def _entries(shard: Path) -> dict[str, _Entry]:
+    return {t.name: _Entry(shard, t.dtype, t.shape, t.start, t.stop) for t in read_header(shard)}
+
+
 def _bits_hash(entry: _Entry) -> str:
     digest = xxhash.xxh3_128()
-    with open(entry.shard, "rb") as file:
+    with open_regular(entry.shard) as file:
         file.seek(entry.start)
         for at in range(entry.start, entry.stop, _HASH_CHUNK_BYTES):
             digest.update(file.read(min(_HASH_CHUNK_BYTES, entry.stop - at)))
@@ -187,64 +194,3 @@ def _bits_hash(entry: _Entry) -> str:
 def functional_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the keys that only say where weights came from and how they are stored."""
     return {key: value for key, value in config.items() if key not in _STORAGE_KEYS}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: missing, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
-    except RecursionError:
-        raise UserError(f"{path}: malformed JSON: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
-def _read_header(shard: Path) -> Iterator[tuple[str, _Entry]]:
-    """Every tensor of a safetensors file; refuses a file whose size or header is not what the other says."""
-    try:
-        size = shard.stat().st_size
-        with open(shard, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
-                raise UserError(f"{shard}: truncated, or not a safetensors file ({size} bytes)")
-            header = json.loads(file.read(header_bytes))
-    except OSError as error:
-        raise UserError(f"{shard}: cannot read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{shard}: not a safetensors file: its header is not JSON") from None
-    try:
-        header.pop("__metadata__", None)
-        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        at = 0
-        out = []
-        for name, info in tensors:
-            start, stop = info["data_offsets"]
-            shape = tuple(info["shape"])
-            bytes_each = _bytes_each(info["dtype"])
-            if start != at or stop < start or (bytes_each and stop - start != math.prod(shape) * bytes_each):
-                raise UserError(f"{shard}: corrupt header: tensor {name} does not fill its place in the file")
-            at = stop
-            base = 8 + header_bytes
-            out.append((name, _Entry(shard, info["dtype"], shape, base + start, base + stop)))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{shard}: corrupt header: not in the safetensors format") from None
-    expected = 8 + header_bytes + at
-    if size != expected:
-        state = "truncated" if size < expected else "too long"
-        raise UserError(f"{shard}: {state}: {size} bytes, and its header says {expected}")
-    yield from out
-
-
-def _bytes_each(dtype: str) -> int:
-    return DTYPES[dtype].itemsize if dtype in DTYPES else 0

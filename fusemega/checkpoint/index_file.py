@@ -8,6 +8,7 @@ read_metadata`, torch/distributed/checkpoint/filesystem.py:930) follows any name
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 
 from fusemega.errors import UserError
+from fusemega.files.opening import is_inside
+from fusemega.files.pickles import Record, read_pickle
 
 _RECORDS = {
     f"torch.distributed.checkpoint.{module}": names
@@ -36,39 +39,37 @@ _RECORDS = {
 _FUNCTIONS = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
 
 
-class _Record:
-    """Stands for a class of torch.distributed.checkpoint."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _RECORDS.get(module, ()):
-            return _Record
-        if (module, name) in _FUNCTIONS:
-            return super().find_class(module, name)
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
-        return dtype
-
-
 def read_index(path: Path) -> Any:
     """The index `path`, as records with the attributes of torch's classes.
+
+    Every piece lies in a file of the folder, at bytes that a file can have.
 
     Raises:
         UserError: it cannot be read, is no index, or names something else; nothing was called then.
     """
-    try:
-        with open(path, "rb") as file:
-            return _IndexUnpickler(file).load()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not an index of a torch_dist checkpoint: {error}") from None
+    index = read_pickle(path, _name, "an index of a torch_dist checkpoint")
+    tensors, storage = (getattr(index, name, None) for name in ("state_dict_metadata", "storage_data"))
+    if not isinstance(tensors, dict) or not isinstance(storage, dict):
+        raise UserError(f"{path}: not an index of a torch_dist checkpoint: it has no tables of tensors and pieces")
+    for piece, where in storage.items():
+        name, file = (_attribute(of, key, str) for of, key in ((piece, "fqn"), (where, "relative_path")))
+        numbers = [_attribute(where, key, int) for key in ("offset", "length")]
+        if name is None or file is None or not is_inside(file) or not all(n is not None and n >= 0 for n in numbers):
+            raise UserError(f"{path}: damaged: no file of the folder, or no place in it, for {name!r} (file {file!r})")
+    return index
+
+
+def _attribute(record: Any, name: str, kind: type) -> Any:
+    value = getattr(record, name, None)
+    return value if type(value) is kind else None
+
+
+def _name(module: str, name: str) -> Any:
+    if name in _RECORDS.get(module, ()):
+        return Record
+    if (module, name) in _FUNCTIONS:
+        return getattr(importlib.import_module(module), name)
+    dtype = getattr(torch, name, None) if module == "torch" else None
+    if not isinstance(dtype, torch.dtype):
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
+    return dtype

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fusemega.checkpoint.hf_folder import read_json
 from fusemega.checkpoint.integrity import check_sizes, damaged_files
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World
 

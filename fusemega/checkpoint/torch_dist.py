@@ -23,10 +23,12 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fusemega.checkpoint.hf_folder import read_json
 from fusemega.checkpoint.index_file import read_index
 from fusemega.checkpoint.torch_dist_files import FORMAT
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
+from fusemega.files.opening import require_regular
+from fusemega.files.pickles import first_line, load_torch
 from fusemega.models.build import GPT
 
 MIB = 1 << 20
@@ -110,11 +112,12 @@ def check_files(path: Path) -> None:
     for name in ("common.pt", ".metadata"):
         if not (path / name).is_file():
             raise UserError(f"{path / name}: missing; the checkpoint is damaged")
+    require_regular(path / "common.pt")
     if not zipfile.is_zipfile(path / "common.pt"):
         raise UserError(f"{path / 'common.pt'}: truncated, or not a file of torch; the checkpoint is damaged")
     try:
-        torch.load(path / "common.pt", map_location="meta", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        load_torch(path / "common.pt")
+    except pickle.UnpicklingError as error:
         raise UserError(f"{path / 'common.pt'}: damaged, or not of a checkpoint: {_reason(error, None)}") from None
     read_index(path / ".metadata")
 
@@ -145,12 +148,12 @@ def _reason(error: BaseException, written: Path | None) -> str:
         return os.strerror(error.errno)
     if named := _UNSAFE_NAME.search(str(error)):
         return f"it names {named[1]}, which no checkpoint needs"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _load_checked_object(planner: MCoreLoadPlanner, item: Any, value: io.BytesIO) -> None:
     """`load_bytes`, for objects that torch's restricted unpickler reads too."""
-    torch.load(value, map_location="meta", weights_only=True)
+    load_torch(value)
     value.seek(0)
     _load_object(planner, item, value)
 

@@ -28,6 +28,8 @@ import torch
 from fusemega.checkpoint.index_file import read_index
 from fusemega.checkpoint.moves import Assembled, Move, Stored, window
 from fusemega.errors import UserError
+from fusemega.files.opening import open_regular
+from fusemega.files.pickles import first_line, load_torch
 from fusemega.models.family import TRANSFORMER_ENGINE_NAMES, HFConfig
 from fusemega.models.registry import family_of
 from fusemega.models.rules import Rule, whole
@@ -199,12 +201,10 @@ class Checkpoint:
                     continue
                 self.shapes[index.fqn] = tuple(metadata.state_dict_metadata[index.fqn].size)
                 if where.relative_path not in files:
-                    files[where.relative_path] = open(path / where.relative_path, "rb")  # noqa: SIM115  (closed below)
+                    files[where.relative_path] = open_regular(path / where.relative_path)  # closed below
                 stored = _open_chunk(index.fqn, path / where.relative_path, files[where.relative_path], where)
                 self._chunks.setdefault(index.fqn, []).append((tuple(index.offset), stored))
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot read: {error.strerror}") from None
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path / '.metadata'}: damaged: {error}") from None
         finally:
             for file in files.values():
@@ -278,10 +278,10 @@ def _open_chunk(key: str, path: Path, file: IO[bytes], where: Any) -> Stored:
     """Where a chunk's data lie: its header says, which is read without them."""
     try:
         view = cast(IO[bytes], _View(file, where.offset, where.length))
-        tensor = torch.load(view, map_location="meta", weights_only=True)
+        tensor = load_torch(view)
         start = tensor.untyped_storage()._checkpoint_offset
-    except (RuntimeError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: truncated or damaged at {key}: {str(error).splitlines()[0]}") from None
+    except (AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: truncated or damaged at {key}: {first_line(error)}") from None
     if not tensor.is_contiguous() or tensor.storage_offset():
         raise UserError(f"{path}: {key} is stored with strides {tensor.stride()}, and only dense tensors are read")
     dtype = str(tensor.dtype).removeprefix("torch.")

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fusemega.checkpoint.hf_folder import HFFolder, read_json
+from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -8,6 +8,8 @@ import warnings
 
 from rich.console import Console
 
+from fusemega.errors import printable
+
 # Message beginnings (regular expressions) of what megatron-core 0.16.1 and torch 2.13 say on every run without TE and
 # apex, as `fusemega env` tells once and better, or about their own insides. Anything else stays visible.
 _NOISE: tuple[tuple[str, type[Warning]], ...] = (
@@ -44,5 +46,5 @@ def console() -> Console:
 
 
 def say(text: str) -> None:
-    """Prints `text` as it is, from rank 0."""
-    console().print(text, markup=False)
+    """Prints `text` as it is, from rank 0; control characters of names that it holds are escaped."""
+    console().print(printable(text), markup=False)

@@ -32,7 +32,7 @@ _REQUIRED = {
     "safetensors": "weights cannot be read",
     "datasets": "data other than JSONL cannot be read",
     "pydantic": "run files cannot be checked",
-    "omegaconf": "run files cannot be read",
+    "pyyaml": "run files cannot be read",
     "psutil": "saving a distributed checkpoint hangs for ever (megatron-core needs it and does not say so)",
 }
 _OPTIONAL = {

@@ -69,7 +69,7 @@ TABLE: list[Bad] = [
     _c("an alias of itself", TRAIN, "train.yaml", put("train.yaml", "a: &a [*a]")),
     _c("a Python object", TRAIN, "malformed YAML", put("train.yaml", "a: !!python/object/apply:os.getcwd []")),
     _c("an open reference", TRAIN + " 'output_dir=${nowhere}'", "nowhere"),
-    _c("a number for a key", TRAIN, "1: Keys should be strings", put("train.yaml", "1: 2")),
+    _c("a number for a key", TRAIN, "train.yaml:1: malformed YAML: a key is a word, found '1'", put("train.yaml", "1: 2")),
     _c("a misspelt section", TRAIN + " optimiser.lr=1", "optimiser: unknown key (did you mean 'optimizer'?)"),
     _c("a misspelt key", TRAIN + " training.sed=1", "training.sed: unknown key (did you mean 'seed'?)"),
     _c("an override without value", TRAIN + " training.seed", "override 'training.seed': expected key=value"),

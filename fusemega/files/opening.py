@@ -1,0 +1,99 @@
+"""Files that others made are opened here: regular files only, of a bounded size, whatever stands at the path.
+
+Opening a FIFO waits for a writer that may never come, and a device has no end. Hence `O_NONBLOCK`, which regular files
+do not heed, and a look at what was opened (not at the path, which may change in between).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from fusemega.errors import UserError
+
+MIB = 1 << 20
+TEXT_BYTES = 64 * MIB
+"""The most of a file that is read whole, unless its reader says otherwise. Gemma's tokenizer.json has 33 MiB."""
+NAME_BYTES = 255  # of a part of a path, on every file system in use
+
+_KINDS: dict[str, Callable[[int], bool]] = {
+    "a FIFO": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+
+
+def open_regular(path: str | Path, what: str = "") -> BinaryIO:
+    """The regular file at `path`, opened to be read; links are followed.
+
+    Args:
+        what: what the file should be, for the message: "cannot read the run file".
+
+    Raises:
+        UserError: nothing is there, it cannot be opened, or it is something else than a regular file.
+    """
+    doing = f"{path}: cannot read{f' {what}' if what else ''}"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        # A socket, or the far end of a FIFO, cannot be opened at all.
+        kind = "a socket or device" if error.errno == errno.ENXIO else None
+        raise UserError(f"{doing}: {f'{kind}, and no regular file' if kind else error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{doing}: the path holds a character that no file's name can have") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise UserError(f"{doing}: {os.strerror(errno.EISDIR)}")
+        kind = next((name for name, holds in _KINDS.items() if holds(mode)), "something else")
+        raise UserError(f"{doing}: {kind}, and no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def require_regular(path: str | Path, what: str = "") -> None:
+    """`open_regular`, for a file that a library will open itself."""
+    open_regular(path, what).close()
+
+
+def read_bytes(path: str | Path, limit: int = TEXT_BYTES, what: str = "") -> bytes:
+    """A whole file.
+
+    Raises:
+        UserError: as `open_regular`; or it has more than `limit` bytes, or fails while it is read.
+    """
+    with open_regular(path, what) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            content = file.read(limit + 1) if size <= limit else b""
+        except OSError as error:
+            raise UserError(f"{path}: cannot read{f' {what}' if what else ''}: {error.strerror}") from None
+    if max(size, len(content)) > limit:
+        raise UserError(f"{path}: {max(size, len(content))} bytes, and such a file may have {limit}")
+    return content
+
+
+def read_text(path: str | Path, limit: int = TEXT_BYTES, what: str = "") -> str:
+    """A whole UTF-8 file, a byte order mark left out.
+
+    Raises:
+        UserError: as `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit, what).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path that a file gives stays below the folder it is of, and can be the path of a file."""
+    parts = name.split("/")
+    return (
+        name.isprintable()
+        and "\\" not in name
+        and all(part not in ("", ".", "..") and len(part.encode()) <= NAME_BYTES for part in parts)
+    )

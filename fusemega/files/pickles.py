@@ -1,0 +1,118 @@
+"""Pickles that others wrote, read without running anything, and within what their own size allows.
+
+A pickle is a program. Here it has the instructions that plain records need and no others, may name only what its reader
+allows, may not ask for a place of the memo beyond its own length (C Python's reader would allocate up to there), and
+may use as a key of a mapping only a text, a number or a record (the hash of tuples of tuples of one tuple takes for
+ever). What passes may be given to a faster reader.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+from fusemega.errors import UserError
+from fusemega.files.opening import MIB, read_bytes
+
+PICKLE_BYTES = 256 * MIB
+_ALLOWED = """
+    PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET POP POP_MARK
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
+    GLOBAL STACK_GLOBAL NEWOBJ REDUCE BUILD
+""".split()  # noqa: SIM905
+
+
+class Record:
+    """Stands for a class whose code is not run: holds as attributes what the pickle says of an instance."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+# The reader in Python, whose instructions can be chosen; C Python's takes half the time.
+_PYTHON: Any = pickle._Unpickler
+
+
+class _Unpickler(_PYTHON):
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        code: _PYTHON.dispatch[code] for code in (getattr(pickle, name)[0] for name in _ALLOWED)
+    }
+
+    def __init__(self, content: bytes, names: Callable[[str, str], Any]) -> None:
+        super().__init__(io.BytesIO(content))
+        self._size, self._names = len(content), names
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._names(module, name)
+
+    def _setitem(self) -> None:
+        self._check_key(self.stack[-2])
+        super().load_setitem()
+
+    def _setitems(self) -> None:
+        items = self.stack  # those since the last mark
+        for key in items[::2]:
+            self._check_key(key)
+        super().load_setitems()
+
+    def _long_binput(self) -> None:
+        place = int.from_bytes(self.read(4), "little")
+        if place > self._size:
+            raise pickle.UnpicklingError(f"place {place} of a memo, in {self._size} bytes")
+        self.memo[place] = self.stack[-1]
+
+    @staticmethod
+    def _check_key(key: object) -> None:
+        if not isinstance(key, str | int | Record):
+            raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
+
+    dispatch[pickle.SETITEM[0]] = _setitem
+    dispatch[pickle.SETITEMS[0]] = _setitems
+    dispatch[pickle.LONG_BINPUT[0]] = _long_binput
+
+
+def read_pickle(path: str | Path, names: Callable[[str, str], Any], what: str) -> Any:
+    """The value of a pickle.
+
+    Args:
+        names: what a (module, name) that the pickle names becomes: `Record`, or a harmless function or value. It
+            raises UnpicklingError where the name is not allowed.
+        what: what the file should be, for the message: "an index of ...".
+
+    Raises:
+        UserError: it cannot be read, is no such pickle, or names or does something else; nothing was called then.
+    """
+    content = read_bytes(path, PICKLE_BYTES)
+    try:
+        return _Unpickler(content, names).load()
+    except KeyError as error:
+        raise UserError(f"{path}: not {what}: an instruction or a value that it may not have ({error})") from None
+    except Exception as error:  # bytes that are no pickle end in any of a dozen types
+        raise UserError(f"{path}: not {what}: {first_line(error)}") from None
+
+
+def load_torch(source: str | Path | IO[bytes]) -> Any:
+    """What `torch.save` wrote, without data (tensors are on the device `meta`), by torch's own restricted reader.
+
+    Raises:
+        pickle.UnpicklingError: it is damaged, or names something that no tensor needs.
+    """
+    import torch
+
+    try:
+        return torch.load(source, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise pickle.UnpicklingError(str(error) or type(error).__name__) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, or its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
