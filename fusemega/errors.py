@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import unicodedata
 from collections.abc import Iterable
 
 LONGEST = 4000  # characters of a message
+_NAMES = "ENAMETOOLONG ELOOP EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENOTDIR EMFILE"
+_OF_THE_SYSTEM = frozenset(getattr(errno, name) for name in _NAMES.split())
 
 
 class UserError(Exception):
@@ -19,6 +23,18 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         line = printable(" ".join(line.strip() for line in message.splitlines()))
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
+
+
+def of_the_system(error: Exception) -> UserError | None:
+    """The line for what the operating system refused of a path: a name too long, no permission, a full disk.
+
+    Readers and writers say more where they meet one; this is for the paths that nobody thought of. What is missing, or
+    there already, is not among them: that can be a fault of ours.
+    """
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_SYSTEM:
+        return None
+    name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return UserError(f"{name}{error.strerror}")
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ processes use it.
 from __future__ import annotations
 
 import json
-import os
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +17,8 @@ from pathlib import Path
 import xxhash
 
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
+from fusemega.files.opening import is_inside, open_regular
 
 FILE = "integrity.json"
 _FORMAT = "fusemega-integrity-1"
@@ -27,7 +29,7 @@ def file_hash(path: Path) -> str:
     """32 hex digits of XXH3-128 over a file's bytes."""
     digest = xxhash.xxh3_128()
     buffer = bytearray(_BLOCK_BYTES)
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
@@ -61,9 +63,12 @@ def check_sizes(folder: Path) -> None:
     """
     for name, (size, _) in _read(folder).items():
         try:
-            found = (folder / name).stat().st_size
+            status = (folder / name).stat()
         except OSError as error:
             raise UserError(f"{folder / name}: {FILE} lists it, and it cannot be read: {error.strerror}") from None
+        found = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{folder / name}: {FILE} lists it, and it is no regular file")
         if found != size:
             state = "truncated" if found < size else "too long"
             raise UserError(f"{folder / name}: {state}: {found} bytes, and {FILE} says {size}")
@@ -98,19 +103,20 @@ def damaged_files(folder: Path, threads: int = 4, share: tuple[int, int] = (0, 1
 
 def _read(folder: Path) -> dict[str, tuple[int, str]]:
     path = folder / FILE
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT:
-            raise UserError(f"{path}: format is {manifest['format']!r}, expected {_FORMAT!r}")
-        files = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in manifest["files"].items()}
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not an integrity manifest") from None
-    for name in files:
-        if os.path.isabs(name) or ".." in Path(name).parts:
+    manifest = read_json(path)
+    if manifest.get("format") != _FORMAT:
+        found = manifest.get("format")
+        raise UserError(f"{path}: not an integrity manifest: format is {found!r}, expected {_FORMAT!r}")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise UserError(f"{path}: not an integrity manifest: it has no table of files")
+    for name, entry in files.items():
+        if not is_inside(name):
             raise UserError(f"{path}: names a file outside the folder: {name!r}")
-    return files
+        size, digest = (entry.get("size"), entry.get("xxh3_128")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or not isinstance(digest, str):
+            raise UserError(f"{path}: not an integrity manifest: it has no size or no hash of {name}")
+    return {name: (entry["size"], entry["xxh3_128"]) for name, entry in files.items()}
 
 
 def _files(folder: Path) -> list[str]:

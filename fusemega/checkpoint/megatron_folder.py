@@ -9,6 +9,7 @@ integrity.json   sizes and hashes of all of these
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -49,8 +50,9 @@ class MegatronFolder:
         self.hf = self.path / "hf"
         self.config = read_json(self.hf / "config.json")
         self.dtypes = self._dtypes()
-        if not isinstance(self.manifest.get("source_hash"), str):
-            raise UserError(f"{self.path / MANIFEST}: source_hash is missing")
+        source_hash = self.manifest.get("source_hash")
+        if not isinstance(source_hash, str) or not re.fullmatch("[0-9a-f]{32}", source_hash):  # folders are named by it
+            raise UserError(f"{self.path / MANIFEST}: source_hash is {source_hash!r}, expected 32 hex digits")
         check_sizes(self.path)
 
     def _dtypes(self) -> dict[str, torch.dtype]:

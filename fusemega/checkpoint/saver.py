@@ -42,6 +42,7 @@ from fusemega.checkpoint.series import (
 )
 from fusemega.checkpoint.torch_dist import checkpoint_errors
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import STOPPING
 
@@ -220,7 +221,7 @@ def _collect_hashes(folder: Path) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for note in folder.glob(f"*{_HASHES}*"):
         if note.name.endswith(_HASHES):
-            hashes |= json.loads(note.read_text(encoding="utf-8"))
+            hashes |= read_json(note)
         note.unlink()
     return hashes
 

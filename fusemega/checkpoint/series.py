@@ -22,6 +22,7 @@ import torch.distributed as dist
 from fusemega.checkpoint.integrity import check_sizes, damaged_files
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
+from fusemega.files.opening import read_bytes
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World
 
@@ -42,7 +43,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: damaged.
     """
     state = read_json(folder / STATE)
-    if not isinstance(state.get("iteration"), int):
+    if type(state.get("iteration")) is not int or state["iteration"] < 0:
         raise UserError(f"{folder / STATE}: iteration is {state.get('iteration')!r}, expected a number")
     return state
 
@@ -124,8 +125,8 @@ def _in_order(root: Path) -> tuple[list[str], list[Path]]:
     if not tracker.exists():
         # Killed between the rename of the first checkpoint and the tracker's.
         return [f"{tracker}: missing"] if folders else [], folders
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    tracked = checkpoint_folder(root, int(text)) if text.isascii() and text.isdigit() else None
+    text = read_bytes(tracker, limit=1 << 10).decode("utf-8", "replace").strip()
+    tracked = checkpoint_folder(root, int(text)) if text.isascii() and text.isdigit() and len(text) < 19 else None
     if tracked in folders:
         return [], [tracked, *(folder for folder in folders if folder != tracked)]
     return [f"{tracker}: names iteration {text!r}, which is not there"], folders

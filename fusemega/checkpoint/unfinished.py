@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 from fusemega.checkpoint.output import disk_errors, publish, refuse_existing
 from fusemega.errors import UserError
+from fusemega.files.json_files import LINES_BYTES, read_lines
+from fusemega.files.opening import read_bytes
 from fusemega.runtime.console import say
 
 _JOURNAL = "journal.jsonl"
@@ -94,15 +96,18 @@ def unfinished_folder(path: Path, identity: Mapping[str, Any], resume: bool, nee
 
 def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Its items; the last line of a killed process may be half a line, and is dropped from the file too."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    whole = lines[:-1]
-    if not whole:
+    lines, torn = read_lines(path, finite=False)
+    if not lines:
         return {}
-    if json.loads(whole[0]) != json.loads(json.dumps(identity)):
+    if lines[0][1] != json.loads(json.dumps(identity)):
         raise UserError(
             f"{path.parent}: was begun from other files or with other options, so it cannot be resumed; "
             f"leave --resume out to start again"
         )
-    if lines[-1]:
-        os.truncate(path, len("\n".join([*whole, ""]).encode()))
-    return dict(json.loads(line) for line in whole[1:])
+    for number, item in lines[1:]:
+        if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
+            raise UserError(f"{path}:{number}: not an item of a journal; leave --resume out to start again")
+    if torn:
+        content = read_bytes(path, LINES_BYTES)
+        os.truncate(path, content.rfind(b"\n") + 1)
+    return {name: result for _, (name, result) in lines[1:]}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import typer
 
 from fusemega.cli.launch import error_recorded, join_launch, record_error
-from fusemega.errors import UserError
+from fusemega.errors import UserError, of_the_system
 from fusemega.runtime.console import quiet_megatron
 
 # Shown by `fusemega --help`, which therefore imports none of the modules (torch alone takes seconds).
@@ -67,11 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     join_launch()
     try:
         build_app(arguments[0] if arguments else None)(args=arguments, prog_name="fusemega")
-    except UserError as error:
-        if not record_error(error):
-            print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        line = error if isinstance(error, UserError) else of_the_system(error)
+        if line is None or (line is not error and error_recorded()):
+            if error_recorded():
+                sys.exit(1)  # another rank gave up with a clear line; this is its peers losing the connection
+            raise
+        if not record_error(line):
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
-    except Exception:
-        if error_recorded():
-            sys.exit(1)  # another rank gave up with a clear line; this is its peers losing the connection
-        raise

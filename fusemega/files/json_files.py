@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fusemega.files.opening import TEXT_BYTES, read_bytes
 DEPTH = 100
 INTEGER_DIGITS = 20  # of 64 bits, with a sign
 FLOAT_CHARACTERS = 400
+LINES_BYTES = 1 << 30
 
 
 class MalformedError(ValueError):
@@ -82,25 +82,25 @@ def read_json(path: str | Path, limit: int = TEXT_BYTES, what: str = "", finite:
     return value
 
 
-def read_lines(path: str | Path, limit: int = 1 << 30, finite: bool = True) -> Iterator[tuple[int, Any]]:
-    """The values of a file of lines of JSON that grows while a process runs: (line counted from 1, value).
+def read_lines(path: str | Path, limit: int = LINES_BYTES, finite: bool = True) -> tuple[list[tuple[int, Any]], bool]:
+    """A file of lines of JSON that grows while a process runs; blank lines are left out.
 
-    Of a process that was killed the last line may be half a line: it has no end of line, and is left out.
+    Returns:
+        (line counted from 1, value) of each whole line; and whether half a line at the end, as a killed process leaves
+        it, was left out.
 
     Raises:
         UserError: it cannot be read, or a whole line is malformed; names the line.
     """
-    content = read_bytes(path, limit)
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if not line.strip():
-            continue
+    *whole, half = read_bytes(path, limit).split(b"\n")
+    values = []
+    for number, line in enumerate(whole, start=1):
         try:
-            value = parse_json(line, finite=finite)
+            if line.strip():
+                values.append((number, parse_json(line, finite=finite)))
         except MalformedError as error:
-            if not line.endswith(b"\n"):
-                return
             raise UserError(f"{path}:{number}: {error}") from None
-        yield number, value
+    return values, bool(half)
 
 
 @functools.cache

@@ -10,8 +10,8 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from fusemega.errors import UserError
 
@@ -27,7 +27,7 @@ _KINDS: dict[str, Callable[[int], bool]] = {
 }
 
 
-def open_regular(path: str | Path, what: str = "") -> BinaryIO:
+def open_regular(path: str | Path, what: str = "") -> BufferedReader:
     """The regular file at `path`, opened to be read; links are followed.
 
     Args:

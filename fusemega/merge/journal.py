@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_lines
 from fusemega.merge.plan import MergePlan
 from fusemega.merge.vocabulary import TOKENIZER_FILE
 
@@ -36,21 +37,20 @@ class Journal:
         self.done: dict[str, list[dict[str, Any]]] = {}
         fingerprint = _fingerprint(plan)
         if resume:
-            first, *lines = self.path.read_text(encoding="utf-8").splitlines() or [""]
-            if first != json.dumps(fingerprint):
+            lines, _ = read_lines(self.path, finite=False)  # the line that was being written is left out
+            if not lines or lines[0][1] != json.loads(json.dumps(fingerprint)):
                 raise UserError(
                     f"{folder}: left by a merge of other models or settings; give those, or delete it and leave "
                     f"--resume out"
                 )
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the line that was being written
-                self.done[entry["job"]] = entry["tensors"]
+            for number, entry in lines[1:]:
+                job, tensors = (entry.get("job"), entry.get("tensors")) if isinstance(entry, dict) else (None, None)
+                if not isinstance(job, str) or not _are_rows(tensors):
+                    raise UserError(f"{self.path}:{number}: not a finished job; delete {folder} and leave --resume out")
+                self.done[job] = tensors
         # Whole lines only, and in one step: a kill at any moment leaves a journal that can be gone on with.
-        lines = [json.dumps(fingerprint), *(_line(name, tensors) for name, tensors in self.done.items())]
-        write_durably(self.path, "\n".join(lines) + "\n")
+        kept = [json.dumps(fingerprint), *(_line(name, tensors) for name, tensors in self.done.items())]
+        write_durably(self.path, "\n".join(kept) + "\n")
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the merge runs)
 
     def add(self, jobs: list[tuple[str, list[dict[str, Any]]]]) -> None:
@@ -62,6 +62,12 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _are_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether it is what a report says of tensors; what it says of each is read by nobody but the report."""
+    rows = value if isinstance(value, list) else [None]
+    return all(isinstance(row, dict) and isinstance(row.get("shape"), list) for row in rows)
 
 
 def _line(job: str, tensors: list[dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7f7f7f", "#e69f00", "#5
 _DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("solid", (0, (4, 2)), (0, (1, 1)))
 _MOST_POINTS = 1200
 _SMOOTH_FROM = 100  # points
+_PLAIN: Any = {"text.parse_math": False}  # names of metrics are others' texts, and a "$" in them begins no formula
 _INK = "#010203"  # becomes the page's own text colour
 
 
@@ -70,7 +71,7 @@ def colour(index: int) -> str:
 
 def svg(chart: Chart) -> str:
     """The chart as one <svg> element with the page's text colour; the page has the legend."""
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.file, "text.color": _INK}
+    settings: Any = {**_PLAIN, "svg.fonttype": "none", "svg.hashsalt": chart.file, "text.color": _INK}
     settings |= {"axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
     with plt.rc_context(settings), io.StringIO() as text:
         figure = _draw(chart, (6.0, 2.9))
@@ -87,7 +88,7 @@ def svg(chart: Chart) -> str:
 
 def png(chart: Chart) -> bytes:
     """The chart on white with its title and a legend."""
-    with io.BytesIO() as file:
+    with plt.rc_context(_PLAIN), io.BytesIO() as file:
         figure = _draw(chart, (8.0, 4.2))
         axes = figure.axes[0]
         axes.set_title(chart.title, loc="left")

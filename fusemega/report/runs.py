@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
 from fusemega.training.records import (
     CPU_MEMORY,
     DONE_MARKER,
@@ -20,6 +20,7 @@ from fusemega.training.records import (
     THROUGHPUT,
     TIME,
     read_evaluations,
+    read_rows,
 )
 
 SUMMARY = "summary.json"  # of a quickstart folder
@@ -125,7 +126,7 @@ def _open(folder: Path, name: str, evaluations: dict[str, dict[str, float]]) -> 
         raise UserError(f"{folder}: no such folder of a training run")
     if not (folder / RUN_RECORD).is_file():
         raise UserError(f"{folder}: not the folder of a training run (no {RUN_RECORD})")
-    record = _read_json(folder / RUN_RECORD)
+    record = read_json(folder / RUN_RECORD)
     if not isinstance(record.get("run"), dict):
         raise UserError(f"{folder / RUN_RECORD}: has no settings under the key 'run'")
     rows, notes = _read_rows(folder / METRICS_FILE)
@@ -150,22 +151,10 @@ def _read_rows(path: Path) -> tuple[list[dict[str, float]], list[str]]:
     """The rows, and what is to be said of them."""
     if not path.is_file():
         return [], [f"no {METRICS_FILE}: nothing was recorded"]
-    rows: list[dict[str, float]] = []
-    notes: list[str] = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines) and not line.endswith(b"\n"):
-                notes.append(f"the last line of {METRICS_FILE} is torn and left out, as a killed run leaves it")
-                break
-            raise UserError(f"{path}:{number}: malformed JSON") from None
-        if not isinstance(row, dict) or not all(isinstance(value, (int, float)) for value in row.values()):
-            raise UserError(f"{path}:{number}: not a row of metrics (an object of numbers)")
-        if not isinstance(row.get("iteration"), int):
-            raise UserError(f"{path}:{number}: the row has no iteration")
-        rows.append(row)
+    rows, torn = read_rows(path)
+    notes = []
+    if torn:
+        notes.append(f"the last line of {METRICS_FILE} is torn and left out, as a killed run leaves it")
     if not rows:
         notes.append("no iteration is recorded yet")
     unsound = [f"{name} at {row['iteration']}" for row in rows for name, x in row.items() if not math.isfinite(x)]
@@ -183,15 +172,15 @@ def _evaluations(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """JSON files of the folder that `fusemega eval` wrote."""
     for path in sorted(folder.glob("*.json")):
         if path.name != RUN_RECORD:
-            value = _read_json(path)
+            value = read_json(path, finite=False)
             if isinstance(value.get("bits_per_byte"), (int, float)):
                 yield path.stem, {key: x for key, x in value.items() if isinstance(x, (int, float))}
 
 
 def _arms(quickstart: Path) -> list[tuple[Path, dict[str, dict[str, float]]]]:
     """The trained arms of a quickstart, each with the held-out bits per byte that were measured of it."""
-    measured = _read_json(quickstart / SUMMARY).get("bits_per_byte")
-    if not isinstance(measured, dict):
+    measured = read_json(quickstart / SUMMARY).get("bits_per_byte")
+    if not isinstance(measured, dict) or not all(type(value) in (int, float) for value in measured.values()):
         raise UserError(f"{quickstart / SUMMARY}: has no bits_per_byte; not the summary of a quickstart")
     held_out = {name: {"bits_per_byte": value} for name, value in measured.items()}
     arms = [name for name in measured if (quickstart / name / RUN_RECORD).is_file()]
@@ -199,18 +188,6 @@ def _arms(quickstart: Path) -> list[tuple[Path, dict[str, dict[str, float]]]]:
         raise UserError(f"{quickstart}: no arm of this quickstart has a {RUN_RECORD}")
     untrained = {f"{name} (not trained here)": value for name, value in held_out.items() if name not in arms}
     return [(quickstart / name, {"held out": held_out[name], **untrained}) for name in arms]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: malformed JSON") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

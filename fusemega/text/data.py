@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
-import json
+import itertools
+import os
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pydantic import Field
 
 from fusemega.config import Section
 from fusemega.errors import UserError, choose, nearest
+from fusemega.files.json_files import MalformedError, parse_json
+from fusemega.files.opening import MIB, open_regular, require_regular
+from fusemega.files.parquet_files import read_parquet
 from fusemega.text.document import BadRow
 
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _BUILDERS = {".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 _SUFFIXES = (*_LINES, ".parquet", *_BUILDERS)
+_LINE_BYTES, _ARRAY_BYTES = 64 * MIB, 1024 * MIB
+_DIGITS = 4000  # of a number in a row, whose digits may be what is taught
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -71,8 +78,8 @@ class Source:
         if self._dataset is not None:
             digest.update(self._dataset._fingerprint.encode())
         for path in self._files:
-            digest.update(b"\0%d\0" % path.stat().st_size)
-            with path.open("rb") as file:
+            with open_regular(path) as file:
+                digest.update(b"\0%d\0" % os.fstat(file.fileno()).st_size)
                 while block := file.read(1 << 22):
                     digest.update(block)
         return digest.hexdigest()
@@ -145,10 +152,11 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
     if path.name.endswith(_LINES):
         yield from _read_json(path)
     elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
+        yield from enumerate(read_parquet(path), start=1)
     else:
         import datasets
 
+        require_regular(path)
         try:
             loaded = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
         except Exception as error:
@@ -158,40 +166,53 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    """One row a line; a `.json` file may instead be one array of rows."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        if ".json" in path.suffixes and file.read(1) == b"[":
+    """One row a line, blank ones at the end left out; a `.json` file may instead be one array of rows."""
+    with open_regular(path) as raw:
+        file: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        if ".json" in path.suffixes and _begins_with_bracket(file):
             file.seek(0)
-            try:
-                yield from enumerate(json.loads(file.read()), start=1)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: malformed JSON: {error}") from None
+            yield from enumerate(_array(path, file.read(_ARRAY_BYTES + 1)), start=1)
             return
         file.seek(0)
-        for number, line in enumerate(file, start=1):
+        blank: list[int] = []
+        for number in itertools.count(1):
+            line = file.readline(_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > _LINE_BYTES:
+                raise UserError(f"{path}:{number}: a line of more than {_LINE_BYTES} bytes")
+            if not line.strip():
+                blank.append(number)
+                continue
+            for empty in blank:
+                yield empty, BadRow("empty", "the row is empty")
+            blank.clear()
             yield number, _decode(line)
 
 
+def _begins_with_bracket(file: IO[bytes]) -> bool:
+    """Whether the first character is "[", after white space and a byte order mark."""
+    start = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8).lstrip()
+    while not start:
+        block = file.read(1 << 16)
+        if not block:
+            return False
+        start = block.lstrip()
+    return start.startswith(b"[")
+
+
+def _array(path: Path, content: bytes) -> list[Any]:
+    if len(content) > _ARRAY_BYTES:
+        raise UserError(f"{path}: an array of more than {_ARRAY_BYTES} bytes; write one row a line, as .jsonl")
+    try:
+        value: list[Any] = parse_json(content, digits=_DIGITS, finite=False)
+    except MalformedError as error:
+        raise UserError(f"{path}{f':{error.line}' if error.line else ''}: {error}") from None
+    return value
+
+
 def _decode(line: bytes) -> Any:
-    if not line.strip():
-        return BadRow("empty", "the row is empty")
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return BadRow("malformed JSON", f"not UTF-8 text (byte {error.start} of the line)")
-    except (ValueError, RecursionError) as error:
-        return BadRow("malformed JSON", f"malformed JSON: {error}")
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield number, value
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a whole parquet file: {str(error).splitlines()[0]}") from None
+        return parse_json(line, digits=_DIGITS, finite=False)
+    except MalformedError as error:
+        return BadRow("malformed JSON", str(error))

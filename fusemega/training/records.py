@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from fusemega.errors import UserError
+from fusemega.files.json_files import read_lines
 
 RUN_RECORD = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -18,20 +20,40 @@ COSTS = (TIME, THROUGHPUT, GPU_MEMORY, CPU_MEMORY)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
-    return _rows(folder / METRICS_FILE)
+    """The rows of a run's `metrics.jsonl`; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    return read_rows(folder / METRICS_FILE)[0]
 
 
 def read_evaluations(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's `evaluations.jsonl`: `iteration` (0: before the first update) and what was found."""
-    return _rows(folder / EVALUATIONS_FILE)
+    """The rows of a run's `evaluations.jsonl`: `iteration` (0: before the first update) and what was found.
 
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    Raises:
+        UserError: as `read_rows`, or a row lacks what every evaluation finds.
+    """
+    path = folder / EVALUATIONS_FILE
+    rows, _ = read_rows(path)
+    for row in rows:
+        if missing := {"loss", "bits_per_byte"} - row.keys():
+            raise UserError(f"{path}: the row of iteration {row['iteration']} has no {min(missing)}")
     return rows
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, float]], bool]:
+    """The rows of such a file, none where there is no file; and whether half a line at the end was left out.
+
+    Raises:
+        UserError: it cannot be read, or a line is no object of numbers with an iteration; names the line.
+    """
+    if not path.exists():
+        return [], False
+    lines, torn = read_lines(path, finite=False)  # a loss may be infinite
+    for number, row in lines:
+        if not isinstance(row, dict) or not all(type(value) in (int, float) for value in row.values()):
+            raise UserError(f"{path}:{number}: not a row of metrics (an object of numbers)")
+        if type(row.get("iteration")) is not int or row["iteration"] < 0:
+            raise UserError(f"{path}:{number}: the row has no iteration")
+    return [row for _, row in lines], torn

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 
+from tests.bad_inputs.base import ROWS
 from tests.bad_inputs.damage import (
     copied,
     cut,
@@ -244,8 +245,8 @@ TABLE: list[Bad] = [
     _d("an unknown kind", TRAIN + " data.path=train.yaml", "train.yaml: unknown kind of data file"),
     _d("an empty file", TRAIN, "data.jsonl: no usable sample (no rows)", put("data.jsonl", "")),
     _d("a torn line", TRAIN, "data.jsonl:2: malformed JSON", rows('{"text": "a')),
-    _d("not UTF-8", TRAIN, "data.jsonl:2: not UTF-8 text (byte 10 of the line)", rows(b'{"text": "\xff"}\n')),
-    _d("a blank line", TRAIN, "data.jsonl:2: the row is empty", rows("")),
+    _d("not UTF-8", TRAIN, "data.jsonl:2: not UTF-8 text (byte 10)", rows(b'{"text": "\xff"}\n')),
+    _d("a blank line", TRAIN, "data.jsonl:2: the row is empty", rows("", ROWS[1])),
     _d("a list for a row", TRAIN, "data.jsonl:2: a row is an object, found a list", rows([1])),
     _d("another shape", TRAIN, "data.jsonl:2: found the keys instruction", rows({"instruction": "x"})),
     _d("a number for a text", TRAIN, "data.jsonl:2: text is a string, found a number", rows({"text": 3})),
@@ -258,7 +259,7 @@ TABLE: list[Bad] = [
     _d("a special token in the text", TRAIN, "spells the special token '<|im_end|>'", rows({"text": "a <|im_end|> b"})),
     _d("a row too deep", TRAIN, "data.jsonl:2: malformed JSON", rows("[" * 100_000)),
     _d("a number too long", TRAIN, "data.jsonl:2: malformed JSON", rows('{"text": ' + "1" * 5000 + "}")),
-    _d("an array that is torn", TRAIN + " data.path=a.json", "a.json: malformed JSON", put("a.json", '[{"text": "a"},')),
+    _d("an array that is torn", TRAIN + " data.path=a.json", "a.json:1: malformed JSON", put("a.json", '[{"text": "a"},')),
     _d("not gzip", TRAIN + " data.path=a.jsonl.gz", "a.jsonl.gz: cannot read: Not a gzipped", put("a.jsonl.gz", "x")),
     _d("torn gzip", TRAIN + " data.path=a.jsonl.gz", "a.jsonl.gz: cannot read", put("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9])),
     _d("damaged gzip", TRAIN + " data.path=a.jsonl.gz", "a.jsonl.gz: cannot read", put("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)), flip("a.jsonl.gz", 14)),
@@ -359,13 +360,13 @@ TABLE: list[Bad] = [
     _r("no such folder", "report nowhere", "nowhere: no such folder of a training run"),
     _r("no run", "report model", "model: not the folder of a training run (no run.json)"),
     _r("one run twice", "report run ./run", "run: given twice"),
-    _r("a record torn", "report run", "run/run.json: malformed JSON", cut("run/run.json", 40)),
+    _r("a record torn", "report run", "run/run.json:4: malformed JSON", cut("run/run.json", 40)),
     _r("a record without settings", "report run", "run/run.json: has no settings", put("run/run.json", {"run": 3})),
     _r("nothing recorded", "report run", "run: no iteration is recorded yet", gone(METRICS)),
-    _r("a damaged line", "report run", "run/metrics.jsonl:1: malformed JSON", flip(METRICS, 0)),
+    _r("a damaged line", "report run", "run/metrics.jsonl:1: not UTF-8 text", flip(METRICS, 0)),
     _r("a line that is no row", "report run", "run/metrics.jsonl:1: not a row of metrics", put(METRICS, "[1]\n")),
-    _r("a row of words", "report run", "run/metrics.jsonl:1: not a row of metrics", put(METRICS, {"iteration": "one"})),
-    _r("a row of no iteration", "report run", "run/metrics.jsonl:1: the row has no iteration", put(METRICS, {"loss": 1.0})),
+    _r("a row of words", "report run", "run/metrics.jsonl:1: not a row of metrics", put(METRICS, '{"iteration": "one"}\n')),
+    _r("a row of no iteration", "report run", "run/metrics.jsonl:1: the row has no iteration", put(METRICS, '{"loss": 1.0}\n')),
     _r("a summary of something else", "report run", "has no bits_per_byte", put("run/summary.json", {})),
     _r("over something", "report run --out model", "model: exists and is no report"),
     _r("inside a file", "report run --out data.jsonl/x", "data.jsonl/x: cannot write there"),
@@ -379,7 +380,7 @@ TABLE: list[Bad] = [
     _k("state a list", RESUME, "state.json: truncated", put(STATE, [])),
     _k("state without iteration", RESUME, "state.json: ", key(STATE, "iteration")),
     _k("no integrity", RESUME, "iter_0000002/integrity.json: cannot read", gone(NEWEST + "/integrity.json")),
-    _k("integrity torn", RESUME, "iter_0000002/integrity.json: not an", cut(NEWEST + "/integrity.json", 50)),
+    _k("integrity torn", RESUME, "iter_0000002/integrity.json:4: malformed JSON", cut(NEWEST + "/integrity.json", 50)),
     _k("a part gone", RESUME, "__0_0.distcp: integrity.json lists it", gone(NEWEST + "/__0_0.distcp")),
     _k("a part torn", RESUME, "__0_0.distcp: truncated", cut(NEWEST + "/__0_0.distcp", 50)),
     _k("a part too long", RESUME, "__0_1.distcp: too long", longer(NEWEST + "/__0_1.distcp")),
@@ -407,7 +408,7 @@ TABLE: list[Bad] = [
     _k("an import without config", MEGATRON, "megatron/hf/config.json: cannot read", gone("megatron/hf/config.json")),
     _k("an import of another size", MEGATRON, "megatron/hf/config.json: truncated", key("megatron/hf/config.json", "intermediate_size", 64)),
     _k("an import without integrity", MEGATRON, "megatron/integrity.json: cannot read", gone("megatron/integrity.json")),
-    _k("an import's integrity torn", MEGATRON, "megatron/integrity.json: not an", cut("megatron/integrity.json", 50)),
+    _k("an import's integrity torn", MEGATRON, "megatron/integrity.json:4: malformed JSON", cut("megatron/integrity.json", 50)),
     _k("an import with a torn part", MEGATRON, "megatron/weights/__0_0.distcp: truncated", cut("megatron/weights/__0_0.distcp", 50)),
     _k("an export of no import", "convert export model out", "model/manifest.json: cannot read"),
 ]

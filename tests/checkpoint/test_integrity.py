@@ -78,8 +78,8 @@ def test_hashes_that_are_known_are_not_taken_again(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "integrity.json: cannot read: No such file"),
-        ("{", "not an integrity manifest"),
-        ("[]", "not an integrity manifest"),
+        ("{", "integrity.json:1: malformed JSON"),
+        ("[]", "integrity.json: expected a JSON object, found a list"),
         ('{"format": "fusemega-integrity-1"}', "not an integrity manifest"),
         ('{"format": "other"}', "format is 'other', expected 'fusemega-integrity-1'"),
     ],

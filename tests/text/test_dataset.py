@@ -84,7 +84,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         ("empty", "holds no data file"),
         ("weights.bin", "unknown kind of data file"),
         ("cut.parquet", "cut.parquet: not a whole parquet file"),
-        ("cut.json", "cut.json: malformed JSON"),
+        ("cut.json", "cut.json:1: malformed JSON"),
         ("cut.jsonl.gz", "cut.jsonl.gz: cannot read"),
     ):
         with pytest.raises(UserError, match=words):
