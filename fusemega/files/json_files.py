@@ -16,7 +16,7 @@ from fusemega.errors import UserError
 from fusemega.files.opening import TEXT_BYTES, read_bytes
 
 DEPTH = 100
-INTEGER_DIGITS = 20  # of 64 bits, with a sign
+INTEGER_DIGITS = 40  # transformers writes 10^30 for "no limit"
 FLOAT_CHARACTERS = 400
 LINES_BYTES = 1 << 30
 

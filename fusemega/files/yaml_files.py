@@ -153,7 +153,10 @@ class _Builder:
         if kind == "int" and _INTEGER.fullmatch(text):
             if len(text) > DIGITS:
                 raise self._wrong(node, f"a number of {len(text)} digits; allowed: {DIGITS}")
-            return int(text.replace("_", ""), 16 if text.startswith("0x") else 10)
+            number = int(text.replace("_", ""), 16 if text.startswith("0x") else 10)
+            if not -(1 << 63) <= number < 1 << 63:
+                raise self._wrong(node, f"{text} is no number of 64 bits")
+            return number
         if kind == "float" and _NOT_FINITE.fullmatch(text):
             return float(text.replace(".", "").lower())
         if kind == "float" and (_FLOAT.fullmatch(text) or _INTEGER.fullmatch(text)) and not text.startswith("0x"):

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from fusemega.errors import UserError
-from fusemega.models.family import LOCAL_NAMES, HFConfig, ParameterNames, check_keys, require_int, require_number
+from fusemega.models.family import (
+    LOCAL_NAMES,
+    HFConfig,
+    ParameterNames,
+    check_keys,
+    check_token_ids,
+    require_int,
+    require_number,
+)
 from fusemega.models.rope import inverse_frequencies, rope_parameters
 from fusemega.models.rules import QKV, GateUp, Row, Rule, Same, VocabRows
 
@@ -58,7 +66,8 @@ class DenseDecoder:
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
             require_int(hf_config, key)
         require_int(hf_config, "max_position_embeddings", 2048)
-        require_number(hf_config, "rms_norm_eps")
+        require_number(hf_config, "rms_norm_eps", below=1.0)
+        check_token_ids(hf_config)
         tied = hf_config.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             raise UserError(f"config.json: tie_word_embeddings = {tied!r}, expected true or false")
@@ -69,7 +78,13 @@ class DenseDecoder:
             )
         if head_dim % 2:
             raise UserError(f"config.json: head_dim {head_dim} is odd; rotary positions need pairs")
-        rope_parameters(hf_config)
+        with torch.device("cpu"):  # a model is also built where tensors have no contents
+            frequencies = self.inv_freq(hf_config)
+        if not (frequencies.isfinite() & (frequencies > 0)).all():
+            raise UserError(
+                f"config.json: the rotary positions of {rope_parameters(hf_config)} have frequencies that are no "
+                "positive numbers of 32 bits"
+            )
         self.windows(hf_config)
 
     def transformer_config(self, hf_config: HFConfig) -> dict[str, Any]:

@@ -100,6 +100,12 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Sizes beyond these are nonsense, on which memory and time would be spent before a tensor is missed.
+_LARGEST = 1 << 31
+_LARGEST_OF = {"num_hidden_layers": 10_000, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16}
+_LARGEST_OF |= {"head_dim": 1 << 16, "hidden_size": 1 << 24, "intermediate_size": 1 << 26}
+
+
 def check_keys(hf_config: HFConfig, known: Collection[str], required_values: Mapping[str, tuple[Any, ...]]) -> None:
     """Every key is known, harmless, or has its one accepted value.
 
@@ -128,23 +134,35 @@ def check_keys(hf_config: HFConfig, known: Collection[str], required_values: Map
             )
 
 
-def require_number(hf_config: HFConfig, key: str) -> None:
-    """Refuses a key that is there and is not a positive number."""
+def check_token_ids(hf_config: HFConfig) -> None:
+    """Refuses a key such as eos_token_id whose value is no id, no list of ids and not null (old models have -1)."""
+    for key, value in hf_config.items():
+        if key.endswith("_token_id") and value is not None:
+            for found in value if isinstance(value, list) else [value]:
+                if type(found) is not int or not -1 <= found < _LARGEST:
+                    raise UserError(f"config.json: {key} = {value!r}, expected a token's id, or a list of them")
+
+
+def require_number(hf_config: HFConfig, key: str, below: float) -> None:
+    """Refuses a key that is there and is not a number between 0 and `below`, both excluded."""
     value = hf_config.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-        raise UserError(f"config.json: {key} = {value!r}, expected a positive number")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < below):
+        raise UserError(f"config.json: {key} = {value!r}, expected a positive number below {below:g}")
 
 
 def require_int(hf_config: HFConfig, key: str, default: int | None = None, *, minimum: int = 1) -> int:
     """An integer of the configuration, of at least `minimum`; `default` stands for an absent key or null.
 
     Raises:
-        UserError: missing, or no such integer.
+        UserError: missing, no such integer, or larger than any model has.
     """
     value = hf_config.get(key)
     value = default if value is None else value
     if value is None:
         raise UserError(f"config.json: {key} is missing")
+    largest = _LARGEST_OF.get(key, _LARGEST)
+    if type(value) is int and value > largest:
+        raise UserError(f"config.json: {key} = {value!r} is more than any model has; allowed: {largest}")
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         expected = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
         raise UserError(f"config.json: {key} = {value!r}, expected {expected}")

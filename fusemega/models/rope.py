@@ -11,6 +11,7 @@ import torch
 from fusemega.errors import UserError, choose
 
 _DEFAULT_THETA = 10000.0
+_LARGEST = 1e18
 _EXTRA_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -40,7 +41,9 @@ def rope_parameters(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     choose(f"config.json: {key}.rope_type", str(rope_type), _EXTRA_KEYS)
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"config.json: {key}.partial_rotary_factor other than 1.0 is not supported")
-    theta = given.pop("rope_theta", None) or hf_config.get("rope_theta") or _DEFAULT_THETA
+    theta = given.pop("rope_theta", None)
+    theta = hf_config.get("rope_theta") if theta is None else theta
+    theta = _DEFAULT_THETA if theta is None else theta
     out: dict[str, Any] = {"rope_type": rope_type, "rope_theta": theta}
     for name in _EXTRA_KEYS[rope_type]:
         if given.get(name) is None:
@@ -48,12 +51,19 @@ def rope_parameters(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         out[name] = given.pop(name)
     original = given.pop("original_max_position_embeddings", None)
     if rope_type == "llama3":
-        out["original_max_position_embeddings"] = original or hf_config.get("max_position_embeddings", 2048)
+        longest = hf_config.get("max_position_embeddings", 2048)
+        out["original_max_position_embeddings"] = longest if original is None else original
     if given:
         raise UserError(f"config.json: {key}: unknown key(s) {', '.join(map(repr, given))} for rope_type {rope_type!r}")
     for name, value in out.items():
-        if name != "rope_type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-            raise UserError(f"config.json: {key}.{name} = {value!r}, expected a positive number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name != "rope_type" and not (number and 0 < value < _LARGEST):
+            raise UserError(f"config.json: {key}.{name} = {value!r}, expected a positive number below {_LARGEST:g}")
+    if rope_type == "llama3" and not out["low_freq_factor"] < out["high_freq_factor"]:
+        raise UserError(
+            f"config.json: {key}.low_freq_factor = {out['low_freq_factor']} is not below high_freq_factor = "
+            f"{out['high_freq_factor']}"
+        )
     return out
 
 

@@ -46,7 +46,15 @@ def encode(row: Row, manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `encode` made of a row of so many positions: (end_bytes, ids_PK, logp_PK, log_residual_P), as in `Row`."""
+    """What `encode` made of a row of so many positions: (end_bytes, ids_PK, logp_PK, log_residual_P), as in `Row`.
+
+    Args:
+        data: of a length that `coded_bytes` allows.
+
+    Raises:
+        ValueError: `encode` makes no such bytes: an id beyond the vocabulary, more draws than the manifest has, a
+            position that ends before the text begins, or another number of bytes than the row has.
+    """
     cells, width = (positions, manifest.entries), _width(manifest.vocab_size)
     padded, at = data + bytes(_SPARE), 0
 
@@ -60,17 +68,42 @@ def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray,
         codes = np.frombuffer(data, np.uint8, positions * (manifest.entries + 1), at)
         at += len(codes)
         logp_PK = _LEVELS[codes.reshape(positions, -1)]
-        logp_PK -= np.log(np.exp(logp_PK).sum(1, keepdims=True))
+        mass_P1 = np.exp(logp_PK).sum(1, keepdims=True)
+        if not mass_P1.all():
+            raise ValueError("nothing has any probability at one of its positions")
+        logp_PK -= np.log(mass_P1)
         logp_PK, log_residual_P = logp_PK[:, :-1], logp_PK[:, -1]
     else:
         draws = _width(manifest.entries)
-        listed_PK = np.arange(manifest.entries) <= bits(positions, draws)[:, None]
+        last_P = bits(positions, draws)
+        if last_P.max() >= manifest.entries:
+            raise ValueError(f"a position lists {int(last_P.max()) + 1} ids of {manifest.entries} draws")
+        listed_PK = np.arange(manifest.entries) <= last_P[:, None]
         num_listed = int(listed_PK.sum())
+        if at + -(-num_listed * width // 8) + -(-num_listed * draws // 8) + positions > len(data):
+            raise ValueError(f"{num_listed} ids do not fit into {len(data)} bytes")
         ids_PK, logp_PK = np.full(cells, -1, dtype=np.int32), np.full(cells, -np.inf, dtype=np.float32)
         ids_PK[listed_PK] = bits(num_listed, width)
-        logp_PK[listed_PK] = np.log((bits(num_listed, draws) + 1) / manifest.entries)
+        times_PK = np.zeros(cells, dtype=np.int64)
+        times_PK[listed_PK] = bits(num_listed, draws) + 1
+        if (times_PK.sum(1) != manifest.entries).any():
+            raise ValueError(f"the draws at one of its positions are not {manifest.entries}")
+        logp_PK[listed_PK] = np.log(times_PK[listed_PK] / manifest.entries)
         log_residual_P = np.full(positions, -np.inf, dtype=np.float32)
+    if ids_PK.max() >= manifest.vocab_size:
+        raise ValueError(f"id {int(ids_PK.max())} is outside the vocabulary of {manifest.vocab_size}")
     return _decode_ends(data, at, positions), ids_PK, logp_PK, log_residual_P
+
+
+def coded_bytes(positions: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """int64, the fewest and the most bytes that rows of so many positions can be coded in."""
+    width, draws, entries = _width(manifest.vocab_size), _width(manifest.entries), manifest.entries
+    if manifest.rows == "top_k":
+        fewest = -(-positions * entries * width // 8) + positions * (entries + 1)
+        return fewest + positions, fewest + 5 * positions
+    fewest = -(-positions * draws // 8) + -(-positions * width // 8) + -(-positions * draws // 8)
+    most = -(-positions * draws // 8) + -(-positions * entries * width // 8) + -(-positions * entries * draws // 8)
+    return fewest + positions, most + 5 * positions
 
 
 def _width(values: int) -> int:
@@ -112,9 +145,15 @@ def _encode_ends(end_bytes: np.ndarray) -> bytes:
 def _decode_ends(data: bytes, begin: int, positions: int) -> np.ndarray:
     codes = np.frombuffer(data, np.uint8, positions, begin)
     steps = codes.astype(np.int32)
-    steps[codes == _FAR] = np.frombuffer(data, "<i4", offset=begin + positions)
+    far = codes == _FAR
+    if begin + positions + 4 * np.count_nonzero(far) != len(data):
+        raise ValueError(f"it has {len(data)} bytes, and {begin + positions + 4 * np.count_nonzero(far)} are needed")
+    steps[far] = np.frombuffer(data, "<i4", offset=begin + positions)
     nowhere = codes == _NOWHERE
     steps[nowhere] = 0
-    ends = np.cumsum(steps, dtype=np.int32)
+    ends = np.cumsum(steps, dtype=np.int64)
+    if ends.min() < 0 or ends.max() > np.iinfo(np.int32).max:
+        raise ValueError("a position ends before the text begins, or beyond any text")
+    ends = ends.astype(np.int32)
     ends[nowhere] = -1
     return ends

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fusemega.config import Section
 from fusemega.errors import UserError, choose
+from fusemega.files.json_files import read_json
 
 _NAME = "manifest.json"
 _FORMAT = 2
@@ -46,8 +47,8 @@ class Manifest(Section):
     temperature: float = Field(gt=0)
     rows: Literal["top_k", "sampled"] = "top_k"
     top_k: int | None = Field(None, ge=1)
-    num_samples: int | None = Field(None, ge=1)
-    seed: int | None = None
+    num_samples: int | None = Field(None, ge=1, le=1 << 25)
+    seed: int | None = Field(None, ge=0, lt=1 << 63)
     vocab_size: int = Field(ge=1, le=1 << 25)  # the most that the coding of ids allows
     projected: dict[str, str] | None = None
     versions: dict[str, str] = {}
@@ -59,6 +60,8 @@ class Manifest(Section):
         for name, kind in (("top_k", "top_k"), ("num_samples", "sampled"), ("seed", "sampled")):
             if (getattr(self, name) is not None) != (kind == self.rows):
                 raise ValueError(f"{name}: {'missing' if kind == self.rows else 'not'} with rows: {self.rows}")
+        if self.top_k is not None and self.top_k > self.vocab_size:
+            raise ValueError(f"top_k: {self.top_k} is more than the vocabulary of {self.vocab_size}")
         return self
 
     @property
@@ -85,26 +88,20 @@ class Manifest(Section):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in `folder`; UserError if there is none or it is damaged."""
     path = folder / _NAME
+    if not path.exists():
+        raise UserError(f"{folder}: not a sample store (no {_NAME})")
+    content = read_json(path)
+    _check_format(path, content.get("format"))
     try:
-        content = path.read_bytes()
-        _check_format(path, content)
-        return Manifest.model_validate_json(content)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a sample store (no {_NAME})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+        return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: damaged: {'.'.join(map(str, first['loc']))} {first['msg']}") from None
 
 
-def _check_format(path: Path, content: bytes) -> None:
+def _check_format(path: Path, found: Any) -> None:
     """Before the other fields, which belong to the format."""
-    try:
-        found = json.loads(content)["format"]
-    except (ValueError, KeyError, TypeError):
-        return  # no manifest at all, as the caller will find
-    if found != _FORMAT:
+    if found is not None and found != _FORMAT:
         raise UserError(
             f"{path}: the store's format is {found}, and this version reads {_FORMAT}: rows are coded otherwise now; "
             "run `fusemega teach` again, into a new folder"

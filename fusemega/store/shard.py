@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from fusemega.errors import UserError
-from fusemega.store.coding import decode
+from fusemega.files.opening import open_regular
+from fusemega.store.coding import coded_bytes, decode
 from fusemega.store.manifest import Manifest
 from fusemega.store.row import Row
 
@@ -93,7 +94,7 @@ class Shard:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self._manifest = path, manifest
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 start = file.read(_HEADER.size + _CHECKSUM.size)
                 stat = os.fstat(file.fileno())
                 if start[:8] == _OLD_MAGIC:
@@ -118,7 +119,23 @@ class Shard:
             raise UserError(f"{path}: damaged shard: checksum of its index does not match")
         self.index: np.ndarray = np.frombuffer(index, dtype=INDEX)
         self._ends = np.append(self.index["begin"][1:], size)
+        self._check_index(size)
         self._version = (stat.st_ino, stat.st_mtime_ns)
+
+    def _check_index(self, size: int) -> None:
+        """A checksum says that the index is what was written, not that it makes sense."""
+        index, begin = self.index, self.index["begin"]
+        smallest, largest = coded_bytes(index["positions"].astype(np.int64), self._manifest)
+        num_bytes = self._ends - begin
+        follows = np.append(0, self._ends[:-1]) == begin
+        sound = follows & (index["positions"] > 0) & (num_bytes >= smallest) & (num_bytes <= largest)
+        sound &= (index["num_bytes"] >= 0) & (index["num_scored"] > 0) & np.isfinite(index["sum_logp"])
+        sound &= self._ends <= size
+        if not sound.all():
+            r = int(np.argmin(sound))
+            entry = dict(zip(INDEX.names or (), index[r].tolist(), strict=True))
+            entry = {name: entry[name] for name in ("positions", "num_bytes", "num_scored", "sum_logp")}
+            raise UserError(f"{self.path}: damaged shard: its row {r} of {num_bytes[r]} bytes cannot be so: {entry}")
 
     def coded(self, r: int) -> tuple[np.ndarray, bytes]:
         """Row `r` as it is on disk: [1] of `INDEX`, `begin` 0, and its codes. Equal for equal rows.
@@ -136,10 +153,18 @@ class Shard:
         return entry, codes
 
     def row(self, r: int) -> Row:
-        """Row `r` of the shard. Raises as `coded`."""
+        """Row `r` of the shard.
+
+        Raises:
+            UserError: as `coded`, or its bytes stand for no row of this store.
+        """
         (entry,), codes = self.coded(r)
         scored = int(entry["num_scored"])
-        end_bytes, ids_PK, logp_PK, log_residual_P = decode(codes, int(entry["positions"]), self._manifest)
+        try:
+            end_bytes, ids_PK, logp_PK, log_residual_P = decode(codes, int(entry["positions"]), self._manifest)
+        except ValueError as error:
+            key = entry["key"].tobytes().hex()
+            raise UserError(f"{self.path}: damaged shard: the row of sample {key}: {error}") from None
         return Row(
             ids_hash=entry["ids_hash"].tobytes(),
             end_bytes=end_bytes,
@@ -156,7 +181,7 @@ class Shard:
 def _mapped(path: Path, version: tuple[int, int]) -> mmap.mmap:
     """The whole file; `version` tells a file from an earlier one of the same name."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise UserError(f"{path}: cannot read the shard: {error.strerror or error}") from None

@@ -54,6 +54,6 @@ def read_rows(path: Path) -> tuple[list[dict[str, float]], bool]:
     for number, row in lines:
         if not isinstance(row, dict) or not all(type(value) in (int, float) for value in row.values()):
             raise UserError(f"{path}:{number}: not a row of metrics (an object of numbers)")
-        if type(row.get("iteration")) is not int or row["iteration"] < 0:
+        if type(row.get("iteration")) is not int or not 0 <= row["iteration"] < 1 << 53:
             raise UserError(f"{path}:{number}: the row has no iteration")
     return [row for _, row in lines], torn

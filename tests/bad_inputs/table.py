@@ -281,8 +281,8 @@ TABLE: list[Bad] = [
     # Sample stores.
     _s("none", DISTILL, "store: not a sample store (no manifest.json)", gone("store")),
     _s("not a store", DISTILL + " objective.store=model", "model: not a sample store"),
-    _s("manifest torn", DISTILL, "store/manifest.json: damaged", cut(STORE_MANIFEST, 50)),
-    _s("manifest not UTF-8", DISTILL, "store/manifest.json: damaged", put(STORE_MANIFEST, b"\xff")),
+    _s("manifest torn", DISTILL, "store/manifest.json:3: malformed JSON", cut(STORE_MANIFEST, 50)),
+    _s("manifest not UTF-8", DISTILL, "store/manifest.json: not UTF-8 text", put(STORE_MANIFEST, b"\xff")),
     _s("manifest without top_k", DISTILL, "top_k: missing with rows: top_k", key(STORE_MANIFEST, "top_k")),
     _s("manifest of both kinds", DISTILL, "num_samples: not with rows: top_k", key(STORE_MANIFEST, "num_samples", 5)),
     _s("of the first format", DISTILL, "the store's format is 1, and this version reads 2", key(STORE_MANIFEST, "format", 1)),
