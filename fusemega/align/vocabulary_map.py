@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,12 @@ import numpy as np
 
 from fusemega.checkpoint.output import disk_errors
 from fusemega.errors import UserError, choose
+from fusemega.files.json_files import MalformedError, parse_json
+from fusemega.files.npz_files import MalformedArraysError, read_arrays
 
 KINDS = ("exact", "first_piece", "mined", "ms", "ms_reference")
 _FORMAT = 1
-_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_IDS = 1 << 25  # the most that stores can code
 _TABLES = ("table_S", "marked_S", "unmarked_S")
 _FACTS = {
     "kind": str,
@@ -112,21 +112,10 @@ class VocabularyMap:
             UserError: no such file, not a map, or a damaged one.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                facts = json.loads(file["facts"].tobytes())
-                tables = {name: file[name] for name in _TABLES}
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the vocabulary map: {error.strerror or error}") from None
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-            RuntimeError,
-        ):
+            dtypes = {"facts": "|u1"} | dict.fromkeys(_TABLES, "<i4")
+            arrays: dict[str, Any] = {**read_arrays(path, dtypes, "the vocabulary map")}
+            facts = parse_json(arrays.pop("facts").tobytes())
+        except (MalformedArraysError, MalformedError):
             raise UserError(f"{path}: not a vocabulary map, or a damaged one; make one with `fusemega align`") from None
         if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
             raise UserError(f"{path}: a vocabulary map of another format; this version reads format {_FORMAT}")
@@ -134,9 +123,11 @@ class VocabularyMap:
             if type(facts.get(name)) is not kind:
                 raise UserError(f"{path}: damaged vocabulary map: {name} is {facts.get(name)!r}")
         choose(f"{path}: kind", facts["kind"], KINDS)
-        for name, table in tables.items():
-            fits = table.dtype == np.dtype("<i4") and table.shape == tables["table_S"].shape and table.ndim == 1
-            limit = facts["target_size"]
+        limit = facts["target_size"]
+        if not 0 < limit <= _IDS:
+            raise UserError(f"{path}: damaged vocabulary map: target_size is {limit}; allowed: 1 to {_IDS}")
+        for name, table in arrays.items():
+            fits = table.shape == arrays["table_S"].shape
             if not fits or table.min(initial=-1) < -1 or table.max(initial=-1) >= limit:
                 raise UserError(f"{path}: damaged vocabulary map: {name} is no table of ids below {limit}")
-        return cls(**tables, **{name: facts[name] for name in _FACTS})
+        return cls(**arrays, **{name: facts[name] for name in _FACTS})

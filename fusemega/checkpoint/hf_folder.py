@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from fusemega.checkpoint.moves import Stored
 from fusemega.errors import UserError, nearest
 from fusemega.files.json_files import read_json
-from fusemega.files.opening import is_inside, open_regular
+from fusemega.files.opening import is_inside, open_regular, refuse_special_files
 from fusemega.files.safetensors_header import read_header
 from fusemega.models.rules import Box, slices
 
@@ -59,6 +59,7 @@ class HFFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder")
+        refuse_special_files(self.path)
         self.config = read_json(self.path / "config.json")
         self._entries = self._open()
         self._handles: dict[Path, Any] = {}

@@ -35,8 +35,10 @@ def refuse_existing(path: Path) -> None:
     """Refuses an output that would overwrite something; to be called before any long work.
 
     Raises:
-        UserError: `path` exists and is not an empty folder.
+        UserError: `path` exists and is not an empty folder, or is the current folder or one above it.
     """
+    if Path.cwd().is_relative_to(os.path.abspath(path)):
+        raise UserError(f"{path}: the current folder, or one above it; nothing is put in its place")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not an empty folder; nothing is overwritten")
 

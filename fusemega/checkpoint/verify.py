@@ -19,6 +19,7 @@ from fusemega.checkpoint.progress import meter
 from fusemega.checkpoint.torch_dist_files import Checkpoint
 from fusemega.checkpoint.workers import start_workers
 from fusemega.errors import UserError
+from fusemega.files.tokenizer_files import load_pretrained
 from fusemega.models.registry import family_of
 
 if TYPE_CHECKING:
@@ -134,9 +135,7 @@ def logit_difference(hf: str | Path, other: str | Path, world: World, text: str)
     Raises:
         UserError: no tokens, or vocabularies of different sizes.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(hf) / "hf" if is_megatron_folder(hf) else hf)
+    tokenizer = load_pretrained(Path(hf) / "hf" if is_megatron_folder(hf) else hf)
     ids = tokenizer(text)["input_ids"][:MAX_TEXT_TOKENS]
     ids = ids[: len(ids) // world.tp_size * world.tp_size]  # sequence parallelism splits tokens evenly
     if not ids:

@@ -83,6 +83,7 @@ def command(
     merge_report.json and merge_report.html beside the weights. Prints one JSON object.
     """
     gc.disable()  # importing torch makes objects by the hundred thousand, and no garbage
+    from fusemega.checkpoint.output import refuse_existing
     from fusemega.merge.merge import Options, merge, opened
     from fusemega.report.merge_page import merge_page
     from fusemega.runtime.console import say
@@ -95,6 +96,7 @@ def command(
         raise UserError(f"fusemega merge: found {' '.join(paths) or 'nothing'}; expected {wanted}")
     run, notes, source = _run(paths, overrides, method, base, models, weights, vocabulary)
     out = Path(paths[-1])
+    refuse_existing(out)
     begun = time.monotonic()
     for note in notes:
         say(note)

@@ -60,6 +60,22 @@ def require_regular(path: str | Path, what: str = "") -> None:
     open_regular(path, what).close()
 
 
+def refuse_special_files(folder: Path) -> None:
+    """A library that will read the folder's files meets regular files and folders alone; links are followed.
+
+    Raises:
+        UserError: a FIFO, a socket or a device is in the folder.
+    """
+    for path in folder.iterdir():
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue  # a link to nowhere: whoever needs it says so
+        kind = next((name for name, holds in _KINDS.items() if holds(mode)), None)
+        if kind is not None:
+            raise UserError(f"{path}: {kind}, and no regular file")
+
+
 def read_bytes(path: str | Path, limit: int = TEXT_BYTES, what: str = "") -> bytes:
     """A whole file.
 

@@ -61,7 +61,8 @@ def from_mergekit(data: dict[str, Any], source: str) -> tuple[dict[str, Any], li
         raise UserError(f"{source}: modules: models of several modules are not supported")
     if "slices" in data:
         _from_slices(data, source)
-    for holder in [data, *(entry for entry in data.get("models") or [] if isinstance(entry, dict))]:
+    models = data["models"] if isinstance(data.get("models"), list) else []
+    for holder in [data, *(entry for entry in models if isinstance(entry, dict))]:
         if isinstance(holder.get("parameters"), dict) and "int8_mask" in holder["parameters"]:
             holder["parameters"] = {k: v for k, v in holder["parameters"].items() if k != "int8_mask"}
             notes.append("int8_mask is mergekit's way to save memory; it has no meaning here")
@@ -81,13 +82,18 @@ def _from_slices(data: dict[str, Any], source: str) -> None:
     if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], dict):
         raise UserError(f"{source}: slices: only one slice, of all layers of each model, can be merged")
     (only,) = slices
-    sources = only.get("sources") or []
+    sources = only.get("sources")
+    if not isinstance(sources, list) or not sources or not all(isinstance(entry, dict) for entry in sources):
+        raise UserError(f"{source}: slices.0.sources: expected a list of models, found {sources!r}")
+    parameters = [data.get("parameters") or {}, only.get("parameters") or {}]
+    if not all(isinstance(given, dict) for given in parameters):
+        raise UserError(f"{source}: parameters: expected a mapping, found {parameters!r}")
     ranges = {str(entry.get("layer_range")) for entry in sources}
     if len(ranges) != 1:
         raise UserError(f"{source}: slices: the models' layer_range differ: {', '.join(sorted(ranges))}")
     data["layer_range"] = sources[0].get("layer_range")
     data["models"] = [{k: v for k, v in entry.items() if k != "layer_range"} for entry in sources]
-    data["parameters"] = (data.get("parameters") or {}) | (only.get("parameters") or {})
+    data["parameters"] = parameters[0] | parameters[1]
     data["base_model"] = only.get("base_model", data.get("base_model"))
 
 

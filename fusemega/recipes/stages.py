@@ -18,6 +18,7 @@ import yaml
 from fusemega.checkpoint.output import write_durably
 from fusemega.cli.launch import run_under_torchrun
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
 from fusemega.runtime.console import say
 
 
@@ -51,10 +52,10 @@ class Stages:
         self._chain = identity
         mark, begun = self._marks / f"{name}.json", self._marks / f"{name}.begun"
         if mark.exists():
-            done = json.loads(mark.read_text())
-            if done["identity"] == identity and all(path.exists() for path in outputs):
+            done = read_json(mark, finite=False)
+            if done.get("identity") == identity and all(path.exists() for path in outputs):
                 say(f"[{name}] finished before, skipped")
-                return done["result"]
+                return done.get("result")
         # An unfinished stage of the same settings resumes from what it left; one of other settings starts clean.
         if not begun.exists() or begun.read_text() != identity:
             mark.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
 from fusemega.text.chat import ChatRenderer, Rendered, render_text
 from fusemega.text.data import DataConfig, Row, Source
 from fusemega.text.document import BadRow, Chat, Document, canonical, parse
@@ -42,9 +43,13 @@ class TokenizedDataset:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json(folder / "meta.json")
+            if missing := {"names", "skipped", "num_supervised", "num_tokens"} - meta.keys():
+                raise UserError(f"meta.json has no {min(missing)}")
             self._index: np.ndarray = np.load(folder / "index.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
+            if self._index.dtype != _INDEX or self._index.ndim != 1:
+                raise UserError("index.npy is no index")
+        except (OSError, ValueError, UserError) as error:
             raise UserError(f"{folder}: damaged data cache, delete the folder: {error}") from None
         self._names: list[str] = meta["names"]
         self.skipped: dict[str, int] = meta["skipped"]

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Encoder
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fusemega.errors import UserError
+from fusemega.files.tokenizer_files import load_pretrained, panics_as_errors
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,9 @@ class Tokenizer:
         Raises:
             UserError: nothing there that transformers can load, or a slow tokenizer.
         """
-        try:
-            hf = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers raises many types here, from OSError to bare Exception
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{source}: cannot load a tokenizer: {lines[0]}") from error
-        return cls(hf, str(source))
+        hf = load_pretrained(source, trust_remote_code)
+        with panics_as_errors(source):
+            return cls(hf, str(source))
 
     @property
     def chat_template(self) -> str | None:
@@ -116,10 +114,9 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenizes each text once, in parallel, adding no special tokens of its own."""
-        return [
-            Encoding(np.array(e.ids, dtype=np.int32), *_columns(e.offsets))
-            for e in self._encoder.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        with panics_as_errors(self.source):
+            encoded = self._encoder.encode_batch(list(texts), add_special_tokens=False)
+        return [Encoding(np.array(e.ids, dtype=np.int32), *_columns(e.offsets)) for e in encoded]
 
     @cached_property
     def token_num_bytes(self) -> np.ndarray:

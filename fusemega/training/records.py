@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_lines
 
+_NAME = re.compile(r"[\w ()./%:-]{1,200}")
 RUN_RECORD = "run.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -54,6 +56,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, float]], bool]:
     for number, row in lines:
         if not isinstance(row, dict) or not all(type(value) in (int, float) for value in row.values()):
             raise UserError(f"{path}:{number}: not a row of metrics (an object of numbers)")
+        if odd := next((name for name in row if not _NAME.fullmatch(name)), None):
+            raise UserError(f"{path}:{number}: a metric named {odd!r}; allowed: words, digits and ()-./%:")
         if type(row.get("iteration")) is not int or not 0 <= row["iteration"] < 1 << 53:
             raise UserError(f"{path}:{number}: the row has no iteration")
     return [row for _, row in lines], torn
