@@ -161,10 +161,12 @@ class HFFolder:
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index_path}: weight_map is not a mapping of tensor names to file names")
         entries: dict[str, _Entry] = {}
-        for file in sorted(set(weight_map.values())):
+        files = sorted(set(weight_map.values()))
+        for file in files:
             # Checked as text, because the shards of a hub cache are links that lead out of the folder by design.
             if not is_inside(file):
                 raise UserError(f"{index_path}: weight_map names a file outside the folder: {file!r}")
+        for file in files:
             shard = self.path / file
             if not shard.exists():
                 raise UserError(f"{shard}: missing, and {INDEX_FILE} names it")

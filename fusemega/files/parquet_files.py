@@ -19,7 +19,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: it cannot be read, is no whole parquet file, or its rows cannot be values of Python.
     """
-    import pyarrow.parquet  # type: ignore[import-untyped]  # slow to import, and needed only here
+    import pyarrow.parquet  # slow to import, and needed only here
 
     with open_regular(path) as file:
         try:

@@ -29,24 +29,23 @@ def load_pretrained(source: str | Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with tokenizer_errors(f"{source}: cannot load a tokenizer"):
         if Path(source).is_dir():
             _check(Path(source))
-        with panics_as_errors(source):
-            return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise UserError(f"{source}: cannot load a tokenizer: {first_line(error)}") from error
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
 
 
 @contextmanager
-def panics_as_errors(source: object) -> Iterator[None]:
-    """Turns a panic of the tokenizers library into a UserError that names `source`."""
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Turns whatever the libraries raise, panics too, into a UserError that begins with `what`."""
     try:
         yield
-    except BaseException as error:  # PyO3's PanicException cannot be imported
-        if type(error).__name__ != "PanicException":
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # PyO3's, which cannot be imported
+        if not panic and not isinstance(error, Exception):
             raise
-        raise UserError(f"{source}: the tokenizers library broke down over it: {first_line(error)}") from None
+        reason = f"the tokenizers library broke down: {first_line(error)}" if panic else first_line(error)
+        raise UserError(reason if reason.startswith(what) else f"{what}: {reason}") from error
 
 
 def _check(folder: Path) -> None:

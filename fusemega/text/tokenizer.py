@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Encoder
 from transformers import PreTrainedTokenizerBase
 
 from fusemega.errors import UserError
-from fusemega.files.tokenizer_files import load_pretrained, panics_as_errors
+from fusemega.files.tokenizer_files import load_pretrained, tokenizer_errors
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Tokenizer:
             UserError: nothing there that transformers can load, or a slow tokenizer.
         """
         hf = load_pretrained(source, trust_remote_code)
-        with panics_as_errors(source):
+        with tokenizer_errors(f"{source}: cannot load a tokenizer"):
             return cls(hf, str(source))
 
     @property
@@ -114,7 +114,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenizes each text once, in parallel, adding no special tokens of its own."""
-        with panics_as_errors(self.source):
+        with tokenizer_errors(f"{self.source}: cannot tokenize"):
             encoded = self._encoder.encode_batch(list(texts), add_special_tokens=False)
         return [Encoding(np.array(e.ids, dtype=np.int32), *_columns(e.offsets)) for e in encoded]
 

@@ -19,7 +19,7 @@ from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.optimizer import complete_parameters
-from fusemega.training.records import DONE_MARKER, RUN_RECORD
+from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.teacher import OnlineTeacher, open_teacher
 from fusemega.training.trainer import Trainer
@@ -116,10 +116,12 @@ def train(run: TrainRun) -> int:
 
 
 def _check_output(output: Path) -> None:
-    """An unrelated folder is left alone."""
+    """An unrelated folder is left alone, and the rows of a run that goes on can be read."""
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / RUN_RECORD).is_file())):
         raise UserError(f"{output}: exists and is no folder of a training run; choose another output_dir")
     check_writable(output)
+    read_metrics(output)
+    read_evaluations(output)
 
 
 def _write_record(output: Path, run: TrainRun) -> None:

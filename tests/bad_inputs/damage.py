@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 
 from fusemega.align.vocabulary_map import VocabularyMap
+from fusemega.store.shard import _CHECKSUM, _HEADER, INDEX
 from tests.bad_inputs.base import ROWS
 
 Damage = Callable[[], object]
@@ -80,6 +84,34 @@ def folder(path: str) -> Damage:
 def cut(path: str, size: int) -> Damage:
     """The first `size` bytes only; all but the last ones where it is negative."""
     return lambda: Path(path).write_bytes(Path(path).read_bytes()[:size])
+
+
+def fifo(path: str) -> Damage:
+    """A FIFO in place of what was there: who opens it without care waits for ever."""
+
+    def do() -> None:
+        Path(path).unlink(missing_ok=True)
+        os.mkfifo(path)
+
+    return do
+
+
+def entry(**values: float) -> Damage:
+    """The store's shard with other values in its index's first entry, and every checksum made right."""
+
+    def do() -> None:
+        path = Path("store/shard-00000-000000.bin")
+        content = path.read_bytes()
+        magic, owner, rows, size, _ = _HEADER.unpack_from(content)
+        origin = _HEADER.size + _CHECKSUM.size
+        index = np.frombuffer(content, INDEX, rows, origin).copy()
+        for name, value in values.items():
+            index[name][0] = value
+        header = _HEADER.pack(magic, owner, rows, size, zlib.crc32(index.tobytes()))
+        codes = content[origin + rows * INDEX.itemsize :]
+        path.write_bytes(header + _CHECKSUM.pack(zlib.crc32(header)) + index.tobytes() + codes)
+
+    return do
 
 
 def longer(path: str) -> Damage:
