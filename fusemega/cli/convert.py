@@ -11,7 +11,8 @@ import typer
 
 from fusemega.checkpoint.sizes import parse_size
 from fusemega.errors import UserError, choose
-from fusemega.runtime.console import global_rank
+from fusemega.files.opening import read_text
+from fusemega.runtime.console import global_rank, tell
 
 if TYPE_CHECKING:
     from fusemega.checkpoint.convert import Report
@@ -57,7 +58,7 @@ def import_(
     if dry_run:
         from fusemega.checkpoint.read_plan import describe_import
 
-        typer.echo(describe_import(resolve(source), out, _layout(tp, pp)))
+        tell(describe_import(resolve(source), out, _layout(tp, pp)))
         return
     _check_no_layout(tp, pp)
     _once(out, lambda: import_hf(resolve(source), out, workers=workers or default_workers(), resume=resume))
@@ -87,7 +88,7 @@ def export(
     if dry_run:
         from fusemega.checkpoint.read_plan import describe_export
 
-        typer.echo(describe_export(source, out, _layout(tp, pp), dtype=torch_dtype, max_shard_size=size))
+        tell(describe_export(source, out, _layout(tp, pp), dtype=torch_dtype, max_shard_size=size))
         return
     _check_no_layout(tp, pp)
     _once(
@@ -163,15 +164,13 @@ def _check_no_layout(tp: int, pp: int) -> None:
 def _once(out: Path, conversion: Callable[[], Report]) -> None:
     """A conversion starts its own processes: under torchrun or srun, one rank does it and the others have nothing."""
     if global_rank() == 0:
-        typer.echo(f"wrote {out}: {conversion()}")
+        tell(f"wrote {out}: {conversion()}")
 
 
 def _read_text(text: str) -> str:
     """The contents of a file, or the text itself where no file has that name."""
     try:
         path = Path(text)
-        return path.read_text(encoding="utf-8") if path.is_file() else text
+        return read_text(path) if path.is_file() else text
     except OSError:  # longer than a file's name may be
         return text
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text: {text} is not UTF-8 text (byte {error.start})") from None

@@ -86,7 +86,7 @@ def command(
     from fusemega.checkpoint.output import refuse_existing
     from fusemega.merge.merge import Options, merge, opened
     from fusemega.report.merge_page import merge_page
-    from fusemega.runtime.console import say
+    from fusemega.runtime.console import say, tell
 
     gc.enable()
     overrides = [argument for argument in arguments if _is_override(argument)]
@@ -105,7 +105,7 @@ def command(
             say(plan.vocabulary.note)
         options = Options(workers, block_elements, resume)
         if dry_run:
-            print(describe(plan, options))
+            tell(describe(plan, options))
             return
         with progress_bar(plan) as progress:
             merge(plan, out, options, progress=progress, page=merge_page)

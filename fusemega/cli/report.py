@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fusemega.runtime.console import tell
+
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of training runs.")],
@@ -21,4 +23,4 @@ def command(
     from fusemega.report.runs import open_runs
 
     check_out(out)
-    typer.echo(f"wrote {write_report(open_runs(runs), out)}")
+    tell(f"wrote {write_report(open_runs(runs), out)}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusemega.errors import UserError
+from fusemega.runtime.console import tell
 
 if TYPE_CHECKING:
     from fusemega.store import Store
@@ -36,7 +37,7 @@ def inspect(
     width = max(map(len, found))
     for name, value in found.items():
         shown = f"{value:.6g}" if isinstance(value, float) else "none" if value is None else value
-        typer.echo(f"{name:{width}}  {shown}")
+        tell(f"{name:{width}}  {shown}")
 
 
 @app.command("merge")
@@ -62,7 +63,7 @@ def merge(out: Path, sources: list[Path]) -> None:
             publish(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    typer.echo(f"wrote {out}: {written} samples of {len(stores)} stores; {repeated} repetitions left out")
+    tell(f"wrote {out}: {written} samples of {len(stores)} stores; {repeated} repetitions left out")
 
 
 @app.command("verify")

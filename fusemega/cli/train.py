@@ -9,6 +9,7 @@ import typer
 
 from fusemega.cli.launch import stopped_status
 from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_continue
+from fusemega.runtime.console import tell
 
 
 def command(
@@ -31,7 +32,7 @@ def command(
     if dry_run:
         from fusemega.training.plan import describe
 
-        print(describe(run, nproc))
+        tell(describe(run, nproc))
     elif not launch_or_continue(nproc, run.parallel):
         from fusemega.training.train import train
 

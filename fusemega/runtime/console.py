@@ -45,6 +45,11 @@ def console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, quiet=global_rank() != 0)
 
 
+def tell(text: str) -> None:
+    """Prints a result on stdout; control characters of names that it holds are escaped."""
+    print(printable(text))
+
+
 def say(text: str) -> None:
     """Prints `text` as it is, from rank 0; control characters of names that it holds are escaped."""
     console().print(printable(text), markup=False)

@@ -17,7 +17,7 @@ class PassRun(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
-    micro_batch_size: int = Field(1, ge=1, description="rows of data.seq_length tokens in one forward pass")
+    micro_batch_size: int = Field(1, ge=1, le=1 << 16, description="rows of data.seq_length tokens in one forward pass")
 
     @model_validator(mode="after")
     def _rows_divide(self) -> PassRun:

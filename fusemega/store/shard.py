@@ -135,7 +135,10 @@ class Shard:
             r = int(np.argmin(sound))
             entry = dict(zip(INDEX.names or (), index[r].tolist(), strict=True))
             entry = {name: entry[name] for name in ("positions", "num_bytes", "num_scored", "sum_logp")}
-            raise UserError(f"{self.path}: damaged shard: its row {r} of {num_bytes[r]} bytes cannot be so: {entry}")
+            key = index["key"][r].tobytes().hex()
+            raise UserError(
+                f"{self.path}: damaged shard: the row of sample {key} cannot be so: {num_bytes[r]} bytes, {entry}"
+            )
 
     def coded(self, r: int) -> tuple[np.ndarray, bytes]:
         """Row `r` as it is on disk: [1] of `INDEX`, `begin` 0, and its codes. Equal for equal rows.

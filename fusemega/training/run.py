@@ -29,7 +29,7 @@ class TrainingSection(Section):
     train_iters: int | None = Field(None, ge=1, description="number of updates; give this or train_epochs")
     train_epochs: float | None = Field(None, gt=0, description="passes over the data, in place of train_iters")
     global_batch_size: int = Field(ge=1, description="samples an update, whatever the layout")
-    micro_batch_size: int = Field(1, ge=1, description="rows of data.seq_length tokens in one forward pass")
+    micro_batch_size: int = Field(1, ge=1, le=1 << 16, description="rows of data.seq_length tokens in one forward pass")
     packing: bool = Field(True, description="fill rows with several samples of the global batch; else one sample a row")
     seed: int = Field(1234, ge=0, description="order of the data, and random state")
     log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every one")

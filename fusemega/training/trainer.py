@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fusemega.checkpoint.output import disk_errors
 from fusemega.checkpoint.saver import CheckpointSaver
-from fusemega.checkpoint.series import checkpoint_folder, find_checkpoint, read_state
+from fusemega.checkpoint.series import STATE, checkpoint_folder, find_checkpoint, read_state
 from fusemega.checkpoint.training_state import load_checkpoint, training_state
 from fusemega.errors import UserError
 from fusemega.losses.registry import Objective
@@ -279,7 +281,7 @@ class Trainer:
         saved = read_state(folder)
         iteration = saved.pop("iteration")
         self.iteration = iteration
-        best = Best(**saved.pop("best"))
+        best = _best(folder, saved.pop("best", None))
         if self.held_out is not None and best.data == self.held_out.folder.name:
             self.best = best  # on other text, losses do not compare
         for name, value in json.loads(json.dumps(self._identity())).items():
@@ -293,8 +295,11 @@ class Trainer:
                 )
         same_layout = saved.get("layout") == self._layout()
         if not same_layout and self.world.is_main:
-            before, usual = saved.get("layout") or {}, ParallelConfig().model_dump()
-            told = {key: size for key, size in before.get("parallel", {}).items() if size != usual.get(key)}
+            before, usual = saved.get("layout"), ParallelConfig().model_dump()
+            parallel = before.get("parallel") if isinstance(before, dict) else None
+            if not isinstance(before, dict) or not isinstance(parallel, dict):
+                raise UserError(f"{folder / STATE}: its layout is {before!r}, which no run writes")
+            told = {key: size for key, size in parallel.items() if size != usual.get(key)}
             say(
                 f"{folder.name} was saved in another layout ({before.get('world_size')} process(es), "
                 f"{told or 'data parallel'}); it is loaded into this one"
@@ -310,6 +315,17 @@ class Trainer:
         if training.wandb_project is not None:
             wandb_run = WandbRun(training.wandb_project, folder, self.run.model_dump(mode="json"))
         return closing(MetricsWriter(folder, self.iteration, self.train_iters, training.log_interval, say, wandb_run))
+
+
+def _best(folder: Path, found: Any) -> Best:
+    """What a checkpoint says of the best evaluation."""
+    kinds = {"data": (str,), "loss": (float, int, NoneType), "iteration": (int,), "evaluations_since": (int,)}
+    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        raise UserError(f"{folder / STATE}: its best is {found!r}; expected {', '.join(kinds)}")
+    for name, allowed in kinds.items():
+        if type(found[name]) not in allowed:
+            raise UserError(f"{folder / STATE}: best.{name} is {found[name]!r}, which no run writes")
+    return Best(**found)
 
 
 def _listed(keys: Sequence[str], most: int = 8) -> str:

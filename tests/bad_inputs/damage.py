@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from fusemega.align.vocabulary_map import VocabularyMap
+from fusemega.checkpoint.integrity import write_integrity
 from fusemega.store.shard import _CHECKSUM, _HEADER, INDEX
 from tests.bad_inputs.base import ROWS
 
@@ -112,6 +113,11 @@ def entry(**values: float) -> Damage:
         path.write_bytes(header + _CHECKSUM.pack(zlib.crc32(header)) + index.tobytes() + codes)
 
     return do
+
+
+def sealed(path: str) -> Damage:
+    """A folder's integrity.json made anew: it says that the damage is what was written."""
+    return lambda: write_integrity(Path(path))
 
 
 def longer(path: str) -> Damage:

@@ -17,6 +17,7 @@ from tests.bad_inputs.damage import (
     mapped,
     put,
     rows,
+    sealed,
     swap,
 )
 from tests.bad_inputs.run import Bad, kind
@@ -33,6 +34,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 MERGES = "a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
 REFERENCES = "a0: xxxxxxxxxx\n" + "".join(f"a{i}: {f'${{a{i - 1}}}' * 9}\n" for i in range(1, 30))
+# {t: 1} of t(0) = (), t(i + 1) = (t(i), t(i)), t = t(59)
+ENDLESS = b"\x80\x04})\x94" + b"".join(b"h%c\x86\x94" % i for i in range(59)) + b"K\x01s."
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 _c, _m, _w, _i = kind("configuration"), kind("model configuration"), kind("weights"), kind("index")
@@ -84,8 +87,9 @@ TABLE: list[Bad] = [
     _c("a name of 300 characters", f"{TRAIN} output_dir={'o' * 300}", "ooo: File name too long"),
     _c("a FIFO", TRAIN, "train.yaml: cannot read the run file: a FIFO, and no regular file", fifo("train.yaml")),
     _c("a device", "train /dev/zero", "/dev/zero: cannot read the run file: a device, and no regular file"),
-    _c("larger than any", TRAIN, "train.yaml: 1100000 bytes, and such a file may have 1048576", _run("#" * 1_100_000)),
-    _c("too deep", TRAIN, "train.yaml: malformed YAML: nested too deeply", _run(DEEP)),
+    _c("rows by the billion", "teach teach.yaml micro_batch_size=1000000000", "micro_batch_size: Input should be less than or equal to 65536"),
+    _c("larger than any", TRAIN, "train.yaml: 300000 bytes, and such a file may have 262144", _run("#" * 300_000)),
+    _c("too deep", TRAIN, "train.yaml: malformed YAML: nested too deeply", _run("[" * 2000)),
     _c("a merge's slices of a number", "merge m.yaml out", "slices.0.sources: expected a list of models, found 5", put("m.yaml", "merge_method: linear\nslices: [{sources: 5}]")),
     _c("a merge of a number", "merge m.yaml out", "m.yaml: models: ", put("m.yaml", "merge_method: linear\nmodels: 5")),
     _c("a merge into the current folder", "merge . --method linear --models model sharded", ".: the current folder, or one above it"),
@@ -131,14 +135,14 @@ TABLE: list[Bad] = [
     _d("a key twice", TRAIN, "data.jsonl:2: malformed JSON: the key 'text' stands twice", rows('{"text": "a", "text": "b"}')),
     _d("a row of 200 levels", TRAIN, "data.jsonl:2: malformed JSON: nested too deeply", rows('{"text": ' + "[" * 200 + "]" * 200 + "}")),
     # Stores with sound checksums.
-    _s("no positions", DISTILL, "damaged shard: its row 0", entry(positions=0)),
-    _s("positions below nothing", DISTILL, "damaged shard: its row 0", entry(positions=-5)),
-    _s("positions by the billion", DISTILL, "damaged shard: its row 0", entry(positions=2**31 - 1)),
-    _s("one position more", DISTILL, "damaged shard: its row 0", entry(positions=500)),
-    _s("a row from nowhere", DISTILL, "damaged shard: its row 0", entry(begin=-8)),
-    _s("bytes below nothing", VERIFY, "damaged shard: its row 0", entry(num_bytes=-1)),
+    _s("no positions", DISTILL, "damaged shard: the row of sample", entry(positions=0)),
+    _s("positions below nothing", DISTILL, "damaged shard: the row of sample", entry(positions=-5)),
+    _s("positions by the billion", DISTILL, "damaged shard: the row of sample", entry(positions=2**31 - 1)),
+    _s("one position more", DISTILL, "damaged shard: the row of sample", entry(positions=500)),
+    _s("a row from nowhere", DISTILL, "damaged shard: the row of sample", entry(begin=-8)),
+    _s("bytes below nothing", VERIFY, "damaged shard: the row of sample", entry(num_bytes=-1)),
     _s("a log-prob that is no number", "store inspect store", "'sum_logp': nan", entry(sum_logp=float("nan"))),
-    _s("nothing scored", "store inspect store", "damaged shard: its row 0", entry(num_scored=0)),
+    _s("nothing scored", "store inspect store", "damaged shard: the row of sample", entry(num_scored=0)),
     _s("more ids than the vocabulary", DISTILL, "top_k: 301 is more than the vocabulary of 300", key("store/manifest.json", "top_k", 301)),
     _s("its manifest too deep", "store inspect store", "store/manifest.json: malformed JSON: nested too deeply", put("store/manifest.json", DEEP)),
     _s("its manifest a list", "store inspect store", "store/manifest.json: expected a JSON object, found a list", put("store/manifest.json", [])),
@@ -167,6 +171,13 @@ TABLE: list[Bad] = [
     _k("a FIFO that integrity lists", RESUME, "state.json: integrity.json lists it, and it is no regular file", fifo(NEWEST + "/state.json")),
     _k("an import's journal of junk", "convert import model out --resume --workers 1", ".out.incomplete/journal.jsonl:1: malformed JSON", folder(".out.incomplete/out"), put(".out.incomplete/journal.jsonl", "junk\n")),
     _k("an import whose source is a path", "merge out --method linear --models megatron model", "source_hash is '../../x', expected 32 hex digits", key("megatron/manifest.json", "source_hash", "../../x")),
+    _k("a state without its best", RESUME, "state.json: its best is None; expected data, loss, iteration", gone("run/done"), key(NEWEST + "/state.json", "best"), sealed(NEWEST)),
+    _k("a state of no number", RESUME, "best.loss is 'low', which no run writes", gone("run/done"), key(NEWEST + "/state.json", "best/loss", "low"), sealed(NEWEST)),
+    _k("a state of no layout", RESUME, "state.json: its layout is 3, which no run writes", gone("run/done"), key(NEWEST + "/state.json", "layout", 3), sealed(NEWEST)),
+    _k("a state of an iteration that is true", RESUME, "state.json: iteration is True, expected a number", key(NEWEST + "/state.json", "iteration", True), sealed(NEWEST)),
+    _k("an index whose hash takes for ever", RESUME, ".metadata: not an index of a torch_dist checkpoint: a tuple as a key", gone("run/done"), put(NEWEST + "/.metadata", ENDLESS), sealed(NEWEST)),
+    _k("an index that asks for gigabytes", RESUME, "place 4294967295 of a memo", gone("run/done"), put(NEWEST + "/.metadata", b"\x80\x02]r\xff\xff\xff\xff."), sealed(NEWEST)),
+    _k("an index that names a file outside", EXPORT, "damaged: no file of the folder", swap("megatron/weights/.metadata", b"__0_0.distcp", b"../../x/y..x"), sealed("megatron")),
     _k("an import's FIFO", EXPORT, "megatron/hf/config.json: cannot read: a FIFO", fifo("megatron/hf/config.json")),
     _k("an import's index, flipped", EXPORT, "megatron/weights/.metadata: not an index of a torch_dist checkpoint", flip("megatron/weights/.metadata", 0)),
 ]

@@ -126,7 +126,7 @@ def test_verify_finds_rows_that_are_no_distributions(tmp_path: Path, capsys: pyt
             (dataclasses.replace(row, ids_PK=np.full_like(row.ids_PK, 5)), "lists an id twice"),
             (dataclasses.replace(row, ids_PK=row.ids_PK * 0 + [1001, 1002, 1003]), "outside the vocabulary of 1000"),
             (dataclasses.replace(row, logp_PK=row.logp_PK[:, ::-1]), "by falling probability"),
-            (dataclasses.replace(row, sum_logp=math.nan), "summed log-prob is nan"),
+            (dataclasses.replace(row, sum_logp=math.nan), "'sum_logp': nan"),
         )
     ):
         with StoreWriter(tmp_path / str(number), MANIFEST) as writer:
