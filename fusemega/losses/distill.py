@@ -101,8 +101,8 @@ class Taught(TokenObjective):
             "teacher_mask": targets.mask_P,
         }
 
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"lm": torch.tensor(len(batch["labels"])), "distill": batch["teacher_mask"].sum()}
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        return {"lm": len(batch["labels"]), "distill": int(batch["teacher_mask"].sum())}
 
     def loss(
         self,

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
@@ -66,8 +65,8 @@ class OnlineDistill(OnlineObjective):
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         return {}
 
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return dict.fromkeys(self.terms, torch.tensor(len(batch["labels"])))
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        return dict.fromkeys(self.terms, len(batch["labels"]))
 
     def loss(
         self,

@@ -68,9 +68,10 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """This micro-batch's part of each term's denominator; the trainer sums it over the whole step first.
 
+        Called while the batch's tensors are still in host memory: on a GPU a count would have to be waited for.
         Under context parallelism a token objective counts what this rank has, a sequence objective whole samples.
         """
 

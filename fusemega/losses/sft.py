@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fusemega.losses.registry import ObjectiveSettings, TokenObjective, register
@@ -38,8 +37,8 @@ class SFT(TokenObjective):
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         return {}
 
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"lm": torch.tensor(len(batch["labels"]))}
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        return {"lm": len(batch["labels"])}
 
     def loss(
         self,

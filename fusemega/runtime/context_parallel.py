@@ -32,20 +32,21 @@ def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     return (begins - before).repeat_interleave(sizes) + torch.arange(int(sizes.sum()), device=cu_seqlens.device)
 
 
-def gather_row(part: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_row(part: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The whole row [T, ...] in its own order, from every rank's [T / CP, ...]. Collective.
 
     Backward sums the gradients that the ranks have for each token, and gives each rank those of its own.
+
+    Args:
+        part: this rank's.
+        order: int64 [T], the place in the row of the i-th token, ranks one after the other.
+        group: the ranks that share the row.
     """
-    size = group.size()
-    order = torch.cat([zigzag(cu_seqlens, rank, size) for rank in range(size)])
     whole: Tensor = _GatherRow.apply(part, order, group)
     return whole
 
 
 class _GatherRow(torch.autograd.Function):
-    """order[i]: the place in the row of the i-th token, ranks one after the other."""
-
     @staticmethod
     def forward(ctx: Any, part: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.order, ctx.group = order, group

@@ -15,7 +15,6 @@ What stops a CPU run, and what is done about it:
 | `.cuda()`, `pin_memory` | models/common/language_module/language_module.py:244; distrib_optimizer.py:1089; exchange_utils.py:499 | function mode |
 | `t.type() == "torch.cuda.FloatTensor"` | distrib_optimizer.py:361,420,582; optimizer.py:671,690; clip_grads.py:167 | function mode, for callers in `megatron.core.optimizer` |
 | CUDA random state | tensor_parallel/random.py:235,237,238,240,422,447,457 | the CPU generator |
-| rotary angles: cosines and sines of every token anew in each layer, twice | models/common/embeddings/rope_utils.py:122 | once a micro-batch, `cpu_ops.rotate` |
 | gradients reduced and weights gathered over one rank: gloo copies the whole buffer three times a step | distributed/param_and_grad_buffer.py:285,443 | left out |
 | weight gradients: made whole, then added to the main gradients; the fused form is apex's | tensor_parallel/layers.py:569 | `fuse_gradient_accumulation` |
 | Adam's state layout: `step` in the param group | distrib_optimizer.py:642,825,940 (plain torch.optim.AdamW cannot be loaded) | `FusedAdam` |
@@ -33,7 +32,6 @@ from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
 from fusemega.errors import UserError
-from fusemega.runtime.cpu_ops import rotate
 from fusemega.runtime.memory import keep_freed_memory
 
 MEGATRON_CORE_PIN = "0.16.1"
@@ -61,7 +59,6 @@ def enable() -> None:
     _keep_mode_in_backward()
     _patch_random()
     _patch_adam()
-    _patch_rope()
     _patch_lone_collectives()
     keep_freed_memory()
 
@@ -231,41 +228,6 @@ def _patch_adam() -> None:
     patched.Adam, patched.USING_PYTORCH_OPTIMIZER = FusedAdam, False
     patched = distrib_optimizer
     patched.Adam, patched.HAVE_APEX_OR_TE, patched.USING_TE_OPTIMIZER = FusedAdam, True, True
-
-
-class _Rope:
-    """megatron-core's `apply_rotary_pos_emb`, with the cosines and sines of a packed row made once for all layers."""
-
-    def __init__(self, plain: Callable[..., torch.Tensor]) -> None:
-        self._plain = plain
-        self._row: tuple[Any, ...] = ()
-        self._angles: tuple[torch.Tensor, torch.Tensor]
-
-    def __call__(
-        self,
-        t: torch.Tensor,
-        freqs: torch.Tensor,
-        config: Any,
-        cu_seqlens: torch.Tensor | None = None,
-        mscale: float = 1.0,
-        cp_group: Any = None,
-    ) -> torch.Tensor:
-        whole_heads = freqs.size(-1) == t.size(-1) and not config.rotary_interleaved and mscale == 1.0
-        if cu_seqlens is None or not whole_heads or (cp_group is not None and cp_group.size() > 1):
-            return self._plain(t, freqs, config, cu_seqlens, mscale, cp_group)
-        row = (cu_seqlens, freqs, t.dtype)
-        if not (self._row and all(a is b for a, b in zip(self._row, row, strict=True))):
-            freqs_T1D = torch.cat([freqs[:length, 0] for length in cu_seqlens.diff().tolist()])
-            self._angles = freqs_T1D.cos().to(t.dtype), freqs_T1D.sin().to(t.dtype)
-            self._row = row
-        return rotate(t, *self._angles)
-
-
-def _patch_rope() -> None:
-    from megatron.core.transformer import attention
-
-    patched: Any = attention
-    patched.apply_rotary_pos_emb = _Rope(attention.apply_rotary_pos_emb)
 
 
 def _without_lone_rank(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fusemega.runtime import cpu_backend, kernel_packages, megatron_fixes
+from fusemega.runtime import cpu_backend, kernel_packages, megatron_fixes, rope
 from fusemega.runtime.layout import ParallelConfig
 
 kernel_packages.refuse_harmful()
 cpu_backend.enable()
 megatron_fixes.apply()
+rope.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the backend is in place)
 

@@ -6,7 +6,6 @@ G key/value heads, D head size.
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from fusemega.runtime.context_parallel import gather_row
 from fusemega.runtime.cpu_ops import rms_norm, swiglu
+from fusemega.runtime.segments import Segments, segments_of
 
 _BLOCK = 512  # queries that share one mask, [block, the keys they see] bits
 
@@ -125,8 +125,8 @@ class SDPAttention(MegatronModule):
             out_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD)
             return out_BNSD.permute(2, 0, 1, 3).flatten(2)
         if self.cp_group is not None:
-            return self._shared_row(query, key, value, packed_seq_params.cu_seqlens_q)
-        runs = [(length, len(list(run))) for length, run in groupby(packed_seq_params.cu_seqlens_q.diff().tolist())]
+            return self._shared_row(query, key, value, segments_of(packed_seq_params.cu_seqlens_q))
+        runs = segments_of(packed_seq_params.cu_seqlens_q).runs
         parts = []
         for (length, count), *run in zip(
             runs, *(t.split([length * count for length, count in runs]) for t in (query, key, value)), strict=True
@@ -136,17 +136,17 @@ class SDPAttention(MegatronModule):
         return torch.cat(parts).flatten(1)
 
     def _shared_row(
-        self, query_RND: torch.Tensor, key_RGD: torch.Tensor, value_RGD: torch.Tensor, cu_seqlens: torch.Tensor
+        self, query_RND: torch.Tensor, key_RGD: torch.Tensor, value_RGD: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """This rank's part of a row that the context-parallel ranks share."""
         assert self.cp_group is not None
         rank, size = self.cp_group.rank(), self.cp_group.size()
-        both_T2GD = gather_row(torch.stack([key_RGD, value_RGD], dim=1), cu_seqlens, self.cp_group)
+        order = segments.zigzag_order(size, key_RGD.device)
+        both_T2GD = gather_row(torch.stack([key_RGD, value_RGD], dim=1), order, self.cp_group)
         key_TGD, value_TGD = both_T2GD.unbind(1)
-        bounds = cu_seqlens.tolist()
         parts, place = [], 0
-        for start, end in zip(bounds, bounds[1:], strict=False):
-            length = (end - start) // (2 * size)
+        for start, segment in zip(segments.bounds, segments.lengths, strict=False):
+            length = segment // (2 * size)
             for piece in (rank, 2 * size - 1 - rank):
                 seen = slice(start, start + (piece + 1) * length)
                 parts.append(self._segment(query_RND[place : place + length], key_TGD[seen], value_TGD[seen]))

@@ -108,10 +108,10 @@ def collate(
         multiple: of which each sample's segment is.
 
     Returns:
-        tokens, position_ids int64 [1, T] (positions restart at each segment); cu_seqlens int32 [segments + 1];
-        max_seqlen int, the longest segment; positions int64 [N], indices into T whose next token is supervised;
-        labels int64 [N], those next tokens; sequences int64 [N], the sample that each belongs to; sequence_tokens
-        int64 [S], how many each sample has; keys, the samples' keys in order; and the fields, [N, ...].
+        tokens, position_ids int64 [1, T] (positions restart at each segment); cu_seqlens int32 [segments + 1]; bounds,
+        the same as a tuple; max_seqlen int, the longest segment; positions int64 [N], indices into T whose next token
+        is supervised; labels int64 [N], those next tokens; sequences int64 [N], the sample that each belongs to;
+        sequence_tokens int64 [S], how many each sample has; keys, the samples' keys in order; and the fields, [N, ...].
 
     Raises:
         ValueError: the samples do not fit; a field has not one entry a supervised position.
@@ -136,6 +136,7 @@ def collate(
         "tokens": torch.from_numpy(tokens)[None],
         "position_ids": torch.from_numpy(np.arange(len(tokens)) - np.repeat(bounds[:-1], segments))[None],
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+        "bounds": tuple(bounds),
         "max_seqlen": int(segments.max()),
         "positions": torch.from_numpy(where),
         "labels": torch.from_numpy(tokens[where + 1]),
@@ -162,7 +163,7 @@ def context_part(batch: Mapping[str, Any], fields: Iterable[str], rank: int, siz
     Returns:
         the batch with tokens and position_ids [1, R], in zigzag order; positions [M], indices into R; labels,
         sequences and the fields of those, [M, ...]; kept int64 [M], which of the N positions they are; num_positions,
-        which is N. cu_seqlens, max_seqlen, sequence_tokens and keys stay those of the whole micro-batch.
+        which is N. cu_seqlens, bounds, max_seqlen, sequence_tokens and keys stay those of the whole micro-batch.
     """
     mine = zigzag(batch["cu_seqlens"], rank, size)
     place = torch.full((batch["tokens"].size(1),), -1, dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,19 @@ class GlobalBatch:
     samples: list[list[Sample]]
     num_tokens: int
 
+    def on(self, device: torch.device) -> GlobalBatch:
+        """The same with its tensors on `device`; the host does not wait for the copies."""
+        moved = [{name: _on(value, device) for name, value in batch.items()} for batch in self.micro_batches]
+        return replace(self, micro_batches=moved)
+
 
 def global_batch(
     dataset: TokenizedDataset, ids: Sequence[int] | np.ndarray, fields: SampleFields, shape: RowShape, world: World
 ) -> GlobalBatch:
-    """Pack the samples `ids`, deal the rows over data parallelism and collate this rank's part on its device."""
+    """Pack the samples `ids`, deal the rows over data parallelism and collate this rank's part.
+
+    Its tensors are in host memory; where the rank's device is a GPU in pinned memory, from which copies need no wait.
+    """
     lengths, multiple = dataset.lengths[np.asarray(ids)], world.layout.segment_multiple
     places = padded(lengths, multiple)
     bins = pack(places, shape.seq_length, shape.packing)
@@ -82,7 +90,7 @@ def global_batch(
         batch = collate(rows, fields, tokens, shape.pad_id, like, multiple)
         if world.cp_size > 1:
             batch = context_part(batch, like, world.cp_rank, world.cp_size)
-        micro_batches.append({name: _on(value, world.device) for name, value in batch.items()})
+        micro_batches.append(_pinned(batch) if world.device.type == "cuda" else batch)
         samples.append([sample for row in rows for sample in row])
     return GlobalBatch(micro_batches, samples, int(lengths.sum()))
 
@@ -99,7 +107,7 @@ class TrainingData:
     world: World
 
     def step(self, iteration: int) -> GlobalBatch:
-        """The batch of `iteration` (from 0)."""
+        """The batch of `iteration` (from 0), in host memory."""
         ids = sample_ids(iteration, self.global_batch_size, len(self.dataset), self.seed)
         return global_batch(self.dataset, ids, self.fields, self.shape, self.world)
 
@@ -122,6 +130,10 @@ def prepare_together(
 
     on_main(world, build)
     return prepare(config, tokenizer, cache, vocab_size=vocab_size)
+
+
+def _pinned(batch: Batch) -> Batch:
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _on(value: Any, device: torch.device) -> Any:

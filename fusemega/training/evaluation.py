@@ -65,8 +65,8 @@ def evaluate_model(gpt: GPT, dataset: TokenizedDataset, shape: RowShape, world: 
         )
         # Of a sample that context-parallel ranks share, each has its own tokens, and one counts the bytes.
         num_bytes = sum(sample.num_bytes for sample in samples) if world.cp_rank == 0 else 0
-        sums = (rows.logp_TK.double().sum(), len(batch["labels"]), num_bytes)
-        return torch.tensor([float(value) for value in sums], dtype=torch.float64, device=world.device)
+        logp = rows.logp_TK.double().sum()
+        return torch.stack([logp, *(torch.full_like(logp, value) for value in (len(batch["labels"]), num_bytes))])
 
     passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world)
     collected = [values for _, part in passes for values in part]

@@ -23,6 +23,7 @@ from fusemega.losses.vocab import Query, sparse_log_probs
 from fusemega.models.build import GPT
 from fusemega.runtime.context_parallel import sum_over_context
 from fusemega.runtime.parallel import World
+from fusemega.runtime.segments import known
 
 Batch = dict[str, Any]
 # (hidden_NH, batch) -> (scalar loss, what the schedule collects for this micro-batch)
@@ -147,7 +148,7 @@ def whole_positions(part: torch.Tensor, batch: Batch, world: World) -> torch.Ten
 
 
 def _packed(batch: Batch) -> PackedSeqParams:
-    bounds, longest = batch["cu_seqlens"], batch["max_seqlen"]
+    bounds, longest = known(batch["cu_seqlens"], batch["bounds"]), batch["max_seqlen"]
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,

@@ -14,8 +14,9 @@ from fusemega.models.build import GPT
 from fusemega.runtime.parallel import World
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.sample import Sample
-from fusemega.training.batches import RowShape, global_batch, no_fields
+from fusemega.training.batches import GlobalBatch, RowShape, global_batch, no_fields
 from fusemega.training.forward import Batch, run_schedule
+from fusemega.training.prefetch import Prefetch
 
 # Rows of a pass for each data-parallel rank: enough micro-batches to fill a pipeline, few enough to report often.
 ROWS_PER_PASS = 16
@@ -43,17 +44,21 @@ def score_samples(
     per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size
     # Samples of similar length share a pass; rows then pack well.
     ordered = sorted(ids, key=lambda i: -int(dataset.lengths[i]))
-    for start in range(0, len(ordered), per_pass):
-        part = ordered[start : start + per_pass]
-        batch = global_batch(dataset, part, no_fields, shape, world)
-        samples = iter(batch.samples)
+    parts = [ordered[start : start + per_pass] for start in range(0, len(ordered), per_pass)]
 
-        def loss(
-            hidden_NH: torch.Tensor, micro: Batch, samples: Iterator[list[Sample]] = samples
-        ) -> tuple[torch.Tensor, Any]:
-            return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
+    def build(number: int) -> GlobalBatch:
+        return global_batch(dataset, parts[number], no_fields, shape, world)
 
-        yield (
-            start + len(part),
-            run_schedule(list(gpt.chunks), batch.micro_batches, loss, world, forward_only=True),
-        )
+    done = 0
+    with Prefetch(build, world.device, len(parts)) as batches:
+        for number, part in enumerate(parts):
+            batch = batches.take(number).on(world.device)
+            samples = iter(batch.samples)
+
+            def loss(
+                hidden_NH: torch.Tensor, micro: Batch, samples: Iterator[list[Sample]] = samples
+            ) -> tuple[torch.Tensor, Any]:
+                return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
+
+            done += len(part)
+            yield done, run_schedule(list(gpt.chunks), batch.micro_batches, loss, world, forward_only=True)

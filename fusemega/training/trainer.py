@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -30,11 +30,12 @@ from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
 from fusemega.text.dataset import TokenizedDataset
-from fusemega.training.batches import TrainingData
+from fusemega.training.batches import GlobalBatch, TrainingData
 from fusemega.training.evaluation import evaluate_model
 from fusemega.training.forward import Batch, objective_loss, run_schedule, total_over_ranks
 from fusemega.training.metrics import MetricsWriter, with_costs
 from fusemega.training.optimizer import complete_parameters, schedule, wrap
+from fusemega.training.prefetch import Prefetch
 from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
 from fusemega.training.teacher import OnlineTeacher
 from fusemega.training.wandb_run import WandbRun
@@ -78,6 +79,11 @@ class Trainer:
     teacher: OnlineTeacher | None = None
     iteration: int = 0
     best: Best = Best()
+    batches: Prefetch[GlobalBatch] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # By name of `self.data`: who replaces it is obeyed.
+        self.batches = Prefetch(lambda iteration: self.data.step(iteration), self.world.device, self.train_iters)
 
     @classmethod
     def create(
@@ -118,7 +124,8 @@ class Trainer:
             UserError: a loss or gradient that is not finite (names the step and the sample keys); a full disk.
         """
         output = Path(self.run.output_dir)
-        with disk_errors(output), self._metrics_writer() as writer, StopSignals(self.world) as signals, self.saver:
+        writing, stopping = self._metrics_writer(), StopSignals(self.world)
+        with disk_errors(output), writing as writer, stopping as signals, self.saver, self.batches:
             if self.iteration == 0:
                 self._evaluate(writer)
             while not self.finished:
@@ -151,7 +158,9 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
         started = time.monotonic()
-        batches = self.data.step(self.iteration)
+        taken = self.batches.take(self.iteration)
+        denominators = self._denominators(taken.micro_batches)
+        batches = taken.on(self.world.device)
         for chunk in self.ddp:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -159,13 +168,9 @@ class Trainer:
         micro_batches = batches.micro_batches
         if self.teacher is not None:
             micro_batches = self.teacher.teach(micro_batches)
-        denominators = self._denominators(micro_batches)
-        unsound: list[str] = []
 
         def loss_function(hidden_NH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             loss, sums = objective_loss(self.objective, self.gpt, hidden_NH, batch, denominators, self.world)
-            if not torch.isfinite(loss.detach()):
-                unsound.extend(key.hex() for key in batch["keys"])
             return loss, torch.stack([loss.detach().double(), *(sums[term].double() for term in self.objective.terms)])
 
         collected = run_schedule(
@@ -175,11 +180,12 @@ class Trainer:
             self.world,
             forward_only=False,
         )
-        loss, *sums = total_over_ranks(
-            collected, 1 + len(self.objective.terms), self.world, self._adding_ranks
-        ).tolist()
+        totals = total_over_ranks(collected, 1 + len(self.objective.terms), self.world, self._adding_ranks)
+        # The one place where the host waits for the numbers of a step, before the update.
+        loss, *read = torch.cat([totals, torch.stack(list(denominators.values()))]).tolist()
+        sums, counts = read[: len(self.objective.terms)], read[len(self.objective.terms) :]
         if not math.isfinite(loss):
-            self._refuse_unsound(unsound)
+            self._refuse_unsound(micro_batches, collected)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
@@ -190,8 +196,7 @@ class Trainer:
         self.scheduler.step(increment=1)
         self.iteration += 1
         means = {
-            f"{term} loss": value / float(denominators[term])
-            for term, value in zip(self.objective.terms, sums, strict=True)
+            f"{term} loss": value / count for term, value, count in zip(self.objective.terms, sums, counts, strict=True)
         }
         return {
             **means,
@@ -206,6 +211,7 @@ class Trainer:
     def save(self) -> Path:
         """A checkpoint of this iteration; older ones go, as far as the run file says so. Collective."""
         complete_parameters(self.ddp)
+        self.batches.settle()  # writers are forked
         contents = training_state(self.gpt, self.optimizer, self.world)
         state = {**self._identity(), "layout": self._layout(), "best": asdict(self.best)}
         return self.saver.save(self.iteration, contents, state, self.best_checkpoint())
@@ -243,21 +249,28 @@ class Trainer:
         return self.world.dp_cp_group if self.objective.unit == "token" else self.world.dp_group
 
     def _denominators(self, micro_batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        """Global count of each term of the loss, at least 1: what this rank has, summed over the ranks."""
+        """Global count of each term of the loss, at least 1: what this rank has, summed over the ranks.
+
+        Args:
+            micro_batches: in host memory, where they are counted.
+        """
         counts = [self.objective.counts(batch) for batch in micro_batches]
-        totals = torch.stack(
-            [sum((count[term] for count in counts), torch.zeros(())).double() for term in self.objective.terms]
-        ).to(self.world.device)
+        mine = [sum(count[term] for count in counts) for term in self.objective.terms]
+        # Filled where they are needed, rather than copied there.
+        totals = torch.stack([torch.full((), n, dtype=torch.float64, device=self.world.device) for n in mine])
         dist.all_reduce(totals, group=self._adding_ranks)
         return dict(zip(self.objective.terms, totals.clamp(min=1), strict=True))
 
-    def _refuse_unsound(self, keys: list[str]) -> None:
+    def _refuse_unsound(self, micro_batches: Sequence[Batch], collected: Sequence[torch.Tensor]) -> None:
+        """`collected`: the schedule's, loss first; of each micro-batch on the last stage, and empty elsewhere."""
+        found = zip(micro_batches, collected, strict=False)
+        keys = [key.hex() for batch, values in found if not math.isfinite(float(values[0])) for key in batch["keys"]]
         gathered: list[list[str]] = [[] for _ in range(self.world.world_size)]
         dist.all_gather_object(gathered, keys)
-        found = sorted({key for part in gathered for key in part})
+        unsound = sorted({key for part in gathered for key in part})
         raise UserError(
             f"iteration {self.iteration + 1}: the loss is not finite; stopped before the update; "
-            f"sample keys of the micro-batches concerned: {_listed(found)}"
+            f"sample keys of the micro-batches concerned: {_listed(unsound)}"
         )
 
     def _identity(self) -> dict[str, object]:

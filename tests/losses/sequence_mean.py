@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -35,8 +34,8 @@ class SequenceMean(SequenceObjective):
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         return {}
 
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"sequence": torch.tensor(len(batch["sequence_tokens"]))}
+    def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        return {"sequence": len(batch["sequence_tokens"])}
 
     def loss(
         self, logp_S: Tensor, batch: Mapping[str, Any], denominators: Mapping[str, Tensor | float]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusemega.runtime import cpu_backend, cpu_ops
+from fusemega.runtime import rope as packed_rope
 
 EPS = 1e-5
 
@@ -89,9 +90,20 @@ def test_swiglu_in_bf16_rounds_as_autograd_does() -> None:
     assert torch.equal(ours, wanted)
 
 
+class _Rank:
+    """One of several context-parallel ranks."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = lambda: rank, lambda: size
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_rope_is_megatrons(dtype: torch.dtype) -> None:
-    """Several rows in turn through one `_Rope`: the angles kept are those of the row at hand."""
+@pytest.mark.parametrize("place", [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_packed_rope_is_megatrons(
+    dtype: torch.dtype, place: tuple[int, int], on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several rows in turn through one `PackedRope`: the angles kept are those of the row at hand."""
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import attention
 
@@ -99,22 +111,26 @@ def test_packed_rope_is_megatrons(dtype: torch.dtype) -> None:
 
     initialize(ParallelConfig())
     rope: Any = attention.apply_rotary_pos_emb
-    assert isinstance(rope, cpu_backend._Rope)
+    assert isinstance(rope, packed_rope.PackedRope)
+    if on_gpu:
+        monkeypatch.setattr(cpu_ops, "rotate", packed_rope._rotate)
+    group = _Rank(*place)
     config = SimpleNamespace(rotary_interleaved=False, apply_rope_fusion=False, multi_latent_attention=False)
     half = torch.randn(40, 1, 1, 4)
     freqs = torch.cat((half, half), -1)
-    for lengths in ([5, 1, 7], [13], [6, 7], [5, 1, 7]):
+    for lengths in ([5, 1, 7], [13], [6, 7], [5, 1, 7]) if place[1] == 1 else ([8, 4, 16], [28], [12, 16]):
         cu = torch.tensor([0, *lengths]).cumsum(0).int()
         for heads in (3, 2):
-            t = torch.randn(13, heads, 8, dtype=torch.float32).to(dtype).requires_grad_()
-            out = rope(t, freqs, config, cu_seqlens=cu)
-            expected = rope_utils.apply_rotary_pos_emb(t, freqs, config, cu_seqlens=cu)
+            t = torch.randn(sum(lengths) // place[1], heads, 8, dtype=torch.float32).to(dtype).requires_grad_()
+            out = rope(t, freqs, config, cu_seqlens=cu, cp_group=group)
+            expected = rope_utils.apply_rotary_pos_emb(t, freqs, config, cu_seqlens=cu, cp_group=group)
             assert torch.equal(out, expected)
             upstream = torch.randn(out.shape).to(dtype)
             ours, wanted = (torch.autograd.grad(o, t, upstream)[0] for o in (out, expected))
             torch.testing.assert_close(ours, wanted)
-    scaled = rope(t, freqs, config, cu_seqlens=cu, mscale=2.0)
-    assert torch.equal(scaled, rope_utils.apply_rotary_pos_emb(t, freqs, config, cu_seqlens=cu, mscale=2.0))
+    scaled = rope(t, freqs, config, cu_seqlens=cu, mscale=2.0, cp_group=group)
+    megatrons = rope_utils.apply_rotary_pos_emb(t, freqs, config, cu_seqlens=cu, mscale=2.0, cp_group=group)
+    assert torch.equal(scaled, megatrons)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
