@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusemega.losses._gradients import Gradients
+from fusemega.losses._products import add_product, operand_dtype, product
 
 MIB = 1 << 20
 # Logits of one chunk. On a CPU small enough to stay a minor part of the memory, on a GPU large enough for full GEMMs.
@@ -111,8 +112,7 @@ class ChunkedHead:
         self.softcap = softcap
         self.dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         device = hidden_TH.device
-        # bf16 products are several times slower than fp32 ones on CPUs without AMX: widen the operands there.
-        self.gemm_dtype = self.dtype if device.type == "cpu" else hidden_TH.dtype
+        self.gemm_dtype = operand_dtype(hidden_TH.dtype, device)
 
         tokens, hidden_size = hidden_TH.shape
         chunk_tokens = min(chunk_tokens or default_chunk(weight_VH, self.dtype), max(tokens, 1))
@@ -129,7 +129,7 @@ class ChunkedHead:
             torch.empty(chunk_tokens, block_rows + SINK, dtype=self.dtype, device=device) for _ in range(2)
         ]
         widen = self.gemm_dtype != weight_VH.dtype
-        self._wide_BH = torch.empty(block_rows, hidden_size, dtype=self.gemm_dtype) if widen else None
+        self._wide_BH = torch.empty(block_rows, hidden_size, dtype=self.gemm_dtype, device=device) if widen else None
 
     def logits(self, rows: slice) -> Tensor:
         """Soft-capped logits [C, V] of the tokens `rows`, in a buffer that the next call overwrites."""
@@ -142,7 +142,7 @@ class ChunkedHead:
                 for weight_PH, logits_CP in panels:
                     torch.mm(hidden_CH, weight_PH.t(), out=logits_CP)
             else:
-                logits_CB.copy_(hidden_CH @ self._weight(block).t())
+                logits_CB.copy_(product(hidden_CH, self._weight(block).t()))
             if self.softcap is not None:
                 logits_CB.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_CV
@@ -228,9 +228,9 @@ class ChunkedHead:
         for number, (block, d_logits_CB) in enumerate(self._d_logits(logits_CV, queries, state, upstream, further_CV)):
             factor_CB = d_logits_CB.to(self.gemm_dtype)
             if d_hidden_TH is not None:
-                _add_product(d_hidden_TH[rows], factor_CB, self._weight(block))
+                add_product(d_hidden_TH[rows], factor_CB, self._weight(block))
             if d_weight is not None:
-                _add_product(d_weight.blocks[number], factor_CB.t(), hidden_CH)
+                add_product(d_weight.blocks[number], factor_CB.t(), hidden_CH)
 
     def _d_logits(
         self,
@@ -354,13 +354,6 @@ def default_chunk(weight_VH: Tensor, dtype: torch.dtype, heads: int = 1) -> int:
     return tokens // 64 * 64 if tokens >= 64 else tokens
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
-
-
 def _for_device(table: dict[str, int], device: torch.device) -> int:
     return table.get(device.type, table["cuda"])
 
@@ -390,5 +383,8 @@ def _check(
             raise ValueError(f"ids {list(ids.shape)} of {ids.dtype}: expected int64 [{hidden_TH.shape[0]}, K]")
         if query.temperature <= 0:
             raise ValueError(f"temperature {query.temperature}: expected a positive number")
-        if ids.numel() and (ids.max() >= vocab_size or ids.min() < -1):
+        if not ids.is_cpu:  # to read them would be to wait for the device: it checks them itself
+            message = f"ids of a query outside -1 (padding) to {vocab_size - 1}"
+            torch._assert_async(((ids >= -1) & (ids < vocab_size)).all(), message)
+        elif ids.numel() and (ids.max() >= vocab_size or ids.min() < -1):
             raise ValueError(f"ids from {ids.min()} to {ids.max()}: expected -1 (padding) to {vocab_size - 1}")

@@ -66,7 +66,9 @@ def sample_ids(
         raise ValueError(f"temperature {temperature}: expected a positive number")
     if uniforms_TS.dim() != 2 or len(uniforms_TS) != len(hidden_TH) or uniforms_TS.dtype != torch.float64:
         raise ValueError(f"uniforms {list(uniforms_TS.shape)} of {uniforms_TS.dtype}: expected float64 [T, S]")
-    if uniforms_TS.numel() and not (uniforms_TS.min() >= 0 and uniforms_TS.max() < 1):
+    if not uniforms_TS.is_cpu:
+        torch._assert_async(((uniforms_TS >= 0) & (uniforms_TS < 1)).all(), "uniforms outside 0 to below 1")
+    elif uniforms_TS.numel() and not (uniforms_TS.min() >= 0 and uniforms_TS.max() < 1):
         raise ValueError("uniforms: expected numbers from 0 to below 1")
     head = ChunkedHead(
         hidden_TH,
@@ -99,7 +101,7 @@ def _draw(logits_CV: Tensor, peak_C: Tensor, uniforms_CS: Tensor, temperature: f
     # The first rank whose mass, with that of the ranks before it, exceeds the target: one that has mass.
     rank = dist.get_rank(head.group) if head.group is not None else 0
     mine_CS = (until_RC1 <= target_CS).sum(0) == rank
-    if not mine_CS.any():
+    if not cumulated_CV.shape[1]:  # a rank of padding rows
         ids_CS = torch.zeros_like(mine_CS, dtype=torch.int64)
     else:
         within_CS = target_CS - until_RC1[rank - 1] if rank else target_CS

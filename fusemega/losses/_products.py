@@ -1,0 +1,54 @@
+"""Matrix products of the vocabulary head, whose results are never narrower than fp32.
+
+A product of bf16 matrices is summed in fp32, and then rounded to bf16 unless one asks otherwise. Logits of 20 would be
+off by up to 0.06: enough to change which ids are the ten most probable. On CUDA torch gives the sum itself
+(`out_dtype`, torch 2.8 and later); where it cannot, the operands are widened first, which is as exact and slower.
+
+Shapes: any [m, k], [k, n].
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fusemega.runtime.console import say
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the operands that `product` takes on `device` for tensors of `dtype`: as they are, or widened."""
+    wide = torch.promote_types(dtype, torch.float32)
+    # bf16 products are several times slower than fp32 ones on CPUs without AMX, so there they are always widened.
+    if wide == dtype or device.type == "cpu":
+        return wide
+    return dtype if _narrow_problem(dtype, device) is None else wide
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, in fp32 for operands of `operand_dtype` that are narrower."""
+    if left.dtype == torch.promote_types(left.dtype, torch.float32):
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where `total` is of the arithmetic's dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(product(left, right))
+
+
+@lru_cache
+def _narrow_problem(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why products of `dtype` cannot be had in fp32 on `device`, said once; None where they can."""
+    try:
+        ones = torch.ones(16, 16, dtype=dtype, device=device)
+        torch.mm(ones, ones, out_dtype=torch.float32)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        say(f"the head multiplies in fp32, more slowly: {device} gives no fp32 products of {dtype} ({reason})")
+        return reason
+    return None
