@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fusemega.checkpoint.workers import default_workers, start_workers
 from fusemega.runtime.console import say
+from fusemega.runtime.meeting import own_folder
 from fusemega.text.dataset import TokenizedDataset
 
 R = TypeVar("R")
@@ -49,7 +50,7 @@ def map_pairs(
     count = workers or max(1, min(default_workers(), len(chunks) // _WORTH))
     done, begun = 0, time.monotonic()
     said = begun
-    with tempfile.TemporaryDirectory(prefix="fusemega-align-") as folder, start_workers(count) as pool:
+    with tempfile.TemporaryDirectory(dir=own_folder()) as folder, start_workers(count) as pool:
         file = Path(folder) / "context.pickle"
         file.write_bytes(pickle.dumps(context))
         for chunk, result in pool.map(partial(_call, function, str(file)), chunks):

@@ -12,21 +12,22 @@ import contextlib
 import gc
 import json
 import os
+import pickle
 import secrets
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import resource_tracker
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from fusemega.checkpoint.index_file import read_index
@@ -47,6 +48,7 @@ from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import STOPPING
 
 _HASHES = ".hashes.json"
+_LOST_WRITER = "the process that writes it was ended from outside, as the kernel does where memory is short"
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class CheckpointSaver:
             UserError: this save, or the one before it in the background, failed; a full disk, for example.
         """
         self.wait()
-        _start_result_queue()
+        filesystem_async._results_queue = _WriteResults()
         final = checkpoint_folder(self._root, iteration)
         saving = _Save(iteration, final.with_name(f"{final.name}.{self._own}.tmp"), final)
         on_main(self._world, partial(self._prepare, saving))
@@ -236,15 +238,30 @@ def _check_shared(folder: Path) -> None:
             )
 
 
-def _start_result_queue() -> None:
-    """Starts the process through which Megatron's writers answer; the signals that stop a run do not reach it.
+class _WriteResults:
+    """What Megatron's writer found, on its way to the process that forked it: a file without name that both hold.
 
-    A batch system sends them to every process of a job, and this one would end before the last checkpoint. Blocked
-    signals stay blocked in a process that is started.
+    Megatron's own is a queue of a manager: one more process for every rank, which outlives a rank that is killed.
     """
-    resource_tracker.ensure_running()  # it unblocks signals in passing
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        _get_write_results_queue()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def __init__(self) -> None:
+        self._file = TemporaryFile()  # noqa: SIM115 (open as long as this object)
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """What was put last and not taken yet.
+
+        Raises:
+            ChildProcessError: nothing, or not all of it: a writer that fails puts its exception.
+        """
+        self._file.seek(0)
+        try:
+            results = pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError):
+            raise ChildProcessError(_LOST_WRITER) from None
+        self._file.seek(0)
+        self._file.truncate()
+        return results

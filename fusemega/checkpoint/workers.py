@@ -6,7 +6,6 @@ import os
 import pickle
 import resource
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -14,10 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from multiprocessing import active_children, connection, get_context, parent_process
-from typing import Any, TypeVar
+from multiprocessing import active_children, get_context
+from typing import TypeVar
 
 from fusemega.errors import UserError
+from fusemega.runtime import lifeline
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -105,7 +105,7 @@ def start_workers(count: int, forked: bool = False) -> Iterator[Workers]:
         return
     context = get_context("fork" if forked else "spawn")
     others = set(active_children())
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_follow_parent) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_follow_parent, initargs=(os.getpid(),)) as pool:
         try:
             yield Workers(pool, count)
         except BaseException:
@@ -134,14 +134,9 @@ def _measured(function: Callable[[T], R], item: T) -> tuple[R, int, int]:
         raise
 
 
-def _follow_parent() -> None:
+def _follow_parent(parent: int) -> None:
     """A pool's processes outlive a parent that is killed, waiting for work for ever; these do not. Ctrl-C is for the
     parent, which ends them."""
-    parent: Any = parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    lifeline.die_with(parent)
+    lifeline.keep_children()

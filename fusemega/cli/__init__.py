@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import typer
 
-from fusemega.cli.launch import error_recorded, join_launch, record_error
 from fusemega.errors import UserError, of_the_system
+from fusemega.runtime import lifeline, meeting
 from fusemega.runtime.console import quiet_megatron
 
 # Shown by `fusemega --help`, which therefore imports none of the modules (torch alone takes seconds).
@@ -64,15 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     atexit.register(gc.freeze)  # else the process's last act is to look for cycles in all that torch has made: 0.2 s
     quiet_megatron()
-    join_launch()
+    lifeline.follow_starter()
+    lifeline.keep_children()
+    meeting.join()
     try:
         build_app(arguments[0] if arguments else None)(args=arguments, prog_name="fusemega")
     except Exception as error:
         line = error if isinstance(error, UserError) else of_the_system(error)
-        if line is None or (line is not error and error_recorded()):
-            if error_recorded():
-                sys.exit(1)  # another rank gave up with a clear line; this is its peers losing the connection
+        if line is None:
+            if meeting.record_traceback(error):
+                sys.exit(1)  # the launcher knows whether this is what began it
             raise
-        if not record_error(line):
+        if not meeting.record_error(line):
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

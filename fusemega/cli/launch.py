@@ -1,7 +1,7 @@
-"""Several processes on this machine from one command: torchrun, with one error line instead of N tracebacks.
+"""Several processes on this machine from one command: torchrun's contract, with one error line instead of N tracebacks.
 
-The ranks of such a launch are the same command again. They meet their parent, which outlives them all, in the folder
-that `FUSEMEGA_LAUNCH` names: each leaves its process id there, and one that meets a UserError its line.
+The ranks of such a launch are the same command again, in the environment that torchrun would give them. They meet
+their launcher in a folder (`runtime/meeting.py`), and end when it ends (`runtime/lifeline.py`).
 
 Importing torch, megatron-core and transformers takes a core several seconds. Without CUDA the ranks are therefore
 forked from one fresh process that has imported them once (multiprocessing's fork server); with CUDA, which does not
@@ -10,41 +10,51 @@ survive a fork and comes with cores enough, each rank is a Python of its own.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
-import tempfile
-import traceback
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
 
+from fusemega.cli.ranks import Rank, Ranks
 from fusemega.errors import UserError
+from fusemega.runtime import lifeline
+from fusemega.runtime.meeting import LAUNCH_FOLDER, clear, own_folder
 
-LAUNCH_FOLDER = "FUSEMEGA_LAUNCH"
+# What a batch system or a terminal sends to every process of a job; the fork server is not to end before the ranks.
+_JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 def warm_up() -> None:
     """Begins, in the background, to import what ranks need. For a command that is about to launch some."""
-    if _forks():
-        multiprocessing.set_forkserver_preload(["fusemega.cli.preloaded"])
+    if not _forks():
+        return
+    multiprocessing.set_forkserver_preload(["fusemega.cli.preloaded"])
+    resource_tracker.ensure_running()  # it unblocks signals in passing
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)  # blocked signals stay so in what is started
+    told = {lifeline.PARENT: str(os.getpid()), LAUNCH_FOLDER: str(own_folder())}  # its socket lies there too
+    os.environ.update(told)
+    try:
         forkserver.ensure_running()
+    finally:
+        for name in told:
+            del os.environ[name]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_under_torchrun(argv: Sequence[str], nproc: int) -> int:
+def launch_ranks(argv: Sequence[str], nproc: int) -> int:
     """Runs `fusemega *argv` as `nproc` ranks on this machine and waits for them.
 
-    The same as `python -m torch.distributed.run --standalone --nproc-per-node nproc -m fusemega *argv`, inside this
-    process. TERM, INT, HUP and QUIT end the ranks (torchrun's rule: 30 s to go); USR1 is passed on to them.
+    The same as `python -m torch.distributed.run --standalone --nproc-per-node nproc -m fusemega *argv`, started from
+    this process. TERM, INT, HUP, QUIT and USR1 are passed on to the ranks; a second TERM, INT, HUP or QUIT kills them.
     Where unset, OMP_NUM_THREADS becomes the cores' share of a rank.
 
     Returns:
-        0; 1 where a rank failed (its traceback is on stderr); 128 + N where signal N ended the run.
+        0; 1 where a rank failed (its traceback is on stderr); 128 + N where signal N ended the run, or ended a rank
+        (a line on stderr names it).
 
     Raises:
         UserError: a rank raised one, or this process is itself a rank of a launcher.
@@ -54,106 +64,60 @@ def run_under_torchrun(argv: Sequence[str], nproc: int) -> int:
             f"--nproc {nproc}: this process is already rank {os.environ.get('RANK', '?')} of a launcher's "
             f"{os.environ['WORLD_SIZE']}; leave --nproc out under torchrun or srun"
         )
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    import torch.distributed as dist
 
-    # torchrun reports every failed rank at length; the rank has said it already.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="forkserver",
-    )
-    with _meeting_folder() as folder:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    folder = own_folder()
+    clear(folder)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
         # Hopper and earlier overlap tensor-parallel communication with compute only in a single hardware queue.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        entry: Callable[..., Any] | str
-        if _forks():
-            warm_up()
-            entry, arguments = _forked_rank, [list(argv), dict(os.environ)]
-        else:
-            entry, arguments = sys.executable, ["-u", "-m", "fusemega", *argv]
-        previous = signal.signal(signal.SIGUSR1, lambda number, _: _pass_on(number, folder))
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc)),
+        **os.environ,
+        LAUNCH_FOLDER: str(folder),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is this process's, so that no two jobs race for a port
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+    }
+    ranks = Ranks(folder)
+    with _passing_on(ranks):
         try:
-            elastic_launch(config, entry)(*arguments)
-            stopped = folder / "stopped"
-            return int(stopped.read_text()) if stopped.is_file() else 0
-        except ChildFailedError:
-            if (folder / "error").is_file():
-                raise UserError((folder / "error").read_text(encoding="utf-8")) from None
-            return 1
-        except SignalException as stop:
-            return 128 + int(stop.sigval)
+            for rank in range(nproc):
+                ranks.add(_start(argv, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, rank))
+            status = ranks.wait()
         finally:
-            signal.signal(signal.SIGUSR1, previous)
+            ranks.end()
+    return status
 
 
-def join_launch() -> None:
-    """In a rank: from now on signals that the parent passes on arrive here. Nothing where no parent listens."""
-    if folder := _launch_folder():
-        (folder / f"{os.getpid()}.pid").touch()
+def _start(argv: Sequence[str], environment: dict[str, str], rank: int) -> Rank:
+    if _forks():
+        warm_up()
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_forked_rank, args=(list(argv), environment), name=f"rank {rank}"
+        )
+        process.start()
+        assert process.pid is not None
+        return Rank(rank, process.pid, lambda: process.exitcode)
+    # Signals reach the launcher's handlers only after this returns: none finds half a rank.
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "fusemega", *argv], env=environment | {lifeline.PARENT: str(os.getpid())}
+    )
+    return Rank(rank, child.pid, child.poll)
 
 
-def record_error(error: UserError) -> bool:
-    """In a rank: leaves the line for the parent; the first rank to come is heard.
-
-    Returns:
-        False where no parent listens, and the caller must print the line itself.
-    """
-    folder = _launch_folder()
-    if folder is None:
-        return False
-    # Written aside and linked, so that the parent never reads half a line and a later rank never replaces it.
-    own = folder / f"error.{os.getpid()}"
-    own.write_text(str(error), encoding="utf-8")
-    with contextlib.suppress(FileExistsError):
-        os.link(own, folder / "error")
-    return True
-
-
-def stopped_status(number: int) -> int:
-    """Exit status of a process that signal `number` stopped in good order: 128 + number, as a shell expects.
-
-    A rank ends with 0, since to its launcher anything else is a crash; the parent that `run_under_torchrun` is tells
-    the shell.
-    """
-    if folder := _launch_folder():
-        (folder / "stopped").write_text(str(128 + number))
-    return 0 if "WORLD_SIZE" in os.environ else 128 + number
-
-
-def error_recorded() -> bool:
-    """Whether some rank has left its line already: what fails afterwards is only the echo of it."""
-    folder = _launch_folder()
-    return folder is not None and (folder / "error").exists()
-
-
-@contextlib.contextmanager
-def _meeting_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="fusemega-") as folder:
-        os.environ[LAUNCH_FOLDER] = folder
-        try:
-            yield Path(folder)
-        finally:
-            del os.environ[LAUNCH_FOLDER]
-
-
-def _launch_folder() -> Path | None:
-    return Path(os.environ[LAUNCH_FOLDER]) if LAUNCH_FOLDER in os.environ else None
-
-
-def _pass_on(number: int, folder: Path) -> None:
-    for joined in folder.glob("*.pid"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(joined.stem), number)
+@contextmanager
+def _passing_on(ranks: Ranks) -> Iterator[None]:
+    """Signals for this process are the ranks' too. One that was ignored when it began (nohup) stays ignored."""
+    heard = [number for number in _JOB_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda number, _: ranks.signal(number)) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _forks() -> bool:
@@ -168,10 +132,9 @@ def _forked_rank(argv: list[str], environment: dict[str, str]) -> None:
 
     from fusemega.cli import main
 
-    os.environ.update(environment)  # the fork server's is as old as itself
+    os.environ.clear()  # the fork server's is as old as itself
+    os.environ.update(environment)
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # the fork server's is of its own
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # libgomp read the variable before it was set
-    try:
-        main(argv)
-    except Exception:
-        traceback.print_exc()  # torch would keep it for the parent's report, which is not shown
-        sys.exit(1)
+    main(argv)

@@ -1,6 +1,26 @@
 """What the ranks of every command import, for the process that they are forked from (`launch`)."""
 
+import os
+import shutil
+import signal
+from types import FrameType
+
+from fusemega.runtime import lifeline
 from fusemega.runtime.console import quiet_megatron
+from fusemega.runtime.meeting import LAUNCH_FOLDER
+
+
+def _last_act(number: int, frame: FrameType | None) -> None:
+    """The launcher has been killed: its folder goes, then this process, and with it the ranks."""
+    shutil.rmtree(os.environ[LAUNCH_FOLDER], ignore_errors=True)
+    os._exit(1)
+
+
+# The server would not see the launcher's end by itself: the ranks hold the pipe that is to tell it, too.
+if launcher := os.environ.pop(lifeline.PARENT, None):
+    signal.signal(signal.SIGUSR2, _last_act)
+    lifeline.die_with(int(launcher), by=signal.SIGUSR2)
+    lifeline.keep_children()
 
 quiet_megatron()
 

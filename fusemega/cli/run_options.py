@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fusemega.cli.launch import run_under_torchrun, warm_up
+from fusemega.cli.launch import launch_ranks, warm_up
 
 if TYPE_CHECKING:
     from fusemega.runtime.parallel import ParallelConfig
@@ -38,7 +38,7 @@ def launch_or_continue(nproc: int | None, parallel: ParallelConfig) -> bool:
         return False
     parallel.data_parallel_size(nproc)
     argv = _without_nproc(sys.argv[1:])
-    status = run_under_torchrun(argv, nproc)
+    status = launch_ranks(argv, nproc)
     if status:
         sys.exit(status)
     return True

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fusemega.cli.launch import stopped_status
 from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_continue
 from fusemega.runtime.console import tell
+from fusemega.runtime.meeting import stopped_status
 
 
 def command(

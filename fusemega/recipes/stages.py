@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from fusemega.checkpoint.output import write_durably
-from fusemega.cli.launch import run_under_torchrun
+from fusemega.cli.launch import launch_ranks
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.runtime.console import say
+from fusemega.runtime.lifeline import child_environment
 
 
 class Stages:
@@ -76,7 +77,7 @@ class Stages:
             UserError: what the command raised, or that it failed.
         """
         run_file = self.write_run_file(verb, name, run, self.nproc)
-        status = run_under_torchrun([verb, str(run_file)], self.nproc)
+        status = launch_ranks([verb, str(run_file)], self.nproc)
         if status:
             raise UserError(f"fusemega {verb} {run_file}: ended with status {status}; its messages are above")
         return str(run_file)
@@ -89,7 +90,7 @@ class Stages:
         """
         command = shlex.join(["fusemega", *argv])
         say(command)
-        status = subprocess.run([sys.executable, "-m", "fusemega", *argv]).returncode
+        status = subprocess.run([sys.executable, "-m", "fusemega", *argv], env=child_environment()).returncode
         if status:
             raise UserError(f"{command}: ended with status {status}; its messages are above")
         return command

@@ -10,14 +10,20 @@ import torch
 import torch.distributed as dist
 
 from fusemega.runtime.console import say
+from fusemega.runtime.meeting import launch_folder
 from fusemega.runtime.parallel import World
 
 # TERM: preemption, scancel, torchrun. USR1: the batch script's warning of the time limit. INT: Ctrl-C.
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# HUP: the terminal is gone.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:
     """While entered, the first such signal only leaves a note; a second one acts as it would have without this class.
+
+    A signal that is ignored on entry stays ignored: `nohup` does that to HUP, and a shell to INT of its background
+    jobs. Under a launcher of this package second ones are notes as well. It passes on what the whole job gets, so they
+    come in pairs; and it is the launcher that kills where somebody insists.
 
     Args:
         world: this process's place.
@@ -29,7 +35,8 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self._previous = {number: signal.signal(number, self._note) for number in STOPPING}
+        heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,6 +50,9 @@ class StopSignals:
         return int(noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if launch_folder() is None:
+            signal.signal(number, self._previous[number])
+        elif self._noted:
+            return
         self._noted = number
-        signal.signal(number, self._previous[number])
         say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fusemega.cli.launch import run_under_torchrun
+from fusemega.cli.launch import launch_ranks
 from fusemega.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = """
 import os, pathlib, signal, sys, time, types
 from fusemega.errors import UserError
-from fusemega.cli.launch import LAUNCH_FOLDER, run_under_torchrun
+from fusemega.cli.launch import LAUNCH_FOLDER, launch_ranks
 
 def command(mode: str) -> None:
     if "RANK" not in os.environ:
-        sys.exit(run_under_torchrun(["train", mode], 2))
+        sys.exit(launch_ranks(["train", mode], 2))
     rank, out = os.environ["RANK"], pathlib.Path(os.environ["OUT"])
     (out / f"threads{rank}").write_text(os.environ["OMP_NUM_THREADS"])
     if mode == "same-error":
@@ -37,20 +39,31 @@ def command(mode: str) -> None:
         raise RuntimeError("Connection closed by peer")
     if mode == "crash" and rank == "1":
         raise RuntimeError("a real fault")
-    if mode == "wait":
+    if mode == "killed":
+        if rank == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1")
+    if mode == "stopped" and rank == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mode in ("wait", "stopped"):
         signal.signal(signal.SIGUSR1, lambda *_: ((out / f"saved{rank}").write_text("saved"), sys.exit(0)))
         (out / f"ready{rank}").write_text("ready")
         time.sleep(60)
 
 sys.modules["fusemega.cli.train"] = types.ModuleType("fusemega.cli.train")
 sys.modules["fusemega.cli.train"].command = command
+for unused in ("transformers", "transformers.modeling_utils", "fusemega.scoring.evaluate", "fusemega.scoring.teach",
+               "fusemega.training.metrics", "fusemega.training.train"):
+    sys.modules[unused] = types.ModuleType(unused)  # what the fork server imports takes seconds
 """
 
 
 def _start(mode: str, folder: Path) -> subprocess.Popen[str]:
     (folder / "sitecustomize.py").write_text(STAND_IN)
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE")}
-    env |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OUT": str(folder)}
+    (folder / "tmp").mkdir()
+    env |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OUT": str(folder), "TMPDIR": str(folder / "tmp")}
     return subprocess.Popen(
         [sys.executable, "-m", "fusemega", "train", mode],
         env=env,
@@ -61,13 +74,26 @@ def _start(mode: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def _finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def _finish(process: subprocess.Popen[str], folder: Path) -> tuple[int, str]:
+    """Its status and what it said; every process has ended (they hold the pipe), and no temporary file is left."""
     _, err = process.communicate(timeout=100)
+    assert _left(folder) == []
     return process.returncode, err
 
 
+def _left(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+
+
+def _wait_for(process: subprocess.Popen[str], folder: Path, files: str, count: int) -> None:
+    deadline = time.monotonic() + 100
+    while len(list(folder.glob(files))) < count and process.poll() is None:
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.1)
+
+
 def test_ranks_that_end_well(tmp_path: Path) -> None:
-    assert _finish(_start("well", tmp_path)) == (0, "")
+    assert _finish(_start("well", tmp_path), tmp_path) == (0, "")
     share = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [(tmp_path / f"threads{rank}").read_text() for rank in (0, 1)] == [share, share]
 
@@ -77,23 +103,52 @@ def test_ranks_that_end_well(tmp_path: Path) -> None:
     [("same-error", "error: data.jsonl:7: empty row\n"), ("one-error", "error: rank one only: disk full\n")],
 )
 def test_a_user_error_in_the_ranks_is_one_line(mode: str, line: str, tmp_path: Path) -> None:
-    assert _finish(_start(mode, tmp_path)) == (2, line)
+    assert _finish(_start(mode, tmp_path), tmp_path) == (2, line)
 
 
 def test_a_crash_keeps_its_traceback(tmp_path: Path) -> None:
-    status, err = _finish(_start("crash", tmp_path))
+    status, err = _finish(_start("crash", tmp_path), tmp_path)
     assert status == 1 and err.count("RuntimeError: a real fault") == 1 and "ChildFailedError" not in err
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
-def test_signals_reach_the_ranks(sent: signal.Signals, status: int, tmp_path: Path) -> None:
+def test_a_killed_rank_is_named(tmp_path: Path) -> None:
+    status, err = _finish(_start("killed", tmp_path), tmp_path)
+    assert status == 128 + signal.SIGKILL and err.count("\n") == 1
+    assert re.match(
+        rf"error: rank 1 \(process \d+ on {re.escape(socket.gethostname())}\) was ended by SIGKILL, by ", err
+    )
+
+
+def test_a_stopped_rank_is_named_and_ctrl_c_twice_ends_it(tmp_path: Path) -> None:
+    process = _start("stopped", tmp_path)
+    assert process.stderr is not None
+    assert re.match(r"warning: rank 1 \(process \d+ on .*\) is stopped \(SIGSTOP", process.stderr.readline())
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert _finish(process, tmp_path)[0] == 128 + signal.SIGINT
+
+
+def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
     process = _start("wait", tmp_path)
-    deadline = time.monotonic() + 100
-    while len(list(tmp_path.glob("ready?"))) < 2 and process.poll() is None:
-        assert time.monotonic() < deadline, "the ranks did not start"
-        time.sleep(0.1)
+    _wait_for(process, tmp_path, "ready?", 2)
+    process.kill()
+    assert _finish(process, tmp_path) == (-signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(signal.SIGUSR1, 0), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)],
+)
+def test_signals_reach_the_ranks(sent: signal.Signals, status: int, tmp_path: Path) -> None:
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, also for these tests
+    try:
+        process = _start("wait", tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, outside)
+    _wait_for(process, tmp_path, "ready?", 2)
     process.send_signal(sent)
-    assert _finish(process)[0] == status
+    assert _finish(process, tmp_path)[0] == status
     assert len(list(tmp_path.glob("saved?"))) == (2 if sent == signal.SIGUSR1 else 0)
 
 
@@ -101,4 +156,4 @@ def test_nproc_inside_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UserError, match="already rank 2 of a launcher's 4; leave --nproc out"):
-        run_under_torchrun(["train", "run.yaml"], 2)
+        launch_ranks(["train", "run.yaml"], 2)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import pickle
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from fusemega.checkpoint.series import find_checkpoint, latest_checkpoint, prune
 from fusemega.checkpoint.torch_dist import check_files, load_model
 from fusemega.errors import UserError
 from fusemega.runtime.parallel import ParallelConfig, initialize
-from fusemega.runtime.signals import STOPPING
 from fusemega.training.records import COSTS, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train
@@ -280,18 +277,21 @@ def test_a_folder_that_is_not_shared(make_run: MakeRun, monkeypatch: pytest.Monk
         train(make_run())
 
 
-@pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_to_every_process_of_the_job(make_run: MakeRun, number: signal.Signals) -> None:
-    trainer, _ = open_trainer(make_run())
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_save_leaves_no_process(make_run: MakeRun, async_save: bool) -> None:
+    trainer, _ = open_trainer(make_run(training={"async_save": async_save}))
     trainer.step()
+    before = psutil.Process().children(recursive=True)
     trainer.save()
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # some earlier test's child that nobody has waited for
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.send_signal(number)
-    time.sleep(0.2)
-    trainer.step()
-    assert latest_checkpoint(trainer.save().parent) is not None
+    trainer.saver.wait()
+    assert psutil.Process().children(recursive=True) == before
+    assert latest_checkpoint(Path(trainer.run.output_dir) / "checkpoints") is not None
+
+
+def test_a_writer_that_is_killed(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver_module, "_write_and_hash", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="checkpoint not saved: the process that writes it was ended from outside"):
+        train(make_run(training={"async_save": True}))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fusemega.checkpoint.series import latest_checkpoint
 from fusemega.config import validate
 from fusemega.errors import UserError
+from fusemega.runtime.signals import STOPPING
 from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.training import trainer as trainer_module
 from fusemega.training.evaluation import Evaluation
@@ -107,7 +108,7 @@ def test_retention_without_evaluation(make_run: MakeRun, tmp_path: Path) -> None
     assert stored(tmp_path / "run") == ["iter_0000004", "iter_0000005"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_ends_the_step_with_a_checkpoint(
     make_run: MakeRun, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,10 +122,13 @@ def test_a_signal_ends_the_step_with_a_checkpoint(
         return step(trainer)
 
     monkeypatch.setattr(trainer_module.Trainer, "step", interrupted)
-    before = signal.getsignal(number)
     run = make_run(output_dir=str(tmp_path / "stopped"))
-    assert train(run) == number
-    assert signal.getsignal(number) == before
+    outside = signal.signal(number, signal.SIG_DFL)  # nohup ignores HUP, also for these tests
+    try:
+        assert train(run) == number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, outside)
     assert stored(tmp_path / "stopped") == ["iter_0000002"] and not (tmp_path / "stopped" / "done").exists()
     monkeypatch.setattr(trainer_module.Trainer, "step", step)
     assert train(run) == 0
@@ -141,3 +145,18 @@ def test_refused(make_run: MakeRun, section: dict[str, Any], tmp_path: Path) -> 
     with pytest.raises(UserError, match="no_such.jsonl"):
         train(make_run(evaluation={"data": {"path": str(tmp_path / "no_such.jsonl"), "seq_length": 96}, "interval": 1}))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_ignored_signal_stays_ignored(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = trainer_module.Trainer.step
+
+    def hung_up(trainer: trainer_module.Trainer) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return step(trainer)
+
+    monkeypatch.setattr(trainer_module.Trainer, "step", hung_up)
+    outside = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert train(make_run()) == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, outside)

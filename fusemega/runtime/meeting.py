@@ -1,0 +1,133 @@
+"""The folder in which the ranks of a launch and their launcher meet: process ids, error lines, tracebacks.
+
+    TMPDIR/fusemega-XXXXXXXX/
+      launcher             locked as long as the launcher lives; a folder whose lock is free is nobody's, and is removed
+      PID.pid              a rank that listens to the signals that its launcher passes on
+      error                the line of the first rank that met a UserError
+      traceback.RANK       of a rank that met another error; the launcher shows the one that began it
+      stopped              exit status of a run that a signal stopped in good order
+
+It is this process's temporary folder for multiprocessing's sockets too, so that nothing else is left behind.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from fusemega.errors import UserError
+
+LAUNCH_FOLDER = "FUSEMEGA_LAUNCH"
+_PREFIX, _LOCK = "fusemega-", "launcher"
+
+
+@functools.cache
+def own_folder() -> Path:
+    """A launcher's: made at the first call, removed when this process ends; where it is killed, by the next launch."""
+    sweep()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    atexit.register(_remove, folder, os.getpid())
+    descriptor = os.open(folder / f".{_LOCK}", os.O_CREAT | os.O_RDWR, 0o600)  # open as long as this process lives
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.rename(folder / f".{_LOCK}", folder / _LOCK)  # never there without its lock
+    multiprocessing.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+def sweep() -> None:
+    """Removes the folders of this user's launchers that were killed."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError):
+            if lock.parent.is_symlink() or lock.lstat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def clear(folder: Path) -> None:
+    """Removes what an earlier launch of this process left to read."""
+    for path in folder.iterdir():
+        if path.suffix == ".pid" or path.name.split(".")[0] in ("error", "traceback", "stopped"):
+            path.unlink()
+
+
+def launch_folder() -> Path | None:
+    """In a rank: the folder of its launcher. None where a launcher of another kind, or none, has started it."""
+    return Path(os.environ[LAUNCH_FOLDER]) if LAUNCH_FOLDER in os.environ else None
+
+
+def join() -> None:
+    """In a rank: from now on signals that the parent passes on arrive here. Nothing where no parent listens.
+
+    Those that end a process raise SystemExit, so that unfinished outputs are removed; what was ignored stays so.
+    """
+    if folder := launch_folder():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _leave)
+        (folder / f"{os.getpid()}.pid").touch()
+
+
+def record_error(error: UserError) -> bool:
+    """In a rank: leaves the line for the parent; the first rank to come is heard.
+
+    Returns:
+        False where no parent listens, and the caller must print the line itself.
+    """
+    folder = launch_folder()
+    if folder is None:
+        return False
+    # Written aside and linked, so that the parent never reads half a line and a later rank never replaces it.
+    own = folder / f"error.{os.getpid()}"
+    own.write_text(str(error), encoding="utf-8")
+    with contextlib.suppress(FileExistsError):
+        os.link(own, folder / "error")
+    return True
+
+
+def record_traceback(error: BaseException) -> bool:
+    """In a rank: leaves the traceback for the parent, which knows whether it is the cause or the echo of another's end.
+
+    Returns:
+        False where no parent listens.
+    """
+    folder = launch_folder()
+    if folder is None:
+        return False
+    text = "".join(traceback.format_exception(error))
+    (folder / f"traceback.{os.environ.get('RANK', '?')}").write_text(text, encoding="utf-8")
+    return True
+
+
+def stopped_status(number: int) -> int:
+    """Exit status of a process that signal `number` stopped in good order: 128 + number, as a shell expects.
+
+    A rank ends with 0, since to its launcher anything else is a crash; the launcher tells the shell.
+    """
+    if folder := launch_folder():
+        (folder / "stopped").write_text(str(128 + number))
+    return 0 if "WORLD_SIZE" in os.environ else 128 + number
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
