@@ -17,7 +17,6 @@ What stops a CPU run, and what is done about it:
 | CUDA random state | tensor_parallel/random.py:235,237,238,240,422,447,457 | the CPU generator |
 | gradients reduced and weights gathered over one rank: gloo copies the whole buffer three times a step | distributed/param_and_grad_buffer.py:285,443 | left out |
 | weight gradients: made whole, then added to the main gradients; the fused form is apex's | tensor_parallel/layers.py:569 | `fuse_gradient_accumulation` |
-| Adam's state layout: `step` in the param group | distrib_optimizer.py:642,825,940 (plain torch.optim.AdamW cannot be loaded) | `FusedAdam` |
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
 from fusemega.errors import UserError
@@ -58,7 +56,6 @@ def enable() -> None:
     _mode.__enter__()
     _keep_mode_in_backward()
     _patch_random()
-    _patch_adam()
     _patch_lone_collectives()
     keep_freed_memory()
 
@@ -164,70 +161,6 @@ def _patch_random() -> None:
     patched._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     patched._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
     patched._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-
-
-class FusedAdam(torch.optim.Optimizer):
-    """Adam(W) with the interface and state layout of TE's and apex's FusedAdam, over torch's fused CPU kernel.
-
-    `step` lives in the param group, `exp_avg` and `exp_avg_sq` (fp32, the parameter's shape) in the state: what
-    megatron-core's DistributedOptimizer saves and loads.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        bias_correction: bool = True,
-        **_: object,
-    ) -> None:
-        if not bias_correction:
-            raise ValueError("FusedAdam on the CPU always corrects bias")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.adam_w_mode = adam_w_mode
-
-    def initialize_state(self, param: torch.Tensor) -> None:
-        self.state[param] = {name: torch.zeros_like(param, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if p.grad is not None and p.numel()]
-            for param in params:
-                if not self.state[param]:
-                    self.initialize_state(param)
-            adam(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [torch.tensor(float(group["step"] - 1)) for _ in params],
-                foreach=False,
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-                decoupled_weight_decay=self.adam_w_mode,
-            )
-
-
-def _patch_adam() -> None:
-    import megatron.core.optimizer as optimizers
-    from megatron.core.optimizer import distrib_optimizer
-
-    patched: Any = optimizers
-    patched.Adam, patched.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-    patched = distrib_optimizer
-    patched.Adam, patched.HAVE_APEX_OR_TE, patched.USING_TE_OPTIMIZER = FusedAdam, True, True
 
 
 def _without_lone_rank(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -143,7 +143,7 @@ def _accelerators() -> Iterator[Item]:
     if cuda:
         yield Item("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)")
     elif gpus:
-        note = "GPUs are there, but this torch cannot use them: everything would run on the CPU"
+        note = "GPUs are there, but this torch cannot use them: runs are refused unless FUSEMEGA_DEVICE=cpu"
         yield Item("CUDA", "-", BROKEN, note)
     else:
         yield Item("CUDA", "-", MISSING, "models run on the CPU, over gloo")

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fusemega.runtime import cpu_backend, kernel_packages, megatron_fixes, rope
+from fusemega.runtime import cpu_backend, device, fused_adam, kernel_packages, megatron_fixes, rope
 from fusemega.runtime.layout import ParallelConfig
 
+device.hide_gpus_if_unwanted()
 kernel_packages.refuse_harmful()
 cpu_backend.enable()
 megatron_fixes.apply()
 rope.install()
+fused_adam.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the backend is in place)
 
@@ -104,20 +106,23 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         seed: seed of Megatron's random states (dropout); TP and PP ranks draw differently, others alike.
 
     Raises:
-        UserError: TP x CP x PP does not divide the world.
+        UserError: TP x CP x PP does not divide the world; this process has no device, or not of its peers' kind.
     """
     rank, world_size, local_rank = environment_rank()
     config.data_parallel_size(world_size)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
+    if dist.is_initialized():
+        own_device = device.own_device(local_rank)
+    else:
         if world_size == 1 and "MASTER_ADDR" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store: dist.Store = dist.HashStore()
         else:
-            dist.init_process_group(backend, rank=rank, world_size=world_size)
+            store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+            store.set_timeout(dist.default_pg_timeout)  # as a process group would
+        own_device = device.agreed_device(local_rank, store, rank, world_size)
+        backend = "nccl" if own_device.type == "cuda" else "gloo"
+        if own_device.type == "cuda":
+            torch.cuda.set_device(own_device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     _free_groups()
     parallel_state.initialize_model_parallel(
         config.tensor_model_parallel_size,
@@ -130,7 +135,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        device=device,
+        device=own_device,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),

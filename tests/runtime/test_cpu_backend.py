@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusemega.errors import UserError
-from fusemega.runtime import cpu_backend
+from fusemega.runtime import cpu_backend, fused_adam
 from fusemega.runtime.parallel import ParallelConfig, initialize
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU backend is a no-op where CUDA works")
@@ -103,7 +103,7 @@ def test_fused_adam_is_torch_adamw() -> None:
     start, grads = torch.randn(5, 3), torch.randn(4, 5, 3)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-    a, b = cpu_backend.FusedAdam([ours], **settings), torch.optim.AdamW([theirs], fused=True, **settings)
+    a, b = fused_adam.FusedAdam([ours], **settings), torch.optim.AdamW([theirs], fused=True, **settings)
     for grad in grads:
         ours.grad, theirs.grad = grad.clone(), grad.clone()
         a.step()
@@ -139,3 +139,18 @@ def test_the_real_file_is_untouched() -> None:
         digest = hashlib.sha256((CORE / file).read_bytes()).digest()
         encoded = base64.urlsafe_b64encode(digest).decode().rstrip("=")
         assert expected[f"megatron/core/{file}"] == f"sha256={encoded}"
+
+
+def test_fused_adam_counts_its_steps_on_the_parameters_device() -> None:
+    """As the fused kernel of a GPU asks: a parameter on another device than its count is refused there."""
+    meta, here = torch.nn.Parameter(torch.empty(3, device="meta")), torch.nn.Parameter(torch.empty(2))
+    steps = fused_adam._steps([here, meta, here], 7)
+    assert [step.device.type for step in steps] == ["cpu", "meta", "cpu"]
+    assert [step.shape for step in steps] == [torch.Size(())] * 3 and steps[0].item() == 7.0
+    meta.grad = torch.empty_like(meta)
+    optimizer = fused_adam.FusedAdam([meta])
+    optimizer.step()
+    assert {name: value.device.type for name, value in optimizer.state[meta].items()} == {
+        "exp_avg": "meta",
+        "exp_avg_sq": "meta",
+    }

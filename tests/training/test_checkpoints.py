@@ -317,3 +317,35 @@ def test_micro_batches_and_packing_may_change(run: TrainRun, make_run: MakeRun) 
     assert train(make_run(training={"micro_batch_size": 2, "packing": False})) == 0
     for row, other in zip(curve(root.parent), wanted, strict=True):
         assert row["lm loss"] == pytest.approx(other["lm loss"], rel=1e-6)
+
+
+def test_a_gpu_without_transformer_engine_resumes_too(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where megatron-core finds neither that nor apex it takes torch's Adam, whose state it cannot load."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from fusemega.runtime.fused_adam import FusedAdam, install
+
+    def as_megatron_core_is_imported(found: bool) -> None:
+        monkeypatch.setattr(optimizer, "Adam", torch.optim.AdamW)
+        monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", not found)
+        monkeypatch.setattr(distrib_optimizer, "Adam", torch.optim.Adam)
+        monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", found)
+        monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", found)
+        with monkeypatch.context() as gpu:
+            gpu.setattr(torch.cuda, "is_available", lambda: True)
+            install()
+
+    as_megatron_core_is_imported(found=True)
+    assert optimizer.Adam is torch.optim.AdamW, "Transformer Engine's stays"
+    as_megatron_core_is_imported(found=False)
+    run = make_run(training={"save_interval": 2})
+    trainer = open_trainer(run)[0]
+    assert type(trainer.optimizer.chained_optimizers[0].optimizer) is FusedAdam
+    whole = [trainer.step()["lm loss"] for _ in range(2)]
+    with trainer.saver:
+        trainer.save()
+    whole += [trainer.step()["lm loss"] for _ in range(2)]
+    resumed = open_trainer(run)[0]
+    assert resumed.iteration == 2
+    assert [resumed.step()["lm loss"] for _ in range(2)] == whole[2:]
