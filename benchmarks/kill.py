@@ -27,7 +27,7 @@ import tiny
 import yaml
 from resume import curve, durable, fingerprint, kill, rows, saves_begun, started_from
 
-from fusemega.checkpoint.integrity import damaged_files
+from fusemega.files.integrity import damaged_files
 
 SAVE_INTERVAL = 3
 STEPS_PER_KILL = 5

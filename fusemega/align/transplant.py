@@ -29,12 +29,12 @@ from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.checkpoint.hf_check import check_copies, check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.output import new_folder, refuse_existing
 from fusemega.checkpoint.progress import meter
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
+from fusemega.files.output import new_folder, refuse_existing
 from fusemega.models.registry import family_of
 from fusemega.models.rules import VocabRows, whole
 from fusemega.text.tokenizer import Tokenizer

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from fusemega.checkpoint.output import disk_errors
 from fusemega.errors import UserError, choose
 from fusemega.files.json_files import MalformedError, parse_json
 from fusemega.files.npz_files import MalformedArraysError, read_arrays
+from fusemega.files.output import disk_errors
 
 KINDS = ("exact", "first_piece", "mined", "ms", "ms_reference")
 _FORMAT = 1

@@ -23,10 +23,8 @@ from rich.filesize import decimal
 from fusemega.checkpoint.copying import Written, same_bits, write_item
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.integrity import write_integrity
 from fusemega.checkpoint.megatron_folder import MegatronFolder, common_dtype, describe_source
 from fusemega.checkpoint.moves import ITEM_BYTES, Assembled, Item, Move, Part, as_is, window
-from fusemega.checkpoint.output import refuse_existing
 from fusemega.checkpoint.progress import meter
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
 from fusemega.checkpoint.side_files import copy_side_files, exported_config
@@ -39,9 +37,11 @@ from fusemega.checkpoint.torch_dist_files import (
     places,
     write_metadata,
 )
-from fusemega.checkpoint.unfinished import Unfinished, unfinished_folder
 from fusemega.checkpoint.workers import Workers, start_workers
 from fusemega.errors import UserError
+from fusemega.files.integrity import write_integrity
+from fusemega.files.output import refuse_existing
+from fusemega.files.unfinished import Unfinished, unfinished_folder
 from fusemega.models.registry import family_of
 from fusemega.models.rules import whole
 from fusemega.runtime.console import say
@@ -100,7 +100,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
         if workers > 1:  # a second of imports that only the end needs
             threading.Thread(target=import_module, args=("torch.distributed.checkpoint",), daemon=True).start()
         _check_copies(folder, pool)
-        with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items)) as unfinished:
+        with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items), say) as unfinished:
             (unfinished.folder / "weights").mkdir(exist_ok=True)
             copied = _write(items, unfinished, pool, f"importing {folder.path.name}", hashed=True)
             written = {item: Written(item.name, *unfinished.finished[item.name]) for item in items}
@@ -145,7 +145,7 @@ def export_megatron(
     items = _plan_export(tensors, shards)
     identity = _identity("export", checkpoint.files()) | {"dtype": str(dtype), "max_shard_size": max_shard_size}
     with start_workers(workers) as pool:
-        with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items)) as unfinished:
+        with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items), say) as unfinished:
             copied = _write(items, unfinished, pool, f"exporting {folder.path.name}", hashed=False)
             copy_side_files(folder.hf, unfinished.folder)
             write_index(unfinished.folder, shards)

@@ -11,10 +11,10 @@ import torch
 
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.output import output_folder
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError
+from fusemega.files.output import output_folder
 from fusemega.models.family import keep_layers
 from fusemega.models.rules import whole
 from fusemega.runtime.parallel import World

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from fusemega.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HFFolder
-from fusemega.checkpoint.output import on_main, output_folder
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files, exported_config
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
+from fusemega.files.output import on_main, output_folder
 from fusemega.models.build import GPT, Placement, placements
 from fusemega.models.rules import Piece, slices, volume
 from fusemega.runtime.parallel import World

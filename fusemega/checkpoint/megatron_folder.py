@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusemega.checkpoint.hf_folder import DTYPES, HFFolder
-from fusemega.checkpoint.integrity import check_sizes
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError, choose
+from fusemega.files.integrity import check_sizes
 from fusemega.files.json_files import read_json
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it

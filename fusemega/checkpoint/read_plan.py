@@ -16,8 +16,8 @@ import torch
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder
-from fusemega.checkpoint.output import refuse_existing
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
+from fusemega.files.output import refuse_existing
 from fusemega.models.registry import family_of
 from fusemega.models.rules import volume
 from fusemega.models.stages import check_layout, stage_rules

@@ -31,8 +31,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from fusemega.checkpoint.index_file import read_index
-from fusemega.checkpoint.integrity import file_hash, write_integrity
-from fusemega.checkpoint.output import on_main, publish, write_durably
 from fusemega.checkpoint.series import (
     STATE,
     TRACKER,
@@ -43,7 +41,9 @@ from fusemega.checkpoint.series import (
 )
 from fusemega.checkpoint.torch_dist import checkpoint_errors
 from fusemega.errors import UserError
+from fusemega.files.integrity import file_hash, write_integrity
 from fusemega.files.json_files import read_json
+from fusemega.files.output import on_main, publish, write_durably
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import STOPPING
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fusemega.checkpoint.integrity import check_sizes, damaged_files
 from fusemega.errors import UserError
+from fusemega.files.integrity import check_sizes, damaged_files
 from fusemega.files.json_files import read_json
 from fusemega.files.opening import read_bytes
 from fusemega.runtime.console import say

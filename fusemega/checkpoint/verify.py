@@ -12,13 +12,13 @@ import torch.distributed as dist
 from fusemega.checkpoint.copying import same_bits
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder, functional_config
-from fusemega.checkpoint.integrity import damaged_files
 from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
 from fusemega.checkpoint.moves import Assembled, as_is
 from fusemega.checkpoint.progress import meter
 from fusemega.checkpoint.torch_dist_files import Checkpoint
 from fusemega.checkpoint.workers import start_workers
 from fusemega.errors import UserError
+from fusemega.files.integrity import damaged_files
 from fusemega.files.tokenizer_files import load_pretrained
 from fusemega.models.registry import family_of
 

@@ -54,7 +54,7 @@ def command(
     Prints one JSON object: sizes, the share of SOURCE's tokens that keep an id (coverage), seconds.
     """
     from fusemega.align.align import align, check
-    from fusemega.checkpoint.output import check_output_file
+    from fusemega.files.output import check_output_file
     from fusemega.report.align_page import write_align_page
     from fusemega.report.page import check_out
     from fusemega.runtime.console import say

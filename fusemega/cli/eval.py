@@ -13,8 +13,8 @@ def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None
     Prints one JSON object on stdout, and writes it to the run file's `output` when that is set. Bits per byte compare
     models with different tokenizers; perplexities do not.
     """
-    from fusemega.checkpoint.output import check_output_file, disk_errors, write_durably
     from fusemega.config import load
+    from fusemega.files.output import check_output_file, disk_errors, write_durably
     from fusemega.scoring.evaluate import EvalRun, evaluate
 
     run = load(EvalRun, run_file, overrides or [])

@@ -83,7 +83,7 @@ def command(
     merge_report.json and merge_report.html beside the weights. Prints one JSON object.
     """
     gc.disable()  # importing torch makes objects by the hundred thousand, and no garbage
-    from fusemega.checkpoint.output import refuse_existing
+    from fusemega.files.output import refuse_existing
     from fusemega.merge.merge import Options, merge, opened
     from fusemega.report.merge_page import merge_page
     from fusemega.runtime.console import say, tell

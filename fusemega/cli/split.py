@@ -34,7 +34,7 @@ def command(
     """
     import json
 
-    from fusemega.checkpoint.output import new_file
+    from fusemega.files.output import new_file
     from fusemega.text.data import DataConfig, Source
     from fusemega.text.dataset import row_progress
     from fusemega.text.split import Splitter

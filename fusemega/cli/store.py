@@ -49,7 +49,7 @@ def merge(out: Path, sources: list[Path]) -> None:
     """
     import shutil
 
-    from fusemega.checkpoint.output import check_writable, disk_errors, publish, refuse_existing
+    from fusemega.files.output import check_writable, disk_errors, publish, refuse_existing
     from fusemega.store import merge as merging
 
     stores = merging.open_inputs(sources)

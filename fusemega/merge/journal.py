@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_lines
+from fusemega.files.output import write_durably
 from fusemega.merge.plan import MergePlan
 from fusemega.merge.vocabulary import TOKENIZER_FILE
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
-from fusemega.checkpoint.output import disk_errors, empty_folder, publish, refuse_existing
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import write_index
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.checkpoint.workers import WorkerLost, default_workers
 from fusemega.errors import UserError
+from fusemega.files.output import disk_errors, empty_folder, publish, refuse_existing
 from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fusemega import assets
-from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
+from fusemega.files.output import write_durably
 from fusemega.recipes.stages import Stages
 from fusemega.runtime.console import say
 from fusemega.training.records import read_metrics

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from fusemega.checkpoint.output import write_durably
 from fusemega.cli.launch import launch_ranks
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
+from fusemega.files.output import write_durably
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusemega.checkpoint.output import on_main
+from fusemega.files.output import on_main
 from fusemega.runtime.parallel import World
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare

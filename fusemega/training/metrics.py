@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from fusemega.checkpoint.output import write_durably
+from fusemega.files.output import write_durably
 from fusemega.runtime.memory import peak_memory
 from fusemega.runtime.parallel import World
 from fusemega.training.evaluation import Evaluation

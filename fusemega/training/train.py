@@ -10,9 +10,9 @@ from fusemega import __version__
 from fusemega.assets import cache_folder
 from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.open_model import ModelSource
-from fusemega.checkpoint.output import check_writable, on_main, write_durably
 from fusemega.checkpoint.torch_dist import load_model
 from fusemega.errors import UserError
+from fusemega.files.output import check_writable, on_main, write_durably
 from fusemega.losses.registry import Objective, OnlineObjective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize

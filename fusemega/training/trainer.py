@@ -18,11 +18,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from fusemega.checkpoint.output import disk_errors
 from fusemega.checkpoint.saver import CheckpointSaver
 from fusemega.checkpoint.series import STATE, checkpoint_folder, find_checkpoint, read_state
 from fusemega.checkpoint.training_state import load_checkpoint, training_state
 from fusemega.errors import UserError
+from fusemega.files.output import disk_errors
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
 from fusemega.runtime.console import say

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusemega.checkpoint.output import write_durably
 from fusemega.errors import UserError
+from fusemega.files.output import write_durably
 
 _ID_FILE = "wandb_id"
 

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from fusemega.align.vocabulary_map import VocabularyMap
-from fusemega.checkpoint.integrity import write_integrity
+from fusemega.files.integrity import write_integrity
 from fusemega.store.shard import _CHECKSUM, _HEADER, INDEX
 from tests.bad_inputs.base import ROWS
 

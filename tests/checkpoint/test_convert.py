@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from fusemega.checkpoint.convert import export_megatron, import_hf
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.integrity import write_integrity
 from fusemega.checkpoint.megatron_folder import MegatronFolder
 from fusemega.checkpoint.verify import logit_difference, verify
 from fusemega.errors import UserError
+from fusemega.files.integrity import write_integrity
 from fusemega.models.build import init_random
 from fusemega.runtime.parallel import World
 from tests.checkpoint.conftest import save_llama

@@ -19,9 +19,9 @@ import torch
 
 from fusemega.checkpoint import convert
 from fusemega.checkpoint.convert import export_megatron, import_hf
-from fusemega.checkpoint.unfinished import Unfinished
 from fusemega.checkpoint.verify import verify
 from fusemega.errors import UserError
+from fusemega.files.unfinished import Unfinished
 from tests.checkpoint.conftest import save_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ import multiprocessing, os, pathlib, signal, sys
 
 def main():
     from fusemega.checkpoint import convert
-    from fusemega.checkpoint.unfinished import Unfinished
+    from fusemega.files.unfinished import Unfinished
     convert.ITEM_TARGET_BYTES = 9000
     record = Unfinished.record
     def record_and_die(self, name, result):

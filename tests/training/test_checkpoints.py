@@ -18,10 +18,10 @@ import torch
 
 from fusemega.checkpoint import saver as saver_module
 from fusemega.checkpoint.index_file import read_index
-from fusemega.checkpoint.integrity import FILE, damaged_files, file_hash, recorded_hashes, write_integrity
 from fusemega.checkpoint.series import find_checkpoint, latest_checkpoint, prune_checkpoints
 from fusemega.checkpoint.torch_dist import check_files, load_model
 from fusemega.errors import UserError
+from fusemega.files.integrity import FILE, damaged_files, file_hash, recorded_hashes, write_integrity
 from fusemega.runtime.parallel import ParallelConfig, initialize
 from fusemega.training.records import COSTS, read_metrics
 from fusemega.training.run import TrainRun

@@ -13,10 +13,10 @@ from fusemega.checkpoint.convert import export_megatron, import_hf
 from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hf_load import load_hf
-from fusemega.checkpoint.integrity import write_integrity
 from fusemega.checkpoint.megatron_folder import MegatronFolder, describe_source
 from fusemega.checkpoint.torch_dist import save_model
 from fusemega.checkpoint.verify import verify
+from fusemega.files.integrity import write_integrity
 from fusemega.models.build import build_model, init_random, placements
 from fusemega.models.dense_logits import dense_logits
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown

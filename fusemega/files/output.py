@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import torch.distributed as dist
-
 from fusemega.errors import UserError
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
@@ -20,6 +18,8 @@ if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do w
 
 def on_main(world: World, action: Callable[[], None]) -> None:
     """Run `action` on the main process; a UserError there is raised on every process. Collective."""
+    import torch.distributed as dist  # takes a second, and most commands do without it
+
     message: list[str | None] = [None]
     if world.is_main:
         try:

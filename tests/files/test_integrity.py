@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from fusemega.checkpoint import integrity
 from fusemega.errors import UserError
+from fusemega.files import integrity
 
 
 @pytest.fixture

@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from fusemega.checkpoint.output import disk_errors, publish, refuse_existing
 from fusemega.errors import UserError
 from fusemega.files.json_files import LINES_BYTES, read_lines
 from fusemega.files.opening import read_bytes
-from fusemega.runtime.console import say
+from fusemega.files.output import disk_errors, publish, refuse_existing
 
 _JOURNAL = "journal.jsonl"
 
@@ -46,7 +45,9 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished_folder(path: Path, identity: Mapping[str, Any], resume: bool, needed_bytes: int) -> Iterator[Unfinished]:
+def unfinished_folder(
+    path: Path, identity: Mapping[str, Any], resume: bool, needed_bytes: int, say: Callable[[str], None]
+) -> Iterator[Unfinished]:
     """The folder to write into; it becomes `path` when the block ends well, and stays, for `resume`, when it does not.
 
     Args:
@@ -54,6 +55,7 @@ def unfinished_folder(path: Path, identity: Mapping[str, Any], resume: bool, nee
         identity: what decides every byte of the output (JSON-able). An output begun with another is not continued.
         resume: go on with what an interrupted call has left, if anything; otherwise that is deleted.
         needed_bytes: of the whole output; refused at once when the disk has less.
+        say: told, in a line, what is kept when the block does not end well.
 
     Raises:
         UserError: `path` is not empty or cannot be made, what is there was begun with another `identity`, or the disk
