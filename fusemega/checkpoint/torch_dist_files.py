@@ -284,6 +284,8 @@ def _open_chunk(key: str, path: Path, file: IO[bytes], where: Any) -> Stored:
         raise UserError(f"{path}: truncated or damaged at {key}: {first_line(error)}") from None
     if not tensor.is_contiguous() or tensor.storage_offset():
         raise UserError(f"{path}: {key} is stored with strides {tensor.stride()}, and only dense tensors are read")
+    if start + tensor.nbytes > where.length:
+        raise UserError(f"{path}: damaged at {key}: a tensor of {tensor.nbytes} bytes in a place of {where.length}")
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Stored(key, str(path), where.offset + start, tuple(tensor.shape), dtype)
 

@@ -6,8 +6,12 @@ panics, which is no Exception, and arrays are made as large as an id says.
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from fusemega.files.opening import MIB, refuse_special_files
 from fusemega.files.pickles import first_line
 
 JSON_BYTES = 256 * MIB
+_ONE_AT_A_TIME = threading.Lock()
 IDS = 1 << 25  # the most that stores can code
 _JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
@@ -29,17 +34,22 @@ def load_pretrained(source: str | Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with tokenizer_errors(f"{source}: cannot load a tokenizer"):
+    with tokenizer_errors(f"{source}: cannot load a tokenizer", quietly=True):
         if Path(source).is_dir():
-            _check(Path(source))
+            read_tokenizer_json(Path(source))
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
 
 
 @contextmanager
-def tokenizer_errors(what: str) -> Iterator[None]:
-    """Turns whatever the libraries raise, panics too, into a UserError that begins with `what`."""
+def tokenizer_errors(what: str, quietly: bool = False) -> Iterator[None]:
+    """Turns whatever the libraries raise, panics too, into a UserError that begins with `what`.
+
+    Args:
+        quietly: keep from stderr what a panic writes there itself; not for what several threads do at once.
+    """
     try:
-        yield
+        with _panics_unheard() if quietly else nullcontext():
+            yield
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"  # PyO3's, which cannot be imported
         if not panic and not isinstance(error, Exception):
@@ -48,16 +58,53 @@ def tokenizer_errors(what: str) -> Iterator[None]:
         raise UserError(reason if reason.startswith(what) else f"{what}: {reason}") from error
 
 
-def _check(folder: Path) -> None:
+@contextmanager
+def _panics_unheard() -> Iterator[None]:
+    """Compiled code writes a panic's message, and where asked a page of its stack, to file descriptor 2 itself."""
+    if not _ONE_AT_A_TIME.acquire(blocking=False):
+        yield
+        return
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as kept:
+            os.dup2(kept.fileno(), 2)
+            try:
+                yield
+            except BaseException as error:
+                if type(error).__name__ == "PanicException":
+                    kept.truncate(0)
+                raise
+            finally:
+                sys.stderr.flush()
+                os.dup2(stderr, 2)
+                kept.seek(0)
+                if said := kept.read():
+                    os.write(2, said)
+    finally:
+        os.close(stderr)
+        _ONE_AT_A_TIME.release()
+
+
+def read_tokenizer_json(folder: Path) -> dict[str, Any]:
+    """A folder's tokenizer.json, {} where there is none, after a look at all its tokenizer's JSON files.
+
+    Raises:
+        UserError: one is malformed or beyond the bounds, an added token is none, or an id is none.
+    """
     refuse_special_files(folder)
     found = {name: read_json(folder / name, JSON_BYTES) for name in _JSON if (folder / name).is_file()}
     whole = found.get("tokenizer.json", {})
     model = whole.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids = {"tokenizer.json": list(vocabulary.values()) if isinstance(vocabulary, dict) else []}
     for added in whole.get("added_tokens") or []:
-        ids.append(added.get("id") if isinstance(added, dict) else added)
-    ids += [*found.get("vocab.json", {}).values(), *found.get("added_tokens.json", {}).values()]
-    for i in ids:
-        if type(i) is not int or not 0 <= i < IDS:
-            raise UserError(f"the id {i!r} of a token; allowed: 0 to {IDS - 1}")
+        if not isinstance(added, dict) or not isinstance(added.get("content"), str):
+            raise UserError(f"{folder / 'tokenizer.json'}: {added!r} is no added token")
+        ids["tokenizer.json"].append(added.get("id"))
+    ids |= {name: list(found.get(name, {}).values()) for name in ("vocab.json", "added_tokens.json")}
+    for name, given in ids.items():
+        for i in given:
+            if type(i) is not int or not 0 <= i < IDS:
+                raise UserError(f"{folder / name}: the id {i!r} of a token; allowed: 0 to {IDS - 1}")
+    return whole

@@ -18,6 +18,8 @@ import numpy as np
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
+from fusemega.files.opening import require_regular
+from fusemega.files.tokenizer_files import read_tokenizer_json
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -69,6 +71,12 @@ def plan_vocabulary(folders: Sequence[HFFolder], mode: str | None) -> Vocabulary
     return Vocabulary(rows, list(maps), donor, note=note)
 
 
+def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    require_regular(folder / TOKENIZER_FILE)
+    whole = read_tokenizer_json(folder)
+    return whole | {"added_tokens": whole.get("added_tokens") or []}
+
+
 def token_ids(folder: Path) -> dict[str, int]:
     """Token string -> id, with added tokens.
 
@@ -76,7 +84,7 @@ def token_ids(folder: Path) -> dict[str, int]:
         UserError: no tokenizer.json, or not of that form.
     """
     path = folder / TOKENIZER_FILE
-    tokenizer = read_json(path)
+    tokenizer = _tokenizer_json(folder)
     try:
         vocab = tokenizer["model"]["vocab"]
         ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
@@ -110,7 +118,7 @@ def _union(folders: Sequence[HFFolder], sizes: list[int]) -> Vocabulary:
     following = max(merged.values(), default=-1) + 1
     added = []
     for folder, own in zip(folders[1:], ids[1:], strict=True):
-        entries = {entry["content"]: entry for entry in read_json(folder.path / TOKENIZER_FILE)["added_tokens"]}
+        entries = {entry["content"]: entry for entry in _tokenizer_json(folder.path)["added_tokens"]}
         for token in sorted(own.keys() - merged.keys(), key=own.__getitem__):
             plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
             added.append(plain | entries.get(token, {}) | {"id": following, "content": token})

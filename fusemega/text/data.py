@@ -20,7 +20,7 @@ from pydantic import Field
 from fusemega.config import Section
 from fusemega.errors import UserError, choose, nearest
 from fusemega.files.json_files import MalformedError, parse_json
-from fusemega.files.opening import MIB, open_regular, require_regular
+from fusemega.files.opening import MIB, open_regular, refuse_special_files, require_regular
 from fusemega.files.parquet_files import read_parquet
 from fusemega.text.document import BadRow
 
@@ -122,6 +122,7 @@ def _load_hub(name: str, config: DataConfig) -> Any:
 def _load_saved(path: Path, split: str) -> Any:
     import datasets
 
+    refuse_special_files(path)
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:

@@ -90,7 +90,7 @@ class Tokenizer:
             UserError: nothing there that transformers can load, or a slow tokenizer.
         """
         hf = load_pretrained(source, trust_remote_code)
-        with tokenizer_errors(f"{source}: cannot load a tokenizer"):
+        with tokenizer_errors(f"{source}: cannot load a tokenizer", quietly=True):
             return cls(hf, str(source))
 
     @property

@@ -91,6 +91,7 @@ TABLE: list[Bad] = [
     _c("larger than any", TRAIN, "train.yaml: 300000 bytes, and such a file may have 262144", _run("#" * 300_000)),
     _c("too deep", TRAIN, "train.yaml: malformed YAML: nested too deeply", _run("[" * 2000)),
     _c("a merge's slices of a number", "merge m.yaml out", "slices.0.sources: expected a list of models, found 5", put("m.yaml", "merge_method: linear\nslices: [{sources: 5}]")),
+    _c("a merge by weights beyond all", "merge out --method linear --models model sharded --weights 1e308 1e308", "normalize takes numbers below 1e100"),
     _c("a merge of a number", "merge m.yaml out", "m.yaml: models: ", put("m.yaml", "merge_method: linear\nmodels: 5")),
     _c("a merge into the current folder", "merge . --method linear --models model sharded", ".: the current folder, or one above it"),
     # The model's configuration.
@@ -122,11 +123,14 @@ TABLE: list[Bad] = [
     _i("a file of 300 characters", TRAIN + " model.load=sharded", "names a file outside the folder", key(INDEX, f"weight_map/{NORM}", "x" * 300)),
     # Tokenizers.
     _t("a FIFO", TRAIN, "model/tokenizer.json: a FIFO, and no regular file", fifo(TOKENIZER)),
-    _t("an id of gigabytes", TRAIN, "model: cannot load a tokenizer: the id 4000000000 of a token; allowed: 0 to 33554431", key(TOKENIZER, "model/vocab/a", 4_000_000_000)),
+    _t("an id of gigabytes", TRAIN, "model: cannot load a tokenizer: model/tokenizer.json: the id 4000000000 of a token; allowed: 0 to 33554431", key(TOKENIZER, "model/vocab/a", 4_000_000_000)),
     _t("an added id of gigabytes", TRAIN, "the id 4000000000 of a token", key(TOKENIZER, "added_tokens", [{"id": 4_000_000_000, "content": "x"}])),
     _t("too deep", TRAIN, "model: cannot load a tokenizer: model/tokenizer.json: malformed JSON: nested too deeply", put(TOKENIZER, DEEP)),
     _t("settings too deep", TRAIN, "model: cannot load a tokenizer: model/tokenizer_config.json", put(SETTINGS, '{"a":' + DEEP)),
     _t("without its unknown token", TRAIN, "model: cannot load a tokenizer: WordPiece error", key(TOKENIZER, "model", {"type": "WordPiece", "vocab": {"b": 0}, "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}), key(TOKENIZER, "added_tokens", []), put(SETTINGS, {"tokenizer_class": "PreTrainedTokenizerFast"})),
+    _t("a model that panics", TRAIN, "model: cannot load a tokenizer: the tokenizers library broke down: range end index", key(TOKENIZER, "model/continuing_subword_prefix", "x" * 90)),
+    _t("an added token without id", "merge out --method linear --models model sharded --vocabulary union --dry-run", "sharded/tokenizer.json: the id None of a token", key("sharded/tokenizer.json", "added_tokens", [{"content": "x"}])),
+    _t("an added token without text", "align model sharded new.npz", "{'id': 3} is no added token", key("sharded/tokenizer.json", "added_tokens", [{"id": 3}])),
     # Rows.
     _d("a FIFO", TRAIN, "data.jsonl: cannot read: a FIFO, and no regular file", fifo("data.jsonl")),
     _d("a FIFO among files", TRAIN + " 'data.path=[\"*.jsonl\"]'", "x.jsonl: cannot read: a FIFO, and no regular file", fifo("x.jsonl")),

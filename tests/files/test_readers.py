@@ -319,13 +319,18 @@ class PanicException(BaseException):
     """As PyO3's: no Exception."""
 
 
-def test_panics_are_errors_and_interrupts_are_not() -> None:
+def test_panics_are_errors_and_interrupts_are_not(capfd: pytest.CaptureFixture[str]) -> None:
     for error in (PanicException("called `Option::unwrap()`"), KeyError("vocab"), Exception("")):
         with (
             pytest.raises(UserError, match="model: cannot load a tokenizer: ."),
             tokenizer_errors("model: cannot load a tokenizer"),
         ):
             raise error
+    for said, heard in ((PanicException("x"), ""), (ValueError("x"), "panicked at model.rs")):
+        with pytest.raises(UserError), tokenizer_errors("x", quietly=True):
+            os.write(2, b"panicked at model.rs")
+            raise said
+        assert capfd.readouterr().err == heard
     for stop in (KeyboardInterrupt, SystemExit):
         with pytest.raises(stop), tokenizer_errors("x"):
             raise stop

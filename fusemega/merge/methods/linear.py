@@ -62,5 +62,7 @@ class Linear(Method):
 
 def check_sum(normalize: bool, weights: Sequence[float]) -> None:
     """Refuses weights that cannot be divided by their sum."""
+    if normalize and not all(abs(weight) < 1e100 for weight in weights):
+        raise ValueError(f"the weights {list(weights)}: normalize takes numbers below 1e100")
     if normalize and abs(math.fsum(weights)) < 1e-8:
         raise ValueError(f"the weights {list(weights)} sum to 0, and normalize divides by their sum")
