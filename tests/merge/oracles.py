@@ -92,7 +92,7 @@ def sce(base: Array, models: Sequence[Array], tau: float, variant: str) -> tuple
     # Ranked in float32, which the method's documentation says.
     variance = np.asarray(np.maximum(squares - sums * sums / count, 0.0)).astype(np.float32)
     mask = largest(variance, int(tau * np.count_nonzero(variance)))
-    if variant == "sce_mergekit" and tau == 1:
+    if tau == 1:  # everything, of whatever variance: the authors' get_sce_weight masks below 1.0 alone
         mask = np.ones(base.shape, bool)
     masked = [np.where(mask, d, 0.0) for d in deltas]
     energies = [float((d * d).sum()) for d in masked]

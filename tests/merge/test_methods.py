@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,10 +234,38 @@ def test_equal_models_give_the_model(method: str, tmp_path: Path) -> None:
         models=entries(folders, **each),
         parameters=parameters,
     )
-    # The paper's SCE selects by variance, and equal models have none: it returns the base.
-    expected = base if method == "sce_paper" else model
     for name, value in read_all(out).items():
-        assert (value - expected[name]).abs().max() <= 3e-7, name
+        assert (value - model[name]).abs().max() <= 3e-7, name
+
+
+@pytest.mark.parametrize("method", ["varm", "sce", "sce_paper", "sce_mergekit"])
+def test_elements_on_which_the_models_agree_count_too(method: str, tmp_path: Path) -> None:
+    base = base_tensors(num_hidden_layers=1)
+    models = []
+    for second in (2.0, 0.0):  # deltas (1, 1) in one half of each tensor, and (2, 0) in the other
+        change = {name: torch.ones_like(value) for name, value in base.items()}
+        for value in change.values():
+            value.view(-1)[: value.numel() // 2] = second
+        model = {name: value + change[name] for name, value in base.items()}
+        models.append(write_folder(tmp_path / f"m{second}", model, num_hidden_layers=1))
+    folder = write_folder(tmp_path / "base", base, num_hidden_layers=1)
+    out = run_merge(tmp_path / "out", merge_method=method, base_model=str(folder), models=entries(models))
+    even = [r for r in json.loads((out / "merge_report.json").read_text())["tensors"] if math.prod(r["shape"]) % 2 == 0]
+    for row in even:
+        assert np.allclose(row["coefficients"], [5 / 6, 1 / 6], atol=1e-6), row["name"]
+    merged = read_all(out)["model.norm.weight"] - base["model.norm.weight"]
+    high = {"varm": 10 / 6, "sce": 2.0, "sce_paper": 10 / 6, "sce_mergekit": 2.0}[method]  # the others renormalise
+    assert torch.allclose(merged, torch.tensor([high] * 48 + [1.0] * 48), atol=1e-6)
+
+
+def test_a_density_of_one_keeps_everything(family: Family, tmp_path: Path) -> None:
+    base, models = family(num_hidden_layers=1)
+    merged = {}
+    for method in ("ties", "dare_ties", "della"):
+        run = {"merge_method": method, "base_model": str(base), "parameters": {"normalize": True}}
+        merged[method] = read_all(run_merge(tmp_path / method, **run, models=entries(models, weight=WEIGHTS)))
+    for name, value in merged["ties"].items():
+        assert torch.equal(value, merged["dare_ties"][name]) and torch.equal(value, merged["della"][name]), name
 
 
 @pytest.mark.parametrize("method", ["varm", "sce", "sce_paper", "sce_mergekit"])

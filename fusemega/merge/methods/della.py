@@ -30,7 +30,8 @@ class Della(Method):
     """MAGPRUNE, then TIES' election. In each row (last dimension, D long) of delta_j, r is the rank by magnitude from 0
     (smallest; ties by position) to D - 1, and
 
-        p   = density_j - epsilon_j + 2 epsilon_j r / (D - 1)     the probability to be kept; density_j where D is 1
+        p   = density_j - epsilon_j + 2 epsilon_j r / (D - 1)     the probability to be kept; density_j where D is 1;
+                                                                  1 where density_j is: everything is kept
         d_j = delta_j Bernoulli(p) / p                            without `rescale` not divided
 
     merged as `Ties` merges its d_j. The width of the window is mergekit's convention for `epsilon`; the division by p
@@ -46,7 +47,7 @@ class Della(Method):
     def check(self, settings: Any, models: Sequence[Any]) -> None:
         """See `Method.check`."""
         for model in models:
-            if model.density - model.epsilon <= 0 or model.density + model.epsilon > 1:
+            if model.density < 1 and (model.density - model.epsilon <= 0 or model.density + model.epsilon > 1):
                 raise ValueError(f"density {model.density} -/+ epsilon {model.epsilon} must stay in (0, 1]")
 
     def passes(self, job: Job) -> Passes:
@@ -73,7 +74,7 @@ class Della(Method):
 def keep_probabilities(delta_RD: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
     """fp32 [R, D]; see `Della`."""
     width = delta_RD.shape[1]
-    if width == 1:
+    if width == 1 or density == 1:
         return torch.full_like(delta_RD, density, dtype=torch.float32)
     steps = torch.linspace(density - epsilon, density + epsilon, width).expand(delta_RD.shape)
     order = delta_RD.abs().argsort(dim=1, stable=True)

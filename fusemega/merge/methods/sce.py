@@ -28,7 +28,8 @@ class SceSettings(Section):
 class Sce(Method):
     """With D_e the deltas of all K models at element e, per tensor:
 
-        select     S = the int(tau n') elements of largest population variance of D_e; n' of them are not zero
+        select     S = the int(tau n') elements of largest population variance of D_e; n' of them are not zero.
+                   At tau = 1 it is all elements, those whose deltas are equal (of variance zero) too
         calculate  eta_j = sum over S of delta_j^2 / sum_i sum over S of delta_i^2; equal where that is 0
         erase      m_j = 1 where delta_j has the sign of sum_i delta_i (zero counts as +), else 0
         merge      theta = base + sum_j eta_j m_j delta_j / sum_j eta_j m_j   (a sum of 0 is 1)
@@ -43,14 +44,17 @@ class Sce(Method):
     vectors = (5, 1)
     Settings = SceSettings
 
+    def measures(self, settings: Any) -> tuple[str, ...]:
+        """See `Method.measures`."""
+        return self.pass_names if settings.select_topk < 1 else self.pass_names[-1:]
+
     def remembered_bytes(self, elements: int, models: int) -> int:
         """See `Method.remembered_bytes`: two marks an element."""
         return selection_bytes(elements, streams=1) + elements // 4
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
-        selection = yield from select(job)
-        squares = totals((yield lambda block: selected_squares(block, selection)))
+        selection, squares = yield from select_squares(job)
         eta = shares(squares)
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
@@ -58,11 +62,24 @@ class Sce(Method):
             return block.plus_base(ratio(merged, share)), agreed
 
         pairs = job.elements * len(eta)
-        return Merge(apply, {"coefficients": eta, "selected": selection.count / job.elements}, pairs)
+        return Merge(apply, {"coefficients": eta, "selected": share_selected(job, selection)}, pairs)
+
+
+def select_squares(job: Job) -> Generator[Pass | Sample, list[Any], tuple[Selection | None, list[float]]]:
+    """The selection (None: all elements), and for each model the sum of its squared deltas there."""
+    if job.settings.select_topk == 1:
+        return None, totals((yield lambda block: [cell_sums(delta.square_()) for delta in block.deltas()]))
+    selection = yield from select(job)
+    return selection, totals((yield lambda block: selected_squares(block, selection)))
+
+
+def share_selected(job: Job, selection: Selection | None) -> float:
+    """Of a job's elements."""
+    return 1.0 if selection is None else selection.count / job.elements
 
 
 def select(job: Job) -> Generator[Pass | Sample, list[Any], Selection]:
-    """The selection of `Sce`; equal variances are taken in the order of the flat tensor."""
+    """The selection of `Sce` below tau = 1; equal variances are taken in the order of the flat tensor."""
     tau, count = job.settings.select_topk, len(job.models)
     slack = 4 * count * (count + 2) * 2.0**-24
     keys = Keys(lambda block: iter([rough_variance(block)]), variance_at, slack)
@@ -114,16 +131,19 @@ def selected_squares(block: Block, selection: Selection) -> list[list[float]]:
 
 
 def merge_selected(
-    block: Block, selection: Selection, merge: Callable[[list[torch.Tensor]], tuple[torch.Tensor, float]]
+    block: Block, selection: Selection | None, merge: Callable[[list[torch.Tensor]], tuple[torch.Tensor, float]]
 ) -> tuple[torch.Tensor, float]:
     """What `Merge.apply` returns where elements that are not selected become the base's.
 
     Args:
         block: the block.
-        selection: of its job.
+        selection: of its job; None: everything is.
         merge: the deltas of the selected elements, K times [m], which it may overwrite -> the merged delta [m], agreed.
     """
     assert block.base is not None
+    if selection is None:
+        merged, agreed = merge(block.deltas())
+        return block.plus_base(merged), agreed
     places = selection.places(block)
     selected = block.at(places)
     merged, agreed = merge(selected.deltas())

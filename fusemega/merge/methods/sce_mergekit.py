@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from fusemega.merge.method import Block, Job, Merge, Passes, register
-from fusemega.merge.methods.sce import Sce, erase, merge_selected, select, selected_squares
-from fusemega.merge.statistics import cell_sums, shares, totals
+from fusemega.merge.methods.sce import Sce, erase, merge_selected, select_squares, share_selected
+from fusemega.merge.statistics import shares
 
 LEAST_TOTAL = 1e-6
 LEAST_DIVISOR = 1e-6
@@ -17,7 +16,7 @@ LEAST_DIVISOR = 1e-6
 
 @register
 class SceMergekit(Sce):
-    """With d_j = delta_j on S (of `Sce`) and 0 elsewhere, everything at tau = 1; n elements in the tensor:
+    """With d_j = delta_j on S (of `Sce`) and 0 elsewhere; n elements in the tensor:
 
         eta_j = mean(d_j^2) / sum_i mean(d_i^2), but equal where that sum is below 1e-6
         m_j   = 1 where d_j has the sign of sum_i d_i (zero counts as +), else 0
@@ -29,18 +28,9 @@ class SceMergekit(Sce):
 
     name = "sce_mergekit"
 
-    def measures(self, settings: Any) -> tuple[str, ...]:
-        """See `Method.measures`."""
-        return self.pass_names if settings.select_topk < 1 else self.pass_names[-1:]
-
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
-        everything = job.settings.select_topk == 1
-        if everything:
-            squares = totals((yield lambda block: [cell_sums(delta.square_()) for delta in block.deltas()]))
-        else:
-            selection = yield from select(job)
-            squares = totals((yield lambda block: selected_squares(block, selection)))
+        selection, squares = yield from select_squares(job)
         below = math.fsum(squares) / job.elements < LEAST_TOTAL
         eta = [1 / len(squares)] * len(squares) if below else shares(squares)
 
@@ -49,11 +39,7 @@ class SceMergekit(Sce):
             return total.div_(share.clamp_(min=LEAST_DIVISOR)), agreed
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
-            if not everything:
-                return merge_selected(block, selection, merged)
-            delta, agreed = merged(block.deltas())
-            return block.plus_base(delta), agreed
+            return merge_selected(block, selection, merged)
 
-        selected = 1.0 if everything else selection.count / job.elements
-        pairs = round(selected * job.elements) * len(eta)
-        return Merge(apply, {"coefficients": eta, "selected": selected}, pairs)
+        selected = share_selected(job, selection)
+        return Merge(apply, {"coefficients": eta, "selected": selected}, round(selected * job.elements) * len(eta))

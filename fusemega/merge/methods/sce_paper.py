@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fusemega.merge.method import Block, Job, Merge, Passes, register
-from fusemega.merge.methods.sce import Sce, erase, merge_selected, select, selected_squares
-from fusemega.merge.statistics import shares, totals
+from fusemega.merge.methods.sce import Sce, erase, merge_selected, select_squares, share_selected
+from fusemega.merge.statistics import shares
 
 
 @register
@@ -21,11 +21,11 @@ class ScePaper(Sce):
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
-        selection = yield from select(job)
-        eta = shares(totals((yield lambda block: selected_squares(block, selection))))
+        selection, squares = yield from select_squares(job)
+        eta = shares(squares)
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
             return merge_selected(block, selection, lambda deltas: erase(deltas, eta)[::2])
 
-        report = {"coefficients": eta, "selected": selection.count / job.elements}
-        return Merge(apply, report, pairs=selection.count * len(eta))
+        selected = share_selected(job, selection)
+        return Merge(apply, {"coefficients": eta, "selected": selected}, round(selected * job.elements) * len(eta))
