@@ -29,6 +29,7 @@ from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.checkpoint.hf_check import check_copies, check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.checkpoint.loadable import settle
 from fusemega.checkpoint.progress import meter
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files
@@ -37,6 +38,7 @@ from fusemega.files.json_files import read_json
 from fusemega.files.output import new_folder, refuse_existing
 from fusemega.models.registry import family_of
 from fusemega.models.rules import VocabRows, whole
+from fusemega.runtime.console import say
 from fusemega.text.tokenizer import Tokenizer
 
 RECORD = "transplant.json"
@@ -225,5 +227,7 @@ def _write(
         for name, content in files.items():
             if content:
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for note in settle(temporary, tokenizer_folder, chats=True):
+            say(note)
         made = HFFolder(temporary)
         check_tensors(made, made.config)

@@ -11,6 +11,7 @@ import torch
 
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.checkpoint.loadable import settle
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError
@@ -58,5 +59,6 @@ def cut_layers(source: str | Path, out: str | Path, drop: Collection[int], world
         copy_side_files(folder.path, temporary)
         config = json.dumps(keep_layers(folder.config, kept), indent=2)
         (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
+        settle(temporary, folder.path, chats=False)
     cut = HFFolder(out)
     check_tensors(cut, cut.config)

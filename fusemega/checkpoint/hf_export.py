@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def export_hf(
     *,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the model to a new folder. Collective: all processes call it; the main one writes, tensor by tensor.
 
@@ -40,6 +41,7 @@ def export_hf(
         dtype: of the written weights: one for all, or one for each HF tensor. None: those of `source_folder`'s
             tensors, or of its config.json if it holds no weights, or else the model's own.
         max_shard_size: bytes of weights in a file.
+        finish: called by the main process with the written folder, before it gets its name.
 
     Raises:
         UserError: `out` is not empty, the source cannot be read, or the disk is too small.
@@ -63,6 +65,8 @@ def export_hf(
             write_index(temporary, shards)
             config = json.dumps(exported_config(model.hf_config, infos[0].dtype), indent=2, sort_keys=True)
             (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
+        if finish is not None:
+            on_main(world, lambda: finish(temporary))
 
 
 class _Sources:

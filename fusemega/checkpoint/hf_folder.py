@@ -59,6 +59,11 @@ class HFFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such model folder")
+        if (self.path / "adapter_config.json").is_file() and not any(self.path.glob("model*.safetensors*")):
+            raise UserError(
+                f"{self.path}: a LoRA adapter and no model: merge it into its base with `fusemega convert "
+                f"merge-adapter BASE {self.path} OUT`, or say BASE+{self.path} in a merge's run file"
+            )
         refuse_special_files(self.path)
         self.config = read_json(self.path / "config.json")
         self._entries = self._open()

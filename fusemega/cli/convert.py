@@ -12,7 +12,7 @@ import typer
 from fusemega.checkpoint.sizes import parse_size
 from fusemega.errors import UserError, choose
 from fusemega.files.opening import read_text
-from fusemega.runtime.console import global_rank, tell
+from fusemega.runtime.console import global_rank, say, tell
 
 if TYPE_CHECKING:
     from fusemega.checkpoint.convert import Report
@@ -102,6 +102,31 @@ def export(
             resume=resume,
         ),
     )
+
+
+@app.command("merge-adapter")
+def merge_adapter(
+    base: str,
+    adapter: str,
+    out: Path,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; by default the base's.")] = None,
+) -> None:
+    """ADAPTER (a LoRA adapter in peft's form: a folder or hub id) added into BASE, written to OUT (Hugging Face).
+
+    Sums are in fp32, rounded once. Prints one JSON object.
+    """
+    chosen = None if dtype is None else choose("--dtype", dtype, _DTYPES)
+    import torch
+
+    from fusemega.checkpoint.adapter import merge_adapter
+    from fusemega.checkpoint.hub import resolve
+
+    if global_rank() == 0:
+        torch_dtype = None if chosen is None else getattr(torch, chosen)
+        done = merge_adapter(resolve(base), resolve(adapter), out, torch_dtype)
+        for note in done.pop("notes"):
+            say(note)
+        typer.echo(json.dumps({"wrote": str(out)} | done))
 
 
 @app.command("verify")

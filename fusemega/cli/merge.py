@@ -62,7 +62,8 @@ def command(
     models: Annotated[list[str] | None, typer.Option(metavar="A B ...", help="The models to merge.")] = None,
     weights: Annotated[list[float] | None, typer.Option(metavar="W W ...", help="One a model.")] = None,
     vocabulary: Annotated[
-        str | None, typer.Option(help="Where vocabularies differ: crop (to the base's), pad or union (by string).")
+        str | None,
+        typer.Option(help="Where vocabularies differ: crop (to the base's), pad, position or union (by string)."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan with its memory and bytes, and stop.")
@@ -98,11 +99,9 @@ def command(
     out = Path(paths[-1])
     refuse_existing(out)
     begun = time.monotonic()
-    for note in notes:
-        say(note)
     with opened(run, out, source, notes) as plan:
-        if plan.vocabulary.note:
-            say(plan.vocabulary.note)
+        for note in plan.notes:
+            say(note)
         options = Options(workers, block_elements, resume)
         if dry_run:
             tell(describe(plan, options))

@@ -12,7 +12,7 @@ from fusemega.errors import UserError
 from fusemega.files.json_files import read_lines
 from fusemega.files.output import write_durably
 from fusemega.merge.plan import MergePlan
-from fusemega.merge.vocabulary import TOKENIZER_FILE
+from fusemega.text.vocabulary_files import FILES
 
 JOURNAL = "merge_journal.jsonl"
 
@@ -78,13 +78,14 @@ def _fingerprint(plan: MergePlan) -> dict[str, Any]:
     """What decides the output's bits: settings, and the inputs by path, size and time of change."""
     files = []
     for folder in plan.folders:
-        for path in [*folder.files(), folder.path / TOKENIZER_FILE]:
+        for path in [*folder.files(), *(folder.path / name for name in FILES)]:
             if path.exists():
                 status = path.stat()
                 files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
     vocabulary = plan.vocabulary
     decides = hashlib.blake2b(digest_size=16)
-    for part in (plan.jobs, plan.shards, plan.config, vocabulary.rows, vocabulary.donor, vocabulary.added):
+    rows_of = (vocabulary.rows, vocabulary.donor, vocabulary.added, plan.template)
+    for part in (plan.jobs, plan.shards, plan.config, *rows_of):
         decides.update(repr(part).encode())
     for rows in vocabulary.maps:
         decides.update(b"same" if rows is None else rows.tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fusemega.checkpoint.adapter import CONFIG, WEIGHTS, merge_adapter, split_name
+from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hub import resolve
+from fusemega.checkpoint.loadable import settle, stop_ids
 from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import write_index
@@ -25,7 +29,9 @@ from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
 from fusemega.merge.run import MergeRun
+from fusemega.merge.template import write_template
 from fusemega.merge.vocabulary import extend_tokenizer
+from fusemega.runtime.console import say
 
 REPORT, PAGE = "merge_report.json", "merge_report.html"
 
@@ -47,18 +53,23 @@ class Options:
 
 @contextmanager
 def opened(run: MergeRun, out: Path, source: str, notes: Sequence[str] = ()) -> Iterator[MergePlan]:
-    """The plan of a run. Megatron folders among the models are exported beside `out` for as long as the block runs.
+    """The plan of a run. Megatron folders among the models, and bases with adapters (BASE+ADAPTER), are written beside
+    `out` as Hugging Face folders for as long as the block runs.
 
     Raises:
         UserError: see `plan_merge`.
     """
     names = dict.fromkeys([*([run.base_model] if run.base_model else []), *(entry.model for entry in run.models)])
-    paths = {name: resolve(name) for name in names}
+    pairs = {name: split_name(name) for name in names}
+    paths = {name: resolve(pair[0] if pair else name) for name, pair in pairs.items()}
+    adapters = {name: resolve(pair[1]) for name, pair in pairs.items() if pair}
     scratch = out.with_name(f".{out.name}.exported")
     try:
         for name, path in paths.items():
             if is_megatron_folder(path):
                 paths[name] = _exported(path, scratch)
+        for name, adapter in adapters.items():
+            paths[name] = _with_adapter(paths[name], adapter, scratch)
         plan = plan_merge(run, paths, source, notes)
         try:
             yield plan
@@ -88,6 +99,18 @@ def _exported(source: Path, scratch: Path) -> Path:
     out = scratch / str(MegatronFolder(source).manifest["source_hash"])
     if not out.is_dir():
         export_megatron(source, out)
+    return out
+
+
+def _with_adapter(base: Path, adapter: Path, scratch: Path) -> Path:
+    """The same of a base with an adapter in it; both are known by their content."""
+    content = hashlib.blake2b(HFFolder(base).content_hash().encode(), digest_size=16)
+    for name in (CONFIG, WEIGHTS):
+        content.update((adapter / name).read_bytes() if (adapter / name).is_file() else b"")
+    out = scratch / content.hexdigest()
+    if not out.is_dir():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        merge_adapter(base, adapter, out)
     return out
 
 
@@ -187,9 +210,20 @@ def _finish(plan: MergePlan, partial: Path, report: dict[str, Any], page: Callab
     write_index(partial, plan.shards)
     copy_side_files(plan.folders[plan.vocabulary.donor].path, partial)
     extend_tokenizer(partial, plan.vocabulary.added)
+    if plan.template is not None:
+        write_template(partial, plan.template)
     (partial / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+    for note in settle(partial, plan.folders[plan.vocabulary.donor].path, chats=True, ends=_common_ends(plan)):
+        say(note)
     (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (partial / PAGE).write_text(page(report), encoding="utf-8")
+
+
+def _common_ends(plan: MergePlan) -> set[int]:
+    """Where all the models stop. (By union, ids are others; there the template's closing token has to do.)"""
+    if plan.run.vocabulary == "union":
+        return set()
+    return set.intersection(*(set(stop_ids(folder.path)) for folder in plan.models))
 
 
 def _report(plan: MergePlan, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.ranges import RangeReader
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
 from fusemega.checkpoint.sizes import parse_size
-from fusemega.errors import UserError
+from fusemega.errors import UserError, nearest
 from fusemega.merge.jobs import plan_jobs
 from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Job, Method, TensorSpec, find_method
 from fusemega.merge.run import MergeRun
 from fusemega.merge.sources import Source
 from fusemega.merge.statistics import CELL
+from fusemega.merge.template import plan_template
 from fusemega.merge.vocabulary import Vocabulary, plan_vocabulary
 from fusemega.models.registry import family_of
 from fusemega.models.rules import VocabRows
@@ -66,6 +67,8 @@ class MergePlan:
         shards: output file -> its tensors.
         config: the output's config.json.
         vocabulary: rows, tokenizer.
+        template: the chat template that takes the place of that tokenizer's; None: its own.
+        notes: what was understood and done, for the user.
     """
 
     run: MergeRun
@@ -77,6 +80,7 @@ class MergePlan:
     shards: dict[str, list[TensorInfo]]
     config: dict[str, Any]
     vocabulary: Vocabulary
+    template: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -142,13 +146,23 @@ def plan_merge(run: MergeRun, paths: Mapping[str, Path], source: str, notes: Seq
     if run.layer_range is not None and run.layer_range != (0, layers):
         found = list(run.layer_range)
         raise UserError(f"{source}: slices: layer_range is {found}, and the models have {layers} layers")
-    vocabulary = plan_vocabulary(folders, run.vocabulary)
+    donor = None if run.tokenizer_source is None else _place(run.tokenizer_source, names, source)
+    vocabulary = plan_vocabulary(folders, run.vocabulary, donor, method.needs_base)
+    vocabulary, template, told = plan_template(vocabulary, folders, names, run, method.needs_base)
     tensors, config = _tensors(folders, run, vocabulary)
-    all_notes = [*notes, vocabulary.note] if vocabulary.note else list(notes)
+    all_notes = [*notes, *([vocabulary.note] if vocabulary.note else []), *told]
     jobs = plan_jobs(method, run, entries, [tensor.spec for tensor in tensors.values()], layers, source)
     infos = [TensorInfo(name, tensor.dtype, tensor.spec.shape) for name, tensor in tensors.items()]
     shards = plan_shards(infos, parse_size("max_shard_size", run.max_shard_size))
-    return MergePlan(run, method, folders, method.needs_base, tensors, jobs, shards, config, vocabulary, all_notes)
+    return MergePlan(
+        run, method, folders, method.needs_base, tensors, jobs, shards, config, vocabulary, template, all_notes
+    )
+
+
+def _place(name: str, names: Sequence[str], source: str) -> int:
+    if name not in names:
+        raise UserError(f"{source}: tokenizer_source: {name!r} takes no part in this merge{nearest(name, names)}")
+    return names.index(name)
 
 
 def _check_architecture(folders: Sequence[HFFolder]) -> None:

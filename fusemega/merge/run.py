@@ -17,7 +17,9 @@ DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
 class ModelEntry(Section):
     """One model to merge."""
 
-    model: str = Field(description="Hugging Face folder, hub id, or a folder made by `fusemega convert import`")
+    model: str = Field(
+        description="Hugging Face folder, hub id, a folder made by `fusemega convert import`, or BASE+ADAPTER (LoRA)"
+    )
     parameters: dict[str, Any] = Field({}, description="settings of this model; they go before the run's")
 
 
@@ -29,8 +31,18 @@ class MergeRun(Section):
     models: list[ModelEntry] = Field(min_length=1, description="what is merged")
     parameters: dict[str, Any] = Field({}, description="the method's settings: values, gradients, or by filter")
     dtype: DtypeName | None = Field(None, description="of the written weights; by default what all models have")
-    vocabulary: Literal["crop", "pad", "union"] | None = Field(
-        None, description="what to do where vocabularies differ: the base's rows, the longest, or by token string"
+    vocabulary: Literal["crop", "pad", "position", "union"] | None = Field(
+        None,
+        description="what to do where vocabularies differ: the base's rows, the longest, the same rows whatever their "
+        "names, or by token string",
+    )
+    tokenizer_source: str | None = Field(
+        None, description="the model whose tokenizer the merge carries; by default the base's, where it has all tokens"
+    )
+    chat_template: str | None = Field(
+        None,
+        description="of the merge: `auto` (what most of the models have), a model whose to take, or the template "
+        "itself; by default the base's, or, where it has none, the one that the models have in common",
     )
     seed: int = Field(0, ge=0, description="of random masks")
     max_shard_size: str = Field("5GB", description="largest weight file")
@@ -104,7 +116,12 @@ def _tokenizer(data: dict[str, Any], source: str) -> None:
         if section.keys() - {"source"}:
             raise UserError(f"{source}: tokenizer: only source is supported, found {', '.join(section)}")
         name = section.get("source")
+    known = [entry.get("model") for entry in data.get("models") or [] if isinstance(entry, dict)]
     if name == "union":
         data.setdefault("vocabulary", "union")
-    elif name not in (None, "base", data.get("base_model")):
-        raise UserError(f"{source}: tokenizer_source: found {name!r}; allowed: base, union")
+    elif name == "base":
+        data["tokenizer_source"] = data.get("base_model")
+    elif name is not None and name not in (data.get("base_model"), *known):
+        raise UserError(f"{source}: tokenizer_source: found {name!r}; allowed: base, union, or one of the models")
+    elif name is not None:
+        data["tokenizer_source"] = name

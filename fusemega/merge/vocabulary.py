@@ -1,8 +1,10 @@
 """Vocabularies of different length or meaning: which row of each model is which row of the merge.
 
-`crop` keeps the base's rows and `pad` the longest model's, both by position; `union` goes by token string. A model
-that lacks a row takes no part in it: it is given the base's row (a delta of zero), or, where the base lacks it too, the
-mean of the models that have it, which then is the base's row as well.
+Rows are merged by position where the models' files show that they belong to the same tokens: the same strings and the
+same merges. Otherwise the user says what to do: `crop` keeps the base's rows and `pad` the longest model's, both by
+position; `position` takes the same rows whatever the files say; `union` goes by token string. A model that lacks a row
+takes no part in it: it is given the base's row (a delta of zero), or, where the base lacks it too, the mean of the
+models that have it, which then is the base's row as well.
 """
 
 from __future__ import annotations
@@ -18,10 +20,15 @@ import numpy as np
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
-from fusemega.files.opening import require_regular
-from fusemega.files.tokenizer_files import read_tokenizer_json
-
-TOKENIZER_FILE = "tokenizer.json"
+from fusemega.files.tokenizer_files import tokenizer_errors
+from fusemega.text.vocabulary_files import (
+    PROBES,
+    TOKENIZER_FILE,
+    VocabularyFiles,
+    difference,
+    read_vocabulary,
+    renamed,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Vocabulary:
         donor: the folder whose tokenizer, template and token ids the merge carries.
         added: entries that the donor's tokenizer gets, in the order of their ids.
         note: what was done, for the user; empty where nothing had to be.
+        files: what each folder's files say of its own vocabulary.
     """
 
     rows: int
@@ -41,23 +49,34 @@ class Vocabulary:
     donor: int = 0
     added: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
+    files: list[VocabularyFiles | None] = field(default_factory=list)
 
 
-def plan_vocabulary(folders: Sequence[HFFolder], mode: str | None) -> Vocabulary:
+def plan_vocabulary(
+    folders: Sequence[HFFolder], mode: str | None, donor: int | None = None, has_base: bool = False
+) -> Vocabulary:
     """The rows of a merge of `folders`, of which the first is the base.
 
+    Args:
+        folders: of all models.
+        mode: crop, pad, position or union; None where the vocabularies have to be equal.
+        donor: the folder whose tokenizer was asked for.
+        has_base: whether the first is what deltas are taken from.
+
     Raises:
-        UserError: the vocabularies differ and no mode, or one that does not fit, was chosen.
+        UserError: the vocabularies differ, or nothing shows that they do not, and no mode, or one that does not fit,
+            was chosen.
     """
     sizes = [int(folder.config["vocab_size"]) for folder in folders]
+    files = [read_vocabulary(folder.path) for folder in folders]
     if mode == "union":
-        return _union(folders, sizes)
-    _check_strings(folders)
+        if donor:
+            raise UserError(f"tokenizer_source: {folders[donor].path}: vocabulary: union extends {folders[0].path}'s")
+        return _union(folders, sizes, files)
+    note = "" if mode == "position" else _check_same(folders, files, mode, donor, has_base)
     rows = max(sizes) if mode == "pad" else sizes[0]
-    if len(set(sizes)) == 1:
-        return Vocabulary(rows, [None] * len(folders))
-    found = ", ".join(f"{size} in {folder.path}" for folder, size in zip(folders, sizes, strict=True))
-    if mode is None:
+    if len(set(sizes)) > 1 and mode not in ("crop", "pad"):
+        found = ", ".join(f"{size} in {folder.path}" for folder, size in zip(folders, sizes, strict=True))
         raise UserError(
             f"vocabularies differ: {found}; choose vocabulary: crop (the rows of {folders[0].path}), pad (the longest) "
             f"or union (by token string)"
@@ -65,65 +84,91 @@ def plan_vocabulary(folders: Sequence[HFFolder], mode: str | None) -> Vocabulary
     if mode == "crop" and min(sizes) < rows:
         short = folders[sizes.index(min(sizes))].path
         raise UserError(f"vocabulary: crop: {short} has {min(sizes)} rows, fewer than {rows}; choose pad or union")
-    maps = [np.where(np.arange(rows) < size, np.arange(rows), -1) for size in sizes]
-    donor = sizes.index(rows)
-    note = f"vocabulary: {mode} to the {rows} rows and the tokenizer of {folders[donor].path}"
-    return Vocabulary(rows, list(maps), donor, note=note)
+    maps: list[np.ndarray | None] = [None] * len(folders)
+    chosen = donor if donor is not None else sizes.index(rows) if mode == "pad" else 0
+    if donor is None and mode is None:
+        chosen = _widest(files, rows)
+    if len(set(sizes)) > 1:
+        maps = [np.where(np.arange(rows) < size, np.arange(rows), -1) for size in sizes]
+        note = f"vocabulary: {mode} to the {rows} rows and the tokenizer of {folders[chosen].path}"
+    elif mode == "position":
+        note = f"vocabulary: rows by position, with the tokenizer of {folders[chosen].path}"
+    own = files[chosen]
+    if donor is not None and own is None:
+        raise UserError(f"tokenizer_source: {folders[donor].path} has no tokenizer")
+    if donor is not None and own is not None and max(own.strings, default=0) >= rows:
+        last = max(own.strings)
+        raise UserError(f"tokenizer_source: {own.folder}: its token {own.strings[last]!r} is id {last} of {rows} rows")
+    return Vocabulary(rows, maps, chosen, note=note, files=files)
 
 
-def _tokenizer_json(folder: Path) -> dict[str, Any]:
-    require_regular(folder / TOKENIZER_FILE)
-    whole = read_tokenizer_json(folder)
-    return whole | {"added_tokens": whole.get("added_tokens") or []}
+def _widest(files: Sequence[VocabularyFiles | None], rows: int) -> int:
+    """The first that has every token which any of them has a row for; the first of all where none has."""
+    strings = [set[int]() if one is None else {i for i in one.strings if i < rows} for one in files]
+    everything = set[int]().union(*strings)
+    return next((place for place, own in enumerate(strings) if own == everything), 0)
 
 
-def token_ids(folder: Path) -> dict[str, int]:
-    """Token string -> id, with added tokens.
+def _check_same(
+    folders: Sequence[HFFolder],
+    files: Sequence[VocabularyFiles | None],
+    mode: str | None,
+    donor: int | None,
+    has_base: bool,
+) -> str:
+    """Refuses rows of one position that belong to different tokens, or of which nothing shows that they do not.
 
-    Raises:
-        UserError: no tokenizer.json, or not of that form.
+    With a tokenizer asked for, the base may have other names for added tokens of the models; the note says so.
     """
-    path = folder / TOKENIZER_FILE
-    tokenizer = _tokenizer_json(folder)
-    try:
-        vocab = tokenizer["model"]["vocab"]
-        ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-        return ids | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: not a tokenizer file with a vocabulary") from None
-
-
-def _check_strings(folders: Sequence[HFFolder]) -> None:
-    """Refuses ids that mean different tokens; folders without a tokenizer.json cannot be checked."""
-    files = [folder.path / TOKENIZER_FILE for folder in folders]
-    if not files[0].is_file():
-        return
-    first = files[0].read_bytes()
-    strings: dict[int, str] = {}
-    for folder, file in zip(folders[1:], files[1:], strict=True):
-        if not file.is_file() or file.read_bytes() == first:
-            continue
-        strings = strings or {id_: token for token, id_ in token_ids(folders[0].path).items()}
-        for token, id_ in token_ids(folder.path).items():
-            if strings.get(id_, token) != token:
+    note = ""
+    for j, second in enumerate(files):
+        for i, first in enumerate(files[:j]):
+            if folders[i].path == folders[j].path:
+                continue
+            if first is None or second is None:
+                if mode is None:
+                    bare = folders[i if first is None else j].path
+                    raise UserError(
+                        f"{bare}: no tokenizer's files there (tokenizer.json, vocab.json + merges.txt or "
+                        f"tokenizer.model), so nothing shows that its rows are of the same tokens as those of "
+                        f"{folders[j if first is None else i].path}; if they are, say vocabulary: position"
+                    )
+                continue
+            found = difference(first, second, common_only=mode is not None)
+            names = renamed(first, second) if found and donor is not None and has_base and i == 0 else None
+            if names:
+                ids = ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
+                note = f"vocabulary: rows by position; {folders[0].path} has other names for ids {ids}"
+            elif found:
                 raise UserError(
-                    f"tokenizers differ: id {id_} is {strings[id_]!r} in {folders[0].path} and {token!r} in "
-                    f"{folder.path}; choose vocabulary: union"
+                    f"tokenizers differ: {found}; choose vocabulary: union (by token string), or position (the same "
+                    f"rows, with the tokenizer of tokenizer_source)"
                 )
+    return note
 
 
-def _union(folders: Sequence[HFFolder], sizes: list[int]) -> Vocabulary:
-    ids = [token_ids(folder.path) for folder in folders]
+def _union(folders: Sequence[HFFolder], sizes: list[int], files: Sequence[VocabularyFiles | None]) -> Vocabulary:
+    known = []
+    for folder, one in zip(folders, files, strict=True):
+        if one is None or one.rest is None:
+            raise UserError(f"{folder.path}: vocabulary: union needs a {TOKENIZER_FILE} there")
+        known.append(one)
+    ids = [one.ids for one in known]
     merged = dict(ids[0])
     following = max(merged.values(), default=-1) + 1
-    added = []
-    for folder, own in zip(folders[1:], ids[1:], strict=True):
-        entries = {entry["content"]: entry for entry in _tokenizer_json(folder.path)["added_tokens"]}
-        for token in sorted(own.keys() - merged.keys(), key=own.__getitem__):
+    added: list[dict[str, Any]] = []
+    notes = []
+    for one, own in zip(known[1:], ids[1:], strict=True):
+        missing = sorted(own.keys() - merged.keys(), key=own.__getitem__)
+        _check_ordinary(known[0], one, [token for token in missing if token not in one.added])
+        for token in missing:
             plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-            added.append(plain | entries.get(token, {}) | {"id": following, "content": token})
+            added.append(plain | one.added.get(token, {}) | {"id": following, "content": token})
             merged[token] = following
             following += 1
+        if one.kind == known[0].kind and one.ranks != known[0].ranks:
+            notes.append(f"; {one.folder} was trained on text that its own tokenizer cut otherwise")
+    _check_cutting(known[0], added)
     rows = max(sizes[0], following)
     maps: list[np.ndarray | None] = []
     for place, (own, size) in enumerate(zip(ids, sizes, strict=True)):
@@ -134,7 +179,36 @@ def _union(folders: Sequence[HFFolder], sizes: list[int]) -> Vocabulary:
             rows_of[row] = found if found < size else -1
         maps.append(None if size == rows and np.array_equal(rows_of, np.arange(rows)) else rows_of)
     note = f"vocabulary: union of {rows} rows; {len(added)} tokens added to the tokenizer of {folders[0].path}"
-    return Vocabulary(rows, maps, added=added, note=note)
+    return Vocabulary(rows, maps, added=added, note=note + "".join(notes), files=list(files))
+
+
+def _check_ordinary(base: VocabularyFiles, other: VocabularyFiles, tokens: Sequence[str]) -> None:
+    """Ordinary tokens that the base lacks become added tokens of it, which are found before anything else is cut: only
+    for text that the base has no token for does its own cutting stay."""
+    unknown = None if base.rest is None else base.ids.get(str(base.rest.get("unk_token")))
+    for token in tokens:
+        if unknown is None or unknown not in base.encode(token):
+            raise UserError(
+                f"vocabulary: union: {other.folder} has {len(tokens)} ordinary tokens that {base.folder} lacks, the "
+                f"first {token!r}: added to its tokenizer, they would cut its text otherwise; move "
+                f"{other.folder} onto its tokenizer first (fusemega transplant)"
+            )
+
+
+def _check_cutting(base: VocabularyFiles, added: Sequence[dict[str, Any]]) -> None:
+    """The base's own text is cut as before."""
+    from tokenizers import AddedToken, Tokenizer
+
+    if not added:
+        return
+    path = base.folder / TOKENIZER_FILE
+    with tokenizer_errors(f"{path}: cannot tokenize"):
+        extended = Tokenizer.from_file(str(path))
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        extended.add_tokens([AddedToken(entry["content"], **{key: entry[key] for key in flags}) for entry in added])
+        for text in PROBES:
+            if extended.encode(text, add_special_tokens=False).ids != base.encode(text):
+                raise UserError(f"vocabulary: union: with the added tokens, {path} cuts the text {text!r} otherwise")
 
 
 def extend_tokenizer(folder: Path, added: list[dict[str, Any]]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fusemega import __version__
 from fusemega.assets import cache_folder
 from fusemega.checkpoint.hf_export import export_hf
+from fusemega.checkpoint.loadable import closing_id, settle
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.torch_dist import load_model
 from fusemega.errors import UserError
@@ -24,6 +26,9 @@ from fusemega.training.run import TrainRun
 from fusemega.training.teacher import OnlineTeacher, open_teacher
 from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
+
+_SAMPLES_ASKED = 1000
+"""Of so many it is asked whether one teaches to close a turn."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,23 @@ def train(run: TrainRun) -> int:
         if best := trainer.best_checkpoint():
             load_model(trainer.gpt, best)
             say(f"exporting the best checkpoint, of iteration {trainer.best.iteration}")
-        export_hf(trainer.gpt, hf, checked.source.hf, trainer.world)
+        finish = partial(_settle, trainer=trainer, checked=checked)
+        export_hf(trainer.gpt, hf, checked.source.hf, trainer.world, finish=finish)
         if trainer.world.is_main:
             say(f"exported {hf}")
     if trainer.world.is_main:
         write_durably(output / DONE_MARKER, f"{trainer.iteration}\n")
     return 0
+
+
+def _settle(made: Path, trainer: Trainer, checked: Checked) -> None:
+    """What users load is what was trained, and stops where it was taught to."""
+    closing = closing_id(checked.source.tokenizer)
+    dataset = trainer.data.dataset
+    some = (dataset[i] for i in range(min(len(dataset), _SAMPLES_ASKED)))
+    chats = closing is not None and any((sample.ids[sample.supervised] == closing).any() for sample in some)
+    for note in settle(made, checked.source.tokenizer, chats=chats):
+        say(note)
 
 
 def _check_output(output: Path) -> None:

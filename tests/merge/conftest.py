@@ -125,7 +125,10 @@ def family(tmp_path: Path) -> Callable[..., tuple[Path, list[Path]]]:
 
 
 def run_merge(out: Path, options: Options | None = None, **run: Any) -> Path:
-    """Merges; keyword arguments are the run file."""
+    """Merges; keyword arguments are the run file. Folders without a tokenizer go by position, as it says for them."""
+    loads = [run.get("base_model"), *(entry["model"] for entry in run.get("models", []) if isinstance(entry, dict))]
+    if not any(load and (Path(load) / "tokenizer.json").is_file() for load in loads):
+        run = {"vocabulary": "position"} | run
     data, notes = from_mergekit(run, "test")
     parsed = validate(MergeRun, data, "test")
     with opened(parsed, out, "test", notes) as plan:

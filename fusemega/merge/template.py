@@ -1,0 +1,104 @@
+"""Whose chat template a merge carries, and with it what ends a turn: the models' words, not the bare base's."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
+from fusemega.files.opening import read_text
+from fusemega.merge.run import MergeRun
+from fusemega.merge.vocabulary import Vocabulary
+
+TEMPLATE = "chat_template.jinja"
+
+
+def plan_template(
+    vocabulary: Vocabulary, folders: Sequence[HFFolder], names: Sequence[str], run: MergeRun, has_base: bool
+) -> tuple[Vocabulary, str | None, list[str]]:
+    """The merge's vocabulary with the folder whose tokenizer, template and token ids it is to carry.
+
+    Args:
+        vocabulary: as planned so far.
+        folders, names: the base first, where there is one.
+        run: what was asked for.
+        has_base: whether there is one.
+
+    Returns:
+        The vocabulary; a template to write in place of that folder's (None: its own); what to tell the user.
+
+    Raises:
+        UserError: a template was asked for that is not there.
+    """
+    templates = [read_template(folder.path) for folder in folders]
+    own, theirs = templates[vocabulary.donor], [found for found in templates[has_base:] if found is not None]
+    asked = run.chat_template
+    if asked is None:
+        if own is not None or not theirs:
+            told = []
+            if own is not None and any(found != own for found in theirs):
+                told.append(
+                    f"the chat template is that of {folders[vocabulary.donor].path}, and not all models have it; "
+                    "chat_template: auto, or a model, takes theirs"
+                )
+            return vocabulary, None, told
+        if len(set(theirs)) > 1:
+            which = f"{len(set(theirs))} different ones among the models"
+            return vocabulary, None, [f"no chat template: {which}; say whose with chat_template: MODEL"]
+        chosen = theirs[0]
+    elif asked == "auto":
+        if not theirs:
+            raise UserError("chat_template: auto: none of the models has a chat template")
+        chosen = Counter(theirs).most_common(1)[0][0]
+    elif asked in names:
+        found = templates[names.index(asked)]
+        if found is None:
+            raise UserError(f"chat_template: {asked} has no chat template")
+        chosen = found
+    elif "{" in asked:
+        return vocabulary, asked, ["the chat template is the run file's"]
+    else:
+        allowed = ", ".join(names)
+        raise UserError(f"chat_template: found {asked!r}; allowed: auto, one of {allowed}, or the template itself")
+    if chosen == own:
+        return vocabulary, None, []
+    owners = [names.index(asked)] if asked in names else [i for i, found in enumerate(templates) if found == chosen]
+    told = [f"the chat template is that of {folders[owners[0]].path}"]
+    here = vocabulary.files[vocabulary.donor]
+    for owner in owners:
+        there = vocabulary.files[owner]
+        whole = here is None or (there is not None and here.strings.keys() <= there.strings.keys())
+        fits = there is not None and max(there.strings, default=0) < vocabulary.rows
+        if run.tokenizer_source is None and run.vocabulary in (None, "position", "pad") and whole and fits:
+            told = [f"the chat template, the tokenizer and what ends a text are those of {folders[owner].path}"]
+            return replace(vocabulary, donor=owner), None, told
+    return vocabulary, chosen, told
+
+
+def read_template(folder: Path) -> str | None:
+    """The default chat template that transformers finds in a folder; None without one."""
+    if (folder / TEMPLATE).is_file():
+        return read_text(folder / TEMPLATE)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        for entry in found if isinstance(found, list) else []:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                found = entry.get("template")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Makes it the folder's only default template."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    config = folder / "tokenizer_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    if settings.pop("chat_template", None) is not None:
+        config.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
