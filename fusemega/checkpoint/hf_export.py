@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,8 +77,7 @@ class _Sources:
         self.rules = {name: rule for rule in model.rules() if not rule.duplicate for name in rule.hf_shapes()}
         self.parameters = {placement.rule.megatron: placement.parameter for placement in model_placements}
         mine = (world.dp_rank, world.tp_rank, set(self.parameters))
-        everyone: list[Any] = [None] * world.world_size
-        dist.all_gather_object(everyone, mine)
+        everyone = world.from_all(mine)
         self.ranks: dict[tuple[str, int], int] = {
             (name, tp_rank): rank
             for rank, (dp_rank, tp_rank, names) in reversed(list(enumerate(everyone)))
@@ -99,10 +97,13 @@ class _Sources:
             if self.world.rank == holder:
                 flat = self._pack(self.parameters[rule.megatron], pieces)
                 if holder != 0:
+                    # Only when the main process is there: meanwhile it may write for longer than a GPU's group waits.
+                    dist.recv(torch.empty(1), src=0, group=self.world.host_group)
                     dist.send(flat, dst=0)
             else:
                 count = sum(volume(piece.hf_box) for piece in pieces)
                 flat = torch.empty(count, dtype=self.model.config.params_dtype, device=self.world.device)
+                dist.send(torch.zeros(1), dst=holder, group=self.world.host_group)
                 dist.recv(flat, src=holder)
             if whole is not None:
                 _unpack(flat, pieces, whole)

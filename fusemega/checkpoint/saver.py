@@ -23,7 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -76,9 +75,7 @@ class CheckpointSaver:
     def __init__(self, root: Path, world: World, in_background: bool, keep: int | None) -> None:
         self._root, self._world, self._in_background, self._keep = root, world, in_background, keep
         # Of this process alone: the writers of a killed run may live on, and write into folders of that run's name.
-        name = [secrets.token_hex(4)]
-        dist.broadcast_object_list(name, src=0)
-        self._own = name[0]
+        self._own = world.from_main(secrets.token_hex(4))
         self._queue = AsyncCallsQueue()
         self._saving: _Save | None = None
 

@@ -17,8 +17,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from fusemega.errors import UserError
 from fusemega.files.integrity import check_sizes, damaged_files
 from fusemega.files.json_files import read_json
@@ -75,15 +73,11 @@ def find_checkpoint(root: Path, world: World) -> Path | None:
     Raises:
         UserError: as `latest_checkpoint`, on every rank.
     """
-    given: list[Any] = [_in_order(root) if world.is_main else None]
-    dist.broadcast_object_list(given, src=0)
-    complaints, folders = given[0]
+    complaints, folders = world.from_main(_in_order(root) if world.is_main else ([], []))
     for folder in folders:
-        found: list[str | None] = [_complaint(folder) if world.is_main else None]
-        dist.broadcast_object_list(found, src=0)
+        found = [world.from_main(_complaint(folder) if world.is_main else None)]
         if found[0] is None:
-            found = [None] * world.world_size
-            dist.all_gather_object(found, _damage(folder, world))
+            found = world.from_all(_damage(folder, world))
         problems = [problem for problem in found if problem is not None]
         if not problems:
             if complaints and world.is_main:

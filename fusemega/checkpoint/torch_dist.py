@@ -30,6 +30,8 @@ from fusemega.files.json_files import read_json
 from fusemega.files.opening import require_regular
 from fusemega.files.pickles import first_line, load_torch
 from fusemega.models.build import GPT
+from fusemega.runtime.meeting import is_echo
+from fusemega.runtime.parallel import host_group
 
 MIB = 1 << 20
 
@@ -134,9 +136,12 @@ def checkpoint_errors(what: str, written: Path | None = None) -> Iterator[None]:
     except CheckpointException as error:  # torch's, not an Exception: raised on every rank when any of them failed
         causes = [cause for cause, _ in error.failures.values()]
         reason = [_reason(causes[0], written) if causes else None]
-        dist.broadcast_object_list(reason, src=0)  # a failed save tells the cause to its coordinator alone
+        # A failed save tells the cause to its coordinator alone.
+        dist.broadcast_object_list(reason, src=0, group=host_group())
         raise UserError(f"{what}: {reason[0]}") from error
     except (CheckpointingException, KeyError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if is_echo(error):
+            raise  # another rank has ended: no fault of this checkpoint's
         raise UserError(f"{what}: {_reason(error, written)}") from error
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from fusemega.checkpoint.copying import same_bits
 from fusemega.checkpoint.hf_check import check_tensors
@@ -146,9 +145,7 @@ def logit_difference(hf: str | Path, other: str | Path, world: World, text: str)
         if ours_SV.shape != theirs_SV.shape:
             raise UserError(f"{other}: {theirs_SV.shape[1]} logits a token, and {hf} has {ours_SV.shape[1]}")
         largest = float((ours_SV - theirs_SV).abs().max())
-    everyone: list[float] = [0.0] * world.world_size
-    dist.all_gather_object(everyone, largest)
-    return max(everyone)
+    return max(world.from_all(largest))
 
 
 def _logits(folder: str | Path, world: World, ids: list[int]) -> torch.Tensor | None:

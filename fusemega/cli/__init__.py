@@ -74,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if line is None:
             if meeting.record_traceback(error):
                 sys.exit(1)  # the launcher knows whether this is what began it
-            raise
+            if (echo := meeting.lost_peer(error)) is None:
+                raise
+            print(f"error: {echo}", file=sys.stderr)
+            sys.exit(1)
         if not meeting.record_error(line):
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

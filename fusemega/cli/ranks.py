@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusemega.errors import UserError
+from fusemega.runtime.meeting import is_echo
 
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
@@ -26,11 +27,6 @@ _ECHO_SECONDS = 2.0
 # Sent to be obeyed. Others end a process from outside (the kernel's killer of those that take too much memory) or
 # because of a fault in a library.
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-# What gloo, the store and NCCL say when a peer is gone.
-_ECHO = re.compile(
-    r"onnection (closed|reset|refused)|Broken pipe|failed to recv|recvBytes|sendBytes|Connection was likely closed|"
-    r"DistNetworkError|ncclRemoteError|remote process exited|Socket closed"
-)
 
 
 @dataclass
@@ -170,7 +166,7 @@ class Ranks:
         left = sorted(self._folder.glob("traceback.*"), key=lambda path: path.stat().st_mtime_ns)
         texts = [path.read_text(encoding="utf-8") for path in left]
         if texts:
-            print(next((text for text in texts if not _ECHO.search(text)), texts[0]), end="", file=sys.stderr)
+            print(next((text for text in texts if not is_echo(text)), texts[0]), end="", file=sys.stderr)
         return 1
 
     def _why(self, number: int, rank: Rank) -> str:

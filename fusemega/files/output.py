@@ -18,17 +18,15 @@ if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do w
 
 def on_main(world: World, action: Callable[[], None]) -> None:
     """Run `action` on the main process; a UserError there is raised on every process. Collective."""
-    import torch.distributed as dist  # takes a second, and most commands do without it
-
-    message: list[str | None] = [None]
+    message: str | None = None
     if world.is_main:
         try:
             action()
         except UserError as error:
-            message[0] = str(error)
-    dist.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise UserError(message[0])
+            message = str(error)
+    message = world.from_main(message)
+    if message is not None:
+        raise UserError(message)
 
 
 def refuse_existing(path: Path) -> None:

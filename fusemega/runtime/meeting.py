@@ -18,8 +18,10 @@ import fcntl
 import functools
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -29,6 +31,11 @@ from types import FrameType
 from fusemega.errors import UserError
 
 LAUNCH_FOLDER = "FUSEMEGA_LAUNCH"
+# What gloo, the store and NCCL say when a peer is gone, or has not come for too long.
+_ECHO = re.compile(
+    r"onnection (closed|reset|refused)|Broken pipe|failed to recv|recvBytes|sendBytes|Connection was likely closed|"
+    r"DistNetworkError|ncclRemoteError|remote process exited|Socket closed|Timed out waiting|ncclInternalError"
+)
 _PREFIX, _LOCK = "fusemega-", "launcher"
 
 
@@ -112,6 +119,21 @@ def record_traceback(error: BaseException) -> bool:
     text = "".join(traceback.format_exception(error))
     (folder / f"traceback.{os.environ.get('RANK', '?')}").write_text(text, encoding="utf-8")
     return True
+
+
+def is_echo(error: BaseException | str) -> bool:
+    """Whether an error says no more than that another rank has ended, or does not answer."""
+    return _ECHO.search(str(error)) is not None
+
+
+def lost_peer(error: BaseException) -> UserError | None:
+    """In a rank of a launcher of another kind: the line for an echo. None where it is none, or there are no peers."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not is_echo(error):
+        return None
+    return UserError(
+        f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()}: another rank has ended or does not answer; "
+        f"its own message, or its node's log, says why ({str(error).splitlines()[0]})"
+    )
 
 
 def stopped_status(number: int) -> int:

@@ -10,6 +10,8 @@ import gc
 import os
 import subprocess
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,12 +28,19 @@ fused_adam.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the backend is in place)
 
+T = TypeVar("T")
+GROUP_TIMEOUT = timedelta(minutes=30)  # of ranks that compute in step; Megatron's default for its own groups
+HOST_TIMEOUT = timedelta(days=7)
+_host: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # (the world's group, its twin for the host)
+
 
 @dataclass(frozen=True)
 class World:
     """This process's place: ranks, sizes, groups and device.
 
     Data-parallel ranks have different samples; `dp_cp_group` joins them with the ranks that share their tokens.
+    `host_group` is all ranks over gloo, for what is not computed: there they wait for one another as long as it takes
+    to tokenize a data set or to write a model, and no Python object goes through a GPU.
     """
 
     rank: int
@@ -51,6 +60,7 @@ class World:
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    host_group: dist.ProcessGroup
     layout: ParallelConfig
 
     @property
@@ -71,7 +81,19 @@ class World:
         return self.layout.sequence_parallel
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(self.host_group)
+
+    def from_main(self, value: T) -> T:
+        """The main process's `value`, on every rank. Any object that can be pickled. Collective."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def from_all(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank, on every rank. Collective."""
+        values = [value] * self.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
 
 
 def environment_rank() -> tuple[int, int, int]:
@@ -117,12 +139,12 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
             store: dist.Store = dist.HashStore()
         else:
             store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
-            store.set_timeout(dist.default_pg_timeout)  # as a process group would
+            store.set_timeout(GROUP_TIMEOUT)  # as a process group would
         own_device = device.agreed_device(local_rank, store, rank, world_size)
         backend = "nccl" if own_device.type == "cuda" else "gloo"
         if own_device.type == "cuda":
             torch.cuda.set_device(own_device)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     _free_groups()
     parallel_state.initialize_model_parallel(
         config.tensor_model_parallel_size,
@@ -149,6 +171,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        host_group=host_group(),
         layout=config,
     )
 
@@ -158,6 +181,17 @@ def shutdown() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def host_group() -> dist.ProcessGroup:
+    """All ranks over gloo (`World.host_group`); made once for the life of the world's group. Collective."""
+    global _host
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    if _host is None or _host[0] is not everyone:
+        real = dist.get_backend() in ("gloo", "nccl")  # torch's fake group has no peers that gloo could find
+        _host = everyone, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT) if real else everyone
+    return _host[1]
 
 
 def _free_groups() -> None:

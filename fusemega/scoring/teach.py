@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 
 from fusemega import __version__
@@ -66,10 +65,8 @@ def teach(run: TeachRun) -> Path:
     if run.rows == "top_k" and run.top_k > source.vocab_size:
         raise UserError(f"top_k: {run.top_k} is more than the model's vocabulary of {source.vocab_size}")
     world = initialize(run.parallel)
-    hashes = [source.weights_hash() if world.is_main else ""]
-    dist.broadcast_object_list(hashes, src=0)
     manifest = Manifest(
-        weights=hashes[0],
+        weights=world.from_main(source.weights_hash() if world.is_main else ""),
         tokenizer=source.tokenizer.content_hash,
         template=source.tokenizer.template_hash,
         mask_policy=MASK_POLICY,

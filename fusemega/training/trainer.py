@@ -265,9 +265,7 @@ class Trainer:
         """`collected`: the schedule's, loss first; of each micro-batch on the last stage, and empty elsewhere."""
         found = zip(micro_batches, collected, strict=False)
         keys = [key.hex() for batch, values in found if not math.isfinite(float(values[0])) for key in batch["keys"]]
-        gathered: list[list[str]] = [[] for _ in range(self.world.world_size)]
-        dist.all_gather_object(gathered, keys)
-        unsound = sorted({key for part in gathered for key in part})
+        unsound = sorted({key for part in self.world.from_all(keys) for key in part})
         raise UserError(
             f"iteration {self.iteration + 1}: the loss is not finite; stopped before the update; "
             f"sample keys of the micro-batches concerned: {_listed(unsound)}"

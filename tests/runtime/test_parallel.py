@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+import fusemega
 from fusemega.config import validate
 from fusemega.errors import UserError
-from fusemega.runtime.parallel import ParallelConfig, environment_rank, initialize
+from fusemega.files.output import on_main
+from fusemega.runtime.meeting import lost_peer
+from fusemega.runtime.parallel import GROUP_TIMEOUT, HOST_TIMEOUT, ParallelConfig, environment_rank, initialize
 
 
 def test_one_process_needs_no_launcher() -> None:
@@ -17,6 +24,43 @@ def test_one_process_needs_no_launcher() -> None:
     x = torch.ones(2)
     torch.distributed.all_reduce(x, group=world.tp_group)
     assert torch.equal(x, torch.ones(2))
+
+
+def test_what_is_not_computed_has_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's group would be used by object collectives, and end ranks that wait while the main one tokenizes."""
+    world = initialize(ParallelConfig())
+    assert initialize(ParallelConfig()).host_group is world.host_group  # another layout, the same world
+    assert world.host_group is not torch.distributed.group.WORLD
+    assert torch.distributed.get_backend(world.host_group) == "gloo" and HOST_TIMEOUT > 24 * GROUP_TIMEOUT
+    used = []
+    for name in ("broadcast_object_list", "all_gather_object", "barrier"):
+        real = getattr(torch.distributed, name)
+
+        def spy(*arguments: Any, real: Any = real, **keywords: Any) -> Any:
+            used.append(keywords.get("group", arguments[-1]))
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(torch.distributed, name, spy)
+    assert world.from_main({"a": 1}) == {"a": 1} and world.from_all("b") == ["b"]
+    world.barrier()
+    on_main(world, lambda: None)
+    assert used == [world.host_group] * 4
+
+
+def test_no_other_collective_of_objects() -> None:
+    for path in Path(fusemega.__file__).parent.rglob("*.py"):
+        calls = re.findall(r"dist\.(?:\w+_object(?:_list)?|barrier)\(.*", path.read_text())
+        assert path.name == "parallel.py" or all("host_group" in call for call in calls), (path, calls)
+
+
+def test_a_lost_peer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun or srun, where no launcher of ours tells which rank it was."""
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:3\n more")
+    assert lost_peer(gone) is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert re.match(r"rank 1 on .*: another rank has ended .* \(\[gloo.*\[10.0.0.2\]:3\)$", str(lost_peer(gone)))
+    assert lost_peer(RuntimeError("shapes do not fit")) is None
 
 
 def test_a_world_that_does_not_divide_is_named() -> None:
