@@ -116,7 +116,8 @@ def _tokenizer(data: dict[str, Any], source: str) -> None:
         if section.keys() - {"source"}:
             raise UserError(f"{source}: tokenizer: only source is supported, found {', '.join(section)}")
         name = section.get("source")
-    known = [entry.get("model") for entry in data.get("models") or [] if isinstance(entry, dict)]
+    models = data["models"] if isinstance(data.get("models"), list) else []
+    known = [entry.get("model") for entry in models if isinstance(entry, dict)]
     if name == "union":
         data.setdefault("vocabulary", "union")
     elif name == "base":
