@@ -24,6 +24,7 @@ from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.assets import cache_folder
 from fusemega.config import Section
 from fusemega.errors import UserError
+from fusemega.files.lock import locked
 from fusemega.runtime.console import say
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
 from fusemega.text.data import DataConfig
@@ -106,8 +107,15 @@ def project(run: ProjectRun) -> dict[str, int]:
         },
         versions={"fusemega": __version__, "numba": version("numba"), "rapidfuzz": version("rapidfuzz")},
     )
+    with locked(run.store):
+        check_store(Path(run.store), manifest)
+        return _project_all(run, source, target, vocabulary_map, manifest)
+
+
+def _project_all(
+    run: ProjectRun, source: _Model, target: _Model, vocabulary_map: VocabularyMap, manifest: Manifest
+) -> dict[str, int]:
     folder = Path(run.store)
-    check_store(folder, manifest)
     for model in (source, target):
         model.data = prepare(run.data, model.tokenizer, cache_folder() / "data", progress=True)
     pairs = _with_rows(run, source, target)

@@ -17,7 +17,7 @@ import numpy as np
 from fusemega.errors import UserError, choose
 from fusemega.files.json_files import MalformedError, parse_json
 from fusemega.files.npz_files import MalformedArraysError, read_arrays
-from fusemega.files.output import disk_errors
+from fusemega.files.output import INSIDE, check_output_file, publish_file, scratch
 
 KINDS = ("exact", "first_piece", "mined", "ms", "ms_reference")
 _FORMAT = 1
@@ -86,23 +86,32 @@ class VocabularyMap:
         """Writes the map to a file, whole or not at all; an older one is replaced.
 
         Raises:
-            UserError: the place cannot be written, or the disk is full.
+            UserError: the place cannot be written, something else than a map is there, or the disk is full.
         """
         path = Path(path)
         facts = {"format": _FORMAT, **{name: getattr(self, name) for name in _FACTS}}
         tables = {name: np.asarray(getattr(self, name), dtype="<i4") for name in _TABLES}
         written = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with partial.open("wb") as file:
-                    np.savez_compressed(file, allow_pickle=False, facts=written, **tables)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        self.check_replaceable(path)
+        with scratch(path) as place:
+            self.check_replaceable(path)
+            with (place / INSIDE).open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, facts=written, **tables)
+            publish_file(place / INSIDE, path)
+
+    @classmethod
+    def check_replaceable(cls, path: Path) -> None:
+        """Refuses a path at which something else than a vocabulary map stands.
+
+        Raises:
+            UserError: names it.
+        """
+        check_output_file(path)
+        if os.path.lexists(path):
+            try:
+                cls.load(path)
+            except UserError:
+                raise UserError(f"{path}: exists and is no vocabulary map; it is not replaced") from None
 
     @classmethod
     def load(cls, path: str | Path) -> VocabularyMap:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 
-from fusemega.checkpoint.copying import Written, same_bits, write_item
+from fusemega.checkpoint.copying import Written, item_is, same_bits, write_item
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder, common_dtype, describe_source
@@ -39,7 +39,8 @@ from fusemega.checkpoint.torch_dist_files import (
 )
 from fusemega.checkpoint.workers import Workers, start_workers
 from fusemega.errors import UserError
-from fusemega.files.integrity import write_integrity
+from fusemega.files.integrity import FILE as INTEGRITY
+from fusemega.files.integrity import check_contents, write_integrity
 from fusemega.files.output import refuse_existing
 from fusemega.files.unfinished import Unfinished, unfinished_folder
 from fusemega.models.registry import family_of
@@ -49,7 +50,7 @@ from fusemega.runtime.console import say
 # A chunk is read whole by every rank that needs a part of it, so it is small; a file is the unit of resumption.
 CHUNK_BYTES = 64 << 20
 ITEM_TARGET_BYTES = 256 << 20
-_PLAN_VERSION = 1
+_PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
     refuse_existing(out)
     folder = HFFolder(source)
     check_tensors(folder, folder.config)
+    if (folder.path / INTEGRITY).exists():
+        check_contents(folder.path, threads=workers)
     items, chunks, global_shapes = _plan_import(folder)
     identity = _identity("import", folder.files())
     with start_workers(workers) as pool:
@@ -102,7 +105,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
         _check_copies(folder, pool)
         with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items), say) as unfinished:
             (unfinished.folder / "weights").mkdir(exist_ok=True)
-            copied = _write(items, unfinished, pool, f"importing {folder.path.name}", hashed=True)
+            copied = _write(items, unfinished, pool, f"importing {folder.path.name}", digests=True)
             written = {item: Written(item.name, *unfinished.finished[item.name]) for item in items}
             digests = {name: digest for done in written.values() for name, digest in done.digests.items()}
             names = [name for place in places(folder.config) for name in place.rule.hf_shapes()]
@@ -138,6 +141,7 @@ def export_megatron(
     out = Path(out)
     refuse_existing(out)
     folder = MegatronFolder(source)
+    check_contents(folder.path, threads=workers)  # a first reading: a file's hash is of all its bytes, in their order
     checkpoint = Checkpoint(folder.weights)
     tensors = checkpoint.hf_tensors(folder.config)
     infos = [TensorInfo(name, dtype or folder.dtypes[name], tensor.shape) for name, tensor in tensors.items()]
@@ -146,7 +150,7 @@ def export_megatron(
     identity = _identity("export", checkpoint.files()) | {"dtype": str(dtype), "max_shard_size": max_shard_size}
     with start_workers(workers) as pool:
         with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items), say) as unfinished:
-            copied = _write(items, unfinished, pool, f"exporting {folder.path.name}", hashed=False)
+            copied = _write(items, unfinished, pool, f"exporting {folder.path.name}", digests=False)
             copy_side_files(folder.hf, unfinished.folder)
             write_index(unfinished.folder, shards)
             config = json.dumps(exported_config(folder.config, infos[0].dtype), indent=2, sort_keys=True)
@@ -238,15 +242,22 @@ def _identity(kind: str, files: Iterable[Path]) -> dict[str, Any]:
     return {"kind": kind, "version": [_PLAN_VERSION, CHUNK_BYTES, ITEM_TARGET_BYTES], "files": seen}
 
 
-def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, hashed: bool) -> int:
+def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, digests: bool) -> int:
     """Make the items that are not finished; the bytes that were written."""
-    left = [item for item in items if not _is_finished(item, unfinished)]
-    if len(left) < len(items):
-        say(f"{what}: {len(items) - len(left)} of {len(items)} parts are finished already")
+    begun = [item for item in items if item.name in unfinished.finished]
+    sound = partial(item_is, str(unfinished.folder))
+    hashed = ((item, str(unfinished.finished[item.name][0])) for item in begun)
+    finished = {item.name for (item, _), same in pool.map(sound, hashed) if same}
+    left = [item for item in items if item.name not in finished]
+    if begun:
+        say(f"{what}: {len(finished)} of {len(items)} parts are finished already")
+    for item in begun:
+        if item.name not in finished:
+            say(f"{unfinished.folder / item.file}: part {item.name} is not as it was written, and is made again")
     left.sort(key=lambda item: -item.nbytes)
     byte_count = sum(item.nbytes for item in left)
     with meter(what, byte_count) as done:
-        for item, written in pool.map(partial(write_item, str(unfinished.folder), hashed), left):
+        for item, written in pool.map(partial(write_item, str(unfinished.folder), digests), left):
             unfinished.record(item.name, [written.hash, written.digests])
             done.add(item.nbytes)
     return byte_count
@@ -255,11 +266,6 @@ def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, 
 def _report(byte_count: int, begun: float, pool: Workers) -> Report:
     processes = 1 if pool.count == 1 else 1 + pool.count
     return Report(byte_count, time.monotonic() - begun, pool.peak_bytes, processes)
-
-
-def _is_finished(item: Item, unfinished: Unfinished) -> bool:
-    path = unfinished.folder / item.file
-    return item.name in unfinished.finished and path.exists() and path.stat().st_size >= item.offset + item.nbytes
 
 
 def _check_copies(folder: HFFolder, pool: Workers) -> None:

@@ -161,7 +161,7 @@ class Written:
 
     Attributes:
         item: its name.
-        hash: XXH3-128 of the bytes written; empty where none was wanted.
+        hash: XXH3-128 of the bytes written.
         digests: XXH3-128 of each source tensor that was read whole.
     """
 
@@ -170,16 +170,16 @@ class Written:
     digests: dict[str, str]
 
 
-def write_item(root: str, hashed: bool, item: Item) -> Written:
+def write_item(root: str, sources: bool, item: Item) -> Written:
     """Write an item into its file below `root`, on disk before the function returns. The file may exist already.
 
-    Without `hashed`, what it reports has no hashes.
+    Without `sources`, what is read is not hashed, only what is written.
     """
     path = Path(root, item.file)
     digests = _Digests()
     written = xxhash.xxh3_128()
     with (
-        Reader(digests if hashed else None) as reader,
+        Reader(digests if sources else None) as reader,
         open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file,
         ThreadPoolExecutor(1) as flusher,
     ):
@@ -188,8 +188,7 @@ def write_item(root: str, hashed: bool, item: Item) -> Written:
 
         def put(data: bytes | memoryview) -> None:
             nonlocal flushing
-            if hashed:
-                written.update(data)
+            written.update(data)
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]
@@ -206,7 +205,23 @@ def write_item(root: str, hashed: bool, item: Item) -> Written:
             put(part.tail)
         flushing.result()
         os.fsync(file.fileno())
-    return Written(item.name, written.hexdigest() if hashed else "", digests.finished())
+    return Written(item.name, written.hexdigest(), digests.finished())
+
+
+def item_is(root: str, journaled: tuple[Item, str]) -> bool:
+    """Whether the bytes of an item below `root` still have the XXH3-128 that `write_item` reported of them."""
+    item, expected = journaled
+    digest = xxhash.xxh3_128()
+    left = item.nbytes
+    try:
+        with open(Path(root, item.file), "rb") as file:
+            file.seek(item.offset)
+            while left and (block := file.read(min(left, BLOCK_BYTES))):
+                digest.update(block)
+                left -= len(block)
+    except OSError:
+        return False
+    return not left and digest.hexdigest() == expected
 
 
 def same_bits(pair: tuple[Assembled, Assembled]) -> bool:

@@ -21,7 +21,8 @@ import torch
 from fusemega.checkpoint.hf_folder import DTYPES, HFFolder
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError, choose
-from fusemega.files.integrity import check_sizes
+from fusemega.files.integrity import FILE as INTEGRITY
+from fusemega.files.integrity import check_sizes, damaged_files
 from fusemega.files.json_files import read_json
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
@@ -76,11 +77,21 @@ class MegatronFolder:
         kernels: Kernels | None = None,
         recompute: Mapping[str, Any] = MappingProxyType({}),
     ) -> GPT:
-        """The model under this layout, in the stored dtype unless another is asked for. Collective."""
+        """The model under this layout, in the stored dtype unless another is asked for. Collective.
+
+        Raises:
+            UserError: a file is damaged; every byte is compared with its recorded hash, a share of the files a rank.
+        """
+        import torch.distributed as dist
+
         from fusemega.checkpoint.torch_dist import load_model
         from fusemega.models.build import build_model
         from fusemega.runtime.precision import LOCAL
 
+        found: list[list[str]] = [[]] * world.world_size
+        dist.all_gather_object(found, damaged_files(self.path, share=(world.rank, world.world_size)))
+        for name in sorted(sum(found, [])):
+            raise UserError(f"{self.path / name}: damaged: its hash is not the one that {INTEGRITY} has")
         model = build_model(self.config, world, dtype or self.dtype, kernels or LOCAL, recompute)
         load_model(model, self.weights)
         return model

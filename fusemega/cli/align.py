@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 def command(
     source: Annotated[str, typer.Argument(help="Whose ids are mapped: a teacher's folder or hub id.")],
     target: Annotated[str, typer.Argument(help="Onto whose ids: the folder or hub id of the model to be trained.")],
-    out: Annotated[Path, typer.Argument(help="The map's file; an older one there is replaced.")],
+    out: Annotated[Path, typer.Argument(help="The map's file; an older map there, and nothing else, is replaced.")],
     kind: Annotated[
         str,
         typer.Option(
@@ -46,7 +47,7 @@ def command(
     ] = None,  # fmt: skip
     workers: Annotated[int | None, typer.Option(min=1, help="Threads or processes; by default one a core.")] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for a page about the map; an older one is replaced.")
+        Path | None, typer.Option(help="Folder for a page about the map; an older one, and nothing else, is replaced.")
     ] = None,
 ) -> None:
     """A vocabulary map: which of TARGET's ids stands for each of SOURCE's. Only tokenizers are read, no weights.
@@ -54,32 +55,36 @@ def command(
     Prints one JSON object: sizes, the share of SOURCE's tokens that keep an id (coverage), seconds.
     """
     from fusemega.align.align import align, check
-    from fusemega.files.output import check_output_file
+    from fusemega.align.vocabulary_map import VocabularyMap
+    from fusemega.files.lock import locked
     from fusemega.report.align_page import write_align_page
     from fusemega.report.page import check_out
     from fusemega.runtime.console import say
 
     check(kind, data or [], on_bad_row, positions, ties)
-    check_output_file(out)
-    if report is not None:
-        check_out(report)
-    made = align(source, target, kind, data or [], seq_length, on_bad_row, positions, ties, workers)
-    if made.map.source == made.map.target:
-        say(f"{source} and {target} are the same tokenizer: rows of the one are rows of the other without any map")
-    made.map.save(out)
-    facts = made.map.statistics
-    told = {
-        "wrote": str(out),
-        "kind": kind,
-        "source_ids": len(made.map.table_S),
-        "target_ids": made.map.target_size,
-        "coverage": round(facts["mapped"] / max(facts["source_tokens"], 1), 6),
-        "identical": round(facts["identical"] / max(facts["source_tokens"], 1), 6),
-        "seconds": facts["seconds"],
-    }
-    if "corpus" in facts:
-        told["corpus_tokens"] = facts["corpus"]["tokens"]
-        told["corpus_coverage"] = round(facts["corpus"]["mapped"] / max(facts["corpus"]["tokens"], 1), 6)
-    if report is not None:
-        told["report"] = str(write_align_page(made, report))
-    print(json.dumps(told))
+    VocabularyMap.check_replaceable(out)
+    with ExitStack() as held:
+        held.enter_context(locked(out))
+        if report is not None:
+            check_out(report, [out])
+            held.enter_context(locked(report))
+        made = align(source, target, kind, data or [], seq_length, on_bad_row, positions, ties, workers)
+        if made.map.source == made.map.target:
+            say(f"{source} and {target} are the same tokenizer: rows of the one are rows of the other without any map")
+        made.map.save(out)
+        facts = made.map.statistics
+        told = {
+            "wrote": str(out),
+            "kind": kind,
+            "source_ids": len(made.map.table_S),
+            "target_ids": made.map.target_size,
+            "coverage": round(facts["mapped"] / max(facts["source_tokens"], 1), 6),
+            "identical": round(facts["identical"] / max(facts["source_tokens"], 1), 6),
+            "seconds": facts["seconds"],
+        }
+        if "corpus" in facts:
+            told["corpus_tokens"] = facts["corpus"]["tokens"]
+            told["corpus_coverage"] = round(facts["corpus"]["mapped"] / max(facts["corpus"]["tokens"], 1), 6)
+        if report is not None:
+            told["report"] = str(write_align_page(made, report))
+        print(json.dumps(told))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_continue
@@ -14,19 +15,20 @@ def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None
     models with different tokenizers; perplexities do not.
     """
     from fusemega.config import load
-    from fusemega.files.output import check_output_file, disk_errors, write_durably
-    from fusemega.scoring.evaluate import EvalRun, evaluate
+    from fusemega.files.output import disk_errors, write_durably
+    from fusemega.scoring.evaluate import EvalRun, check_output, evaluate
 
     run = load(EvalRun, run_file, overrides or [])
     if run.output is not None:
-        check_output_file(Path(run.output))
+        check_output(Path(run.output))
     if launch_or_continue(nproc, run.parallel):
         return
-    result, world = evaluate(run)
-    if world.is_main:
-        if run.output is not None:
-            output = Path(run.output)
-            with disk_errors(output):
-                output.parent.mkdir(parents=True, exist_ok=True)
-                write_durably(output, result.model_dump_json(indent=1) + "\n")
-        print(result.model_dump_json())
+    with ExitStack() as held:
+        result, world = evaluate(run, held)
+        if world.is_main:
+            if run.output is not None:
+                output = Path(run.output)
+                with disk_errors(output):
+                    output.parent.mkdir(parents=True, exist_ok=True)
+                    write_durably(output, result.model_dump_json(indent=1) + "\n")
+            print(result.model_dump_json())

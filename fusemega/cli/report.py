@@ -12,7 +12,9 @@ from fusemega.runtime.console import tell
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of training runs.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; an older report there is replaced.")] = Path("report"),
+    out: Annotated[
+        Path, typer.Option(help="Folder to write; an older report there, and nothing else, is replaced.")
+    ] = Path("report"),
 ) -> None:
     """One page about one or several training runs: curves, settings, throughput, memory, evaluations.
 
@@ -22,5 +24,5 @@ def command(
     from fusemega.report.page import check_out, write_report
     from fusemega.report.runs import open_runs
 
-    check_out(out)
+    check_out(out, runs)
     tell(f"wrote {write_report(open_runs(runs), out)}")

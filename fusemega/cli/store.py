@@ -47,22 +47,13 @@ def merge(out: Path, sources: list[Path]) -> None:
     The stores must be of one scorer: the same weights, tokenizer, template, windows, temperature and kind of rows. A
     sample that several have must have the same row in each.
     """
-    import shutil
-
-    from fusemega.files.output import check_writable, disk_errors, publish, refuse_existing
+    from fusemega.files.output import new_folder, refuse_existing
     from fusemega.store import merge as merging
 
     stores = merging.open_inputs(sources)
     refuse_existing(out)
-    check_writable(out)
-    temporary = out.absolute().with_name(f".{out.name}.incomplete")
-    with disk_errors(out):
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            written, repeated = merging.merge(stores, temporary)
-            publish(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as temporary:
+        written, repeated = merging.merge(stores, temporary)
     tell(f"wrote {out}: {written} samples of {len(stores)} stores; {repeated} repetitions left out")
 
 

@@ -56,12 +56,18 @@ def write_integrity(folder: Path, known: Mapping[str, str] | None = None, thread
 
 
 def check_sizes(folder: Path) -> None:
-    """Every file that the manifest names is there, at its size. Reads no contents; other files are nobody's business.
+    """Every file that the manifest names is there, at its size, and no other file. Reads no contents.
 
     Raises:
-        UserError: names the first file that is missing or of another size, or says that the manifest is unreadable.
+        UserError: names the first file that is missing, of another size or not listed, or says that the manifest is
+            unreadable or lists nothing.
     """
-    for name, (size, _) in _read(folder).items():
+    listed = _read(folder)
+    for name in _files(folder):
+        # What NFS keeps of a file that somebody deleted while it was open is nobody's.
+        if name not in listed and name != FILE and not name.rpartition("/")[2].startswith(".nfs"):
+            raise UserError(f"{folder / name}: {FILE} does not list it, so nothing vouches for it; move it away")
+    for name, (size, _) in listed.items():
         try:
             status = (folder / name).stat()
         except OSError as error:
@@ -101,6 +107,16 @@ def damaged_files(folder: Path, threads: int = 4, share: tuple[int, int] = (0, 1
         return [name for (name, digest), now in zip(recorded.items(), found, strict=True) if digest != now]
 
 
+def check_contents(folder: Path, threads: int = 4) -> None:
+    """Every byte is what the manifest says. Reads everything once.
+
+    Raises:
+        UserError: as `check_sizes`; or names a file that is damaged.
+    """
+    for name in damaged_files(folder, threads):
+        raise UserError(f"{folder / name}: damaged: its hash is not the one that {FILE} has")
+
+
 def _read(folder: Path) -> dict[str, tuple[int, str]]:
     path = folder / FILE
     manifest = read_json(path)
@@ -110,6 +126,8 @@ def _read(folder: Path) -> dict[str, tuple[int, str]]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise UserError(f"{path}: not an integrity manifest: it has no table of files")
+    if not files:
+        raise UserError(f"{path}: lists no files, so nothing vouches for those that are there")
     for name, entry in files.items():
         if not is_inside(name):
             raise UserError(f"{path}: names a file outside the folder: {name!r}")

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from fusemega.errors import UserError
+from fusemega.files.integrity import FILE as INTEGRITY
+from fusemega.files.lock import locked
+from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
     from fusemega.runtime.parallel import World
 
+INSIDE = "out"
+"""Of a temporary folder: the file or folder that becomes the output."""
 
-def on_main(world: World, action: Callable[[], None]) -> None:
+
+def on_main(world: World, action: Callable[[], object]) -> None:
     """Run `action` on the main process; a UserError there is raised on every process. Collective."""
     message: str | None = None
     if world.is_main:
@@ -30,13 +37,17 @@ def on_main(world: World, action: Callable[[], None]) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuses an output that would overwrite something; to be called before any long work.
+    """Refuses an output that would overwrite something, or add to what is complete; to be called before any long work.
 
     Raises:
-        UserError: `path` exists and is not an empty folder, or is the current folder or one above it.
+        UserError: `path` exists and is not an empty folder, is the current folder or one above it, or lies in a folder
+            whose integrity.json lists all of it.
     """
     if Path.cwd().is_relative_to(os.path.abspath(path)):
         raise UserError(f"{path}: the current folder, or one above it; nothing is put in its place")
+    for above in Path(os.path.realpath(path)).parents:
+        if (above / INTEGRITY).is_file():
+            raise UserError(f"{path}: {above} is complete ({INTEGRITY} lists its files); choose a place outside it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not an empty folder; nothing is overwritten")
 
@@ -65,7 +76,7 @@ def check_output_file(path: Path) -> None:
 
 @contextmanager
 def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[Path]:
-    """A temporary sibling to write into, renamed to `path` when the block ends well. Collective.
+    """`new_folder` for several processes. Collective.
 
     Args:
         path: the folder to appear; absent, or present and empty.
@@ -73,40 +84,35 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
         needed_bytes: refused at once when the disk has less.
 
     Raises:
-        UserError: the folder is not empty, cannot be made, or the disk is full; nothing is left behind.
+        UserError: as `new_folder`, on every process.
     """
-    path = Path(os.path.abspath(path))
-    temporary = path.with_name(f".{path.name}.incomplete")
-    on_main(world, lambda: _prepare(path, temporary, needed_bytes))
-    try:
+    held = ExitStack()
+    on_main(world, lambda: held.enter_context(new_folder(path, needed_bytes)))
+    with held:
         with disk_errors(path):
-            yield temporary
+            yield scratch_of(path) / INSIDE
             world.barrier()
-    except BaseException:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-    def finish() -> None:
-        with disk_errors(path):
-            publish(temporary, path)
-
-    on_main(world, finish)
+        on_main(world, held.close)
 
 
 @contextmanager
 def new_folder(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """`output_folder` for a command of one process, which then needs no process groups."""
-    path = Path(os.path.abspath(path))
-    temporary = path.with_name(f".{path.name}.incomplete")
-    _prepare(path, temporary, needed_bytes)
-    try:
-        with disk_errors(path):
-            yield temporary
-            publish(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    """A temporary folder to write into, renamed to `path` when the block ends well. One process.
+
+    Args:
+        path: the folder to appear; absent, or present and empty.
+        needed_bytes: refused at once when the disk has less.
+
+    Raises:
+        UserError: the folder is not empty, cannot be made, another process is making it, or the disk is full; nothing
+            is left behind.
+    """
+    refuse_existing(path)
+    with scratch(path, needed_bytes) as place:
+        refuse_existing(path)  # another process may have finished it meanwhile
+        (place / INSIDE).mkdir()
+        yield place / INSIDE
+        publish(place / INSIDE, Path(os.path.realpath(path)))
 
 
 @contextmanager
@@ -114,44 +120,54 @@ def new_file(path: Path) -> Iterator[TextIO]:
     """A text file to write into, which appears as `path` when the block ends well, or not at all.
 
     Raises:
-        UserError: `path` exists, cannot be written, or the disk is full; nothing is left behind.
+        UserError: `path` exists, cannot be written, another process is writing it, or the disk is full; nothing is left
+            behind.
     """
     if os.path.lexists(path):
         raise UserError(f"{path}: exists; nothing is overwritten")
-    check_writable(path)
-    temporary = path.with_name(f".{path.name}.incomplete")
-    try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(temporary, path)
-            _sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with scratch(path) as place:
+        if os.path.lexists(path):
+            raise UserError(f"{path}: exists; nothing is overwritten")
+        with open(place / INSIDE, "w", encoding="utf-8") as file:
+            yield file
+        publish_file(place / INSIDE, path)
 
 
-def _prepare(path: Path, temporary: Path, needed_bytes: int) -> None:
-    refuse_existing(path)
-    empty_folder(temporary, path, needed_bytes)
+@contextmanager
+def scratch(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """The empty temporary folder `.NAME.incomplete` of an output, on its file system; removed when the block ends.
 
-
-def empty_folder(temporary: Path, path: Path, needed_bytes: int) -> None:
-    """Makes the folder `temporary`, in place of an older one.
+    No other process has the output's lock meanwhile. What a killed process left there is taken over.
 
     Raises:
-        UserError: it cannot be made, or its disk has less room than `needed_bytes`; names `path`.
+        UserError: see `new_folder`; or a file or folder that is not ours has that name.
     """
-    with disk_errors(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
-        if free < needed_bytes:
-            temporary.rmdir()
-            raise UserError(f"{path}: needs {needed_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
+    check_writable(path)
+    place = scratch_of(path)
+    with locked(path), disk_errors(path):
+        check_scratch(place)
+        drop_scratch(place)
+        mark_scratch(place)
+        try:
+            check_room(path, place, needed_bytes)
+            yield place
+        finally:
+            drop_scratch(place)
+
+
+def check_room(path: Path, place: Path, needed_bytes: int) -> None:
+    """Refuses an output for which the disk of the folder `place` has less room than it needs."""
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise UserError(f"{path}: needs {needed_bytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
+
+
+def publish_file(temporary: Path, path: Path) -> None:
+    """Rename a finished file to `path`, in place of an older one, on disk before the function returns."""
+    _sync(temporary)
+    real = Path(os.path.realpath(path))
+    os.replace(temporary, real)
+    _sync(real.parent)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -188,10 +204,15 @@ def _sync(path: str | Path) -> None:
 
 def write_durably(path: Path, text: str) -> None:
     """Replace a small text file atomically, on disk before the function returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync(path.parent)

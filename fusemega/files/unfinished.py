@@ -1,6 +1,7 @@
 """Outputs that take long: written under a temporary name together with a journal, resumed from it, renamed when whole.
 
 .OUT.incomplete/
+  .fusemega        says that the folder is ours (`owned.py`)
   journal.jsonl    a line of JSON: what is being made; then a line for each finished item
   out/             the output's files, whole or not; renamed to OUT
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import Any, TextIO
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import LINES_BYTES, read_lines
+from fusemega.files.lock import locked
 from fusemega.files.opening import read_bytes
-from fusemega.files.output import disk_errors, publish, refuse_existing
+from fusemega.files.output import INSIDE, check_room, check_writable, disk_errors, publish, refuse_existing
+from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
 
 _JOURNAL = "journal.jsonl"
 
@@ -61,24 +63,27 @@ def unfinished_folder(
         UserError: `path` is not empty or cannot be made, what is there was begun with another `identity`, or the disk
             is full. Where no item has been finished, nothing is left behind.
     """
-    path = Path(os.path.abspath(path))
     refuse_existing(path)
-    place = path.with_name(f".{path.name}.incomplete")
-    folder = place / "out"
-    with disk_errors(path):
+    check_writable(path)
+    place = scratch_of(path)
+    folder = place / INSIDE
+    with locked(path), disk_errors(path):
+        refuse_existing(path)  # another process may have finished it meanwhile
+        check_scratch(place)
         if resume and (place / _JOURNAL).exists() and folder.exists():
             finished = _read_journal(place / _JOURNAL, identity)
         else:
             finished = {}
-            shutil.rmtree(place, ignore_errors=True)
-            folder.mkdir(parents=True)
+            drop_scratch(place)
+            mark_scratch(place)
+            folder.mkdir()
         present = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
-        available = present + shutil.disk_usage(folder).free
-        if available < needed_bytes:
+        try:
+            check_room(path, folder, needed_bytes - present)
+        except UserError:
             if not finished:
-                shutil.rmtree(place)
-            needed, free = f"{needed_bytes / 1e9:.2f} GB", f"{available / 1e9:.2f} GB"
-            raise UserError(f"{path}: needs {needed}, and the disk has {free} free")
+                drop_scratch(place)
+            raise
         with open(place / _JOURNAL, "a", encoding="utf-8") as journal:
             if not finished:
                 journal.truncate(0)
@@ -90,10 +95,10 @@ def unfinished_folder(
                 if unfinished.finished:
                     say(f"{place}: keeps the {len(unfinished.finished)} finished parts; --resume goes on from there")
                 else:
-                    shutil.rmtree(place, ignore_errors=True)
+                    drop_scratch(place)
                 raise
-        publish(folder, path)
-        shutil.rmtree(place)
+        publish(folder, Path(os.path.realpath(path)))
+        drop_scratch(place)
 
 
 def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:

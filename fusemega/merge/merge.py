@@ -24,7 +24,10 @@ from fusemega.checkpoint.safetensors_writer import write_index
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.checkpoint.workers import WorkerLost, default_workers
 from fusemega.errors import UserError
-from fusemega.files.output import disk_errors, empty_folder, publish, refuse_existing
+from fusemega.files.integrity import check_contents, recorded_hashes, write_integrity
+from fusemega.files.lock import locked
+from fusemega.files.output import check_room, disk_errors, publish, refuse_existing
+from fusemega.files.owned import drop_scratch, is_scratch, mark_scratch, scratch_of
 from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
@@ -63,33 +66,33 @@ def opened(run: MergeRun, out: Path, source: str, notes: Sequence[str] = ()) -> 
     pairs = {name: split_name(name) for name in names}
     paths = {name: resolve(pair[0] if pair else name) for name, pair in pairs.items()}
     adapters = {name: resolve(pair[1]) for name, pair in pairs.items() if pair}
-    scratch = out.with_name(f".{out.name}.exported")
-    try:
-        for name, path in paths.items():
-            if is_megatron_folder(path):
-                paths[name] = _exported(path, scratch)
-        for name, adapter in adapters.items():
-            paths[name] = _with_adapter(paths[name], adapter, scratch)
-        plan = plan_merge(run, paths, source, notes)
+    scratch = Path(os.path.realpath(out)).with_name(f".{out.name}.exported")
+    megatron = [name for name, path in paths.items() if is_megatron_folder(path)]
+    with ExitStack() as held:
+        if megatron or adapters:
+            held.enter_context(locked(scratch))
+            mark_scratch(scratch)
         try:
-            yield plan
-        finally:
-            plan.close()
-    except (Exception, GeneratorExit):
+            for name in megatron:
+                paths[name] = _exported(paths[name], scratch)
+            for name, adapter in adapters.items():
+                paths[name] = _with_adapter(paths[name], adapter, scratch)
+            plan = plan_merge(run, paths, source, notes)
+            try:
+                yield plan
+            finally:
+                plan.close()
+        except (Exception, GeneratorExit):
+            _drop(scratch, out)
+            raise
         _drop(scratch, out)
-        raise
-    _drop(scratch, out)
 
 
 def _drop(scratch: Path, out: Path) -> None:
     """Deletes exported folders, unless an interrupted merge can be resumed from these very files: a dry run of it, or
     one with a mistyped setting, leaves them."""
-    if not _partial(out).exists():
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(f".{out.name}.incomplete")
+    if not scratch_of(out).exists():
+        drop_scratch(scratch)
 
 
 def _exported(source: Path, scratch: Path) -> Path:
@@ -97,8 +100,11 @@ def _exported(source: Path, scratch: Path) -> Path:
     from fusemega.checkpoint.convert import export_megatron
 
     out = scratch / str(MegatronFolder(source).manifest["source_hash"])
-    if not out.is_dir():
+    if out.is_dir():
+        check_contents(out)
+    else:
         export_megatron(source, out)
+        write_integrity(out)
     return out
 
 
@@ -135,14 +141,29 @@ def merge(
     Raises:
         UserError: `out` is not empty, the disk is too small, a source is damaged or holds NaN or infinities.
     """
-    refuse_existing(out)
-    out = Path(os.path.abspath(out))
-    partial = _partial(out)
-    resume = options.resume and (partial / JOURNAL).is_file()
-    if partial.exists() and not options.resume:
+    with locked(out):
+        refuse_existing(out)
+        return _locked_merge(plan, Path(os.path.realpath(out)), options, progress, page)
+
+
+def _locked_merge(
+    plan: MergePlan, out: Path, options: Options, progress: Progress, page: Callable[[dict[str, Any]], str]
+) -> dict[str, Any]:
+    partial = scratch_of(out)
+    resume = options.resume and (partial / JOURNAL).is_file() and not partial.is_symlink()
+    if os.path.lexists(partial) and not (is_scratch(partial) or (partial / JOURNAL).is_file()):
+        raise UserError(f"{partial}: exists and is no interrupted merge; move it away")
+    if (partial / JOURNAL).is_file() and not resume:
         raise UserError(f"{partial}: left by an interrupted merge; go on with --resume, or delete it")
     if not resume:
-        empty_folder(partial, out, plan.output_bytes)
+        with disk_errors(out):
+            drop_scratch(partial)
+            partial.mkdir(parents=True)
+            try:
+                check_room(out, partial, plan.output_bytes)
+            except UserError:
+                partial.rmdir()
+                raise
     with ExitStack() as opened_files:
         try:
             with disk_errors(out):
@@ -202,6 +223,7 @@ def _imported(merged: Path) -> Path:
     import_hf(merged, out)
     for name in (REPORT, PAGE):
         shutil.copyfile(merged / name, out / name)
+    write_integrity(out, recorded_hashes(out))  # lists them too
     return out
 
 

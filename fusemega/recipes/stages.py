@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import yaml
 from fusemega.cli.launch import launch_ranks
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
+from fusemega.files.lock import locked
 from fusemega.files.output import write_durably
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
@@ -33,6 +37,9 @@ class Stages:
 
     def __init__(self, folder: Path, nproc: int) -> None:
         self.folder, self.nproc = folder, nproc
+        held = ExitStack()
+        held.enter_context(locked(folder))
+        weakref.finalize(self, held.close)  # as long as this object, or its process, is there
         self._marks = folder / "stages"
         self._marks.mkdir(parents=True, exist_ok=True)
         self._chain = ""
@@ -59,6 +66,8 @@ class Stages:
                 return done.get("result")
         # An unfinished stage of the same settings resumes from what it left; one of other settings starts clean.
         if not begun.exists() or begun.read_text() != identity:
+            if not begun.exists() and (strange := [path for path in outputs if os.path.lexists(path)]):
+                raise UserError(f"{strange[0]}: exists, and stage {name} did not make it; choose another output folder")
             mark.unlink(missing_ok=True)
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import jinja2
 
 from fusemega import __version__
-from fusemega.errors import UserError
+from fusemega.files.output import INSIDE, check_writable, publish, scratch
+from fusemega.files.owned import check_replaceable, remove_listed, write_list
 from fusemega.report import charts
 from fusemega.report.charts import Chart, Curve, short
 from fusemega.report.page_template import STYLE, TEMPLATE
@@ -45,27 +45,25 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
 def write_page(out: Path, page: str, drawn: Sequence[Chart]) -> Path:
     """`write_report` for any page and its charts."""
     check_out(out)
-    partial = Path(f"{os.path.abspath(out)}.incomplete")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with scratch(out) as place:
+        check_out(out)
+        made = place / INSIDE
+        made.mkdir()
         for chart in drawn:
-            (partial / f"{chart.file}.png").write_bytes(charts.png(chart))
-        (partial / PAGE).write_text(page, encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot write there: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (made / f"{chart.file}.png").write_bytes(charts.png(chart))
+        (made / PAGE).write_text(page, encoding="utf-8")
+        write_list(made, "report")
+        real = Path(os.path.realpath(out))
+        if real.is_dir():
+            remove_listed(real)
+        publish(made, real)
     return out / PAGE
 
 
-def check_out(out: Path) -> None:
-    """Refuses a folder that holds something else than an older report."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / PAGE).is_file())):
-        raise UserError(f"{out}: exists and is no report; choose another folder with --out")
+def check_out(out: Path, inputs: Sequence[Path] = ()) -> None:
+    """Refuses a folder that holds something else than an older report, or that is or holds something that is read."""
+    check_replaceable(out, "report", inputs)
+    check_writable(out)
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:

@@ -8,6 +8,7 @@ size, K ids kept a position, S draws.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,10 @@ from pydantic import Field, model_validator
 
 from fusemega import __version__
 from fusemega.assets import cache_folder
+from fusemega.checkpoint.open_model import ModelSource
 from fusemega.errors import UserError
+from fusemega.files.lock import locked
+from fusemega.files.output import on_main
 from fusemega.losses.sampled import count_draws, sample_ids, uniforms
 from fusemega.losses.topk import top_k_log_probs
 from fusemega.models.build import GPT
@@ -65,6 +69,12 @@ def teach(run: TeachRun) -> Path:
     if run.rows == "top_k" and run.top_k > source.vocab_size:
         raise UserError(f"top_k: {run.top_k} is more than the model's vocabulary of {source.vocab_size}")
     world = initialize(run.parallel)
+    with ExitStack() as held:
+        on_main(world, lambda: held.enter_context(locked(run.store)))
+        return _teach(run, source, world)
+
+
+def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
     manifest = Manifest(
         weights=world.from_main(source.weights_hash() if world.is_main else ""),
         tokenizer=source.tokenizer.content_hash,

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -185,7 +186,7 @@ class _Tokenize:
 
 
 def _build(folder: Path, source: Source, tokenize: _Tokenize, progress: bool) -> None:
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
         _write(partial, source, tokenize, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from fusemega.checkpoint.loadable import closing_id, settle
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.torch_dist import load_model
 from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
+from fusemega.files.lock import locked
 from fusemega.files.output import check_writable, on_main, write_durably
 from fusemega.losses.registry import Objective, OnlineObjective, build_objective
 from fusemega.runtime.console import say
@@ -58,8 +61,12 @@ class Checked:
         return cls(run, source, objective, teacher)
 
 
-def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
+def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer, Checked]:
     """Everything `train` does before its first step. Collective.
+
+    Args:
+        run: what to train.
+        held: keeps the lock of the run's folder; None: it is not locked.
 
     Raises:
         UserError: bad input, before anything is allocated or written.
@@ -68,7 +75,7 @@ def open_trainer(run: TrainRun) -> tuple[Trainer, Checked]:
     checked = Checked.of(run, world_size)
     world = initialize(run.parallel, run.training.seed)
     output = Path(run.output_dir)
-    on_main(world, lambda: _check_output(output))
+    on_main(world, lambda: _claim(output, held))
     tokenizer = checked.source.tokenizer
     dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world)
     checked.objective.check_data(dataset)
@@ -99,7 +106,12 @@ def train(run: TrainRun) -> int:
     Raises:
         UserError: bad input, before anything is allocated or written; a loss that is not finite; a full disk.
     """
-    trainer, checked = open_trainer(run)
+    with ExitStack() as held:
+        return _train(run, held)
+
+
+def _train(run: TrainRun, held: ExitStack) -> int:
+    trainer, checked = open_trainer(run, held)
     if trainer.world.is_main:
         say(_summary(trainer, checked.source.kernels))
     if stopped := trainer.fit():
@@ -131,10 +143,20 @@ def _settle(made: Path, trainer: Trainer, checked: Checked) -> None:
         say(note)
 
 
+def _claim(output: Path, held: ExitStack | None) -> None:
+    """Nobody else writes the run's folder from here on."""
+    _check_output(output)
+    if held is not None:
+        held.enter_context(locked(output))
+        _check_output(output)
+
+
 def _check_output(output: Path) -> None:
     """An unrelated folder is left alone, and the rows of a run that goes on can be read."""
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / RUN_RECORD).is_file())):
         raise UserError(f"{output}: exists and is no folder of a training run; choose another output_dir")
+    if (output / RUN_RECORD).exists() and not {"fusemega", "run"} <= read_json(output / RUN_RECORD).keys():
+        raise UserError(f"{output / RUN_RECORD}: not the record of a training run; choose another output_dir")
     check_writable(output)
     read_metrics(output)
     read_evaluations(output)

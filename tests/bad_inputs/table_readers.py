@@ -173,7 +173,7 @@ TABLE: list[Bad] = [
     _k("integrity of a NUL", RESUME, r"names a file outside the folder: 'a\x00b'", put(NEWEST + "/integrity.json", {"format": "fusemega-integrity-1", "files": {"a\0b": {"size": 1, "xxh3_128": "x"}}})),
     _k("integrity without sizes", RESUME, "it has no size or no hash of state.json", put(NEWEST + "/integrity.json", {"format": "fusemega-integrity-1", "files": {"state.json": 3}})),
     _k("a FIFO that integrity lists", RESUME, "state.json: integrity.json lists it, and it is no regular file", fifo(NEWEST + "/state.json")),
-    _k("an import's journal of junk", "convert import model out --resume --workers 1", ".out.incomplete/journal.jsonl:1: malformed JSON", folder(".out.incomplete/out"), put(".out.incomplete/journal.jsonl", "junk\n")),
+    _k("an import's journal of junk", "convert import model out --resume --workers 1", ".out.incomplete/journal.jsonl:1: malformed JSON", folder(".out.incomplete/out"), put(".out.incomplete/.fusemega", "temporary, of fusemega\n"), put(".out.incomplete/journal.jsonl", "junk\n")),
     _k("an import whose source is a path", "merge out --method linear --models megatron model", "source_hash is '../../x', expected 32 hex digits", key("megatron/manifest.json", "source_hash", "../../x")),
     _k("a state without its best", RESUME, "state.json: its best is None; expected data, loss, iteration", gone("run/done"), key(NEWEST + "/state.json", "best"), sealed(NEWEST)),
     _k("a state of no number", RESUME, "best.loss is 'low', which no run writes", gone("run/done"), key(NEWEST + "/state.json", "best/loss", "low"), sealed(NEWEST)),

@@ -158,9 +158,12 @@ def test_names_are_text_and_not_markup(tmp_path: Path) -> None:
 def test_an_older_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     page_of(tmp_path, run)
-    (tmp_path / "out/old.png").write_text("")
+    (tmp_path / "out/mine.png").write_text("")
+    with pytest.raises(UserError, match="mine.png: not a file of the report"):
+        page_of(tmp_path, run)
+    (tmp_path / "out/mine.png").unlink()
     page_of(tmp_path, run)
-    assert not (tmp_path / "out/old.png").exists() and not list(tmp_path.glob("*.incomplete"))
+    assert not list(tmp_path.glob("*.incomplete"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
     with pytest.raises(UserError, match="mine: exists and is no report"):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_values_are_those_of_eval_and_change_nothing(
     assert [row["iteration"] for row in rows] == [0, 2, 4, 5]
     for load, row in ((work / "model", rows[0]), (tmp_path / "watched" / "hf", rows[-1])):
         model = {"load": str(load), "dtype": "fp32"}
-        alone, _ = evaluate(validate(EvalRun, {"model": model, "data": section["data"]}, "eval"))
+        alone, _ = evaluate(validate(EvalRun, {"model": model, "data": section["data"]}, "eval"), ExitStack())
         assert row["loss"] == pytest.approx(alone.loss, rel=1e-6) and row["tokens"] == alone.tokens
         assert row["bits_per_byte"] == pytest.approx(alone.bits_per_byte, rel=1e-6)
     assert rows[-1]["loss"] < rows[0]["loss"]

@@ -1,0 +1,124 @@
+"""One writer an output: a lock beside it, `.NAME.fusemega.lock`, that names its holder and dies with it.
+
+The lock is `flock`'s, which the kernel takes back from a process that ends in any way, also over NFS (where the clients
+pass it on to the server). The file is only where the lock is held and who holds it; it is removed with the lock, and
+what a killed process leaves of it holds nobody up.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fusemega.errors import UserError, printable
+
+_FIRST_WORD = "fusemega"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+_held: dict[tuple[int, str], int] = {}
+"""(process, lock file) -> how many blocks of that process hold it: a command's own steps do not shut each other out."""
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """The block is the only one, among all processes that see the file system, that writes the output `path`.
+
+    Spelling does not matter: links, `..` and trailing slashes are resolved. Blocks of one process may be nested. Where
+    a file system has no locks, one line on stderr says so, and the block runs without.
+
+    Raises:
+        UserError: another process holds it (named, with its host); the lock file cannot be made.
+    """
+    lock, made = _place(path)
+    key = (os.getpid(), str(lock))
+    if _held.get(key):
+        _held[key] += 1
+        try:
+            yield
+        finally:
+            _held[key] -= 1
+        return
+    descriptor = _take(lock, path)
+    _held[key] = 1
+    try:
+        yield
+    finally:
+        if os.getpid() == key[0]:  # not in a process that was forked meanwhile
+            del _held[key]
+            if descriptor is not None:
+                os.unlink(
+                    lock
+                )  # before it is let go: whoever waits for this file finds that it has no name, or another
+                os.close(descriptor)
+            for folder in made:
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break  # the output is in it
+
+
+def _place(path: str | Path) -> tuple[Path, list[Path]]:
+    """The lock file; and the folders that had to be made for it, the innermost first."""
+    real = Path(os.path.realpath(path))
+    folder, made = real.parent, []
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = folder.parent
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there: {error.strerror}") from None
+    if real.is_dir() and not os.access(real.parent, os.W_OK):  # a disk's own folder, for example
+        return real / ".fusemega.lock", made
+    return real.parent / f".{real.name}.fusemega.lock", made
+
+
+def _take(lock: Path, path: str | Path) -> int | None:
+    """The open lock file; None where the file system has no locks."""
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            raise UserError(f"{path}: cannot write there: {lock}: {error.strerror}") from None
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{lock}: no regular file, and in the place of a lock of fusemega's; move it away")
+            said = os.pread(descriptor, 400, 0).decode("utf-8", "replace")
+            if said and not said.startswith(_FIRST_WORD):
+                raise UserError(f"{lock}: no lock of fusemega's, and in the place of one; move it away")
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = " ".join(said.split()[1:]) or "it has not said which"
+                raise UserError(
+                    f"{path}: another process is writing it ({who}); wait for its end, or choose another output"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise UserError(f"{path}: cannot lock {lock}: {error.strerror}") from None
+                sys.stderr.write(printable(f"warning: {lock.parent}: no file locks here: start one writer only\n"))
+                os.unlink(lock)
+                os.close(descriptor)
+                return None
+            if _is_at(descriptor, lock):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{_FIRST_WORD} process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder removed it between the opening and the lock
+
+
+def _is_at(descriptor: int, lock: Path) -> bool:
+    try:
+        there, here = os.lstat(lock), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
