@@ -128,7 +128,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         drop_cache()
         command = [sys.executable, "-m", "fusemega", "merge", str(out), "--method", method, "--base", str(folders[0])]
-        command += ["--models", *map(str, folders[1:])]
+        command += ["--vocabulary", "position", "--models", *map(str, folders[1:])]  # they have no tokenizer
         command += ["parameters.select_topk=0.1"] if method.startswith("sce") else []
         plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True).stdout
         seconds, memory, _ = measured(command, work / "log")

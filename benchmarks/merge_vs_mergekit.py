@@ -157,7 +157,14 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     python = mergekit_python(args.mergekit, work / "mergekit")
     mergekit = [str(Path(python).with_name("mergekit-yaml"))]
-    fusemega = [sys.executable, "-m", "fusemega", "merge"]
+    fusemega = [
+        sys.executable,
+        "-m",
+        "fusemega",
+        "merge",
+        "--vocabulary",
+        "position",
+    ]  # the random model has no tokenizer
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     log = work / "log"
