@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from fusemega.checkpoint.copying import Written, item_is, same_bits, write_item
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.megatron_folder import MegatronFolder, common_dtype, describe_source
+from fusemega.checkpoint.megatron_folder import MegatronFolder, common_dtype, describe_source, open_megatron
 from fusemega.checkpoint.moves import ITEM_BYTES, Assembled, Item, Move, Part, as_is, window
 from fusemega.checkpoint.progress import meter
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
@@ -123,38 +123,70 @@ def export_megatron(
     max_shard_size: int = MAX_SHARD_SIZE,
     workers: int = 1,
     resume: bool = False,
+    iteration: int | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Report:
     """Megatron folder to Hugging Face folder. One process calls it.
 
     Args:
-        source: a folder that `import_hf` wrote.
+        source: a folder that `import_hf` wrote; or a run's checkpoint, of which the fp32 main parameters are taken; or
+            a run's folder or its `checkpoints`: the newest that is whole.
         out: absent or empty; appears whole or not at all.
-        dtype: of the written weights (rounded to nearest even where narrower); None: those they were imported from.
+        dtype: of the written weights (rounded to nearest even where narrower); None: those of the Hugging Face folder
+            that they come from.
         max_shard_size: bytes of weights in a file.
         workers: processes that copy.
         resume: go on with what an interrupted call has finished.
+        iteration: of a run's folder, this checkpoint rather than the newest.
+        finish: called with the folder when all but its name is there.
 
     Raises:
-        UserError: the source is not a Megatron folder, `out` is not empty, the disk is full.
+        UserError: the source is not a Megatron folder, `out` is not empty, the disk is full; a weight is too large for
+            `dtype`.
     """
+    refuse_existing(Path(out))
+    folder = open_megatron(source, iteration)
+    check_contents(folder.path, threads=workers)  # a first reading: a file's hash is of all its bytes, in their order
+    settings: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "workers": workers}
+    return export_folder(folder, out, **settings, resume=resume, finish=finish)
+
+
+def export_folder(
+    folder: MegatronFolder | HFFolder,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    workers: int = 1,
+    resume: bool = False,
+    finish: Callable[[Path], None] | None = None,
+) -> Report:
+    """`export_megatron` of an open folder, which may be one of Hugging Face's form too: then only types change."""
     begun = time.monotonic()
     out = Path(out)
     refuse_existing(out)
-    folder = MegatronFolder(source)
-    check_contents(folder.path, threads=workers)  # a first reading: a file's hash is of all its bytes, in their order
-    checkpoint = Checkpoint(folder.weights)
-    tensors = checkpoint.hf_tensors(folder.config)
-    infos = [TensorInfo(name, dtype or folder.dtypes[name], tensor.shape) for name, tensor in tensors.items()]
+    if isinstance(folder, MegatronFolder):
+        checkpoint = Checkpoint(folder.weights)
+        tensors, dtypes, files = checkpoint.hf_tensors(folder.config), folder.dtypes, checkpoint.files()
+        side_files = folder.hf
+    else:
+        tensors = {
+            name: as_is(folder.stored(name)) for place in places(folder.config) for name in place.rule.hf_shapes()
+        }
+        dtypes, files, side_files = {name: folder.dtype(name) for name in tensors}, folder.files(), folder.path
+    infos = [TensorInfo(name, dtype or dtypes[name], tensor.shape) for name, tensor in tensors.items()]
     shards = plan_shards(infos, max_shard_size)
     items = _plan_export(tensors, shards)
-    identity = _identity("export", checkpoint.files()) | {"dtype": str(dtype), "max_shard_size": max_shard_size}
+    identity = _identity("export", files) | {"dtype": str(dtype), "max_shard_size": max_shard_size}
     with start_workers(workers) as pool:
         with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items), say) as unfinished:
             copied = _write(items, unfinished, pool, f"exporting {folder.path.name}", digests=False)
-            copy_side_files(folder.hf, unfinished.folder)
+            copy_side_files(side_files, unfinished.folder)
             write_index(unfinished.folder, shards)
             config = json.dumps(exported_config(folder.config, infos[0].dtype), indent=2, sort_keys=True)
             (unfinished.folder / "config.json").write_text(config + "\n", encoding="utf-8")
+            if finish is not None:
+                finish(unfinished.folder)
         return _report(copied, begun, pool)
 
 

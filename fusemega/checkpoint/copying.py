@@ -112,8 +112,10 @@ def _convert(values: object, source: Stored, target: Assembled) -> object:
     import numpy as np
     import torch
 
+    from fusemega.checkpoint.narrowing import narrowed
+
     bits = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8))
-    converted = bits.view(getattr(torch, source.dtype)).to(getattr(torch, target.dtype))
+    converted = narrowed(bits.view(getattr(torch, source.dtype)), getattr(torch, target.dtype), target.name)
     return converted.view(torch.uint8).numpy().view(_unsigned(target.dtype))
 
 

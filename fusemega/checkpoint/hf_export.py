@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fusemega.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, HFFolder
+from fusemega.checkpoint.narrowing import narrowed
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files, exported_config
 from fusemega.errors import UserError
@@ -106,7 +107,7 @@ class _Sources:
                 dist.send(torch.zeros(1), dst=holder, group=self.world.host_group)
                 dist.recv(flat, src=holder)
             if whole is not None:
-                _unpack(flat, pieces, whole)
+                _unpack(flat, pieces, whole, info.name)
         return whole
 
     def _pack(self, parameter: torch.nn.Parameter, pieces: list[Piece]) -> torch.Tensor:
@@ -114,11 +115,11 @@ class _Sources:
         return torch.cat([parameter.detach()[slices(piece.local_box)].flatten() for piece in pieces])
 
 
-def _unpack(flat: torch.Tensor, pieces: list[Piece], whole: torch.Tensor) -> None:
+def _unpack(flat: torch.Tensor, pieces: list[Piece], whole: torch.Tensor, name: str) -> None:
     sizes = [volume(piece.hf_box) for piece in pieces]
     for piece, part in zip(pieces, flat.split(sizes), strict=True):
         target = whole[slices(piece.hf_box)]
-        target.copy_(part.view(target.shape))
+        target.copy_(narrowed(part.view(target.shape), whole.dtype, name))
 
 
 def _present(values: Iterator[torch.Tensor | None]) -> Iterator[torch.Tensor]:

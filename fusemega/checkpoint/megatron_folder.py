@@ -1,13 +1,17 @@
-"""The folder that `fusemega convert import` writes: a Megatron checkpoint that stands alone.
+"""The folder that `fusemega convert import` writes, and a run's checkpoint: each stands alone.
 
 weights/         torch_dist, loadable under any layout
 hf/              config.json, tokenizer and the other small files
 manifest.json    where the weights came from
 integrity.json   sizes and hashes of all of these
+
+A run's checkpoint has the same but for `weights/`: the files of torch_dist lie in the folder itself, and hold optimizer
+state too. Where that has fp32 main parameters, they are the weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -19,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusemega.checkpoint.hf_folder import DTYPES, HFFolder
+from fusemega.checkpoint.series import STATE, checkpoint_named, checkpoints_below, latest_checkpoint, read_state
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError, choose
 from fusemega.files.integrity import FILE as INTEGRITY
-from fusemega.files.integrity import check_sizes, damaged_files
+from fusemega.files.integrity import check_sizes, damaged_files, recorded_hashes
 from fusemega.files.json_files import read_json
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
@@ -31,30 +36,46 @@ if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do w
     from fusemega.runtime.precision import Kernels
 
 FORMAT = "fusemega-megatron-2"
+_RUN_FORMAT = "fusemega-checkpoint-1"
 MANIFEST = "manifest.json"
 
 
 class MegatronFolder:
     """An imported folder, its files checked for their sizes.
 
+    Attributes:
+        path, weights, hf: the folder and its parts.
+        config: the model's `config.json`.
+        dtypes: of each tensor of the Hugging Face folder that it comes from.
+        content_hash: 32 hex digits, of configuration and weights: an imported folder's is that of its source.
+
     Raises:
         UserError: not such a folder, or a file of it is missing or truncated.
     """
 
+    _format, _remedy = FORMAT, "import it again"
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = read_json(self.path / MANIFEST)
-        if self.manifest.get("format") != FORMAT:
+        if self.manifest.get("format") != self._format:
             found = self.manifest.get("format")
-            raise UserError(f"{self.path / MANIFEST}: format is {found!r}, expected {FORMAT!r}; import it again")
-        self.weights = self.path / "weights"
+            raise UserError(f"{self.path / MANIFEST}: format is {found!r}, expected {self._format!r}; {self._remedy}")
+        self.weights = self._weights()
         self.hf = self.path / "hf"
         self.config = read_json(self.hf / "config.json")
         self.dtypes = self._dtypes()
+        self.content_hash = self._content_hash()
+        check_sizes(self.path)
+
+    def _weights(self) -> Path:
+        return self.path / "weights"
+
+    def _content_hash(self) -> str:
         source_hash = self.manifest.get("source_hash")
         if not isinstance(source_hash, str) or not re.fullmatch("[0-9a-f]{32}", source_hash):  # folders are named by it
             raise UserError(f"{self.path / MANIFEST}: source_hash is {source_hash!r}, expected 32 hex digits")
-        check_sizes(self.path)
+        return source_hash
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Of each tensor, as it was imported."""
@@ -97,9 +118,76 @@ class MegatronFolder:
         return model
 
 
+class RunCheckpoint(MegatronFolder):
+    """A checkpoint of a training run, as a model.
+
+    Its `content_hash` is of the files as they were written: a model exported from it has another.
+    """
+
+    _format, _remedy = _RUN_FORMAT, "resume the run with the version that began it, or export it there"
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.iteration = int(read_state(self.path)["iteration"])
+
+    def _weights(self) -> Path:
+        return self.path
+
+    def _content_hash(self) -> str:
+        hashes = json.dumps(sorted(recorded_hashes(self.path).items()))
+        return hashlib.blake2b(hashes.encode(), digest_size=16).hexdigest()
+
+
 def is_megatron_folder(path: str | Path) -> bool:
-    """Whether `path` has the form of an imported folder."""
-    return (Path(path) / MANIFEST).is_file() and (Path(path) / "weights").is_dir()
+    """Whether `path` has the form of an imported folder, a run, its `checkpoints` or one of these."""
+    path = Path(path)
+    imported = (path / MANIFEST).is_file() and (path / "weights").is_dir()
+    return imported or _is_checkpoint(path) or checkpoints_below(path) is not None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / STATE).is_file() and not (path / "config.json").exists()
+
+
+def open_megatron(path: str | Path, iteration: int | None = None) -> MegatronFolder:
+    """The imported folder `path`; or of a run's folder or its `checkpoints` the newest checkpoint that is whole.
+
+    Args:
+        path: either, or a checkpoint itself.
+        iteration: another checkpoint of the run than the newest.
+
+    Raises:
+        UserError: as `MegatronFolder`; the run has no (such) checkpoint; `iteration` is given for another folder.
+    """
+    path = Path(path)
+    root = checkpoints_below(path)
+    if root is None:
+        if iteration is not None:
+            raise UserError(f"{path}: is no run, and has no iteration {iteration}; allowed: a run's folder")
+        return RunCheckpoint(path) if _is_checkpoint(path) else MegatronFolder(path)
+    found = latest_checkpoint(root) if iteration is None else checkpoint_named(root, iteration)
+    if found is None:
+        raise UserError(f"{path}: the run has no checkpoint yet")
+    return RunCheckpoint(found)
+
+
+def describe_run(folder: Path, hf: Path, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Write `hf/` and `manifest.json` of a checkpoint that is being written.
+
+    Args:
+        folder: being written.
+        hf: where the small files of the model in training are.
+        config: its configuration.
+        dtypes: of the tensors that it was loaded from.
+    """
+    (folder / "hf").mkdir(exist_ok=True)
+    copy_side_files(hf, folder / "hf")
+    (folder / "hf" / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+    manifest = {
+        "format": _RUN_FORMAT,
+        "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def describe_source(folder: Path, source: HFFolder, names: Iterable[str], digests: Mapping[str, str]) -> None:

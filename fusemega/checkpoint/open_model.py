@@ -13,12 +13,13 @@ from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.hub import resolve
-from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
+from fusemega.checkpoint.megatron_folder import MegatronFolder, RunCheckpoint, is_megatron_folder, open_megatron
 from fusemega.checkpoint.read_plan import RankReads, plan_reads
 from fusemega.errors import UserError
 from fusemega.models.build import GPT, build_model
 from fusemega.models.registry import family_of
 from fusemega.models.stages import check_layout, stage_layers
+from fusemega.runtime.console import global_rank, say
 from fusemega.runtime.parallel import ParallelConfig, World
 from fusemega.runtime.precision import Precision
 from fusemega.text.tokenizer import Tokenizer
@@ -29,7 +30,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class ModelConfig(Precision):
     """Which weights, and the precision they are computed in."""
 
-    load: str = Field(description="Hugging Face folder or hub id, or a folder made by `fusemega convert import`")
+    load: str = Field(
+        description="Hugging Face folder or hub id, a folder made by `fusemega convert import`, or a run's checkpoint "
+        "(of a run's folder, the newest)"
+    )
     trust_remote_code: bool = Field(False, description="let the tokenizer's folder bring its own Python code")
 
 
@@ -79,6 +83,17 @@ class ModelSource:
         """See `weights_hash`."""
         return _hash_of(self._source)
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor of the Hugging Face folder that the weights come from."""
+        if isinstance(self._source, MegatronFolder):
+            return self._source.dtypes
+        return {name: self._source.dtype(name) for name in self._source}
+
+    @property
+    def folder(self) -> MegatronFolder | HFFolder:
+        """The open folder of the weights."""
+        return self._source
+
     def plan_reads(self) -> list[RankReads]:
         """What each model-parallel rank would read of the weights. Reads none of them."""
         return plan_reads(self._source, self._parallel)
@@ -107,11 +122,14 @@ def weights_hash(load: str) -> str:
 def _opened(load: str) -> MegatronFolder | HFFolder:
     folder = resolve(load)
     if is_megatron_folder(folder):
-        return MegatronFolder(folder)
+        opened = open_megatron(folder)
+        if isinstance(opened, RunCheckpoint) and opened.path != folder and global_rank() == 0:
+            say(f"{load}: a run; its newest checkpoint, of iteration {opened.iteration}, is taken")
+        return opened
     source = HFFolder(folder)
     check_tensors(source, source.config)
     return source
 
 
 def _hash_of(source: MegatronFolder | HFFolder) -> str:
-    return str(source.manifest["source_hash"]) if isinstance(source, MegatronFolder) else source.content_hash()
+    return source.content_hash if isinstance(source, MegatronFolder) else source.content_hash()

@@ -15,7 +15,7 @@ import torch
 
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.megatron_folder import MegatronFolder
+from fusemega.checkpoint.megatron_folder import MegatronFolder, open_megatron
 from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
 from fusemega.files.output import refuse_existing
 from fusemega.models.registry import family_of
@@ -110,7 +110,13 @@ def describe_import(source: str | Path, out: Path, layout: ParallelConfig) -> st
 
 
 def describe_export(
-    source: str | Path, out: Path, layout: ParallelConfig, *, dtype: torch.dtype | None, max_shard_size: int
+    source: str | Path,
+    out: Path,
+    layout: ParallelConfig,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_size: int,
+    iteration: int | None = None,
 ) -> str:
     """What `fusemega convert export` would write, and what a run from the source would read, rank by rank.
 
@@ -118,7 +124,7 @@ def describe_export(
         UserError: what the export itself would refuse.
     """
     refuse_existing(out)
-    folder = MegatronFolder(source)
+    folder = open_megatron(source, iteration)
     reads = table(plan_reads(folder, layout))
     infos = [
         TensorInfo(name, dtype or folder.dtypes[name], shape)

@@ -87,7 +87,12 @@ class CheckpointSaver:
             self.wait()
 
     def save(
-        self, iteration: int, contents: Mapping[str, Any], state: Mapping[str, Any], also_keep: Path | None
+        self,
+        iteration: int,
+        contents: Mapping[str, Any],
+        state: Mapping[str, Any],
+        also_keep: Path | None,
+        describe: Callable[[Path], None],
     ) -> Path:
         """Write `root/iter_{iteration:07d}`, then point the tracker at it.
 
@@ -96,6 +101,7 @@ class CheckpointSaver:
             contents: Megatron's sharded state.
             state: JSON-able values stored in `state.json`; `read_state` gives them back.
             also_keep: an older checkpoint that this one refers to.
+            describe: writes what else belongs into the folder; called by the main process.
 
         Returns:
             the folder, which is there already unless saves go on in the background.
@@ -122,7 +128,9 @@ class CheckpointSaver:
             if request.async_fn is not None:  # this rank has something to write
                 write = partial(_write_and_hash, request.async_fn, saving.temporary, os.getpid())
                 request = request._replace(async_fn=write)
-            request.add_finalize_fn(lambda: on_main(self._world, lambda: self._publish(saving, state, also_keep)))
+            request.add_finalize_fn(
+                lambda: on_main(self._world, lambda: self._publish(saving, state, also_keep, describe))
+            )
             if self._in_background:
                 self._queue.schedule_async_request(request)
                 self._saving = saving
@@ -165,12 +173,19 @@ class CheckpointSaver:
             remove_leftovers(self._root)
             saving.temporary.mkdir()
 
-    def _publish(self, saving: _Save, state: Mapping[str, Any], also_keep: Path | None) -> None:
+    def _publish(
+        self,
+        saving: _Save,
+        state: Mapping[str, Any],
+        also_keep: Path | None,
+        describe: Callable[[Path], None],
+    ) -> None:
         with checkpoint_errors(f"{saving.final}: checkpoint not saved", saving.temporary):
             hashes = _collect_hashes(saving.temporary)
             _check_shared(saving.temporary)
             text = json.dumps({"iteration": saving.iteration, **state}, indent=1)
             (saving.temporary / STATE).write_text(text, encoding="utf-8")
+            describe(saving.temporary)
             write_integrity(saving.temporary, hashes)
             if saving.final.exists():
                 retire(saving.final)

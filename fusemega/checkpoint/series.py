@@ -15,14 +15,18 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusemega.errors import UserError
 from fusemega.files.integrity import check_sizes, damaged_files
 from fusemega.files.json_files import read_json
 from fusemega.files.opening import read_bytes
 from fusemega.runtime.console import say
-from fusemega.runtime.parallel import World
+
+if TYPE_CHECKING:
+    from fusemega.runtime.parallel import World
+
+CHECKPOINTS = "checkpoints"
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "state.json"
@@ -32,6 +36,27 @@ _NAME = re.compile(r"iter_(\d{7,})")
 def checkpoint_folder(root: Path, iteration: int) -> Path:
     """Where the checkpoint after `iteration` updates lies."""
     return root / f"iter_{iteration:07d}"
+
+
+def checkpoints_below(path: Path) -> Path | None:
+    """Where the checkpoints of `path` lie, a run's folder or its `checkpoints`; None where it is neither."""
+    for root in (path / CHECKPOINTS, path):
+        if (root / TRACKER).is_file() or (root.is_dir() and _folders(root)):
+            return root
+    return None
+
+
+def checkpoint_named(root: Path, iteration: int) -> Path:
+    """The checkpoint of one iteration.
+
+    Raises:
+        UserError: there is none; says which there are.
+    """
+    folder = checkpoint_folder(root, iteration)
+    if not folder.is_dir():
+        there = ", ".join(str(int(path.name[5:])) for path in reversed(_folders(root)))
+        raise UserError(f"{root}: no checkpoint of iteration {iteration}; there are: {there or 'none'}")
+    return folder
 
 
 def read_state(folder: Path) -> dict[str, Any]:

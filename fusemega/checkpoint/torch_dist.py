@@ -12,6 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fusemega.checkpoint.index_file import read_index
-from fusemega.checkpoint.torch_dist_files import FORMAT
+from fusemega.checkpoint.torch_dist_files import FORMAT, main_parameters
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.opening import require_regular
@@ -62,6 +64,8 @@ def load_model(model: GPT, path: str | Path) -> None:
     check_files(Path(path))
     with checkpoint_errors(f"{path}: does not fit this model, or is damaged"):
         wanted = loadable_state(model, path)
+        if model.config.params_dtype == torch.float32:  # in bf16 they are the same, rounded
+            wanted = _from_main(wanted, path)
         names = list(wanted)
         loaded = dist_checkpointing.load(wanted, str(path))
     # A training checkpoint's settings of the optimizer come along.
@@ -79,6 +83,15 @@ def loadable_state(model: GPT, path: str | Path) -> dict[str, Any]:
     if model.config.fp8 is not None and model.config.fp8_recipe == "delayed":
         present = {value.key for value in load_sharded_metadata(str(path)).values()}
     return {name: value for name, value in state.items() if not _is_extra(name) or value.key in present}
+
+
+def _from_main(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The same, asked of a run's fp32 main parameters where the checkpoint has them."""
+    main = main_parameters(value.key for value in load_sharded_metadata(str(path)).values())
+    return {
+        name: replace(value, key=main[value.key]) if isinstance(value, ShardedTensor) and value.key in main else value
+        for name, value in state.items()
+    }
 
 
 def fill_from_state(model: GPT, state: dict[str, Any]) -> None:

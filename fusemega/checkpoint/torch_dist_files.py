@@ -35,6 +35,8 @@ from fusemega.models.registry import family_of
 from fusemega.models.rules import Rule, whole
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+# Where the optimizers of megatron-core 0.16.1 keep fp32 main parameters: the distributed one, and the one of bf16 runs.
+_MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -182,8 +184,16 @@ def write_metadata(folder: Path, chunks: Iterable[Chunk], global_shapes: Mapping
     (folder / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
 
 
+def main_parameters(keys: Iterable[str]) -> dict[str, str]:
+    """Of a checkpoint's keys, those of weights that have an fp32 main parameter -> its key."""
+    found = {key.removeprefix(prefix): key for key in keys for prefix in _MAIN if key.startswith(prefix)}
+    return found
+
+
 class Checkpoint:
-    """The tensors of a checkpoint that any layout has written.
+    """The weights of a checkpoint that any layout has written; of a run's, the fp32 main parameters where it has them.
+
+    No other optimizer state is opened.
 
     Raises:
         UserError: not a checkpoint, or damaged.
@@ -196,14 +206,19 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         files: dict[str, IO[bytes]] = {}
         try:
+            main = main_parameters(metadata.state_dict_metadata)
+            weights = {source: key for key, source in main.items()}
             for index, where in metadata.storage_data.items():
                 if getattr(index, "offset", None) is None:  # an object, such as an extra state
                     continue
-                self.shapes[index.fqn] = tuple(metadata.state_dict_metadata[index.fqn].size)
+                key = weights.get(index.fqn, index.fqn)
+                if key in main and index.fqn == key or key.startswith(("optimizer.", "random_state.")):
+                    continue
+                self.shapes[key] = tuple(metadata.state_dict_metadata[index.fqn].size)
                 if where.relative_path not in files:
                     files[where.relative_path] = open_regular(path / where.relative_path)  # closed below
                 stored = _open_chunk(index.fqn, path / where.relative_path, files[where.relative_path], where)
-                self._chunks.setdefault(index.fqn, []).append((tuple(index.offset), stored))
+                self._chunks.setdefault(key, []).append((tuple(index.offset), stored))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path / '.metadata'}: damaged: {error}") from None
         finally:

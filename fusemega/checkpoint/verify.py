@@ -11,7 +11,7 @@ import torch
 from fusemega.checkpoint.copying import same_bits
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder, functional_config
-from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
+from fusemega.checkpoint.megatron_folder import is_megatron_folder, open_megatron
 from fusemega.checkpoint.moves import Assembled, as_is
 from fusemega.checkpoint.progress import meter
 from fusemega.checkpoint.torch_dist_files import Checkpoint
@@ -65,7 +65,7 @@ class _Side:
         self.tensors: dict[str, Assembled]
         self.dtypes: dict[str, torch.dtype]
         if is_megatron_folder(path):
-            megatron = MegatronFolder(path)
+            megatron = open_megatron(path)
             self.config = megatron.config
             self.tensors = Checkpoint(megatron.weights).hf_tensors(megatron.config)
             self.dtypes = megatron.dtypes
@@ -134,7 +134,7 @@ def logit_difference(hf: str | Path, other: str | Path, world: World, text: str)
     Raises:
         UserError: no tokens, or vocabularies of different sizes.
     """
-    tokenizer = load_pretrained(Path(hf) / "hf" if is_megatron_folder(hf) else hf)
+    tokenizer = load_pretrained(open_megatron(hf).hf if is_megatron_folder(hf) else hf)
     ids = tokenizer(text)["input_ids"][:MAX_TEXT_TOKENS]
     ids = ids[: len(ids) // world.tp_size * world.tp_size]  # sequence parallelism splits tokens evenly
     if not ids:
@@ -154,7 +154,7 @@ def _logits(folder: str | Path, world: World, ids: list[int]) -> torch.Tensor | 
         return transformers_logits(Path(folder), ids)
     from fusemega.models.dense_logits import dense_logits
 
-    logits_SV = dense_logits(MegatronFolder(folder).load(world, torch.float32), world, [ids])
+    logits_SV = dense_logits(open_megatron(folder).load(world, torch.float32), world, [ids])
     return None if logits_SV is None else logits_SV.cpu()
 
 

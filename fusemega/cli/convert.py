@@ -68,7 +68,12 @@ def import_(
 def export(
     source: Path,
     out: Path,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights; by default what they were imported from.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights; by default that of the folder they were loaded from.")
+    ] = None,
+    iteration: Annotated[
+        int | None, typer.Option(min=0, help="Which checkpoint of a run's folder; by default the newest.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
     workers: WORKERS = None,
     resume: RESUME = False,
@@ -76,7 +81,10 @@ def export(
     tp: DRY_TP = 1,
     pp: DRY_PP = 1,
 ) -> None:
-    """SOURCE (a Megatron folder) to OUT (a Hugging Face folder that transformers loads)."""
+    """SOURCE (a Megatron folder, a run, or a checkpoint) to OUT (a Hugging Face folder that transformers loads).
+
+    Of a run's checkpoint the optimizer's fp32 main parameters are written, in --dtype.
+    """
     chosen = None if dtype is None else choose("--dtype", dtype, _DTYPES)
     size = parse_size("--max-shard-size", max_shard_size)
     import torch
@@ -88,7 +96,7 @@ def export(
     if dry_run:
         from fusemega.checkpoint.read_plan import describe_export
 
-        tell(describe_export(source, out, _layout(tp, pp), dtype=torch_dtype, max_shard_size=size))
+        tell(describe_export(source, out, _layout(tp, pp), dtype=torch_dtype, max_shard_size=size, iteration=iteration))
         return
     _check_no_layout(tp, pp)
     _once(
@@ -100,6 +108,7 @@ def export(
             max_shard_size=size,
             workers=workers or default_workers(),
             resume=resume,
+            iteration=iteration,
         ),
     )
 

@@ -81,6 +81,11 @@ class Teacher:
                     f"(store {manifest.weights[:12]}, model {found[:12]})"
                 )
 
+    def identity(self) -> dict[str, str | None]:
+        """Content in place of the config's paths: the store's manifest says whose rows they are, and of what kind."""
+        of_map = None if self._map is None else self._map.content_hash
+        return {"store": self.store.manifest.hash.hex(), "map": of_map, "teacher": None}
+
     @property
     def k(self) -> int:
         """Most ids that a position lists."""
@@ -158,6 +163,7 @@ class _Map:
 
     def __init__(self, path: str, store: Store, tokenizer: Tokenizer) -> None:
         loaded = VocabularyMap.load(Path(path))
+        self.content_hash = loaded.content_hash
         scorer = store.manifest.tokenizer, f"that of the store {store.path}"
         loaded.check(path, scorer, (tokenizer.content_hash, tokenizer.source))
         # A model may have more rows than its tokenizer has ids; those become nothing.

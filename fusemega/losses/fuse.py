@@ -11,7 +11,7 @@ Shapes: P supervised positions of a sample, J teachers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -103,6 +103,9 @@ class Fuse(Taught):
             found, rewards_J = [found[int(np.argmax(rewards_J))]], rewards_J.max(keepdims=True)
         parts = [teacher.targets(row, sample) for teacher, row in found]
         return FUNCTIONS[self._fusion.function](parts, rewards_J, sample.ids[sample.positions + 1].astype(np.int64))
+
+    def identity(self) -> dict[str, Any]:
+        return {"teachers": [teacher.identity() for teacher in self.teachers]}
 
     def check_data(self, dataset: TokenizedDataset) -> None:
         for teacher in self.teachers:

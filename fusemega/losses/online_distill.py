@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
-from fusemega.checkpoint.open_model import ModelConfig
+from fusemega.checkpoint.open_model import ModelConfig, weights_hash
 from fusemega.losses.divergence import fused_divergence_loss
 from fusemega.losses.registry import ObjectiveSettings, OnlineObjective, TeacherOutput, register
 
@@ -61,6 +61,10 @@ class OnlineDistill(OnlineObjective):
     @classmethod
     def build(cls, settings: OnlineDistill.Settings, tokenizer: Tokenizer, vocab_size: int) -> OnlineDistill:
         return cls(settings)
+
+    def identity(self) -> dict[str, Any]:
+        precision = self.teacher.model_dump(mode="json", exclude={"load", "trust_remote_code"})
+        return {"teacher": {"weights": weights_hash(self.teacher.load), **precision}}
 
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         return {}

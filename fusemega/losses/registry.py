@@ -60,6 +60,11 @@ class Objective(ABC):
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         """Arrays [P, ...] of one sample that the micro-batch will carry as tensors [N, ...]."""
 
+    def identity(self) -> dict[str, Any]:
+        """Hashes of what the settings name by a path, in the settings' own form: they replace the paths where it is
+        asked whether two runs compute the same."""
+        return {}
+
     def check_data(self, dataset: TokenizedDataset) -> None:  # noqa: B027  (most objectives ask nothing of it)
         """Refuses, before anything is allocated, data that this objective could not be computed on.
 

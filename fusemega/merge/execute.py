@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from fusemega.checkpoint.narrowing import narrowed
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.workers import start_workers
-from fusemega.errors import UserError
 from fusemega.merge.journal import Journal
 from fusemega.merge.method import Block, Job, Sample
 from fusemega.merge.plan import MergePlan, PlannedTensor
@@ -133,11 +133,7 @@ class _Work:
 
     def _write(self, place: _Place, merged: torch.Tensor) -> None:
         name, dtype = place.tensor.spec.name, place.tensor.dtype
-        narrow = merged.to(dtype)
-        if dtype.itemsize < merged.element_size() and not torch.isfinite(narrow.sum()):
-            if not torch.isfinite(narrow).all():
-                raise UserError(f"tensor {name}: merged values are too large for {dtype}")
-        self.writer.write(name, place.pieces[0][0], narrow)
+        self.writer.write(name, place.pieces[0][0], narrowed(merged, dtype, name))
 
 
 _work: _Work | None = None

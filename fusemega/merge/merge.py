@@ -18,7 +18,7 @@ from fusemega.checkpoint.adapter import CONFIG, WEIGHTS, merge_adapter, split_na
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.loadable import settle, stop_ids
-from fusemega.checkpoint.megatron_folder import MegatronFolder, is_megatron_folder
+from fusemega.checkpoint.megatron_folder import RunCheckpoint, is_megatron_folder, open_megatron
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import write_index
 from fusemega.checkpoint.side_files import copy_side_files
@@ -97,13 +97,17 @@ def _drop(scratch: Path, out: Path) -> None:
 
 def _exported(source: Path, scratch: Path) -> Path:
     """A Megatron folder as a Hugging Face folder below `scratch`; kept from an interrupted merge if it is there."""
+    import torch
+
     from fusemega.checkpoint.convert import export_megatron
 
-    out = scratch / str(MegatronFolder(source).manifest["source_hash"])
+    opened = open_megatron(source)
+    out = scratch / opened.content_hash
     if out.is_dir():
         check_contents(out)
     else:
-        export_megatron(source, out)
+        # A run's main parameters are not rounded before they are merged.
+        export_megatron(source, out, dtype=torch.float32 if isinstance(opened, RunCheckpoint) else None)
         write_integrity(out)
     return out
 

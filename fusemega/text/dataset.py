@@ -81,6 +81,10 @@ class TokenizedDataset:
             source=f"{self._names[entry['file']]}:{entry['row']}",
         )
 
+    def contents(self) -> list[np.ndarray]:
+        """All that the samples consist of, in order, without where they came from; views of the files."""
+        return [np.ascontiguousarray(self._index[name]) for name in ("key", "offset")] + list(self._columns.values())
+
     @property
     def keys(self) -> list[bytes]:
         """The samples' keys, in order."""

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.read_plan import NOTHING_DONE, table
-from fusemega.checkpoint.series import latest_checkpoint, read_state
+from fusemega.checkpoint.series import CHECKPOINTS, latest_checkpoint, read_state
 from fusemega.models.registry import family_of
 from fusemega.runtime.parallel import environment_rank
 from fusemega.text.data import Source
 from fusemega.training.run import TrainRun
 from fusemega.training.train import Checked
-from fusemega.training.trainer import CHECKPOINTS
 
 
 def describe(run: TrainRun, nproc: int | None) -> str:

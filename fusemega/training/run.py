@@ -40,6 +40,11 @@ class TrainingSection(Section):
     async_save: bool = Field(False, description="write checkpoints in the background, while training goes on")
     wandb_project: str | None = Field(None, description="also log to this project of Weights & Biases")
     export_hf: bool = Field(True, description="write output_dir/hf, a folder transformers loads, at the end")
+    export_dtype: Literal["source", "fp32", "bf16", "fp16"] = Field(
+        "source",
+        description="of hf's weights, made of the optimizer's fp32 ones: source is the type that model.load has, "
+        "whatever model.dtype; fp32 for a model that is merged next, as narrower types round a small update away",
+    )
     recompute_granularity: Literal["selective", "full"] | None = Field(
         None, description="activations that backward computes again: those of attention's core, or of whole layers"
     )

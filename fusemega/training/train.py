@@ -10,10 +10,9 @@ from pathlib import Path
 
 from fusemega import __version__
 from fusemega.assets import cache_folder
-from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.loadable import closing_id, settle
+from fusemega.checkpoint.megatron_folder import RunCheckpoint, describe_run
 from fusemega.checkpoint.open_model import ModelSource
-from fusemega.checkpoint.torch_dist import load_model
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
@@ -23,7 +22,8 @@ from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
-from fusemega.training.optimizer import complete_parameters
+from fusemega.training.export import check_export, remove_export, update_export
+from fusemega.training.identity import content_of
 from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.teacher import OnlineTeacher, open_teacher
@@ -76,6 +76,8 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     world = initialize(run.parallel, run.training.seed)
     output = Path(run.output_dir)
     on_main(world, lambda: _claim(output, held))
+    if run.training.export_hf:
+        on_main(world, lambda: check_export(output))
     tokenizer = checked.source.tokenizer
     dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world)
     checked.objective.check_data(dataset)
@@ -91,9 +93,13 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
         )
     gpt = checked.source.build(world, run.training.recompute())
     teacher = None if checked.teacher is None else OnlineTeacher.build(checked.teacher, gpt, world)
-    trainer = Trainer.create(run, world, gpt, checked.objective, data, held_out, teacher)
+    content = content_of(checked.source, checked.objective, dataset, held_out, world)
+    describe = partial(describe_run, hf=checked.source.hf, config=gpt.hf_config, dtypes=checked.source.dtypes())
+    trainer = Trainer.create(
+        *(run, world, gpt, checked.objective, data, held_out, teacher), content=content, describe=describe
+    )
     # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
-    on_main(world, lambda: _write_record(output, run))
+    on_main(world, lambda: _write_record(output, run, trainer.finished))
     return trainer, checked
 
 
@@ -118,19 +124,23 @@ def _train(run: TrainRun, held: ExitStack) -> int:
         say(f"stopped after iteration {trainer.iteration}, with a checkpoint; the same command goes on from there")
         return stopped
     output = Path(run.output_dir)
-    hf = output / "hf"
-    if run.training.export_hf and not hf.exists():
-        complete_parameters(trainer.ddp)
-        if best := trainer.best_checkpoint():
-            load_model(trainer.gpt, best)
-            say(f"exporting the best checkpoint, of iteration {trainer.best.iteration}")
-        finish = partial(_settle, trainer=trainer, checked=checked)
-        export_hf(trainer.gpt, hf, checked.source.hf, trainer.world, finish=finish)
-        if trainer.world.is_main:
-            say(f"exported {hf}")
-    if trainer.world.is_main:
-        write_durably(output / DONE_MARKER, f"{trainer.iteration}\n")
+    on_main(trainer.world, lambda: _finish(output, trainer, checked))
     return 0
+
+
+def _finish(output: Path, trainer: Trainer, checked: Checked) -> None:
+    """What others look for in the folder of a finished run: the export, then the mark."""
+    wanted, source = trainer.result(), checked.source
+    finish = partial(_settle, trainer=trainer, checked=checked)
+    dtype = trainer.run.training.export_dtype
+    if not trainer.run.training.export_hf:
+        remove_export(output)
+    elif wanted is None:
+        update_export(output, source.folder, str(trainer.content["model"]), dtype, finish)
+    else:
+        checkpoint = RunCheckpoint(wanted)
+        update_export(output, checkpoint, checkpoint.content_hash, dtype, finish)
+    write_durably(output / DONE_MARKER, f"{trainer.iteration}\n")
 
 
 def _settle(made: Path, trainer: Trainer, checked: Checked) -> None:
@@ -162,9 +172,11 @@ def _check_output(output: Path) -> None:
     read_evaluations(output)
 
 
-def _write_record(output: Path, run: TrainRun) -> None:
-    """The run's folder, with the run file's resolved form."""
+def _write_record(output: Path, run: TrainRun, finished: bool) -> None:
+    """The run's folder, with the run file's resolved form. Where there is more to do, an earlier end's mark goes."""
     try:
+        if not finished:
+            (output / DONE_MARKER).unlink(missing_ok=True)
         output.mkdir(parents=True, exist_ok=True)
         record = {"fusemega": __version__, "run": run.model_dump(mode="json")}
         write_durably(output / RUN_RECORD, json.dumps(record, indent=1))

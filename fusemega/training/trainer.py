@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fusemega.checkpoint.saver import CheckpointSaver
-from fusemega.checkpoint.series import STATE, checkpoint_folder, find_checkpoint, read_state
+from fusemega.checkpoint.series import CHECKPOINTS, STATE, checkpoint_folder, find_checkpoint, read_state
 from fusemega.checkpoint.training_state import load_checkpoint, training_state
 from fusemega.errors import UserError
 from fusemega.files.output import disk_errors
@@ -40,7 +40,6 @@ from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainR
 from fusemega.training.teacher import OnlineTeacher
 from fusemega.training.wandb_run import WandbRun
 
-CHECKPOINTS = "checkpoints"
 _SHARDED = "use_distributed_optimizer"
 
 
@@ -75,6 +74,8 @@ class Trainer:
     data: TrainingData
     train_iters: int
     saver: CheckpointSaver
+    content: Mapping[str, Any]
+    describe: Callable[[Path], None]
     held_out: TokenizedDataset | None = None
     teacher: OnlineTeacher | None = None
     iteration: int = 0
@@ -95,8 +96,15 @@ class Trainer:
         data: TrainingData,
         held_out: TokenizedDataset | None = None,
         teacher: OnlineTeacher | None = None,
+        *,
+        content: Mapping[str, Any],
+        describe: Callable[[Path], None],
     ) -> Trainer:
         """Wrap the model; start from the newest checkpoint of `run.output_dir`, if there is one.
+
+        Args:
+            content: hashes of what the run is made from (`identity.content_of`).
+            describe: writes into a checkpoint's folder what its weights are loaded with elsewhere.
 
         Raises:
             UserError: the checkpoint belongs to other data or other settings; there are checkpoints, and none is whole.
@@ -107,7 +115,8 @@ class Trainer:
         root = Path(run.output_dir) / CHECKPOINTS
         saver = CheckpointSaver(root, world, run.training.async_save, run.training.keep_checkpoints)
         trainer = cls(
-            run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, saver, held_out, teacher
+            *(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, saver, content, describe),
+            *(held_out, teacher),
         )
         folder = find_checkpoint(root, world)
         if folder is not None:
@@ -126,7 +135,7 @@ class Trainer:
         output = Path(self.run.output_dir)
         writing, stopping = self._metrics_writer(), StopSignals(self.world)
         with disk_errors(output), writing as writer, stopping as signals, self.saver, self.batches:
-            if self.iteration == 0:
+            if self.iteration == 0 and self.best.loss is None:
                 self._evaluate(writer)
             while not self.finished:
                 values = with_costs(self.step(), self.world)
@@ -150,10 +159,19 @@ class Trainer:
 
     def best_checkpoint(self) -> Path | None:
         """The checkpoint of lowest evaluation loss, where the run keeps one."""
-        section = self.run.evaluation
-        if section is None or not section.keep_best or self.best.iteration == 0:
+        if not self._keeps_best or self.best.iteration == 0:
             return None
         return checkpoint_folder(self._checkpoints, self.best.iteration)
+
+    def result(self) -> Path | None:
+        """The checkpoint whose weights a finished run gives; None: no update was any good, so those it started from."""
+        if self._keeps_best and self.best.loss is not None:
+            return self.best_checkpoint()
+        return checkpoint_folder(self._checkpoints, self.iteration)
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self.run.evaluation is not None and self.run.evaluation.keep_best
 
     def step(self) -> dict[str, float]:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
@@ -214,7 +232,7 @@ class Trainer:
         self.batches.settle()  # writers are forked
         contents = training_state(self.gpt, self.optimizer, self.world)
         state = {**self._identity(), "layout": self._layout(), "best": asdict(self.best)}
-        return self.saver.save(self.iteration, contents, state, self.best_checkpoint())
+        return self.saver.save(self.iteration, contents, state, self.best_checkpoint(), self.describe)
 
     @property
     def _checkpoints(self) -> Path:
@@ -238,7 +256,7 @@ class Trainer:
         if writer is not None:
             writer.write_evaluation(self.iteration, found)
         if self.best.loss is None or found.loss < self.best.loss:
-            self.best = Best(self.held_out.folder.name, found.loss, self.iteration)
+            self.best = Best(str(self.content["held_out"]), found.loss, self.iteration)
             return section.keep_best
         self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)
         return False
@@ -278,8 +296,9 @@ class Trainer:
             "train_iters": self.train_iters,
             "dtype": self.run.model.dtype,
             "fp8": self.run.model.fp8_settings() or None,
-            "data": self.data.dataset.folder.name,
-            "objective": self.run.objective.model_dump(mode="json"),
+            "model": self.content["model"],
+            "data": self.content["data"],
+            "objective": self.run.objective.model_dump(mode="json") | self.content["objective"],
             "optimizer": self.run.optimizer.model_dump(exclude=set(FREE_OPTIMIZER_FIELDS)),
             "training": self.run.training.model_dump(include=set(IDENTITY_FIELDS)),
         }
@@ -293,11 +312,21 @@ class Trainer:
         iteration = saved.pop("iteration")
         self.iteration = iteration
         best = _best(folder, saved.pop("best", None))
-        if self.held_out is not None and best.data == self.held_out.folder.name:
-            self.best = best  # on other text, losses do not compare
+        if self.held_out is not None and best.data == self.content["held_out"]:
+            self.best = best
+        elif self.held_out is not None and best.loss is not None and self.world.is_main:
+            say(
+                f"warning: {folder.name} was scored on other held-out text, with which losses do not compare: "
+                "the best evaluation and patience begin anew"
+            )
         for name, value in json.loads(json.dumps(self._identity())).items():
-            if (was := saved.get(name)) != value:
-                why = ""
+            if name not in saved:
+                raise UserError(
+                    f"{folder / STATE}: has no {name}: an earlier version wrote it, which did not record what a run is "
+                    "made from; finish the run with that version, or use another output_dir"
+                )
+            if (was := saved[name]) != value:
+                why = " (hashes of what was read, wherever it lies)" if name in ("model", "data") else ""
                 if name == "optimizer" and was == {**value, _SHARDED: not value[_SHARDED]}:
                     why = f" (with and without {_SHARDED}, Megatron stores the state under other names)"
                 raise UserError(

@@ -45,8 +45,10 @@ def take(trainer: Trainer, steps: int) -> list[dict[str, float]]:
 def last_rows(trainer: Trainer) -> dict[str, list[float]] | None:
     """Largest value of each of the last two rows of the embedding in each optimizer state; None on other ranks."""
     world = trainer.world
-    states = training_state(trainer.gpt, trainer.optimizer, world)["optimizer"]["param_state"]
-    if not world.is_first_stage or world.tp_rank != world.tp_size - 1:
+    states = training_state(trainer.gpt, trainer.optimizer, world)["optimizer"].get("param_state")
+    # The shards of a data-parallel group are gathered on one rank; the others hold no more than before.
+    assert (states is None) == (world.dp_rank != 0 and trainer.run.optimizer.use_distributed_optimizer)
+    if states is None or not world.is_first_stage or world.tp_rank != world.tp_size - 1:
         return None
     return {
         name: tensor.data[-2:].abs().amax(1).tolist()
