@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from fusemega.runtime.console import quiet_megatron, say
 
 quiet_megatron()
 
+from fusemega.checkpoint.hf_folder import HFFolder  # noqa: E402
 from fusemega.checkpoint.hub import resolve  # noqa: E402  (after the filters are set)
 from fusemega.checkpoint.open_model import ModelConfig  # noqa: E402
 from fusemega.config import Section, load  # noqa: E402
@@ -166,7 +168,9 @@ class Recipe:
             "data": self.data,
             "objective": {"name": "fuse", "teachers": teachers, **recipe.objective.model_dump(exclude_defaults=True)},
             "optimizer": recipe.optimizer.model_dump(exclude_defaults=True),
-            "training": recipe.training.model_dump(exclude_defaults=True),
+            # What is merged is rounded once, at the end: in bf16 a small update is mostly rounding.
+            "training": recipe.training.model_dump(exclude_defaults=True)
+            | ({} if recipe.merge is None else {"export_dtype": "fp32"}),
         }
         self.stages.run(name, run, partial(self.stages.command, "train", name, run), (out,))
         return str(out / "hf")
@@ -177,6 +181,7 @@ class Recipe:
         if merge.merge_method != "linear":
             run["base_model"] = self.recipe.target
         run["parameters"] = merge.parameters
+        run["dtype"] = _dtype_of(self.recipe.target)
         run_file = self.stages.write_run_file("merge", "merge", run, nproc=1)
         command = ["merge", str(run_file), str(out), "--resume"]
         self.stages.run("merge", run, lambda: self.stages.tool(*command), (out,))
@@ -194,6 +199,13 @@ class Recipe:
 
     def _model(self, load: str) -> dict[str, Any]:
         return {"load": load, **self.recipe.model}
+
+
+def _dtype_of(model: str) -> str:
+    """Of most of a model's weights, in the words of a merge's run file."""
+    folder = HFFolder(resolve(model))
+    most, _ = Counter(str(folder.dtype(name)) for name in folder).most_common(1)[0]
+    return most.removeprefix("torch.")
 
 
 def main() -> None:
