@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ def test_eval_of_a_run(make_run: MakeRun, work: Path, tmp_path: Path) -> None:
     assert train(make_run(training={"train_iters": 2, "export_hf": True})) == 0
     data = {"path": str(work / "chat.jsonl"), "seq_length": 96}
     losses = [
-        evaluate(validate(EvalRun, {"model": {"load": str(load), "dtype": "fp32"}, "data": data}, "eval"))[0].loss
+        evaluate(validate(EvalRun, {"model": {"load": str(load), "dtype": "fp32"}, "data": data}, "eval"), ExitStack())[
+            0
+        ].loss
         for load in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "iter_0000002", tmp_path / "run" / "hf")
     ]
     assert losses[0] == losses[1] == losses[2]
