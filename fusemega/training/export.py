@@ -7,6 +7,7 @@ layout, and the same whether the last or the best checkpoint is exported, at onc
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,17 +30,22 @@ DTYPES = {"source": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16":
 
 
 def check_export(output: Path) -> None:
-    """Refuses a run whose `hf/` is no export of a run: nobody knows which weights those are.
+    """Refuses a run whose `hf/` is no export of a run, or holds more than one has put there: it will not be replaced.
 
     Raises:
         UserError: says what to do with it.
     """
     hf = output / HF
-    if hf.exists() and _record(hf) is None:
+    if not os.path.lexists(hf):
+        return
+    if hf.is_symlink() or (record := _record(hf)) is None:
         raise UserError(
             f"{hf}: has no {RECORD}, so it is not known which weights it holds, and it is not replaced; "
             "move it away, or use another output_dir"
         )
+    for path in sorted(hf.rglob("*")):
+        if path.is_symlink() or path.relative_to(hf).as_posix() not in record["files"]:
+            raise UserError(f"{path}: no file of the export in {hf}, which may be replaced; move it away")
 
 
 def update_export(
@@ -65,23 +71,35 @@ def update_export(
     iteration = source.iteration if isinstance(source, RunCheckpoint) else 0
     record: dict[str, Any] = {"format": _FORMAT, "weights": source_hash, "iteration": iteration, "dtype": dtype}
     check_export(output)
-    if hf.exists() and _record(hf) == record:
+    if hf.exists() and _is_of(hf, record):
         return
-    remove_export(output)
+    _remove(hf, "is made anew")
 
     def complete(made: Path) -> None:
         finish(made)
-        write_durably(made / RECORD, json.dumps(record, indent=1) + "\n")
+        files = sorted(path.relative_to(made).as_posix() for path in made.rglob("*"))
+        write_durably(made / RECORD, json.dumps({**record, "files": [*files, RECORD]}, indent=1) + "\n")
 
     export_folder(source, hf, dtype=DTYPES[dtype], finish=complete)
     say(f"exported {hf}: the weights after iteration {iteration}")
 
 
-def remove_export(output: Path) -> None:
-    """Remove `output/hf` where it is an export of a run."""
+def remove_other_export(output: Path, source_hash: str) -> None:
+    """Where a run exports nothing: `output/hf` goes if it is an export of other weights than those it has ended with.
+
+    Raises:
+        UserError: as `check_export`.
+    """
     hf = output / HF
-    if hf.exists() and (found := _record(hf)) is not None:
-        say(f"{hf}: of other weights (of iteration {found.get('iteration')}); removed")
+    record = _record(hf)
+    if record is not None and record.get("weights") != source_hash:
+        check_export(output)
+        _remove(hf, "removed")
+
+
+def _remove(hf: Path, how: str) -> None:
+    if (found := _record(hf)) is not None:
+        say(f"{hf}: was of the weights after iteration {found.get('iteration')} of another run, or type; {how}")
         doomed = hf.with_name(f".{HF}.removed")  # a kill in the middle leaves no half of an export under its name
         shutil.rmtree(doomed, ignore_errors=True)
         hf.rename(doomed)
@@ -92,4 +110,8 @@ def _record(hf: Path) -> dict[str, Any] | None:
     if not (hf / RECORD).is_file():
         return None
     found = read_json(hf / RECORD)
-    return found if found.get("format") == _FORMAT else None
+    return found if found.get("format") == _FORMAT and isinstance(found.get("files"), list) else None
+
+
+def _is_of(hf: Path, record: dict[str, Any]) -> bool:
+    return {**(_record(hf) or {}), **record} == _record(hf)

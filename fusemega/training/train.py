@@ -22,7 +22,7 @@ from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
-from fusemega.training.export import check_export, remove_export, update_export
+from fusemega.training.export import check_export, remove_other_export, update_export
 from fusemega.training.identity import content_of
 from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
 from fusemega.training.run import TrainRun
@@ -133,13 +133,12 @@ def _finish(output: Path, trainer: Trainer, checked: Checked) -> None:
     wanted, source = trainer.result(), checked.source
     finish = partial(_settle, trainer=trainer, checked=checked)
     dtype = trainer.run.training.export_dtype
-    if not trainer.run.training.export_hf:
-        remove_export(output)
-    elif wanted is None:
-        update_export(output, source.folder, str(trainer.content["model"]), dtype, finish)
+    checkpoint = None if wanted is None else RunCheckpoint(wanted)
+    weights = str(trainer.content["model"]) if checkpoint is None else checkpoint.content_hash
+    if trainer.run.training.export_hf:
+        update_export(output, checkpoint or source.folder, weights, dtype, finish)
     else:
-        checkpoint = RunCheckpoint(wanted)
-        update_export(output, checkpoint, checkpoint.content_hash, dtype, finish)
+        remove_other_export(output, weights)
     write_durably(output / DONE_MARKER, f"{trainer.iteration}\n")
 
 

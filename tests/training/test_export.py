@@ -80,8 +80,16 @@ def test_another_run_in_the_same_folder(make_run: MakeRun, tmp_path: Path, work:
     assert train(other) == 0
     assert not torch.equal(weights(output / "hf")[EMBEDDING], old)
     assert json.loads((output / "hf" / RECORD).read_text())["iteration"] == 2
-    assert train(make_run(training={**settings, "train_iters": 2, "export_hf": False}, optimizer={"lr": 1e-2})) == 0
-    assert not (output / "hf").exists()
+    silent = make_run(training={**settings, "train_iters": 2, "export_hf": False}, optimizer={"lr": 1e-2})
+    assert train(silent) == 0 and (output / "hf" / RECORD).exists(), "it is of the same weights"
+    record_file, notes = output / "hf" / RECORD, output / "hf" / "notes.txt"
+    record_file.write_text(record_file.read_text().replace('"weights": "', '"weights": "0'))
+    notes.write_text("precious")
+    for run in (silent, other):
+        with pytest.raises(UserError, match="notes.txt: no file of the export .* move it away"):
+            train(run)
+    notes.unlink()
+    assert train(silent) == 0 and not (output / "hf").exists(), "it is of other weights"
     (output / "hf").mkdir()
     with pytest.raises(UserError, match=f"hf: has no {RECORD}, so it is not known which weights it holds"):
         train(other)
