@@ -40,6 +40,9 @@ class DataConfig(Section):
     split: str = Field("train", description="of a hub data set, or of a folder that `datasets` saved")
     seq_length: int = Field(2048, ge=2, description="tokens in a row; longer documents are cut into windows of it")
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip and count it")
+    unknown_fields: Literal["error", "ignore"] = Field(
+        "error", description="a field of unknown meaning makes a row unusable, or is left out and counted"
+    )
     limit: int | None = Field(None, ge=1, description="use the first rows only")
 
 

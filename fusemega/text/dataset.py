@@ -21,7 +21,7 @@ from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.text.chat import ChatRenderer, Rendered, render_text
 from fusemega.text.data import DataConfig, Row, Source
-from fusemega.text.document import BadRow, Chat, Document, canonical, parse
+from fusemega.text.document import BadRow, Chat, Document, NotLearnt, canonical, parse
 from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.tokenizer import Tokenizer
 
@@ -39,13 +39,14 @@ class TokenizedDataset:
         lengths: int64 [len(self)], tokens of each sample.
         num_supervised: supervised tokens of all samples.
         skipped: reason -> number of rows skipped, and of windows dropped for having no target.
+        ignored: name -> number of unknown fields that were left out (`data.unknown_fields: ignore`).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             meta = read_json(folder / "meta.json")
-            if missing := {"names", "skipped", "num_supervised", "num_tokens"} - meta.keys():
+            if missing := {"names", "skipped", "num_supervised", "num_tokens", "ignored"} - meta.keys():
                 raise UserError(f"meta.json has no {min(missing)}")
             self._index: np.ndarray = np.load(folder / "index.npy", mmap_mode="r")
             if self._index.dtype != _INDEX or self._index.ndim != 1:
@@ -54,6 +55,7 @@ class TokenizedDataset:
             raise UserError(f"{folder}: damaged data cache, delete the folder: {error}") from None
         self._names: list[str] = meta["names"]
         self.skipped: dict[str, int] = meta["skipped"]
+        self.ignored: dict[str, int] = meta["ignored"]
         self.num_supervised: int = meta["num_supervised"]
         self._offsets = np.append(self._index["offset"], meta["num_tokens"])
         self._columns = {}
@@ -137,6 +139,7 @@ class _Tokenize:
     def __init__(self, config: DataConfig, source: Source, tokenizer: Tokenizer, vocab_size: int | None) -> None:
         self.config, self.source, self.tokenizer, self.vocab_size = config, source, tokenizer, vocab_size
         self.skipped: Counter[str] = Counter()
+        self.ignored: Counter[str] | None = Counter() if config.unknown_fields == "ignore" else None
         self._renderer: ChatRenderer | None = None
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Sample]]:
@@ -145,7 +148,7 @@ class _Tokenize:
             try:
                 if isinstance(row.value, BadRow):
                     raise row.value
-                document = parse(row.value)
+                document = parse(row.value, self.ignored)
                 ready.append((row, canonical(document), self._render(document)))
             except BadRow as error:
                 self._bad(row, error)
@@ -181,8 +184,9 @@ class _Tokenize:
             )
 
     def _bad(self, row: Row, error: BadRow) -> None:
-        if self.config.on_bad_row == "error":
-            raise UserError(f"{self._place(row)}: {error.detail} (data.on_bad_row: skip would count and skip it)")
+        if self.config.on_bad_row == "error" and not isinstance(error, NotLearnt):
+            hint = "" if "data." in error.detail else " (data.on_bad_row: skip would count and skip it)"
+            raise UserError(f"{self._place(row)}: {error.detail}{hint}")
         self.skipped[error.reason] += 1
 
     def _place(self, row: Row) -> str:
@@ -232,6 +236,7 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
         "num_tokens": num_tokens,
         "num_supervised": num_supervised,
         "skipped": dict(sorted(tokenize.skipped.items())),
+        "ignored": dict(sorted((tokenize.ignored or {}).items())),
     }
     (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from fusemega.errors import UserError
 from fusemega.text.chat import ChatRenderer
 from fusemega.text.data import Source
-from fusemega.text.document import BadRow, Chat, Document, parse
+from fusemega.text.document import FLAGS, BadRow, Chat, Document, parse
 from fusemega.text.tokenizer import Tokenizer
 
 _BATCH = 512  # rows tokenized together
@@ -104,7 +105,7 @@ class Splitter:
 
     def _lengths(self, values: Sequence[_RowValue], places: Sequence[str]) -> list[list[int]]:
         """How many tokens each row's sample has, for each tokenizer."""
-        documents = [parse(value) for value in values]
+        documents = [_parsed(value) for value in values]
         columns = []
         for index, tokenizer in enumerate(self._tokenizers):
             texts = [self._text(index, document, place) for document, place in zip(documents, places, strict=True)]
@@ -151,10 +152,25 @@ def _checked(value: Any, place: str) -> _RowValue:
     try:
         if isinstance(value, BadRow):
             raise value
-        parse(value)
+        _parsed(value)
     except BadRow as error:
         raise UserError(f"{place}: {error.detail}") from None
     return value
+
+
+def _parsed(value: Any) -> Document:
+    """The row's document, whatever its flags say of learning it and whatever other fields it has: parts keep those,
+    and whoever trains on them decides."""
+    if isinstance(value, dict):
+        value = _unflagged(value)
+        for key in ("messages", "prompt", "completion"):
+            if isinstance(messages := value.get(key), (list, tuple)):
+                value[key] = [_unflagged(message) if isinstance(message, dict) else message for message in messages]
+    return parse(value, Counter())
+
+
+def _unflagged(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: field for name, field in fields.items() if name not in FLAGS}
 
 
 def _units(value: _RowValue) -> _Units:

@@ -187,6 +187,7 @@ def _summary(trainer: Trainer, kernels: Kernels) -> str:
     world, dataset = trainer.world, trainer.data.dataset
     layout = f"{world.layout} x DP {world.dp_size}"
     skipped = "".join(f"; skipped {count} ({reason})" for reason, count in dataset.skipped.items())
+    skipped += "".join(f"; left out the field {name!r} {count} times" for name, count in dataset.ignored.items())
     start = f"resuming after iteration {trainer.iteration}" if trainer.iteration else "starting"
     return (
         f"{start} of {trainer.train_iters} | {layout} | {trainer.run.model.dtype}, {kernels} | "

@@ -40,6 +40,17 @@ BAD = [
     ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, "wrong type", "messages[1].content is a string"),
     ({"messages": [USER]}, "no assistant turn", "no assistant turn"),
     ({"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}, "unsupported field", "messages[1] has tool_calls"),
+    (GOOD | {"prompt": "x"}, "unknown field", "the row has prompt, which might change its meaning; allowed: messages"),
+    (GOOD | {"system": "a pirate"}, "unsupported field", "the row has system, which is not supported"),
+    (GOOD | {"documents": [{}]}, "unsupported field", "the row has documents"),
+    (GOOD | {"chat_template_kwargs": {"a": False}}, "unsupported field", "the row has chat_template_kwargs"),
+    (GOOD | {"mask": 1}, "unknown field", "(data.unknown_fields: ignore would leave out and count such fields)"),
+    ({"messages": [USER | {"name": "bob"}, ASSISTANT]}, "unknown field", "messages[0] has name"),
+    ({"messages": [USER, ASSISTANT | {"thinking": "hm"}]}, "unsupported field", "messages[1] has thinking"),
+    ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, "unsupported field", "has function_call"),
+    ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "unsupported flag", "messages[1] has weight: '0.5'; allowed"),
+    ({"messages": [USER, ASSISTANT | {"train": "no"}]}, "unsupported flag", "messages[1] has train: 'no'; allowed"),
+    ({"messages": [USER | {"train": True}, ASSISTANT]}, "unsupported flag", "asks to learn a turn of role user"),
     ('{"text": "\\ud800"}', "invalid unicode", "lone surrogate at character 0"),
     ({"text": "a </s> b"}, "special token in content", "'</s>' (character 2"),
 ]
@@ -64,6 +75,40 @@ def test_stops_by_name_or_skips_and_counts(row: object, reason: str, words: str,
     assert dataset.skipped == {reason: 1}
     assert [sample.source for sample in dataset] == [f"{file}:1", f"{file}:3"]
     assert prepare(skipping, byte_level(), tmp_path / "cache").skipped == {reason: 1}  # from the cache
+
+
+FLAGGED = [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"label": False}, {"loss_mask": 0}]
+
+
+@pytest.mark.parametrize("flag", FLAGGED, ids=lambda flag: next(iter(flag)))
+def test_flags_decide_what_is_learnt(flag: dict[str, object], tmp_path: Path) -> None:
+    on = dict.fromkeys(flag, True)
+    other = {"role": "assistant", "content": "well"}
+    rows = [
+        {"messages": [USER | flag, ASSISTANT | flag, USER, other | on]},
+        {"messages": [USER, ASSISTANT | flag]},
+        GOOD | flag,
+        {"text": "hello"} | flag,
+        {"prompt": "hi", "completion": " hello"} | on,
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = byte_level()
+    dataset = prepare(DataConfig(path=str(tmp_path / "rows.jsonl")), tokenizer, tmp_path / "cache")
+    learnt = [tokenizer.hf.decode(sample.ids[sample.supervised]).strip() for sample in dataset]
+    assert [text.removesuffix("<|im_end|>").removesuffix("</s>") for text in learnt] == ["well", "hello"]
+    assert dataset.skipped == {"marked as not to be learnt": 3}
+
+
+def test_unknown_fields_are_counted_where_asked(tmp_path: Path) -> None:
+    rows = [GOOD | {"prompt": "x", "id": 3}, {"messages": [USER | {"name": "bob"}, ASSISTANT | {"name": ""}]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(path=str(tmp_path / "rows.jsonl"), unknown_fields="ignore")
+    for _ in range(2):  # tokenized, and from the cache
+        dataset = prepare(config, byte_level(), tmp_path / "cache")
+        assert len(dataset) == 2 and dataset.ignored == {"name": 1, "prompt": 1} and dataset.skipped == {}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD | {"tools": [{"name": "f"}]}) + "\n")
+    with pytest.raises(UserError, match="has tools, which is not supported"):
+        prepare(config, byte_level(), tmp_path / "cache")
 
 
 def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:

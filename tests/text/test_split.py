@@ -35,7 +35,7 @@ def _rows(seed: int) -> list[dict[str, Any]]:
         rows.append({"id": number, "messages": [{"role": role, "content": _words(rng, 9)} for role in roles]})
     for size in (1, 30, 300):
         rows.append(
-            {"text": "\n " * rng.randint(0, 2) + _words(rng, size) + " \n" * rng.randint(0, 2), "kind": "prose"}
+            {"text": "\n " * rng.randint(0, 2) + _words(rng, size) + " \n" * rng.randint(0, 2), "source": "prose"}
         )
     rows.append({"prompt": "hello ", "completion": "world"})
     return rows
