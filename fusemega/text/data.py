@@ -27,6 +27,16 @@ from fusemega.text.document import BadRow
 _LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _BUILDERS = {".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 _SUFFIXES = (*_LINES, ".parquet", *_BUILDERS)
+# Words of a file's path that say its split, as `datasets` reads them.
+_SPLITS = {
+    word: name
+    for name, words in {
+        "train": "train training",
+        "validation": "validation valid val dev",
+        "test": "test testing eval evaluation",
+    }.items()
+    for word in words.split()
+}
 _LINE_BYTES, _ARRAY_BYTES = 64 * MIB, 1024 * MIB
 _DIGITS = 4000  # of a number in a row, whose digits may be what is taught
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -37,7 +47,7 @@ class DataConfig(Section):
 
     path: str | list[str] = Field(description="file, folder, glob or `datasets` hub name; or a list of the first three")
     name: str | None = Field(None, description="the hub data set's configuration, where it has several")
-    split: str = Field("train", description="of a hub data set, or of a folder that `datasets` saved")
+    split: str = Field("train", description="of a hub or saved data set, or of a folder whose files' names say theirs")
     seq_length: int = Field(2048, ge=2, description="tokens in a row; longer documents are cut into windows of it")
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip and count it")
     unknown_fields: Literal["error", "ignore"] = Field(
@@ -72,7 +82,7 @@ class Source:
             self._dataset, self.names = _load_saved(Path(paths[0]), config.split), [paths[0]]
             return
         for path in paths:
-            self._files += _expand(path)
+            self._files += _expand(path, config.split)
         self.names = [str(path) for path in self._files]
 
     def content_hash(self) -> str:
@@ -134,14 +144,16 @@ def _load_saved(path: Path, split: str) -> Any:
     return loaded[choose(f"{path}: data.split", split, loaded)] if isinstance(loaded, dict) else loaded
 
 
-def _expand(path: str) -> list[Path]:
+def _expand(path: str, split: str) -> list[Path]:
     """The files that a file, folder or glob stands for, sorted."""
     place = Path(path)
     if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.is_file() and file.name.endswith(_SUFFIXES))
+        inside = (file.relative_to(place) for file in place.rglob("*") if file.name.endswith(_SUFFIXES))
+        shown = (file for file in inside if not any(part.startswith(".") for part in file.parts))
+        files = sorted(place / file for file in shown if (place / file).is_file())
         if not files:
             raise UserError(f"{path}: the folder holds no data file ({', '.join(_SUFFIXES)})")
-        return files
+        return _of_split(place, files, split)
     files = [place] if place.is_file() else sorted(Path(hit) for hit in glob.glob(path, recursive=True))
     if not files:
         siblings = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
@@ -150,6 +162,28 @@ def _expand(path: str) -> list[Path]:
         if not file.name.endswith(_SUFFIXES):
             raise UserError(f"{file}: unknown kind of data file; allowed: {', '.join(_SUFFIXES)}")
     return files
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """The files of `split`: all of them are "train" where no name says another split."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        inner = file.relative_to(folder)
+        words = re.split("[^a-z0-9]+", str(inner).lower().removesuffix("".join(file.suffixes).lower()))
+        names = {_SPLITS[word] for word in words if word in _SPLITS} or {""}
+        if len(names) > 1:
+            raise UserError(
+                f"{file}: its name says several splits ({', '.join(sorted(names))}); give files in data.path"
+            )
+        found.setdefault(names.pop(), []).append(file)
+    if found.keys() == {""}:
+        found = {"train": files}
+    if "" in found:
+        others = ", ".join(sorted(found.keys() - {""}))
+        raise UserError(
+            f"{found[''][0]}: its name says no split, others in {folder} do ({others}); give files in data.path"
+        )
+    return found[choose(f"{folder}: data.split", _SPLITS.get(split, split), found)]
 
 
 def _read(path: Path) -> Iterator[tuple[int, Any]]:

@@ -187,3 +187,22 @@ def test_a_real_tokenizer_and_chat_text(smollm2_folder: Path, chat_files: ChatDa
         assert tokenizer.hf.decode(sample.ids[sample.supervised], clean_up_tokenization_spaces=False) == answers
         assert sample.num_bytes == len(answers.replace("<|im_end|>", "").encode())
         assert sample.ids.tolist() == tokenizer.hf.apply_chat_template(row["messages"])["input_ids"]
+
+
+def test_a_folder_of_splits(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001.jsonl", "test.jsonl", "dev/a.jsonl", ".ipynb_checkpoints/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}')
+
+    def names(split: str) -> list[str]:
+        return [
+            str(Path(name).relative_to(tmp_path)) for name in Source(DataConfig(path=str(tmp_path), split=split)).names
+        ]
+
+    assert names("train") == ["train-00000-of-00001.jsonl"] and names("test") == ["test.jsonl"]
+    assert names("validation") == ["dev/a.jsonl"]
+    with pytest.raises(UserError, match="data.split"):
+        names("extra")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(UserError, match="rows.jsonl: its name says no split, others in .* do .test, train, validation"):
+        names("train")
