@@ -117,8 +117,11 @@ def test_retention_looks_no_further_than_the_newest_save(tmp_path: Path) -> None
 def test_the_manifest_has_every_file(run: TrainRun) -> None:
     folder = Path(run.output_dir) / "checkpoints" / "iter_0000004"
     hashes = recorded_hashes(folder)
-    assert hashes.keys() == {path.name for path in folder.iterdir()} - {FILE}
-    assert {"__0_0.distcp", "__0_1.distcp", ".metadata", "common.pt", "metadata.json", "state.json"} == hashes.keys()
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert hashes.keys() == there - {FILE}
+    megatrons = {"__0_0.distcp", "__0_1.distcp", ".metadata", "common.pt", "metadata.json"}
+    ours = {"state.json", "manifest.json", "hf/config.json", "hf/tokenizer.json"}
+    assert megatrons | ours <= hashes.keys()
     assert all(file_hash(folder / name) == digest for name, digest in hashes.items())
 
 
