@@ -72,12 +72,14 @@ class Arms:
         files = assets.chat_data() if options.train is None else (Path(options.train), Path(options.held_out))
         sizes = {"tokens": scale.train_tokens, "held_out_rows": scale.held_out_rows, "seq_length": SEQ_LENGTH}
         settings = {"models": list(models), "files": list(map(str, files)), **sizes}
-        return self.stages.run("data", settings, partial(self._choose, models, *files), (self.folder / "data",))
+        inputs = [*map(_resolved, models), *files]
+        work = partial(self._choose, models, *files)
+        return self.stages.run("data", settings, work, (self.folder / "data",), inputs)
 
     def cut(self, model: str, out: Path) -> str:
         """`model` without `CUT_LAYERS`, as folder `out`."""
         settings = {"model": model, "cut": list(CUT_LAYERS)}
-        self.stages.run("cut", settings, partial(cut_middle, model, out), (out,))
+        self.stages.run("cut", settings, partial(cut_middle, model, out), (out,), [_resolved(model)])
         return str(out)
 
     def model(self, load: str) -> dict[str, Any]:
@@ -89,7 +91,8 @@ class Arms:
         store = self.folder / "stores" / name
         run: dict[str, Any] = {"model": self.model(teacher), "parallel": self.parallel, "data": self.rows}
         run |= {"store": str(store), "top_k": TOP_K}
-        self.stages.run(f"teach-{name}", run, partial(self.stages.command, "teach", f"teach-{name}", run), (store,))
+        work = partial(self.stages.command, "teach", f"teach-{name}", run)
+        self.stages.run(f"teach-{name}", run, work, (store,), [_resolved(teacher)])
         return str(store)
 
     def train(self, target: str, objectives: Mapping[str, Mapping[str, Any]]) -> None:
@@ -106,7 +109,8 @@ class Arms:
                 "optimizer": {"lr": self.options.lr, "lr_warmup_fraction": 0.1, "adam_beta2": 0.95},
                 "training": {"global_batch_size": scale.global_batch_size, "save_interval": 10, **length},
             }
-            self.stages.run(arm, run, partial(self.stages.command, "train", arm, run), (self.folder / arm,))
+            work = partial(self.stages.command, "train", arm, run)
+            self.stages.run(arm, run, work, (self.folder / arm,), [_resolved(target)])
 
     def finish(
         self, target: str, arms: Sequence[str], teachers: Mapping[str, str], title: str, started: float
@@ -163,6 +167,12 @@ class Arms:
             lines = source.read_text(encoding="utf-8").splitlines()
             write_durably(out, "".join(lines[number - 1] + "\n" for number in numbers))
         return {"train_rows": len(chosen), "train_tokens": tokens, "held_out_rows": len(kept)}
+
+
+def _resolved(model: str) -> Path:
+    from fusemega.checkpoint.hub import resolve
+
+    return Path(resolve(model))
 
 
 def link(place: Path, model: str) -> None:

@@ -141,7 +141,8 @@ class Recipe:
     def _split(self, models: list[str]) -> None:
         recipe, out = self.recipe, Path(self.text)
         command = ["split", recipe.data, self.text, "--tokenizers", *models, "--max-tokens", str(recipe.seq_length)]
-        self.stages.run("split", command, lambda: self.stages.tool(*command), (out,))
+        inputs = [recipe.data, *map(resolve, models)]  # every later stage follows this one
+        self.stages.run("split", command, lambda: self.stages.tool(*command), (out,), inputs)
 
     def _teach(self, name: str, model: str) -> str:
         store = self.folder / "stores" / name
@@ -194,7 +195,8 @@ class Recipe:
         data = {"path": self.recipe.held_out, "seq_length": self.recipe.seq_length}
         run = {"model": self._model(model), "parallel": self.parallel, "data": data, "output": str(output)}
         stage = f"eval-{name}"
-        self.stages.run(stage, run, partial(self.stages.command, "eval", stage, run), (output,))
+        work = partial(self.stages.command, "eval", stage, run)
+        self.stages.run(stage, run, work, (output,), [self.recipe.held_out])
         return float(json.loads(output.read_text(encoding="utf-8"))["bits_per_byte"])
 
     def _model(self, load: str) -> dict[str, Any]:

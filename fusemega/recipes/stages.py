@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import write_durably
+from fusemega.files.remembered import content_hash
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
 
@@ -44,18 +45,28 @@ class Stages:
         self._marks.mkdir(parents=True, exist_ok=True)
         self._chain = ""
 
-    def run(self, name: str, settings: Any, work: Callable[[], Any], outputs: tuple[Path, ...] = ()) -> Any:
-        """`work()`, or what it returned when it was last finished with the same settings and the same stages before.
+    def run(
+        self,
+        name: str,
+        settings: Any,
+        work: Callable[[], Any],
+        outputs: tuple[Path, ...] = (),
+        inputs: Iterable[str | Path] = (),
+    ) -> Any:
+        """`work()`, or what it returned when it was last finished with the same settings, the same contents of its
+        inputs and the same stages before.
 
         Args:
-            settings: JSON-able; everything that decides the outcome.
+            settings: JSON-able; everything else that decides the outcome.
             outputs: files or folders that the stage makes; old ones of other settings are removed first.
+            inputs: files or folders that no stage before has made.
 
         Returns:
             What `work` returned; must be JSON-able.
         """
+        contents = [content_hash(Path(path), self._marks / "hashes") for path in inputs]
         identity = hashlib.blake2b(
-            json.dumps([self._chain, name, settings], sort_keys=True).encode(), digest_size=16
+            json.dumps([self._chain, name, settings, contents], sort_keys=True).encode(), digest_size=16
         ).hexdigest()
         self._chain = identity
         mark, begun = self._marks / f"{name}.json", self._marks / f"{name}.begun"
