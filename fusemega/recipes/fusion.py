@@ -141,7 +141,7 @@ class Recipe:
     def _split(self, models: list[str]) -> None:
         recipe, out = self.recipe, Path(self.text)
         command = ["split", recipe.data, self.text, "--tokenizers", *models, "--max-tokens", str(recipe.seq_length)]
-        inputs = [recipe.data, *map(resolve, models)]  # every later stage follows this one
+        inputs = [Path(recipe.data), *(Path(resolve(model)) for model in models)]  # every later stage follows this one
         self.stages.run("split", command, lambda: self.stages.tool(*command), (out,), inputs)
 
     def _teach(self, name: str, model: str) -> str:
