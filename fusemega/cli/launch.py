@@ -22,7 +22,7 @@ from multiprocessing import forkserver, resource_tracker
 from fusemega.cli.ranks import Rank, Ranks
 from fusemega.errors import UserError
 from fusemega.runtime import lifeline
-from fusemega.runtime.meeting import LAUNCH_FOLDER, clear, own_folder
+from fusemega.runtime.meeting import LAUNCH_FOLDER, clear, is_heard, own_folder
 
 # What a batch system or a terminal sends to every process of a job; the fork server is not to end before the ranks.
 _JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -110,8 +110,8 @@ def _start(argv: Sequence[str], environment: dict[str, str], rank: int) -> Rank:
 
 @contextmanager
 def _passing_on(ranks: Ranks) -> Iterator[None]:
-    """Signals for this process are the ranks' too. One that was ignored when it began (nohup) stays ignored."""
-    heard = [number for number in _JOB_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    """Signals for this process are the ranks' too. What is ignored (nohup) stays so."""
+    heard = filter(is_heard, _JOB_SIGNALS)
     previous = {number: signal.signal(number, lambda number, _: ranks.signal(number)) for number in heard}
     try:
         yield

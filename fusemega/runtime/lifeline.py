@@ -43,12 +43,16 @@ def keep_children() -> None:
 
 
 def follow_starter() -> None:
-    """`die_with` for a process that begins: whoever `PARENT` names, or a torchrun that is the direct parent."""
+    """`die_with` for a process that begins: whoever `PARENT` names, or a torchrun that is the direct parent.
+
+    The death of a torchrun is a TERM, upon which a trainer saves a checkpoint: a signal to all of a job ends a torchrun
+    that knows nothing of it, when its ranks are about to save.
+    """
     named, parent = os.environ.pop(PARENT, None), os.getppid()
     if named is not None:
         die_with(int(named))
     elif "TORCHELASTIC_RUN_ID" in os.environ and _is_torchrun(parent):
-        die_with(parent)
+        die_with(parent, by=signal.SIGTERM)
 
 
 def child_environment() -> dict[str, str]:

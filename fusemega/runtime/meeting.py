@@ -85,7 +85,7 @@ def join() -> None:
     """
     if folder := launch_folder():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if is_heard(number):
                 signal.signal(number, _leave)
         (folder / f"{os.getpid()}.pid").touch()
 
@@ -119,6 +119,11 @@ def record_traceback(error: BaseException) -> bool:
     text = "".join(traceback.format_exception(error))
     (folder / f"traceback.{os.environ.get('RANK', '?')}").write_text(text, encoding="utf-8")
     return True
+
+
+def is_heard(number: int) -> bool:
+    """Whether a signal is to be acted on: all but a HUP or INT that whoever started this process has it ignore."""
+    return number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN
 
 
 def is_echo(error: BaseException | str) -> bool:

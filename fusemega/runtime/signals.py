@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fusemega.runtime.console import say
-from fusemega.runtime.meeting import launch_folder
+from fusemega.runtime.meeting import is_heard, launch_folder
 from fusemega.runtime.parallel import World
 
 # TERM: preemption, scancel, torchrun. USR1: the batch script's warning of the time limit. INT: Ctrl-C.
@@ -21,9 +21,10 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 class StopSignals:
     """While entered, the first such signal only leaves a note; a second one acts as it would have without this class.
 
-    A signal that is ignored on entry stays ignored: `nohup` does that to HUP, and a shell to INT of its background
-    jobs. Under a launcher of this package second ones are notes as well. It passes on what the whole job gets, so they
-    come in pairs; and it is the launcher that kills where somebody insists.
+    A HUP or INT that is ignored on entry stays ignored: `nohup` does that to HUP, and a shell to INT of its background
+    jobs. TERM and USR1 are always heard: a batch script may ignore USR1 to live on itself, and its trainers inherit
+    that (slurm/train.sbatch). Under a launcher of this package second ones are notes as well: it passes on what the
+    whole job gets, so they come in pairs, and it kills where somebody insists.
 
     Args:
         world: this process's place.
@@ -35,8 +36,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._note) for number in heard}
+        self._previous = {number: signal.signal(number, self._note) for number in STOPPING if is_heard(number)}
         return self
 
     def __exit__(self, *_: object) -> None:

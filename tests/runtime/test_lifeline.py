@@ -106,3 +106,23 @@ def test_what_somebody_else_started_outlives_it() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         process.communicate(timeout=1.5)
     os.kill(pid, signal.SIGKILL)
+
+
+def test_the_ranks_of_a_torchrun_that_dies_get_a_term(tmp_path: Path) -> None:
+    rank = (
+        "import signal; from fusemega.runtime import lifeline\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit()))\n"
+        "lifeline.follow_starter()"
+    )
+    agent = tmp_path / "torchrun"
+    start = f"subprocess.Popen([sys.executable, '-c', {'import sys; ' + rank + chr(10) + CHILD!r}], env=environment)"
+    agent.write_text(
+        "import os, subprocess, sys, time\n"
+        f"environment = os.environ | {{'TORCHELASTIC_RUN_ID': 'a'}}\n{start}\ntime.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, agent], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline().startswith("child ")
+    process.kill()
+    assert process.communicate(timeout=50)[0] == "saved\n"

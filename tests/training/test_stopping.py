@@ -148,16 +148,19 @@ def test_refused(make_run: MakeRun, section: dict[str, Any], tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_an_ignored_signal_stays_ignored(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", STOPPING)
+def test_an_ignored_signal(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """`nohup` ignores HUP and means it, as a shell's `&` does INT; slurm/train.sbatch ignores USR1 for itself alone."""
     step = trainer_module.Trainer.step
 
     def hung_up(trainer: trainer_module.Trainer) -> dict[str, float]:
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), number)
         return step(trainer)
 
     monkeypatch.setattr(trainer_module.Trainer, "step", hung_up)
-    outside = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    outside = signal.signal(number, signal.SIG_IGN)
     try:
-        assert train(make_run()) == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert train(make_run()) == (0 if number in (signal.SIGHUP, signal.SIGINT) else number)
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, outside)
+        signal.signal(number, outside)
