@@ -73,7 +73,8 @@ def _place(path: str | Path) -> tuple[Path, list[Path]]:
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot write there: {error.strerror}") from None
+        reason = f"{folder} is not a folder" if folder.exists() and not folder.is_dir() else error.strerror
+        raise UserError(f"{path}: cannot write there: {reason}") from None
     if real.is_dir() and not os.access(real.parent, os.W_OK):  # a disk's own folder, for example
         return real / ".fusemega.lock", made
     return real.parent / f".{real.name}.fusemega.lock", made

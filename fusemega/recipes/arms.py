@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -267,7 +266,7 @@ def evaluate_here(evaluation: dict[str, Any]) -> dict[str, Any]:
     from fusemega.config import validate
     from fusemega.scoring.evaluate import EvalRun, evaluate
 
-    return evaluate(validate(EvalRun, evaluation, "eval"), ExitStack())[0].model_dump()
+    return evaluate(validate(EvalRun, evaluation, "eval"))[0].model_dump()
 
 
 def _curve(output: Path) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -41,20 +42,19 @@ def check_output(path: Path) -> None:
             raise UserError(f"{path}: exists and is no result of an evaluation; it is not replaced")
 
 
-def evaluate(run: EvalRun, held: ExitStack) -> tuple[Evaluation, World]:
+def evaluate(run: EvalRun, held: ExitStack | None = None) -> tuple[Evaluation, World]:
     """Score `run.data` with `run.model`. Collective; every rank gets the result.
 
     Args:
         run: what, and with which model.
-        held: keeps the lock of `run.output` until the caller has written it.
+        held: keeps the lock of `run.output` until the caller has written it; None: it is not locked.
 
     Raises:
         UserError: bad input, before anything is allocated; another process writes the same output.
     """
     source = run.open()
     world = initialize(run.parallel)
-    if run.output is not None:
-        output = run.output
-        on_main(world, lambda: held.enter_context(locked(output)))
+    if run.output is not None and held is not None:
+        on_main(world, partial(held.enter_context, locked(run.output)))
     dataset = prepare_together(run.data, source.tokenizer, cache_folder() / "data", source.vocab_size, world)
     return evaluate_model(source.build(world), dataset, run.row_shape(source), world), world

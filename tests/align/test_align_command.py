@@ -53,7 +53,11 @@ def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[s
     ids = [int(i) for e in sentencepiece().encode(CORPUS) for i in (*e.ids[1:], source.eos_id)]
     assert told["corpus_tokens"] == len(ids)
     assert told["corpus_coverage"] == pytest.approx(np.mean(made.table_S[ids] >= 0), abs=1e-6)
-    assert sorted(path.name for path in Path("page").iterdir()) == ["coverage.png", "report.html"]
+    assert sorted(path.name for path in Path("page").iterdir()) == [
+        "coverage.png",
+        "fusemega-files.json",
+        "report.html",
+    ]
     page = Path("page/report.html").read_text()
     assert EXAMPLE in page and "Tokens that keep no id" in page and "http" not in page.split("</style>")[1]
     lost = max((u for u in set(ids) if made.table_S[u] < 0), key=ids.count)

@@ -316,7 +316,7 @@ TABLE: list[Bad] = [
     _s("another teacher goes on", MORE, "the store's weights is", tensors(SAFE, lambda t: t[NORM].add_(1))),
     _s("goes on with another top_k", MORE + " top_k=5", "the store's top_k is 4, expected 5"),
     _s("goes on with a damaged shard", MORE, "truncated shard", cut(SHARD, -1)),
-    _s("inside a file", TEACH + " store=data.jsonl/x", "data.jsonl/x: cannot create the store"),
+    _s("inside a file", TEACH + " store=data.jsonl/x", "data.jsonl is not a folder"),
     _s("in somebody's folder", TEACH + " store=model", "model: exists and is no sample store"),
     # Vocabulary maps.
     _a("an unknown kind", "align model model new.npz --kind exakt", "--kind: unknown name 'exakt' (did you mean 'exact'?)"),

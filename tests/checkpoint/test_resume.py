@@ -258,3 +258,26 @@ def test_verify_takes_any_pair(tmp_path: Path) -> None:
     assert verify(tmp_path / "a", tmp_path / "b").identical
     assert verify(tmp_path / "a", source).identical
     assert len(verify(tmp_path / "a", tmp_path / "c").different) == 21
+
+
+@pytest.mark.usefixtures("small_items")
+def test_a_journaled_part_that_was_changed_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = save_llama(tmp_path / "hf"), tmp_path / "out"
+    _kill_in_the_middle(tmp_path, "import_hf", source, out, workers=1)
+    part = next((tmp_path / ".out.incomplete" / "out" / "weights").glob("__0_*.distcp"))
+    part.write_bytes(bytes(part.stat().st_size))
+    import_hf(source, out, resume=True)
+    assert f"part weights/{part.name}@0 is not as it was written, and is made again" in capsys.readouterr().err
+    assert verify(source, out).identical
+
+
+def test_one_flipped_byte_is_not_exported(tmp_path: Path) -> None:
+    source, megatron = save_llama(tmp_path / "hf"), tmp_path / "megatron"
+    import_hf(source, megatron)
+    file = megatron / "weights" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"__0_0\.distcp: damaged: its hash is not the one"):
+        export_megatron(megatron, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]

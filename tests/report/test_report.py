@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fusemega.errors import UserError
+from fusemega.files.owned import LIST
 from fusemega.report import charts
 from fusemega.report.page import PAGE, charts_of, write_report
 from fusemega.report.runs import open_runs
@@ -85,7 +86,7 @@ def test_the_page_stands_alone_and_every_curve_is_a_png(tmp_path: Path) -> None:
     page = page_of(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b", 3))
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|<script|url\((?!#)""", page)
     names = {"lm-loss", "grad-norm", "learning-rate", "tokens-per-second", "iteration-time", "mem-max-rss-bytes"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {PAGE, *(f"{name}.png" for name in names)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {PAGE, LIST, *(f"{name}.png" for name in names)}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "out").glob("*.png"))
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(drawings) == len(names)

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def test_values_are_those_of_eval_and_change_nothing(
     assert [row["iteration"] for row in rows] == [0, 2, 4, 5]
     for load, row in ((work / "model", rows[0]), (tmp_path / "watched" / "hf", rows[-1])):
         model = {"load": str(load), "dtype": "fp32"}
-        alone, _ = evaluate(validate(EvalRun, {"model": model, "data": section["data"]}, "eval"), ExitStack())
+        alone, _ = evaluate(validate(EvalRun, {"model": model, "data": section["data"]}, "eval"))
         assert row["loss"] == pytest.approx(alone.loss, rel=1e-6) and row["tokens"] == alone.tokens
         assert row["bits_per_byte"] == pytest.approx(alone.bits_per_byte, rel=1e-6)
     assert rows[-1]["loss"] < rows[0]["loss"]
