@@ -125,7 +125,7 @@ def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml((9, 0)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert _found("GPU 0").found == "NVIDIA H100 80GB HBM3, 80 GiB, 79 free, sm_90, driver 570.1"
-    assert _found("CUDA").status == BROKEN and "on the CPU" in _found("CUDA").note
+    assert _found("CUDA").status == BROKEN and "FUSEMEGA_DEVICE=cpu" in _found("CUDA").note
 
 
 @pytest.mark.parametrize(("capability", "note"), [((9, 0), ""), ((8, 0), "no FP8"), ((7, 0), "no bf16, no FP8")])

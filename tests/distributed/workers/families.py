@@ -62,6 +62,7 @@ def row_of(texts: list[list[int]], multiple: int) -> Batch:
         "tokens": ids[None],
         "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
         "cu_seqlens": torch.tensor([*starts, len(ids)]).int(),
+        "bounds": (*starts, len(ids)),
         "max_seqlen": max(sizes),
         "positions": positions,
         "labels": ids[positions + 1],
