@@ -103,14 +103,11 @@ class MegatronFolder:
         Raises:
             UserError: a file is damaged; every byte is compared with its recorded hash, a share of the files a rank.
         """
-        import torch.distributed as dist
-
         from fusemega.checkpoint.torch_dist import load_model
         from fusemega.models.build import build_model
         from fusemega.runtime.precision import LOCAL
 
-        found: list[list[str]] = [[]] * world.world_size
-        dist.all_gather_object(found, damaged_files(self.path, share=(world.rank, world.world_size)))
+        found = world.from_all(damaged_files(self.path, share=(world.rank, world.world_size)))
         for name in sorted(sum(found, [])):
             raise UserError(f"{self.path / name}: damaged: its hash is not the one that {INTEGRITY} has")
         model = build_model(self.config, world, dtype or self.dtype, kernels or LOCAL, recompute)

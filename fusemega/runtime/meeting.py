@@ -48,8 +48,16 @@ def own_folder() -> Path:
     descriptor = os.open(folder / f".{_LOCK}", os.O_CREAT | os.O_RDWR, 0o600)  # open as long as this process lives
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     os.rename(folder / f".{_LOCK}", folder / _LOCK)  # never there without its lock
-    multiprocessing.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
+    multiprocessing.current_process()._config["tempdir"] = _socket_folder(folder)  # type: ignore[attr-defined]
     return folder
+
+
+def _socket_folder(folder: Path) -> str:
+    """A short name of `folder`: a socket's may have 107 bytes, and a TMPDIR alone can be longer."""
+    if len(os.fsencode(folder)) + len("/listener-12345678") <= 107:
+        return str(folder)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # open as long as this process lives
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def sweep() -> None:

@@ -62,8 +62,7 @@ for unused in ("transformers", "transformers.modeling_utils", "fusemega.scoring.
 def _start(mode: str, folder: Path) -> subprocess.Popen[str]:
     (folder / "sitecustomize.py").write_text(STAND_IN)
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE")}
-    (folder / "tmp").mkdir()
-    env |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OUT": str(folder), "TMPDIR": str(folder / "tmp")}
+    env |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OUT": str(folder), "TMPDIR": str(_temporary(folder))}
     return subprocess.Popen(
         [sys.executable, "-m", "fusemega", "train", mode],
         env=env,
@@ -81,8 +80,15 @@ def _finish(process: subprocess.Popen[str], folder: Path) -> tuple[int, str]:
     return process.returncode, err
 
 
+def _temporary(folder: Path) -> Path:
+    """A folder for temporary files, too deep for a socket's name."""
+    deep = folder / ("deep" * 30)
+    deep.mkdir(exist_ok=True)
+    return deep
+
+
 def _left(folder: Path) -> list[str]:
-    return [path.name for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+    return [path.name for path in _temporary(folder).iterdir() if not path.name.startswith("torchinductor")]
 
 
 def _wait_for(process: subprocess.Popen[str], folder: Path, files: str, count: int) -> None:
