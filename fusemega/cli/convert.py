@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusemega.checkpoint.sizes import parse_size
+from fusemega.cli.run_options import NPROC, launch_or_continue
 from fusemega.errors import UserError, choose
 from fusemega.files.opening import read_text
 from fusemega.runtime.console import global_rank, say, tell
@@ -153,12 +155,21 @@ def verify(
     pp: Annotated[
         int, typer.Option("--pipeline-model-parallel-size", min=1, help="Stages of the layers, for --text.")
     ] = 1,
+    nproc: NPROC = None,
 ) -> None:
     """Compare HF (a folder or hub id) with OTHER (a folder), either of Hugging Face's or of Megatron's form.
 
     Every bit of every tensor, and the files of a Megatron folder against its integrity manifest, in little memory;
-    with --text both models are loaded whole. Prints one JSON object; exit status 1 when they differ.
+    with --text both models are loaded whole, a Megatron folder's by --nproc processes where a layout is given. Prints
+    one JSON object; exit status 1 when they differ.
     """
+    if text is None and (nproc, tp, pp) != (None, 1, 1):
+        raise UserError("--nproc and the layout of `convert verify` belong to --text: files are compared by --workers")
+    launched = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if text is not None and nproc is None and tp * pp > 1 and launched == 1:
+        raise UserError(f"this layout takes {tp * pp} processes: give --nproc {tp * pp}")
+    if launch_or_continue(nproc, _layout(tp, pp)):
+        return
     from fusemega.checkpoint import verify as verification
     from fusemega.checkpoint.hub import resolve
     from fusemega.checkpoint.workers import default_workers

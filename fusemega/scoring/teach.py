@@ -29,6 +29,7 @@ from fusemega.models.build import GPT
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World, initialize
 from fusemega.scoring.passes import PassRun
+from fusemega.scoring.progress import progress
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
@@ -95,10 +96,13 @@ def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
     gpt = source.build(world)
     # Opened on every rank: each must know what is durable already.
     with StoreWriter(folder, manifest, writer_id=world.dp_rank) as writer:
-        missing = [i for i in range(len(dataset)) if dataset[i].key not in writer]
+        # Of equal samples one: each data-parallel rank has a writer of its own, and would store its copy.
+        first = {key: i for i, key in reversed(list(enumerate(dataset.keys)))}
+        missing = sorted(i for key, i in first.items() if key not in writer)
         world.barrier()  # no rank may write before every rank has looked
         if world.is_main:
-            say(f"teaching {len(missing)} samples; {len(dataset) - len(missing)} are in {folder} already")
+            repeated = f", {len(dataset) - len(first)} repeat others" if len(first) < len(dataset) else ""
+            say(f"teaching {len(missing)} samples; {len(first) - len(missing)} are in {folder} already{repeated}")
         writes = world.tp_rank == 0 and world.cp_rank == 0 and world.is_last_stage
 
         def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
@@ -107,12 +111,13 @@ def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
             whole = [whole_positions(column, batch, world) for column in columns_N]
             return list(_cut(samples, *whole)) if writes else []
 
-        for done, collected in score_samples(gpt, dataset, missing, run.row_shape(source), score, world):
-            for rows in collected:
-                for key, row in rows:
-                    writer.add(key, row)
-            if world.is_main:
-                say(f"taught {done}/{len(missing)} samples")
+        with progress("teaching", int(sum(dataset.lengths[i] for i in missing))) as advance:
+            for _, collected in score_samples(gpt, dataset, missing, run.row_shape(source), score, world, advance):
+                for rows in collected:
+                    for key, row in rows:
+                        writer.add(key, row)
+        if world.is_main:
+            say(f"taught {len(missing)} samples")
     world.barrier()
     if world.is_main:
         say(f"{folder}: {len(Store.open(folder))} samples")

@@ -33,8 +33,13 @@ def score_samples(
     shape: RowShape,
     score: ScoreFunction,
     world: World,
+    advance: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, list[Any]]]:
     """`score` of every micro-batch of the samples `ids`, pass by pass.
+
+    Args:
+        advance: told on every rank, as this rank takes up a micro-batch, of about how many tokens the one before it
+            was on all data-parallel ranks; and at a pass's end of the rest, so that all calls add up to all tokens.
 
     Yields:
         (samples done so far on all ranks, what `score` returned for this rank's micro-batches of the pass; empty except
@@ -61,4 +66,34 @@ def score_samples(
                 return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
 
             done += len(part)
-            yield done, run_schedule(list(gpt.chunks), batch.micro_batches, loss, world, forward_only=True)
+            micro_batches = batch.micro_batches
+            if advance is not None:
+                micro_batches = _Counted(micro_batches, int(dataset.lengths[part].sum()), advance)
+            collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True)
+            if isinstance(micro_batches, _Counted):
+                micro_batches.finish()
+            yield done, collected
+
+
+class _Counted(list[Batch]):
+    """Micro-batches that tell how far a pass is as they are taken, in equal shares of its tokens."""
+
+    def __init__(self, micro_batches: Sequence[Batch], tokens: int, advance: Callable[[int], None]) -> None:
+        super().__init__(micro_batches)
+        self._tokens, self._told, self._taken, self._advance = tokens, 0, 0, advance
+
+    def __iter__(self) -> Iterator[Batch]:
+        """For each chunk of layers that the rank holds, the schedule takes all of them."""
+        for number, batch in enumerate(super().__iter__()):
+            if number > self._taken:
+                self._taken = number
+                self._tell(self._tokens * number // len(self))
+            yield batch
+
+    def finish(self) -> None:
+        """The pass is over."""
+        self._tell(self._tokens)
+
+    def _tell(self, done: int) -> None:
+        self._advance(done - self._told)
+        self._told = done

@@ -47,6 +47,19 @@ def test_verify_on_a_text(runner: CliRunner, tmp_path: Path, smollm2_folder: Pat
     assert done.exit_code == 0 and json.loads(done.stdout)["max_logit_difference"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--text", "Paris", "--tensor-model-parallel-size", "2"], "this layout takes 2 processes: give --nproc 2"),
+        (["--tensor-model-parallel-size", "2"], "belong to --text: files are compared by --workers"),
+        (["--nproc", "2"], "belong to --text: files are compared by --workers"),
+    ],
+)
+def test_verify_names_nproc(runner: CliRunner, tmp_path: Path, options: list[str], words: str) -> None:
+    done = runner.invoke(convert.app, ["verify", "a", str(tmp_path / "b"), *options])
+    assert isinstance(done.exception, UserError) and words in str(done.exception)
+
+
 def test_only_one_rank_of_a_launcher_converts(
     runner: CliRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,23 @@ def test_teaching_again_adds_only_what_is_missing(work: Path, tmp_path: Path, sa
     assert len(Store.open(store)) == len(samples)
 
 
+def test_equal_samples_are_taught_once(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each data-parallel rank has a writer of its own: what two ranks were given would stand in the store twice."""
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text((work / "chat.jsonl").read_text() * 2)
+    asked: list[bytes] = []
+
+    def score(gpt: Any, dataset: TokenizedDataset, ids: list[int], *rest: Any) -> Any:
+        asked.extend(dataset.keys[i] for i in ids)
+        return iter(())
+
+    monkeypatch.setattr("fusemega.scoring.teach.score_samples", score)
+    run = teach_run(work, tmp_path / "store", data={"path": str(twice), "seq_length": 128})
+    teach(run)
+    keys = prepare(run.data, Tokenizer.load(work / "model"), tmp_path / "cache").keys
+    assert len(keys) == 2 * len(asked) and sorted(asked) == sorted(set(keys))
+
+
 def test_a_store_of_another_scorer_is_refused(work: Path, tmp_path: Path) -> None:
     store = teach(teach_run(work, tmp_path / "store"))
     other = tiny.write_model(tmp_path / "other", work / "chat.jsonl", seed=1)
