@@ -86,7 +86,7 @@ def _map(place: Path) -> tuple[Target, list[bytes]]:
     from fusemega.align.vocabulary_map import VocabularyMap
 
     table = _array(8)
-    VocabularyMap("exact", "x", "y", table, table, table, 9, False, False).save(place / "seed.npz")
+    VocabularyMap("exact", "x", "y", table, table, table, len(table), 9, False, False).save(place / "seed.npz")
     return _file(place / "map.npz", VocabularyMap.load), [(place / "seed.npz").read_bytes()]
 
 

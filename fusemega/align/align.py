@@ -14,7 +14,7 @@ import numpy as np
 
 from fusemega.align import make_map
 from fusemega.align.cooccurrence import Neighbours
-from fusemega.align.pieces import cutter
+from fusemega.align.pieces import before_text, cutter
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import KINDS, VocabularyMap
 from fusemega.assets import cache_folder
@@ -113,7 +113,8 @@ def align(
         made = make_map.mined_map(source_vocabulary, target_vocabulary, workers, _teller(), near)
     elif kind == "first_piece":
         cut = cutter(tokenizers[1], target_vocabulary)
-        made = make_map.first_piece_map(source_vocabulary, target_vocabulary, cut)
+        written = before_text(*tokenizers, source_vocabulary.contents)
+        made = make_map.first_piece_map(source_vocabulary, target_vocabulary, cut, written)
     else:
         made = make_map.exact_map(source_vocabulary, target_vocabulary)
     facts = made.statistics | {"seconds": round(time.monotonic() - begun, 3)}

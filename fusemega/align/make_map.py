@@ -11,7 +11,8 @@ target's. Here what tokens stand for is compared, bytes for identity and their t
 distances: the same thing for ASCII; but a byte-level form of "é" is "Ã©", and `<0xE2>` stands for one byte.
 
 In all kinds but the reference's a role comes before a content: bos becomes bos, eos eos, and the token that closes a
-turn the target's such token; other special tokens become nothing.
+turn the target's such token; other special tokens become nothing. A token that ends texts and turns is the one that
+closes a turn; where a plain text ends, the map's user takes it for eos (`VocabularyMap.source_eos`).
 
 Shapes: S ids of the source's vocabulary, C pairs of a corpus's counts.
 """
@@ -19,7 +20,8 @@ Shapes: S ids of the source's vocabulary, C pairs of a corpus's counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +41,12 @@ def exact_map(source: Vocabulary, target: Vocabulary) -> VocabularyMap:
     return _assembled("exact", source, target, np.full(source.size, -1, dtype=np.int32), {})
 
 
-def first_piece_map(source: Vocabulary, target: Vocabulary, cut: Callable[[bytes], list[int]]) -> VocabularyMap:
+def first_piece_map(
+    source: Vocabulary,
+    target: Vocabulary,
+    cut: Callable[[bytes], list[int]],
+    before_text: Mapping[int, int] | None = None,
+) -> VocabularyMap:
     """Tokens of other bytes become the first piece that the target writes them with; nothing where that is not theirs.
 
     A row says how likely each token is to come next. Where the target writes a token in several pieces, the first of
@@ -47,6 +54,8 @@ def first_piece_map(source: Vocabulary, target: Vocabulary, cut: Callable[[bytes
 
     Args:
         cut: the target's pieces of a content; `fusemega.align.pieces.cutter` makes it.
+        before_text: the first piece of tokens that the target writes otherwise in a text than by themselves, though it
+            may have them whole; `fusemega.align.pieces.before_text` makes it.
     """
     index = ids_by_content(target)
     other_S = np.full(source.size, -1, dtype=np.int32)
@@ -55,7 +64,7 @@ def first_piece_map(source: Vocabulary, target: Vocabulary, cut: Callable[[bytes
             first = target.contents[pieces[0]]
             if first and content.startswith(first):  # else the piece that comes first is unknown
                 other_S[u] = pieces[0]
-    return _assembled("first_piece", source, target, other_S, {})
+    return _assembled("first_piece", source, target, other_S, {}, before_text or {})
 
 
 def mined_map(
@@ -183,9 +192,14 @@ def _roles(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
 
 
 def _assembled(
-    kind: str, source: Vocabulary, target: Vocabulary, other_S: np.ndarray, statistics: dict[str, Any]
+    kind: str,
+    source: Vocabulary,
+    target: Vocabulary,
+    other_S: np.ndarray,
+    statistics: dict[str, Any],
+    known: Mapping[int, int] = MappingProxyType({}),
 ) -> VocabularyMap:
-    """The map by role, then by identical content, then by `other_S`.
+    """The map by role, then by what is `known`, then by identical content, then by `other_S`.
 
     With a space put before or taken away: the token of those bytes, else what the source's own token of those bytes
     becomes. A token that has no space to lose, or whose form with a space is unknown to both, stays what it is: it is
@@ -197,7 +211,7 @@ def _assembled(
         if u in roles:
             table_S[u] = roles[u]
         elif content is not None:
-            table_S[u] = index.get(content, other_S[u])
+            table_S[u] = known.get(u, index.get(content, other_S[u]))
 
     def changed(content: bytes, otherwise: int) -> int:
         return index.get(content, table_S[own[content]] if content in own else otherwise)
@@ -238,9 +252,14 @@ def _map(
         table_S=table_S,
         marked_S=marked_S,
         unmarked_S=unmarked_S,
+        source_size=source.size,
         target_size=target.size,
         source_marks_start=source.marks_start,
         target_marks_start=target.marks_start,
+        source_marks_text=source.marks_text,
+        target_marks_text=target.marks_text,
+        source_eos=-1 if source.eos_id is None else source.eos_id,
+        target_eos=-1 if target.eos_id is None else target.eos_id,
         statistics=counted | statistics,
     )
 

@@ -7,7 +7,7 @@ alignment and projection work on rows as they are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from fusemega.errors import UserError
 from fusemega.files.lock import locked
 from fusemega.runtime.console import say
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
+from fusemega.store.missing import why_missing
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.document import MASK_POLICY
@@ -82,8 +83,9 @@ def project(run: ProjectRun) -> dict[str, int]:
         raise UserError(
             f"{run.map}: of kind first_piece, which was never published; allowed: exact, mined, ms, ms_reference"
         )
-    tokenizers = (model.tokenizer for model in (source, target))
-    vocabulary_map.check(run.map, *((tokenizer.content_hash, tokenizer.source) for tokenizer in tokenizers))
+    tokenizers = [model.tokenizer for model in (source, target)]
+    whose = [(tokenizer.content_hash, tokenizer.source) for tokenizer in tokenizers]
+    vocabulary_map.check(run.map, whose[0], whose[1], *(tokenizer.num_ids for tokenizer in tokenizers))
     theirs, ours = source.store.manifest, target.store.manifest
     if theirs.temperature != ours.temperature:
         raise UserError(
@@ -120,12 +122,14 @@ def _project_all(
         model.data = prepare(run.data, model.tokenizer, cache_folder() / "data", progress=True)
     pairs = _with_rows(run, source, target)
     pad_to = run.data.seq_length if run.pad else 0
-    aligner = Aligner.of(*source.words(run.rules), *target.words(run.rules), vocabulary_map, pad_to)
+    words = *source.words(run.rules), *target.words(run.rules)
+    aligner = Aligner.of(*words, vocabulary_map, pad_to, source.store.manifest.vocab_size)
     counts: Counter[str] = Counter()
     with StoreWriter(folder, manifest) as writer:
-        missing = [(s, t) for s, t in pairs if target.data[t].key not in writer]
-        if len(missing) < len(pairs):
-            say(f"{len(pairs) - len(missing)} samples are in {folder} already")
+        distinct = {target.data.keys[t]: (s, t) for s, t in reversed(pairs)}  # of equal samples the first
+        missing = [pair for key, pair in reversed(distinct.items()) if key not in writer]
+        if len(missing) < len(distinct):
+            say(f"{len(distinct) - len(missing)} samples are in {folder} already")
         context = partial(_Work, source.data.folder, target.data.folder, source.store.path, target.store.path, aligner)
         for rows, kinds in map_pairs(_project, context, missing, "projected", run.workers):
             counts += kinds
@@ -160,17 +164,20 @@ def _with_rows(run: ProjectRun, source: _Model, target: _Model) -> list[Pair]:
     """
     pairs, keys = sample_pairs(source.data, target.data), target.data.keys
     reasons = dict.fromkeys(range(len(keys)), "the source's tokenizer cuts its document into other windows")
+    whys: dict[int, Callable[[], str]] = {}
     for _, t in pairs:
-        lacking = [model.store.path for model in (source, target) if keys[t] not in model.store]
+        lacking = [model.store for model in (source, target) if keys[t] not in model.store]
         if lacking:
-            reasons[t] = f"no row in the store {lacking[0]}, which was written from other data"
+            reasons[t] = f"no row in the store {lacking[0].path}"
+            whys[t] = partial(why_missing, lacking[0], target.data, t)
         else:
             del reasons[t]
     if reasons and (run.on_missing == "error" or len(reasons) == len(keys)):
         first = min(reasons)
+        why = f": {whys[first]()}" if first in whys else ""
         allowed = " (allowed with on_missing: skip)" if run.on_missing == "error" else ""
         raise UserError(
-            f"{target.data[first].source}: {reasons[first]}; of {len(keys)} samples {len(reasons)} cannot be "
+            f"{target.data[first].source}: {reasons[first]}{why}; of {len(keys)} samples {len(reasons)} cannot be "
             f"projected{allowed}"
         )
     if reasons:

@@ -72,13 +72,18 @@ class Aligner:
         target_strings: Strings,
         vocabulary_map: VocabularyMap,
         pad_to: int = 0,
+        rows: int = 0,
     ) -> Aligner:
-        """Of two vocabularies, their strings by the same rules, and a map from the first to the second."""
+        """Of two vocabularies, their strings by the same rules, and a map from the first to the second.
+
+        Args:
+            rows: of the source's model, which may be more than its tokenizer has ids; those become nothing.
+        """
         ids = {form: i for i, form in enumerate(target.forms) if form}
         identical_S = np.array([ids.get(_remarked(form, source.marker, target.marker), -1) for form in source.forms])
         is_exact = vocabulary_map.kind == "exact"
         table_S = identical_S if is_exact else np.where(identical_S >= 0, identical_S, vocabulary_map.table_S)
-        table_S = table_S.astype(np.int32)
+        table_S = np.pad(table_S.astype(np.int32), (0, max(0, rows - len(table_S))), constant_values=-1)
         return cls(vocabulary_map.kind, source_strings, target_strings, table_S, vocabulary_map.table_S, pad_to)
 
     def steps(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:

@@ -39,7 +39,8 @@ class Vocabulary:
         closing_id: the one token with which the chat template closes an assistant's turn; None without a template, or
             where it closes with something else than one token.
         marks_start: whether a message's first token carries a space that is not in the message: SentencePiece's dummy
-            prefix ("Hello" -> "▁Hello"), or a space of the template's. Without a template: whether a text's does.
+            prefix ("Hello" -> "▁Hello"), or a space of the template's. Without a template: `marks_text`.
+        marks_text: whether a plain text's first token carries such a space.
     """
 
     content_hash: str
@@ -53,6 +54,7 @@ class Vocabulary:
     unk_id: int | None
     closing_id: int | None
     marks_start: bool
+    marks_text: bool
 
     @property
     def size(self) -> int:
@@ -87,7 +89,9 @@ class Vocabulary:
                 contents[i] = None if added[i].special else form.encode()
             elif form and i != tokenizer.hf.unk_token_id:
                 contents[i] = to_bytes(form)
-        closing, marks_start = _in_chat(tokenizer, contents)
+        (text,) = tokenizer.encode(["a"])
+        marks_text = (contents[text.ids[0]] or b"").startswith(b" ")
+        closing, marks_start = (None, marks_text) if tokenizer.chat_template is None else _in_chat(tokenizer, contents)
         return cls(
             content_hash=tokenizer.content_hash,
             source=tokenizer.source,
@@ -100,6 +104,7 @@ class Vocabulary:
             unk_id=tokenizer.hf.unk_token_id,
             closing_id=closing,
             marks_start=marks_start,
+            marks_text=marks_text,
         )
 
 
@@ -159,9 +164,6 @@ def _byte_level_table() -> dict[str, int]:
 
 def _in_chat(tokenizer: Tokenizer, contents: list[bytes | None]) -> tuple[int | None, bool]:
     """The closing token, and whether a message's first token carries a space that is not in the message."""
-    if tokenizer.chat_template is None:
-        (text,) = tokenizer.encode(["a"])
-        return None, (contents[text.ids[0]] or b"").startswith(b" ")
     renderer = ChatRenderer(tokenizer)
     turns = (Message("user", "a", False), Message("assistant", "a", True))
     try:

@@ -20,16 +20,21 @@ from fusemega.files.npz_files import MalformedArraysError, read_arrays
 from fusemega.files.output import INSIDE, check_output_file, publish_file, scratch
 
 KINDS = ("exact", "first_piece", "mined", "ms", "ms_reference")
-_FORMAT = 1
+_FORMAT = 2
 _IDS = 1 << 25  # the most that stores can code
 _TABLES = ("table_S", "marked_S", "unmarked_S")
 _FACTS = {
     "kind": str,
     "source": str,
     "target": str,
+    "source_size": int,
     "target_size": int,
     "source_marks_start": bool,
     "target_marks_start": bool,
+    "source_marks_text": bool,
+    "target_marks_text": bool,
+    "source_eos": int,
+    "target_eos": int,
     "statistics": dict,
 }
 
@@ -45,8 +50,11 @@ class VocabularyMap:
         marked_S, unmarked_S: int32, the same for the source's token with a space put before it, or with its leading
             space taken away: for the first position of a message, where one tokenizer's token carries a space that is
             not in the text and the other's does not.
-        target_size: ids of the target are below it.
+        source_size, target_size: 1 + the largest id of either tokenizer.
         source_marks_start, target_marks_start: `Vocabulary.marks_start` of both.
+        source_marks_text, target_marks_text: `Vocabulary.marks_text` of both.
+        source_eos, target_eos: what ends a plain text, -1 for none: there the one becomes the other, also where a
+            conversation's table says otherwise because the source closes turns with it, too.
         statistics: what was counted on the way, JSON-able.
     """
 
@@ -56,21 +64,37 @@ class VocabularyMap:
     table_S: np.ndarray
     marked_S: np.ndarray
     unmarked_S: np.ndarray
+    source_size: int
     target_size: int
     source_marks_start: bool
     target_marks_start: bool
+    source_marks_text: bool = False
+    target_marks_text: bool = False
+    source_eos: int = -1
+    target_eos: int = -1
     statistics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def content_hash(self) -> str:
-        """Hex, of all that decides a projected row."""
-        digest = hashlib.blake2b(f"{self.source} {self.target} {self.target_size}".encode(), digest_size=16)
+        """Hex, of all that decides a projected row, given the two tokenizers."""
+        facts = [getattr(self, name) for name in _FACTS if name not in ("kind", "source", "target", "statistics")]
+        digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
         for name in _TABLES:
             digest.update(np.ascontiguousarray(getattr(self, name), dtype="<i4").tobytes())
         return digest.hexdigest()
 
-    def check(self, path: str | Path, source: tuple[str, str], target: tuple[str, str]) -> None:
+    def check(
+        self,
+        path: str | Path,
+        source: tuple[str, str],
+        target: tuple[str, str],
+        source_ids: int | None = None,
+        target_ids: int | None = None,
+    ) -> None:
         """Whether the map is of these two tokenizers: (content hash, whose it is, for the message) of each.
+
+        Args:
+            source_ids, target_ids: 1 + their largest ids, where known.
 
         Raises:
             UserError: it is not; names `path`.
@@ -81,6 +105,13 @@ class VocabularyMap:
                     f"{path}: the map's {side} is another tokenizer than {whose} (map {found[:12]}, tokenizer "
                     f"{wanted[:12]}); make one with `fusemega align`"
                 )
+        sizes = (("source", self.source_size, source_ids), ("target", self.target_size, target_ids))
+        for (side, size, ids), (_, whose) in zip(sizes, (source, target), strict=True):
+            if ids is not None and size != ids:
+                raise UserError(
+                    f"{path}: the map has {size} ids of the {side}, and the tokenizer of {whose} has {ids}; make one "
+                    "with `fusemega align`"
+                )
 
     def save(self, path: str | Path) -> None:
         """Writes the map to a file, whole or not at all; an older one is replaced.
@@ -89,7 +120,7 @@ class VocabularyMap:
             UserError: the place cannot be written, something else than a map is there, or the disk is full.
         """
         path = Path(path)
-        facts = {"format": _FORMAT, **{name: getattr(self, name) for name in _FACTS}}
+        facts = {"format": _FORMAT, "hash": self.content_hash, **{name: getattr(self, name) for name in _FACTS}}
         tables = {name: np.asarray(getattr(self, name), dtype="<i4") for name in _TABLES}
         written = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
         self.check_replaceable(path)
@@ -127,7 +158,10 @@ class VocabularyMap:
         except (MalformedArraysError, MalformedError):
             raise UserError(f"{path}: not a vocabulary map, or a damaged one; make one with `fusemega align`") from None
         if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
-            raise UserError(f"{path}: a vocabulary map of another format; this version reads format {_FORMAT}")
+            raise UserError(
+                f"{path}: a vocabulary map of another format, and this version reads format {_FORMAT}; make it again "
+                "with `fusemega align`"
+            )
         for name, kind in _FACTS.items():
             if type(facts.get(name)) is not kind:
                 raise UserError(f"{path}: damaged vocabulary map: {name} is {facts.get(name)!r}")
@@ -135,8 +169,18 @@ class VocabularyMap:
         limit = facts["target_size"]
         if not 0 < limit <= _IDS:
             raise UserError(f"{path}: damaged vocabulary map: target_size is {limit}; allowed: 1 to {_IDS}")
+        for side in ("source", "target"):
+            if not -1 <= facts[f"{side}_eos"] < facts[f"{side}_size"]:
+                raise UserError(f"{path}: damaged vocabulary map: {side}_eos is {facts[f'{side}_eos']}")
         for name, table in arrays.items():
-            fits = table.shape == arrays["table_S"].shape
-            if not fits or table.min(initial=-1) < -1 or table.max(initial=-1) >= limit:
+            if table.shape != (facts["source_size"],):
+                raise UserError(
+                    f"{path}: damaged vocabulary map: {name} has {table.size} entries, one for each of the source's "
+                    f"{facts['source_size']} ids expected"
+                )
+            if table.min(initial=-1) < -1 or table.max(initial=-1) >= limit:
                 raise UserError(f"{path}: damaged vocabulary map: {name} is no table of ids below {limit}")
-        return cls(**arrays, **{name: facts[name] for name in _FACTS})
+        loaded = cls(**arrays, **{name: facts[name] for name in _FACTS})
+        if facts.get("hash") != loaded.content_hash:
+            raise UserError(f"{path}: damaged vocabulary map: it was changed after it was made (its hash is another)")
+        return loaded

@@ -19,10 +19,11 @@ from fusemega.errors import UserError
 from fusemega.fusion.targets import Tail, Targets, renormalised
 from fusemega.runtime.console import global_rank
 from fusemega.store import Row, Store
+from fusemega.store.missing import why_missing
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.document import MASK_POLICY
-from fusemega.text.sample import Sample
-from fusemega.text.tokenizer import Tokenizer
+from fusemega.text.sample import BEGINS, OF_TEXT, Sample
+from fusemega.text.tokenizer import SPACES, Tokenizer
 
 
 class TeacherConfig(Section):
@@ -61,7 +62,7 @@ class Teacher:
         self._vocab_size, self._temperature, self._tail = vocab_size, temperature, tail
         manifest = self.store.manifest
         self.store.check({"mask_policy": MASK_POLICY})
-        self._map = None if config.map is None else _Map(config.map, self.store, tokenizer)
+        self._map = None if config.map is None else _Map(config.map, self.store, tokenizer, vocab_size)
         if self._map is None:
             self.store.check({"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash})
         sampled = manifest.rows == "sampled"
@@ -99,7 +100,7 @@ class Teacher:
         """
         row = self.store.get(sample.key)
         if row is None and required:
-            raise UserError(self._no_row(sample))
+            raise UserError(self._no_row(sample, "it had one of every sample when the run began"))
         return row
 
     def targets(self, row: Row, sample: Sample) -> Targets:
@@ -133,13 +134,13 @@ class Teacher:
         Raises:
             UserError: that row does not fit, or some sample has none and rows are required.
         """
-        row = self.row(dataset[0], required)
+        row = self.row(dataset[0], required=False)
         if row is not None:
             self.targets(row, dataset[0])
         if required:
-            for sample in dataset:
-                if sample.key not in self.store:
-                    raise UserError(self._no_row(sample))
+            for i, key in enumerate(dataset.keys):
+                if key not in self.store:
+                    raise UserError(self._no_row(dataset[i], why_missing(self.store, dataset, i)))
 
     def _check_tokens(self, row: Row, sample: Sample) -> None:
         if row.ids_hash != sample.ids_hash:
@@ -150,45 +151,68 @@ class Teacher:
                 f"the sample {len(sample.positions)} supervised tokens"
             )
 
-    def _no_row(self, sample: Sample) -> str:
+    def _no_row(self, sample: Sample, reason: str) -> str:
         """What to say of a sample that the store lacks."""
-        reason = "it was written from other data, or with another seq_length"
-        if self._map is not None:
-            reason += ", or the document is longer than a window of either tokenizer (see `fusemega split`)"
-        return f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip); {reason}"
+        return f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip): {reason}"
 
 
 class _Map:
     """A vocabulary map at work: rows of one tokenizer's store for samples of another tokenizer."""
 
-    def __init__(self, path: str, store: Store, tokenizer: Tokenizer) -> None:
-        loaded = VocabularyMap.load(Path(path))
+    def __init__(self, path: str, store: Store, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._map = loaded = VocabularyMap.load(Path(path))
         self.content_hash = loaded.content_hash
         scorer = store.manifest.tokenizer, f"that of the store {store.path}"
-        loaded.check(path, scorer, (tokenizer.content_hash, tokenizer.source))
+        ours = tokenizer.content_hash, tokenizer.source
+        loaded.check(path, scorer, ours, target_ids=tokenizer.num_ids)
+        tables = np.stack([loaded.table_S, loaded.marked_S, loaded.unmarked_S])
+        if tables.max(initial=-1) >= vocab_size:
+            raise UserError(
+                f"{path}: the map leads to id {tables.max()}, and the model in training has a vocabulary of "
+                f"{vocab_size}"
+            )
         # A model may have more rows than its tokenizer has ids; those become nothing.
-        spare = max(0, store.manifest.vocab_size - len(loaded.table_S))
-        tables = (loaded.table_S, loaded.marked_S, loaded.unmarked_S)
-        self._tables = np.stack([np.pad(table_S, (0, spare), constant_values=-1) for table_S in tables])
-        # Which table a message's first token takes: "Hello" to "▁Hello", or the other way.
-        marks = loaded.target_marks_start
-        self._start_table = 0 if marks == loaded.source_marks_start else 1 if marks else 2
+        spare = max(0, store.manifest.vocab_size - loaded.source_size)
+        self._chat_tables = np.pad(tables, ((0, 0), (0, spare)), constant_values=-1)
+        self._text_tables = self._chat_tables.copy()
+        if loaded.source_eos >= 0 and loaded.target_eos < vocab_size:
+            self._text_tables[:, loaded.source_eos] = loaded.target_eos
+        self._tokenizer = tokenizer
 
     def targets(self, row: Row, logp_PK: np.ndarray, sample: Sample) -> Targets:
         """Targets where a position of the row and one of the sample end at the same byte; nothing elsewhere."""
         positions_P = sample.positions
         source_M, target_M = shared_positions(row.end_bytes, sample.end_bytes[positions_P])
-        # A supervised message begins behind a token that is not supervised itself.
-        starts_M = ~sample.supervised[positions_P[target_M]]
+        of_text = bool(sample.is_place(OF_TEXT).any())
+        choice_M = np.zeros(len(target_M), dtype=np.int64)
+        for m in np.flatnonzero(sample.is_place(BEGINS)[positions_P[target_M]]):
+            choice_M[m] = self._first_table(sample, int(positions_P[target_M[m]]), of_text)
         ids_MK, logp_MK, log_residual_M = project(
             row.ids_PK[source_M],
             logp_PK[source_M],
             row.log_residual_P[source_M],
-            self._tables,
-            np.where(starts_M, self._start_table, 0),
+            self._text_tables if of_text else self._chat_tables,
+            choice_M,
         )
         targets = Targets.nothing(len(positions_P), row.ids_PK.shape[1])
         targets.ids_PK[target_M], targets.logp_PK[target_M] = ids_MK, logp_MK
         targets.log_residual_P[target_M] = log_residual_M
         targets.mask_P[target_M] = (ids_MK >= 0).any(1)
         return targets
+
+    def _first_table(self, sample: Sample, position: int, of_text: bool) -> int:
+        """Which table a content's first token takes: 1 from "Hello" to "▁Hello", 2 the other way, 0 neither.
+
+        The target's own token says whether it carries a space that is not in the content. Of the source only its habit
+        is known, and that it does not add a space to one.
+        """
+        loaded, label = self._map, int(sample.ids[position + 1])
+        adds = loaded.target_marks_text if of_text else loaded.target_marks_start
+        theirs = loaded.source_marks_text if of_text else loaded.source_marks_start
+        width = int(self._tokenizer.token_num_bytes[label])
+        end, before = int(sample.end_bytes[position + 1]), int(sample.end_bytes[position])
+        if width and end >= 0:
+            form = self._tokenizer.token(label)
+            adds = width == end - before + 1 and form.startswith(SPACES)
+            theirs = theirs and not form[int(adds) :].startswith(SPACES)
+        return 0 if adds == theirs else 1 if adds else 2

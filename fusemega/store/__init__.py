@@ -7,6 +7,7 @@ coding.py     a row's positions as a few bytes each
 shard.py      one file of rows, whole or absent
 writer.py     appends shards; restartable
 reader.py     rows by key, memory-mapped
+missing.py    why there is no row of a sample
 inspect.py, merge.py, verify.py    what `fusemega store` does
 """
 

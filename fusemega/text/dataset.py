@@ -25,9 +25,9 @@ from fusemega.text.document import BadRow, Chat, Document, NotLearnt, canonical,
 from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.tokenizer import Tokenizer
 
-_FORMAT = 2  # raise when the meaning of a cached file changes
+_FORMAT = 3  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
-_COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1"}  # one value a token
+_COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value a token
 _INDEX = np.dtype([("offset", "<i8"), ("num_bytes", "<i8"), ("file", "<i8"), ("row", "<i8"), ("key", "u1", 16)])
 _NO_TARGET = "window without supervised tokens"
 
@@ -36,14 +36,15 @@ class TokenizedDataset:
     """Samples by index, from a folder that `prepare` wrote; arrays are views of memory-mapped files.
 
     Attributes:
+        config: what was read; None where only the folder is known.
         lengths: int64 [len(self)], tokens of each sample.
         num_supervised: supervised tokens of all samples.
         skipped: reason -> number of rows skipped, and of windows dropped for having no target.
         ignored: name -> number of unknown fields that were left out (`data.unknown_fields: ignore`).
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, config: DataConfig | None = None) -> None:
+        self.folder, self.config = folder, config
         try:
             meta = read_json(folder / "meta.json")
             if missing := {"names", "skipped", "num_supervised", "num_tokens", "ignored"} - meta.keys():
@@ -81,11 +82,16 @@ class TokenizedDataset:
             end_bytes=np.asarray(self._columns["end_bytes"][tokens]),
             num_bytes=int(entry["num_bytes"]),
             source=f"{self._names[entry['file']]}:{entry['row']}",
+            places=np.asarray(self._columns["places"][tokens]),
         )
 
     def contents(self) -> list[np.ndarray]:
         """All that the samples consist of, in order, without where they came from; views of the files."""
         return [np.ascontiguousarray(self._index[name]) for name in ("key", "offset")] + list(self._columns.values())
+
+    def place(self, i: int) -> tuple[int, int]:
+        """`Row.file` and `Row.number` of the row that sample `i` is of."""
+        return int(self._index["file"][i]), int(self._index["row"][i])
 
     @property
     def keys(self) -> list[bytes]:
@@ -130,7 +136,7 @@ def prepare(
     folder = Path(cache_dir) / fingerprint
     if not folder.is_dir():
         _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size), progress)
-    return TokenizedDataset(folder)
+    return TokenizedDataset(folder, config)
 
 
 class _Tokenize:

@@ -27,7 +27,9 @@ import numpy as np
 
 from fusemega.text.chat import Rendered
 from fusemega.text.document import BadRow
-from fusemega.text.tokenizer import Encoding, Tokenizer
+from fusemega.text.tokenizer import SPACES, Encoding, Tokenizer
+
+OF_TEXT, BEGINS = 1, 2  # bits of `Sample.places`
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Sample:
         end_bytes: int32 [L]: where token i ends in the canonical stream, -1 where at no comparable place.
         num_bytes: UTF-8 bytes of content in the supervised tokens (closing tokens count 0).
         source: "file:row", for messages.
+        places: uint8 [L], what each token is: `OF_TEXT` of a plain text and not of a conversation, `BEGINS` where a
+            content begins behind it. None: of a conversation, and no content begins.
     """
 
     key: bytes
@@ -50,6 +54,11 @@ class Sample:
     end_bytes: np.ndarray
     num_bytes: int
     source: str
+    places: np.ndarray | None = None
+
+    def is_place(self, place: int) -> np.ndarray:
+        """bool [L]: whether each token is at such a place, `OF_TEXT` or `BEGINS`."""
+        return np.zeros(len(self.ids), dtype=bool) if self.places is None else (self.places & place) > 0
 
     @property
     def positions(self) -> np.ndarray:
@@ -72,6 +81,7 @@ class Annotated:
         end_bytes: int32 [L], as in `Sample`.
         target_bytes: int64 [L]: bytes of supervised content that the token adds.
         stream_length: bytes of the canonical stream.
+        places: uint8 [L], as in `Sample`.
     """
 
     ids: np.ndarray
@@ -79,6 +89,7 @@ class Annotated:
     end_bytes: np.ndarray
     target_bytes: np.ndarray
     stream_length: int
+    places: np.ndarray
 
 
 def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> Annotated:
@@ -130,7 +141,10 @@ def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> An
         end_bytes = np.concatenate([before, end_bytes, [rendered.stream_length]]).astype(np.int32)
         target_bytes = np.concatenate([np.zeros(prefix, dtype=np.int64), target_bytes, [0]])
     supervised[:1] = False
-    return Annotated(ids, supervised, end_bytes, target_bytes, rendered.stream_length)
+    # No content, closing token or other message has the coordinate at which a content begins.
+    begins = np.isin(end_bytes, [span.base + int(span.has_header) for span in rendered.spans])
+    places = (begins * BEGINS + int(rendered.framed) * OF_TEXT).astype(np.uint8)
+    return Annotated(ids, supervised, end_bytes, target_bytes, rendered.stream_length, places)
 
 
 def cut(document: Annotated, canonical: bytes, seq_length: int, source: str) -> Iterator[Sample]:
@@ -154,6 +168,7 @@ def cut(document: Annotated, canonical: bytes, seq_length: int, source: str) -> 
             end_bytes=document.end_bytes[begin:end],
             num_bytes=int(document.target_bytes[begin:end][supervised].sum()),
             source=source,
+            places=document.places[begin:end],
         )
 
 
@@ -200,7 +215,7 @@ def _byte_ends(encoding: Encoding, char_bytes: np.ndarray, tokenizer: Tokenizer)
     added = counted[last + 1] - counted[first] - (byte_ends[last] - char_bytes[starts[first]])
     known = (unknown[last + 1] == unknown[first]) & (added == 0)
     for i in np.flatnonzero((unknown[last + 1] == unknown[first]) & (added == 1)):
-        known[i] = tokenizer.token(encoding.ids[first[i]]).startswith(("\u2581", "\u0120"))
+        known[i] = tokenizer.token(encoding.ids[first[i]]).startswith(SPACES)
     byte_ends[within] = np.where(known, exact, -1)
     return byte_ends
 

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from fusemega.errors import UserError
 from fusemega.files.tokenizer_files import load_pretrained, tokenizer_errors
 
+SPACES = ("\u2581", "\u0120")  # how vocabularies write the space before a word
+
 
 @dataclass(frozen=True)
 class Encoding:

@@ -15,7 +15,7 @@ def vocabulary(contents: Sequence[bytes | None], **facts) -> Vocabulary:
         f"<{i}>" if c is None else c.decode("utf-8", "replace").replace(" ", "▁") for i, c in enumerate(contents)
     )
     plain = {"content_hash": "made up", "source": "made up", "forms": forms, "contents": tuple(contents)}
-    plain |= {"byte_tokens": frozenset(), "marker": "▁", "marks_start": False}
+    plain |= {"byte_tokens": frozenset(), "marker": "▁", "marks_start": False, "marks_text": False}
     plain |= {"bos_id": None, "eos_id": None, "unk_id": None, "closing_id": None}
     return Vocabulary(**{**plain, **facts})
 

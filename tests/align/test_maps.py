@@ -182,11 +182,14 @@ def test_damaged_files_are_refused(saved: tuple[VocabularyMap, Path]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 2}, "another format; this version reads format 1"),
+        ({"format": 1}, "another format, and this version reads format 2; make it again with"),
         ({"kind": "exakt"}, "unknown name 'exakt' .did you mean 'exact'"),
         ({"target_size": 3}, "table_S is no table of ids below 3"),
         ({"source_marks_start": 1}, "damaged vocabulary map: source_marks_start is 1"),
         ({"source": None}, "damaged vocabulary map: source is None"),
+        ({"source_size": 7}, "table_S has 33 entries, one for each of the source's 7 ids expected"),
+        ({"target_eos": 40}, "damaged vocabulary map: target_eos is 40"),
+        ({"source_marks_text": True}, "damaged vocabulary map: it was changed after it was made"),
     ],
 )
 def test_wrong_facts_are_refused(saved: tuple[VocabularyMap, Path], change: dict, words: str) -> None:

@@ -345,7 +345,7 @@ TABLE: list[Bad] = [
     _a("a store of another tokenizer", PROJECT + " source.tokenizer=sharded", "store: the store's tokenizer is", key("sharded/tokenizer_config.json", "bos_token", "<|im_start|>")),
     _a("a store of another template", PROJECT + " target.tokenizer=sharded", "store: the store's template is", put("sharded/chat_template.jinja", "{{ messages[0]['content'] }}")),
     _a("a store of other windows", PROJECT + " data.seq_length=32", "store: the store's truncation is 64, expected 32"),
-    _a("a text the teacher never saw", PROJECT, "data.jsonl:2: no row in the store store, which was written from other data; of 2 samples 1", rows({"text": "new"})),
+    _a("a text the teacher never saw", PROJECT, "data.jsonl:2: no row in the store store: it has 1 of these 2 samples, and not this text; of 2 samples 1", rows({"text": "new"})),
     _a("nothing the teacher saw", PROJECT + " on_missing=skip", "of 1 samples 1 cannot be projected", put("data.jsonl", {"text": "new"})),
     _a("a projection into somebody's folder", PROJECT + " store=model", "model: exists and is no sample store"),
     _a("a projection into its source", PROJECT + " store=store", "store/manifest.json: the store's"),

@@ -125,7 +125,7 @@ def test_a_folder_that_is_replaced_holds_what_was_listed(tmp_path: Path) -> None
 
 def test_a_map_replaces_maps_alone(tmp_path: Path) -> None:
     table = np.zeros(3, dtype=np.int32)
-    made = VocabularyMap("exact", "a", "b", table, table, table, 3, False, False)
+    made = VocabularyMap("exact", "a", "b", table, table, table, len(table), 3, False, False)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: exists and is no vocabulary map"):
         made.save(tmp_path / "tokenizer.json")
