@@ -132,9 +132,11 @@ def retire(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what killed processes left. A writer that outlived its parent may still add to such a folder."""
+    """Removes what killed processes left: unfinished checkpoints, trackers not yet renamed."""
     for leftover in root.glob("iter_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for tracker in root.glob(f"{TRACKER}.*.tmp"):
+        tracker.unlink(missing_ok=True)
 
 
 def _in_order(root: Path) -> tuple[list[str], list[Path]]:

@@ -281,14 +281,17 @@ def test_a_folder_that_is_not_shared(make_run: MakeRun, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_save_leaves_no_process(make_run: MakeRun, async_save: bool) -> None:
+def test_a_save_leaves_no_process_and_no_unfinished_file(make_run: MakeRun, async_save: bool) -> None:
     trainer, _ = open_trainer(make_run(training={"async_save": async_save}))
     trainer.step()
     before = psutil.Process().children(recursive=True)
+    root = Path(trainer.run.output_dir) / "checkpoints"
+    (root / "iter_0000001.1f0a6c2e.tmp").mkdir(parents=True)  # as a killed run leaves them
+    (root / f"{TRACKER}.1f0a6c2e.tmp").touch()
     trainer.save()
     trainer.saver.wait()
     assert psutil.Process().children(recursive=True) == before
-    assert latest_checkpoint(Path(trainer.run.output_dir) / "checkpoints") is not None
+    assert latest_checkpoint(root) is not None and sorted(os.listdir(root)) == ["iter_0000001", TRACKER]
 
 
 def test_a_writer_that_is_killed(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
