@@ -46,8 +46,9 @@ def last_rows(trainer: Trainer) -> dict[str, list[float]] | None:
     """Largest value of each of the last two rows of the embedding in each optimizer state; None on other ranks."""
     world = trainer.world
     states = training_state(trainer.gpt, trainer.optimizer, world)["optimizer"].get("param_state")
-    # The shards of a data-parallel group are gathered on one rank; the others hold no more than before.
-    assert (states is None) == (world.dp_rank != 0 and trainer.run.optimizer.use_distributed_optimizer)
+    # Shards lie on data- and context-parallel ranks; one of them gathers, and the others hold no more than before.
+    gathers = world.dp_rank == 0 and world.cp_rank == 0
+    assert (states is None) == (trainer.run.optimizer.use_distributed_optimizer and not gathers)
     if states is None or not world.is_first_stage or world.tp_rank != world.tp_size - 1:
         return None
     return {
