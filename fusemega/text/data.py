@@ -37,6 +37,8 @@ _SPLITS = {
     }.items()
     for word in words.split()
 }
+_SHARD = re.compile(r"([\w.-]+)-\d{5}-of-\d{5}\.")  # as datasets writes them: train_sft-00000-of-00003.parquet
+_ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json"}  # beside the rows, by datasets and model folders
 _LINE_BYTES, _ARRAY_BYTES = 64 * MIB, 1024 * MIB
 _DIGITS = 4000  # of a number in a row, whose digits may be what is taught
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -149,8 +151,8 @@ def _expand(path: str, split: str) -> list[Path]:
     place = Path(path)
     if place.is_dir():
         inside = (file.relative_to(place) for file in place.rglob("*") if file.name.endswith(_SUFFIXES))
-        shown = (file for file in inside if not any(part.startswith(".") for part in file.parts))
-        files = sorted(place / file for file in shown if (place / file).is_file())
+        shown = (file for file in inside if not any(part.startswith((".", "__")) for part in file.parts))
+        files = sorted(place / file for file in shown if file.name not in _ABOUT and (place / file).is_file())
         if not files:
             raise UserError(f"{path}: the folder holds no data file ({', '.join(_SUFFIXES)})")
         return _of_split(place, files, split)
@@ -169,8 +171,11 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     found: dict[str, list[Path]] = {}
     for file in files:
         inner = file.relative_to(folder)
-        words = re.split("[^a-z0-9]+", str(inner).lower().removesuffix("".join(file.suffixes).lower()))
-        names = {_SPLITS[word] for word in words if word in _SPLITS} or {""}
+        if shard := _SHARD.match(file.name):  # the library that wrote it names the split, whatever words are in that
+            names = {_SPLITS.get(shard[1], shard[1])}
+        else:
+            words = re.split("[^a-z0-9]+", str(inner).lower().removesuffix("".join(file.suffixes).lower()))
+            names = {_SPLITS[word] for word in words if word in _SPLITS} or {""}
         if len(names) > 1:
             raise UserError(
                 f"{file}: its name says several splits ({', '.join(sorted(names))}); give files in data.path"

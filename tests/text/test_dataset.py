@@ -201,8 +201,15 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
 
     assert names("train") == ["train-00000-of-00001.jsonl"] and names("test") == ["test.jsonl"]
     assert names("validation") == ["dev/a.jsonl"]
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert names("test") == ["test.jsonl"], "what is about the rows is none of them"
+    for name in ("train_sft", "train_gen"):
+        (tmp_path / f"{name}-00000-of-00001.jsonl").write_text('{"text": "a"}')
+    assert names("train") == ["train-00000-of-00001.jsonl"], "a split of another name is another split"
+    assert names("train_gen") == ["train_gen-00000-of-00001.jsonl"]
     with pytest.raises(UserError, match="data.split"):
         names("extra")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
-    with pytest.raises(UserError, match="rows.jsonl: its name says no split, others in .* do .test, train, validation"):
+    others = "test, train, train_gen, train_sft, validation"
+    with pytest.raises(UserError, match=f"rows.jsonl: its name says no split, others in .* do .{others}"):
         names("train")
