@@ -28,6 +28,8 @@ from merge_vs_mergekit import measured
 
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_index
+from fusemega.files.lock import locked
+from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
 from fusemega.models.registry import family_of
 
 CHUNK = 16 << 20
@@ -110,12 +112,23 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
-    work = args.work or Path(tempfile.mkdtemp(prefix="fusemega-scale-"))
-    work.mkdir(parents=True, exist_ok=True)
+    # A folder of its own: --work may be one that holds other things.
+    work = scratch_of((args.work or Path(tempfile.gettempdir())) / "merge_scale")
+    with locked(work):
+        check_scratch(work)
+        drop_scratch(work)
+        mark_scratch(work)
+        try:
+            measure(args, work)
+        finally:
+            drop_scratch(work)
+
+
+def measure(args: argparse.Namespace, work: Path) -> None:
+    """All of it, in the empty folder `work`."""
     folders = [work / f"model{seed}" for seed in range(args.models + 1)]
     size = 0
     for seed, folder in enumerate(folders):
-        shutil.rmtree(folder, ignore_errors=True)
         size = write_model(folder, args.layers, seed, args.sparse)
     result: dict[str, Any] = {"benchmark": "merge_scale", "layers": args.layers, "models": args.models}
     result |= {"gb_a_model": size / 1e9, "sparse": args.sparse, "cores": len(os.sched_getaffinity(0))}
@@ -138,7 +151,6 @@ def main() -> None:
             disk = result["disk_read_s"] + result["disk_write_s"]
             result[method] |= {"times_the_disk": round(seconds / disk, 2)}
         print(json.dumps({method: result[method]}), flush=True)
-    shutil.rmtree(work)
     print(json.dumps(result | {"page_cache_dropped": cold, "load_at_end": os.getloadavg()[0]}))
 
 

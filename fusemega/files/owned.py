@@ -2,7 +2,7 @@
 
 A temporary folder `.NAME.incomplete` holds a marker from its first moment to its last. A folder that is replaced when
 it is made anew (a report) holds a list of its files with their hashes: one that is not in the list, or was changed,
-is somebody's work.
+is somebody's work. Beside a link stands where we let it lead: one that leads elsewhere was set by somebody.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,3 +129,23 @@ def remove_listed(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         (folder / LIST).unlink()
     folder.rmdir()
+
+
+def replace_link(place: Path, target: Path) -> None:
+    """`place` becomes a link to `target`, also where it is a link that this function has set; at no moment is it gone.
+
+    Raises:
+        UserError: something else is there.
+    """
+    note = place.with_name(f".{place.name}.fusemega-link")
+    before = os.readlink(place) if place.is_symlink() else None
+    if before == str(target):
+        return
+    known = note.read_text("utf-8", "replace").splitlines() if note.is_file() else []
+    if os.path.lexists(place) and before not in known:
+        raise UserError(f"{place}: exists and was not made by fusemega, which would put a link there; move it away")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(f"{before}\n{target}\n", encoding="utf-8")  # both, since a kill may come before the rename
+    made = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
+    made.symlink_to(target)
+    os.replace(made, place)

@@ -15,6 +15,7 @@ from typing import Any
 from fusemega import assets
 from fusemega.errors import UserError
 from fusemega.files.output import write_durably
+from fusemega.files.owned import replace_link
 from fusemega.recipes.stages import Stages
 from fusemega.runtime.console import say
 from fusemega.training.records import read_metrics
@@ -178,10 +179,7 @@ def link(place: Path, model: str) -> None:
     """A model by a name inside the pipeline's folder, which run files can use."""
     from fusemega.checkpoint.hub import resolve
 
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_symlink():
-        place.unlink()
-    place.symlink_to(resolve(model).resolve())
+    replace_link(place, resolve(model).resolve())
 
 
 def parser(prog: str, description: str | None, out: str, lr: float, lambda_: float) -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from fusemega.errors import UserError
 from fusemega.files import integrity
 from fusemega.files.lock import locked
 from fusemega.files.output import new_file, new_folder, write_durably
-from fusemega.files.owned import MARKER, check_replaceable, remove_listed, write_list
+from fusemega.files.owned import MARKER, check_replaceable, remove_listed, replace_link, write_list
 from fusemega.files.unfinished import unfinished_folder
 
 
@@ -121,6 +121,24 @@ def test_a_folder_that_is_replaced_holds_what_was_listed(tmp_path: Path) -> None
         check_replaceable(out, "report", [out / "run"])
     remove_listed(out)
     assert not out.exists()
+
+
+def test_a_link_replaces_its_own_alone(tmp_path: Path) -> None:
+    place = tmp_path / "models" / "teacher"
+    for target in ("a", "a", "b"):
+        replace_link(place, tmp_path / target)
+        assert os.readlink(place) == str(tmp_path / target)
+    assert sorted(path.name for path in place.parent.iterdir()) == [".teacher.fusemega-link", "teacher"]
+    place.unlink()
+    place.symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="teacher: exists and was not made by fusemega"):
+        replace_link(place, tmp_path / "c")
+    replace_link(place, tmp_path / "mine")  # nothing is to be done
+    assert os.readlink(place) == str(tmp_path / "mine")
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(UserError, match="teacher: exists and was not made by fusemega"):
+        replace_link(place, tmp_path / "mine")
 
 
 def test_a_map_replaces_maps_alone(tmp_path: Path) -> None:
