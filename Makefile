@@ -1,12 +1,13 @@
 # Everything runs in .venv, which these targets make themselves:
 #   make quickstart [ARGS=--smoke]    fuse a real teacher into a real target
 #   make quickstart-xtok [ARGS=...]   the same across tokenizers
-#   make test                         ruff, mypy and the whole test suite
+#   make test [WORKERS=2]             ruff, mypy and the whole test suite, that many test files at a time
 #   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -21,7 +22,7 @@ quickstart-xtok: setup
 # Tests whose assets cannot be fetched skip, and say which ones.
 test: lint
 	-$(BIN)/python -m fusemega.assets
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-te: setup
 	$(BIN)/python -m tests.te.environment

@@ -43,3 +43,15 @@ def chat_files() -> assets.ChatData:
         return assets.chat_data()
     except assets.AssetMissing as error:
         pytest.skip(str(error))
+
+
+# Files that take a minute or more each. `make test` gives every worker whole files: these begin first, so that none
+# is left to one worker at the end.
+LONGEST = ("test_readme", "test_training", "test_weights", "test_world_sizes", "test_families", "test_methods")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        return  # one process: the order of the folders
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))  # stable: a file's tests keep their order

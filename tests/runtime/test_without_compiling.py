@@ -2,42 +2,31 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from fusemega.runtime import without_compiling
+
 SCRIPT = """
-import sys
-from pathlib import Path
-import fusemega.runtime.without_compiling as without
-{before}
-import megatron.core.jit
+import fusemega
 from megatron.core.fusions import fused_bias_geglu
-print(megatron.core.jit.jit_fuser.__name__, "torch._inductor.compile_fx" in sys.modules, megatron.core.jit.__loader__)
+import inspect, sys
+import megatron.core.jit
+print(megatron.core.jit.jit_fuser.__name__, "torch._inductor.compile_fx" in sys.modules)
+print(inspect.getsource(megatron.core.jit.noop_decorator).split("(")[0])
 """
 
 
-@pytest.mark.parametrize(
-    "before, said",
-    [
-        ("", "noop_decorator False"),
-        (
-            "sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, without._Finder)]\n"
-            "without._GPU_FILE = Path('/dev/null')\nwithout.turn_off_where_no_gpu_is()",
-            "compile True",
-        ),
-    ],
-    ids=["no GPU", "a GPU"],
-)
-def test_functions_stay_as_they_are_written(before, said):
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT.format(before=before)], capture_output=True, text=True, check=True
-    )
-    assert ran.stdout.startswith(said)
+def test_functions_stay_as_they_are_written():
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["noop_decorator False", "def noop_decorator"]
 
 
-def test_asked_twice_there_is_one_finder():
-    from fusemega.runtime.without_compiling import _Finder, turn_off_where_no_gpu_is
-
-    turn_off_where_no_gpu_is()
-    turn_off_where_no_gpu_is()
-    assert sum(isinstance(finder, _Finder) for finder in sys.meta_path) <= 1
+@pytest.mark.parametrize("gpu_file, finders", [("/dev/null", 0), ("/no/such/file", 1)])
+def test_where_there_is_a_gpu_megatron_decides(monkeypatch, gpu_file, finders):
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.setattr(without_compiling, "_GPU_FILE", Path(gpu_file))
+    without_compiling.turn_off_where_no_gpu_is()
+    without_compiling.turn_off_where_no_gpu_is()
+    assert len(sys.meta_path) == finders
