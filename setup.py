@@ -33,7 +33,7 @@ setup(
         "sentencepiece",
         "safetensors",
         "xxhash",
-        "jinja2",
+        "jinja2>=3.1.6",  # older ones have known ways out of the sandbox
         "packaging",
         "pyarrow",
         "huggingface_hub",

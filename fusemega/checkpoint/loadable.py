@@ -18,6 +18,7 @@ from fusemega.files.json_files import read_json
 from fusemega.files.pickles import first_line
 from fusemega.text.chat import ChatRenderer
 from fusemega.text.document import BadRow
+from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.text.vocabulary_files import FILES, PROBES
 
@@ -69,6 +70,8 @@ def closing_id(tokenizer: Tokenizer) -> int | None:
         if tokenizer.chat_template is None:
             return None
         (closing,) = tokenizer.encode([ChatRenderer(tokenizer).closing.strip()])
+    except OverBudget:
+        raise
     except (UserError, BadRow):
         return None
     return int(closing.ids[0]) if len(closing.ids) == 1 else None

@@ -12,31 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jinja2
-
 from fusemega.errors import UserError
 from fusemega.text.document import BadRow, Chat, Message, Text
+from fusemega.text.templates import ChatTemplate
 from fusemega.text.tokenizer import Tokenizer
 
-# Templates that print today's date would make samples differ from one day to the next. This fixed date is the one
-# that Llama-3.2's own template falls back on.
-_FIXED_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%H": "00", "%M": "00"}
-_DATE_MACRO = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace('{code}', '{value}')" for code, value in _FIXED_DATE.items())
-    + " }}{%- endmacro -%}"
-)
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 _Place = tuple[tuple[int, int], str]  # a content's range, and the literal after it
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
 
 
 @dataclass(frozen=True)
@@ -99,7 +81,7 @@ class ChatRenderer:
                 f"{tokenizer.source}: the tokenizer has no chat template, which rows with messages need "
                 "(add chat_template.jinja to the folder, or give text or prompt + completion strings)"
             )
-        self._template = _DATE_MACRO + template if "strftime_now" in template else template
+        self._template = ChatTemplate(template, tokenizer)
         self._tokenizer = tokenizer
         self._pieces: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[list[str], list[int]]] = {}
         self.closing = self._learn_closing()
@@ -110,6 +92,7 @@ class ChatRenderer:
 
         Raises:
             BadRow: the template refuses the conversation, drops, repeats or rewrites a content.
+            OverBudget: it needs more time, memory or output than a conversation may.
         """
         messages = chat.messages
         text = self._apply([(message.role, message.content) for message in messages])
@@ -146,11 +129,7 @@ class ChatRenderer:
         return Rendered(text, tuple(spans), base, framed=False)
 
     def _apply(self, turns: Sequence[tuple[str, str]]) -> str:
-        conversation = [{"role": role, "content": content} for role, content in turns]
-        try:
-            return self._tokenizer.hf.apply_chat_template(conversation, chat_template=self._template, tokenize=False)
-        except _TEMPLATE_ERRORS as error:
-            raise BadRow("template refuses", f"the chat template refuses the conversation: {error}") from None
+        return self._template.render([{"role": role, "content": content} for role, content in turns])
 
     def _learn_pieces(self, roles: tuple[str, ...], shown: tuple[int, ...]) -> tuple[list[str], list[int]]:
         """The template's literal pieces around the contents of the messages `shown` (the others are empty), and the

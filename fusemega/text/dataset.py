@@ -23,9 +23,10 @@ from fusemega.text.chat import ChatRenderer, Rendered, render_text
 from fusemega.text.data import DataConfig, Row, Source
 from fusemega.text.document import BadRow, Chat, Document, NotLearnt, canonical, parse
 from fusemega.text.sample import Annotated, Sample, annotate, cut
+from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 
-_FORMAT = 3  # raise when the meaning of a cached file changes
+_FORMAT = 4  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
 _COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value a token
 _INDEX = np.dtype([("offset", "<i8"), ("num_bytes", "<i8"), ("file", "<i8"), ("row", "<i8"), ("key", "u1", 16)])
@@ -158,6 +159,8 @@ class _Tokenize:
                 ready.append((row, canonical(document), self._render(document)))
             except BadRow as error:
                 self._bad(row, error)
+            except OverBudget as error:  # and so might all others of the rows: none is skipped for it
+                raise UserError(f"{self._place(row)}: {error}") from None
         encodings = self.tokenizer.encode([rendered.text for _, _, rendered in ready])
         for (row, identity, rendered), encoding in zip(ready, encodings, strict=True):
             try:

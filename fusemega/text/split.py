@@ -23,6 +23,7 @@ from fusemega.errors import UserError
 from fusemega.text.chat import ChatRenderer
 from fusemega.text.data import Source
 from fusemega.text.document import FLAGS, BadRow, Chat, Document, parse
+from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 
 _BATCH = 512  # rows tokenized together
@@ -117,11 +118,13 @@ class Splitter:
     def _text(self, index: int, document: Document, place: str) -> str:
         if not isinstance(document, Chat):
             return document.text
-        self._renderers = self._renderers or [ChatRenderer(tokenizer) for tokenizer in self._tokenizers]
         try:
+            self._renderers = self._renderers or [ChatRenderer(tokenizer) for tokenizer in self._tokenizers]
             return self._renderers[index].render(document).text
         except BadRow as error:
             raise UserError(f"{place}: {self._tokenizers[index].source}: {error.detail}") from None
+        except OverBudget as error:
+            raise UserError(f"{place}: {error}") from None
 
     def _refuse(self, value: _RowValue, place: str) -> None:
         self.counts["too long"] += 1
