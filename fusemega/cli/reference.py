@@ -60,12 +60,14 @@ def config_page() -> str:
     ]
     sections: dict[type[Section], str] = {}
     for verb, run in runs.items():
-        lines += [f"## `fusemega {verb}`\n", *_table(run)]
         for name, field in run.model_fields.items():
             section = _section(field.annotation)
-            if section is not None and name != "objective":
+            if section is not None:
                 sections.setdefault(section, name)
+        lines += [f"## `fusemega {verb}`\n", *_table(run, described=sections)]
     for section, name in sections.items():
+        if name == "objective":
+            continue
         lines += [f"## `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
     own: dict[type[Section], str] = {}

@@ -1,4 +1,4 @@
-"""`fusemega eval`: perplexity and bits per byte of a model on a data set."""
+"""`fusemega eval`: perplexity and bits per byte of a model on a data set, and its distance from a reference model."""
 
 from __future__ import annotations
 
@@ -7,23 +7,70 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fusemega.assets import cache_folder
+from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import check_output_file, on_main
-from fusemega.runtime.parallel import World, initialize
+from fusemega.models.build import GPT
+from fusemega.runtime.parallel import World, environment_rank, initialize
 from fusemega.scoring.passes import PassRun
+from fusemega.text.data import DataConfig
 from fusemega.training.batches import prepare_together
 from fusemega.training.evaluation import Evaluation, evaluate_model
+from fusemega.training.teacher import OnlineTeacher, open_teacher
 
 
 class EvalRun(PassRun):
     """Run file of `fusemega eval`."""
 
+    reference: ModelConfig | None = Field(
+        None, description="a model of the same tokenizer, run in the same layout; adds kl and same_top_1 to the result"
+    )
     output: str | None = Field(None, description="JSON file of the result; null prints it only")
+
+    @field_validator("reference")
+    @classmethod
+    def _no_fp8(cls, reference: ModelConfig | None) -> ModelConfig | None:
+        if reference is not None and reference.fp8 is not None:
+            raise ValueError("fp8 is for the model that is scored; a reference runs in bf16 or fp32")
+        return reference
+
+
+class Scorer:
+    """A model, and its reference, built once: scores any data. Collective.
+
+    Raises:
+        UserError: bad input, before anything is allocated.
+    """
+
+    def __init__(self, run: EvalRun) -> None:
+        self._source = run.open()
+        reference = None
+        if run.reference is not None:
+            ranks = environment_rank()[1]
+            reference = open_teacher(run.reference, run.parallel, ranks, self._source, key="reference")
+        self.world = initialize(run.parallel)
+        self._run, self._reference_source = run, reference
+        self._gpt: GPT | None = None
+        self._reference: OnlineTeacher | None = None
+
+    def score(self, data: DataConfig) -> Evaluation:
+        """Of `data`; a `Comparison` where there is a reference. Every rank gets it.
+
+        Raises:
+            UserError: bad data, before the model is built.
+        """
+        source, world = self._source, self.world
+        dataset = prepare_together(data, source.tokenizer, cache_folder() / "data", source.vocab_size, world)
+        if self._gpt is None:
+            self._gpt = source.build(world)
+            if self._reference_source is not None:
+                self._reference = OnlineTeacher.build(self._reference_source, self._gpt, world)
+        return evaluate_model(self._gpt, dataset, self._run.row_shape(source), world, self._reference)
 
 
 def check_output(path: Path) -> None:
@@ -52,9 +99,7 @@ def evaluate(run: EvalRun, held: ExitStack | None = None) -> tuple[Evaluation, W
     Raises:
         UserError: bad input, before anything is allocated; another process writes the same output.
     """
-    source = run.open()
-    world = initialize(run.parallel)
+    scorer = Scorer(run)
     if run.output is not None and held is not None:
-        on_main(world, partial(held.enter_context, locked(run.output)))
-    dataset = prepare_together(run.data, source.tokenizer, cache_folder() / "data", source.vocab_size, world)
-    return evaluate_model(source.build(world), dataset, run.row_shape(source), world), world
+        on_main(scorer.world, partial(held.enter_context, locked(run.output)))
+    return scorer.score(run.data), scorer.world

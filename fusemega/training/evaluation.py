@@ -1,5 +1,8 @@
 """A model's log-probability of a data set: perplexity, and bits per byte, which compares across tokenizers.
 
+And how far it is from another model of its tokenizer, over the whole vocabulary: labels say what one author wrote, and
+not what else would have done.
+
 Shapes: N supervised positions of a micro-batch, H hidden size.
 """
 
@@ -12,6 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fusemega.config import Section
+from fusemega.losses.divergence import fused_divergence_loss
+from fusemega.losses.registry import TeacherOutput
+from fusemega.losses.topk import top_k_log_probs
 from fusemega.losses.vocab import Query, sparse_log_probs
 from fusemega.models.build import GPT
 from fusemega.runtime.parallel import World
@@ -21,6 +27,7 @@ from fusemega.text.sample import Sample
 from fusemega.training.batches import RowShape
 from fusemega.training.forward import Batch, head_settings, total_over_ranks
 from fusemega.training.passes import score_samples
+from fusemega.training.teacher import OnlineTeacher
 
 
 class EvaluationSection(Section):
@@ -56,26 +63,71 @@ class Evaluation(BaseModel):
     samples: int
 
 
-def evaluate_model(gpt: GPT, dataset: TokenizedDataset, shape: RowShape, world: World) -> Evaluation:
-    """Score every sample. Leaves the model in evaluation mode. Collective; every rank gets the result."""
+class Comparison(Evaluation):
+    """The same, and the distance from a reference model over the same tokens.
+
+    Attributes:
+        kl: mean KL(reference || model) a token, nats.
+        same_top_1: share of the tokens at which both models find the same id most probable.
+    """
+
+    kl: float
+    same_top_1: float
+
+
+def evaluate_model(
+    gpt: GPT, dataset: TokenizedDataset, shape: RowShape, world: World, reference: OnlineTeacher | None = None
+) -> Evaluation:
+    """Score every sample. Leaves the model in evaluation mode. Collective; every rank gets the result.
+
+    Args:
+        reference: then the result is a `Comparison` with it.
+    """
 
     def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> torch.Tensor:
-        rows = sparse_log_probs(
-            hidden_NH, gpt.head_weight(), Query(batch["labels"][:, None]), **head_settings(gpt, world)
-        )
         # Of a sample that context-parallel ranks share, each has its own tokens, and one counts the bytes.
         num_bytes = sum(sample.num_bytes for sample in samples) if world.cp_rank == 0 else 0
-        logp = rows.logp_TK.double().sum()
-        return torch.stack([logp, *(torch.full_like(logp, value) for value in (len(batch["labels"]), num_bytes))])
+        if reference is None:
+            rows = sparse_log_probs(
+                hidden_NH, gpt.head_weight(), Query(batch["labels"][:, None]), **head_settings(gpt, world)
+            )
+            sums = rows.logp_TK.double().sum()[None]
+        else:
+            sums = _compared(gpt, hidden_NH, batch["teacher"], batch["labels"], world)
+        return torch.cat([sums.new_tensor([len(batch["labels"]), num_bytes]), sums])
 
-    passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world)
+    passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world, teacher=reference)
     collected = [values for _, part in passes for values in part]
-    logp, tokens, num_bytes = total_over_ranks(collected, 3, world, world.dp_cp_group).tolist()
-    return Evaluation(
-        loss=-logp / tokens,
-        perplexity=math.exp(min(-logp / tokens, 700.0)),
-        bits_per_byte=-logp / math.log(2) / num_bytes if num_bytes else math.nan,
-        tokens=int(tokens),
-        bytes=int(num_bytes),
-        samples=len(dataset),
+    size = 3 if reference is None else 5
+    total = total_over_ranks(collected, size, world, world.dp_cp_group).tolist()
+    tokens, num_bytes, logp = total[:3]
+    found = {
+        "loss": -logp / tokens,
+        "perplexity": math.exp(min(-logp / tokens, 700.0)),
+        "bits_per_byte": -logp / math.log(2) / num_bytes if num_bytes else math.nan,
+        "tokens": int(tokens),
+        "bytes": int(num_bytes),
+        "samples": len(dataset),
+    }
+    if reference is None:
+        return Evaluation(**found)
+    return Comparison(**found, kl=total[3] / tokens, same_top_1=total[4] / tokens)
+
+
+def _compared(
+    gpt: GPT, hidden_NH: torch.Tensor, reference: TeacherOutput, labels_N: torch.Tensor, world: World
+) -> torch.Tensor:
+    """fp64 [3]: sums of the labels' log-probability, of KL(reference || model), and of equal most probable ids."""
+    weight_VH, settings = gpt.head_weight(), head_settings(gpt, world)
+    _, sums_M = fused_divergence_loss(
+        *(hidden_NH, weight_VH, reference.hidden_NG, reference.weight_VG, labels_N, "forward_kl"),
+        label_weight=1.0,
+        divergence_weight=1.0,
+        teacher_softcap=reference.softcap,
+        **settings,
     )
+    ours_N1 = top_k_log_probs(hidden_NH, weight_VH, 1, labels_N, **settings)[0]
+    settings |= {"softcap": reference.softcap}
+    theirs_N1 = top_k_log_probs(reference.hidden_NG, reference.weight_VG, 1, labels_N, **settings)[0]
+    nats, kl = sums_M.double()
+    return torch.stack([-nats, kl, (ours_N1 == theirs_N1).sum().double()])

@@ -17,6 +17,7 @@ from fusemega.text.sample import Sample
 from fusemega.training.batches import GlobalBatch, RowShape, global_batch, no_fields
 from fusemega.training.forward import Batch, run_schedule
 from fusemega.training.prefetch import Prefetch
+from fusemega.training.teacher import OnlineTeacher
 
 # Rows of a pass for each data-parallel rank: enough micro-batches to fill a pipeline, few enough to report often.
 ROWS_PER_PASS = 16
@@ -34,12 +35,14 @@ def score_samples(
     score: ScoreFunction,
     world: World,
     advance: Callable[[int], None] | None = None,
+    teacher: OnlineTeacher | None = None,
 ) -> Iterator[tuple[int, list[Any]]]:
     """`score` of every micro-batch of the samples `ids`, pass by pass.
 
     Args:
         advance: told on every rank, as this rank takes up a micro-batch, of about how many tokens the one before it
             was on all data-parallel ranks; and at a pass's end of the rest, so that all calls add up to all tokens.
+        teacher: runs over each pass's micro-batches first; `score` finds its `TeacherOutput` under "teacher".
 
     Yields:
         (samples done so far on all ranks, what `score` returned for this rank's micro-batches of the pass; empty except
@@ -66,7 +69,7 @@ def score_samples(
                 return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
 
             done += len(part)
-            micro_batches = batch.micro_batches
+            micro_batches = batch.micro_batches if teacher is None else teacher.teach(batch.micro_batches)
             if advance is not None:
                 micro_batches = _Counted(micro_batches, int(dataset.lengths[part].sum()), advance)
             collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True)

@@ -23,8 +23,13 @@ from fusemega.runtime.parallel import World
 from fusemega.training.forward import Batch, head_settings, run_schedule
 
 
-def open_teacher(config: ModelConfig, parallel: ParallelConfig, world_size: int, student: ModelSource) -> ModelSource:
+def open_teacher(
+    config: ModelConfig, parallel: ParallelConfig, world_size: int, student: ModelSource, key: str = "objective.teacher"
+) -> ModelSource:
     """The teacher of `student`, checked; nothing is allocated yet.
+
+    Args:
+        key: what names it in the run file.
 
     Raises:
         UserError: as `ModelSource`; another tokenizer; a smaller vocabulary.
@@ -32,17 +37,17 @@ def open_teacher(config: ModelConfig, parallel: ParallelConfig, world_size: int,
     try:
         source = ModelSource(config, parallel, world_size)
     except UserError as error:
-        raise UserError(f"objective.teacher: {error}") from None
+        raise UserError(f"{key}: {error}") from None
     found, wanted = source.tokenizer.content_hash, student.tokenizer.content_hash
     if found != wanted:
         raise UserError(
-            f"objective.teacher: {config.load} has another tokenizer than the model in training ({found[:12]}, "
-            f"{wanted[:12]}); allowed: a model of the same one"
+            f"{key}: {config.load} has another tokenizer than {student.config.load} ({found[:12]}, {wanted[:12]}); "
+            "allowed: a model of the same one"
         )
     if source.vocab_size < student.vocab_size:
         raise UserError(
-            f"objective.teacher: {config.load} has a vocabulary of {source.vocab_size}, and the model in training one "
-            f"of {student.vocab_size}: the teacher gives its last ids no probability; allowed: as many, or more"
+            f"{key}: {config.load} has a vocabulary of {source.vocab_size}, and {student.config.load} one of "
+            f"{student.vocab_size}: its last ids would have no probability; allowed: as many, or more"
         )
     return source
 

@@ -144,7 +144,9 @@ TABLE: list[Bad] = [
     # The model's configuration.
     _m("no model", TRAIN + " model.load=./nowhere", "./nowhere: no such model folder"),
     _m("no teacher", ONLINE + " objective.teacher.load=./nowhere", "objective.teacher: ./nowhere: no such model folder"),
-    _m("a teacher of fewer ids", ONLINE + " model.load=padded", "has a vocabulary of 300, and the model in training one of 307"),
+    _m("a teacher of fewer ids", ONLINE + " model.load=padded", "has a vocabulary of 300, and padded one of 307"),
+    _m("a reference of fewer ids", EVAL + " model.load=padded reference.load=model", "reference: model has a vocabulary of 300, and padded one of 307"),
+    _m("a reference in fp8", EVAL + " reference.load=model reference.fp8=hybrid", "reference"),
     _m("neither folder nor hub id", TRAIN + " model.load=nowhere", "nowhere: no such folder here"),
     _m("an empty folder", TRAIN + " model.load=empty", "empty/config.json: cannot read: No such file", folder("empty")),
     _m("no config.json", TRAIN, "model/config.json: cannot read: No such file", gone(CONFIG)),

@@ -24,10 +24,10 @@ from fusemega.losses.registry import register
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store
 from fusemega.text.tokenizer import Tokenizer
-from fusemega.training.evaluation import evaluate_model
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
 from tests.distributed.launch import run_ranks
+from tests.distributed.workers.training import compared
 from tests.losses.sequence_mean import SequenceMean
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -131,7 +131,9 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         for objective, settings in objectives.items()
         for layout in TRIED[objective]
     }
-    (work / "cases.json").write_text(json.dumps({"cases": cases, "resumed": RESUMED}))
+    (work / "cases.json").write_text(
+        json.dumps({"cases": cases, "resumed": RESUMED, "reference": objectives["online_distill"]["teacher"]})
+    )
     ranks = run_ranks("training.py", 4, str(work / "cases.json"), str(work / "teach.json"))
     shared = [{name: found for name, found in rank.items() if "last rows" not in name} for rank in ranks]
     assert shared[0] == shared[3]  # every rank has the metrics
@@ -141,7 +143,9 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
         assert len(losses) == (1 if objective in ("sft", "sequence_mean") else 3)
-        scored = evaluate_model(trainer.gpt, trainer.data.dataset, trainer.data.shape, trainer.world).model_dump()
+        if objective == "sft":
+            scored = compared(trainer, objectives["online_distill"]["teacher"])
+            assert scored["kl"] > 0.01 and 0 < scored["same_top_1"] < 1
         for layout in TRIED[objective]:
             rows = ranks[0][f"{objective}, {layout}"]
             for row, wanted in zip(rows, alone, strict=True):

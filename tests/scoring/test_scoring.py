@@ -27,8 +27,10 @@ from fusemega.store import Store, StoreWriter
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.evaluation import Comparison
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
+from tests.losses.dense_divergence import dense_divergence
 
 
 @pytest.fixture
@@ -236,6 +238,33 @@ def test_evaluation_equals_transformers(work: Path, samples: TokenizedDataset) -
     )
     assert result.bytes == answers
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / answers, rel=1e-6)
+
+
+def test_distance_from_a_reference_equals_dense(work: Path, tmp_path: Path, samples: TokenizedDataset) -> None:
+    """One of another shape, whose vocabulary has more rows: those name no token, and count in neither."""
+    wide = tiny.write_model(tmp_path / "wide", work / "chat.jsonl", seed=2, hidden_size=32, tie_word_embeddings=False)
+    tiny.pad_vocabulary(wide, 517)
+    run: dict[str, Any] = {
+        "model": {"load": str(work / "model"), "dtype": "fp32"},
+        "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
+    }
+    alone, _ = evaluate(validate(EvalRun, run, "eval.yaml"))
+    result, _ = evaluate(validate(EvalRun, run | {"reference": {"load": str(wide), "dtype": "fp32"}}, "eval.yaml"))
+    assert isinstance(result, Comparison) and not isinstance(alone, Comparison)
+    assert {name: getattr(result, name) for name in alone.model_dump()} == pytest.approx(alone.model_dump(), rel=1e-6)
+    kl, same = 0.0, 0
+    for sample in samples:
+        p_PV, q_PV = (
+            logits_of(folder, sample.ids)[sample.positions, :509].softmax(-1) for folder in (wide, work / "model")
+        )
+        kl += float(dense_divergence("forward_kl", p_PV, q_PV).sum())
+        same += int((p_PV.argmax(1) == q_PV.argmax(1)).sum())
+    assert result.kl == pytest.approx(kl / result.tokens, rel=1e-5) and result.kl > 0.01
+    assert 0 < result.same_top_1 < 1 and result.same_top_1 == pytest.approx(same / result.tokens, abs=1e-9)
+    itself, _ = evaluate(validate(EvalRun, run | {"reference": run["model"]}, "eval.yaml"))
+    assert isinstance(itself, Comparison) and itself.same_top_1 == 1 and itself.kl == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UserError, match=r"reference: .*model has a vocabulary of 509, and .*wide one of 517"):
+        evaluate(validate(EvalRun, run | {"model": {"load": str(wide)}, "reference": run["model"]}, "eval.yaml"))
 
 
 @pytest.mark.parametrize(

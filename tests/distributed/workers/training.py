@@ -1,7 +1,8 @@
 """Trains a tiny model under layouts of this many ranks; saves in the middle and goes on, also in the next layout.
 
     training.py CASES [TEACH]    JSON files: "cases", name -> run file of a training, and "resumed", the names of those
-                                 that also go on in their own layout; the run file of a `teach`
+                                 that also go on in their own layout; "reference", the model that evaluations of
+                                 `sft` compare with; the run file of a `teach`
 
 Reports the curves, what an evaluation found after them, and for each layout what the optimizer holds for the last row
 of the vocabulary and the one before. Leaves the trained weights in each run's hf/.
@@ -16,7 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from fusemega.checkpoint.hf_export import export_hf
+from fusemega.checkpoint.open_model import ModelConfig, ModelSource
 from fusemega.checkpoint.training_state import training_state
 from fusemega.config import validate
 from fusemega.losses.registry import register
@@ -25,15 +29,26 @@ from fusemega.training import optimizer
 from fusemega.training.evaluation import evaluate_model
 from fusemega.training.optimizer import complete_parameters
 from fusemega.training.run import TrainRun
+from fusemega.training.teacher import OnlineTeacher
 from fusemega.training.train import open_trainer
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.sequence_mean import SequenceMean
 
 
-def scored_and_exported(trainer: Trainer, hf: Path, source: Path) -> dict[str, float]:
+def compared(trainer: Trainer, reference: dict[str, Any]) -> dict[str, float]:
+    """What an evaluation finds of the trained model beside `reference`, a run file's section."""
+    world, data = trainer.world, trainer.data
+    source = ModelSource(validate(ModelConfig, reference, "reference"), trainer.run.parallel, dist.get_world_size())
+    teacher = OnlineTeacher.build(source, trainer.gpt, world)
+    return evaluate_model(trainer.gpt, data.dataset, data.shape, world, teacher).model_dump()
+
+
+def scored_and_exported(trainer: Trainer, hf: Path, source: Path, reference: dict[str, Any] | None) -> dict[str, float]:
     complete_parameters(trainer.ddp)
     export_hf(trainer.gpt, hf, source, trainer.world)
+    if reference is not None:
+        return compared(trainer, reference)
     return evaluate_model(trainer.gpt, trainer.data.dataset, trainer.data.shape, trainer.world).model_dump()
 
 
@@ -72,7 +87,12 @@ def main() -> None:
         trainer.save()
         found[name] += take(trainer, 2)
         if checked.objective.terms == ("lm",):
-            found[f"{name}, scored"] = scored_and_exported(trainer, Path(run.output_dir) / "hf", checked.source.hf)
+            found[f"{name}, scored"] = scored_and_exported(
+                trainer,
+                Path(run.output_dir) / "hf",
+                checked.source.hf,
+                asked["reference"] if name.startswith("sft") else None,
+            )
         if name in asked["resumed"]:
             trainer, _ = open_trainer(run)
             found[f"{name}, resumed"] = take(trainer, 2)
