@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ import torch
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.safetensors_writer import TensorInfo, file_header, raw_bytes
 from fusemega.errors import UserError
+
+_BLOCK_BYTES = 1 << 20
 
 
 class RangeReader:
@@ -74,6 +76,7 @@ class RangeWriter:
 
     def __init__(self, folder: Path, shards: Mapping[str, list[TensorInfo]], resume: bool = False) -> None:
         self._places: dict[str, tuple[int, int, torch.dtype]] = {}
+        self._sizes: dict[str, int] = {}
         self._descriptors: list[int] = []
         for file, tensors in shards.items():
             header = file_header(tensors)
@@ -88,6 +91,7 @@ class RangeWriter:
             at = len(header)
             for info in tensors:
                 self._places[info.name] = (descriptor, at, info.dtype)
+                self._sizes[info.name] = info.nbytes
                 at += info.nbytes
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
@@ -100,6 +104,17 @@ class RangeWriter:
         while view:
             count = os.pwrite(descriptor, view, at)
             view, at = view[count:], at + count
+
+    def read(self, name: str) -> Iterator[memoryview]:
+        """The bytes that a tensor has by now, in blocks that are overwritten by the next."""
+        descriptor, at, _ = self._places[name]
+        left, buffer = self._sizes[name], bytearray(_BLOCK_BYTES)
+        while left:
+            count = os.preadv(descriptor, [memoryview(buffer)[:left]], at)
+            if count == 0:
+                return  # it was cut off: the hash will say so
+            yield memoryview(buffer)[:count]
+            at, left = at + count, left - count
 
     def sync(self) -> None:
         """What has been written is on the disk when this returns."""

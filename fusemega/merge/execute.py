@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 
 from fusemega.checkpoint.narrowing import narrowed
 from fusemega.checkpoint.ranges import RangeWriter
+from fusemega.checkpoint.safetensors_writer import raw_bytes
 from fusemega.checkpoint.workers import start_workers
-from fusemega.merge.journal import Journal
+from fusemega.merge.journal import Done, Journal
 from fusemega.merge.method import Block, Job, Sample
 from fusemega.merge.plan import MergePlan, PlannedTensor
 from fusemega.merge.sources import check_finite, load_block
+from fusemega.runtime.console import say
 from fusemega.runtime.memory import keep_freed_memory
 
 JOURNAL_SECONDS = 1.0
@@ -41,7 +44,8 @@ def execute(
     block_elements: int,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Merges every job that the journal does not have yet, the largest first, so that all processes end together.
+    """Merges every job that the journal does not have, or whose weights are not as it says: the largest first, so that
+    all processes end together.
 
     Returns:
         The report's rows, one a tensor, in the plan's order.
@@ -50,21 +54,28 @@ def execute(
         UserError: a source cannot be read or holds NaN or infinities.
     """
     jobs = {job.tensors[0].name: job for job in plan.jobs}
-    left = sorted((name for name in jobs if name not in journal.done), key=lambda name: -jobs[name].elements)
-    rows = dict(journal.done)
-    unsaved: list[tuple[str, list[dict[str, Any]]]] = []
-    saved_at = time.monotonic()
+    done: dict[str, Done] = {}
+    unsaved: list[tuple[str, Done]] = []
     keep_freed_memory(KEPT_BYTES)
     with _one_thread_each(), _to_do(_Work(plan, writer, block_elements, jobs)):
-        with start_workers(min(workers, max(1, len(left))), forked=True) as pool:
-            for name, report in pool.map(_merged, left):
+        with start_workers(min(workers, len(jobs)), forked=True) as pool:
+            for name, found in pool.map(_hash_of, journal.done):
+                if found == journal.done[name].hash:
+                    done[name] = journal.done[name]
+                else:
+                    say(f"{journal.path}: {name} is not as it was written, and is merged again")
+            progress(sum(jobs[name].elements for name in done))
+            left = sorted((name for name in jobs if name not in done), key=lambda name: -jobs[name].elements)
+            saved_at = time.monotonic()
+            for name, merged in pool.map(_merged, left):
                 progress(jobs[name].elements)
-                rows[name] = report
-                unsaved.append((name, report))
+                done[name] = merged
+                unsaved.append((name, merged))
                 if time.monotonic() - saved_at > JOURNAL_SECONDS:
                     writer.sync()
                     journal.add(unsaved)
                     unsaved, saved_at = [], time.monotonic()
+    rows = {name: finished.tensors for name, finished in done.items()}
     by_tensor = {row["tensor"]: row for job_rows in rows.values() for row in job_rows}
     return [by_tensor[name] for name in plan.tensors]
 
@@ -87,8 +98,8 @@ class _Work:
     block_elements: int
     jobs: dict[str, Job]
 
-    def merge(self, job: Job) -> list[dict[str, Any]]:
-        """All passes of one job; returns what is said of each of its tensors."""
+    def merge(self, job: Job) -> Done:
+        """All passes of one job."""
         steps = self.plan.method.passes(job)
         blocks = self._blocks(job)
         results: list[Any] | None = None
@@ -104,13 +115,15 @@ class _Work:
         except StopIteration as end:
             merge, results = end.value, None  # what is needed of the results, `merge` has
         agreed = 0.0
+        written = xxhash.xxh3_128()
         for place in blocks:
             merged, agreeing = merge.apply(self._load(place, check=not checked))
             agreed += agreeing
-            self._write(place, merged)
+            written.update(raw_bytes(self._write(place, merged)))
         extra = {"sign_agreement": agreed / merge.pairs} if merge.pairs else {}
         said = dict(merge.report) | extra
-        return [{"tensor": spec.name, "shape": list(spec.shape)} | said for spec in job.tensors]
+        rows = [{"tensor": spec.name, "shape": list(spec.shape)} | said for spec in job.tensors]
+        return Done(rows, written.hexdigest())
 
     def _blocks(self, job: Job) -> list[_Place]:
         pieces = [(spec, piece) for spec in job.tensors for piece in self.plan.blocks(spec, self.block_elements)]
@@ -131,9 +144,20 @@ class _Work:
         base, models = (values[0], values[1:]) if has_base else (None, values)
         return Block(tensor.spec, place.index, start, base, models, tensor.computed_in)
 
-    def _write(self, place: _Place, merged: torch.Tensor) -> None:
+    def _write(self, place: _Place, merged: torch.Tensor) -> torch.Tensor:
+        """Returns what was written."""
         name, dtype = place.tensor.spec.name, place.tensor.dtype
-        self.writer.write(name, place.pieces[0][0], narrowed(merged, dtype, name))
+        values = narrowed(merged, dtype, name)
+        self.writer.write(name, place.pieces[0][0], values)
+        return values
+
+    def hash_of(self, job: Job) -> str:
+        """XXH3-128 of what its tensors hold in the output."""
+        found = xxhash.xxh3_128()
+        for spec in job.tensors:
+            for block in self.writer.read(spec.name):
+                found.update(block)
+        return found.hexdigest()
 
 
 _work: _Work | None = None
@@ -150,9 +174,14 @@ def _to_do(work: _Work) -> Iterator[None]:
         _work = None
 
 
-def _merged(name: str) -> list[dict[str, Any]]:
+def _merged(name: str) -> Done:
     assert _work is not None
     return _work.merge(_work.jobs[name])
+
+
+def _hash_of(name: str) -> str:
+    assert _work is not None
+    return _work.hash_of(_work.jobs[name])
 
 
 @contextmanager

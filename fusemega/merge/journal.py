@@ -1,12 +1,17 @@
-"""What of an interrupted merge is whole: a line a finished job, written after its weights are on the disk."""
+"""What of an interrupted merge is whole: a line a finished job, written after its weights are on the disk.
+
+The line holds the hash of those weights: what a merge that goes on does not find as it was written, it makes anew.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_lines
@@ -15,6 +20,19 @@ from fusemega.merge.plan import MergePlan
 from fusemega.text.vocabulary_files import FILES
 
 JOURNAL = "merge_journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished job.
+
+    Attributes:
+        tensors: what is reported of each.
+        hash: XXH3-128 of their bytes, one after the other.
+    """
+
+    tensors: list[dict[str, Any]]
+    hash: str
 
 
 class Journal:
@@ -26,15 +44,15 @@ class Journal:
         resume: go on with the journal that is there.
 
     Attributes:
-        done: name of each finished job's first tensor -> what was reported of the job's tensors.
+        done: name of each job's first tensor -> the job as it was finished.
 
     Raises:
-        UserError: the journal is of another merge.
+        UserError: the journal is of another merge, or damaged.
     """
 
     def __init__(self, folder: Path, plan: MergePlan, resume: bool) -> None:
         self.path = folder / JOURNAL
-        self.done: dict[str, list[dict[str, Any]]] = {}
+        self.done: dict[str, Done] = {}
         fingerprint = _fingerprint(plan)
         if resume:
             lines, _ = read_lines(self.path, finite=False)  # the line that was being written is left out
@@ -44,19 +62,19 @@ class Journal:
                     f"--resume out"
                 )
             for number, entry in lines[1:]:
-                job, tensors = (entry.get("job"), entry.get("tensors")) if isinstance(entry, dict) else (None, None)
-                if not isinstance(job, str) or not _are_rows(tensors):
+                finished = _finished(entry, plan)
+                if finished is None:
                     raise UserError(f"{self.path}:{number}: not a finished job; delete {folder} and leave --resume out")
-                self.done[job] = tensors
+                self.done |= finished
         # Whole lines only, and in one step: a kill at any moment leaves a journal that can be gone on with.
-        kept = [json.dumps(fingerprint), *(_line(name, tensors) for name, tensors in self.done.items())]
+        kept = [json.dumps(fingerprint), *(_line(name, done) for name, done in self.done.items())]
         write_durably(self.path, "\n".join(kept) + "\n")
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the merge runs)
 
-    def add(self, jobs: list[tuple[str, list[dict[str, Any]]]]) -> None:
-        """Jobs whose weights are on the disk; so are these lines when it returns."""
-        for name, tensors in jobs:
-            self._file.write(_line(name, tensors) + "\n")
+    def add(self, jobs: list[tuple[str, Done]]) -> None:
+        """Jobs whose weights are on the disk; so are these lines when it returns. Of two of one job the later counts."""
+        for name, done in jobs:
+            self._file.write(_line(name, done) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -64,14 +82,20 @@ class Journal:
         self._file.close()
 
 
-def _are_rows(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether it is what a report says of tensors; what it says of each is read by nobody but the report."""
-    rows = value if isinstance(value, list) else [None]
-    return all(isinstance(row, dict) and isinstance(row.get("shape"), list) for row in rows)
+def _finished(entry: Any, plan: MergePlan) -> dict[str, Done] | None:
+    """A line's job and what is said of it; None where it is no finished job of the plan."""
+    if not isinstance(entry, dict) or entry.keys() != {"job", "tensors", "hash"}:
+        return None
+    name, rows, digest = entry["job"], entry["tensors"], entry["hash"]
+    job = next((job for job in plan.jobs if job.tensors[0].name == name), None)
+    told = [row.get("tensor") if isinstance(row, dict) else None for row in (rows if isinstance(rows, list) else [])]
+    if job is None or told != [spec.name for spec in job.tensors]:
+        return None
+    return {name: Done(rows, digest)} if isinstance(digest, str) and re.fullmatch("[0-9a-f]{32}", digest) else None
 
 
-def _line(job: str, tensors: list[dict[str, Any]]) -> str:
-    return json.dumps({"job": job, "tensors": tensors})
+def _line(job: str, done: Done) -> str:
+    return json.dumps({"job": job, **asdict(done)})
 
 
 def _fingerprint(plan: MergePlan) -> dict[str, Any]:

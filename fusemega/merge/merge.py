@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -198,7 +197,6 @@ def _merge(
     progress: Progress,
     page: Callable[[dict[str, Any]], str],
 ) -> dict[str, Any]:
-    progress(sum(_elements(row) for rows in journal.done.values() for row in rows))
     rows = execute(
         plan,
         writer,
@@ -264,6 +262,3 @@ def _report(plan: MergePlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tensors": rows,
     }
 
-
-def _elements(row: dict[str, Any]) -> int:
-    return math.prod(row["shape"])

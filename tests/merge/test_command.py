@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from fusemega.errors import UserError
+from fusemega.files.safetensors_header import read_header
 from fusemega.merge import execute
 from fusemega.merge.journal import Journal
 from fusemega.merge.merge import Options
@@ -210,6 +211,44 @@ def test_a_merge_is_not_gone_on_with_otherwise(change: str, monkeypatch: pytest.
     run_merge(out, Options(resume=True), **run)
     whole = run_merge(tmp_path / "whole", **run)
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "zeroed", "another journal's", "no hash"])
+def test_finished_jobs_are_proved_before_they_are_kept(
+    damage: str, family: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, models = family(dtype=torch.bfloat16)
+    run: dict[str, Any] = {"merge_method": "varm", "base_model": str(base), "models": entries(models)}
+    whole, out, partial = tmp_path / "whole", tmp_path / "out", tmp_path / ".out.incomplete"
+    _interrupted(monkeypatch, out, **run)
+    journal = partial / "merge_journal.jsonl"
+    header, *lines = journal.read_text().splitlines()
+    first = json.loads(lines[0])
+    path = next(path for path in partial.glob("*.safetensors") if first["job"] in _places(path))
+    start, stop = _places(path)[first["job"]]
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[stop - 1] ^= 1
+    elif damage == "zeroed":
+        content[start:stop] = bytes(stop - start)
+    path.write_bytes(content)
+    if damage in ("another journal's", "no hash"):
+        changed = first | {"job": "lm_head"} if damage != "no hash" else {key: first[key] for key in ("job", "tensors")}
+        journal.write_text("\n".join([header, json.dumps(changed), *lines[1:]]) + "\n")
+        with pytest.raises(UserError, match=r"merge_journal.jsonl:2: not a finished job; delete .*out.incomplete"):
+            run_merge(out, Options(resume=True), **run)
+        return
+    capfd.readouterr()
+    run_merge(out, Options(resume=True), **run)
+    told = [line for line in capfd.readouterr().err.splitlines() if "merged again" in line]
+    assert told == [f"{journal}: {first['job']} is not as it was written, and is merged again"]
+    run_merge(whole, **run)
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def _places(path: Path) -> dict[str, tuple[int, int]]:
+    """Where the bytes of a file's tensors begin and end."""
+    return {tensor.name: (tensor.start, tensor.stop) for tensor in read_header(path)}
 
 
 MEGATRON = """
