@@ -31,9 +31,11 @@ from fusemega.checkpoint.hf_check import check_copies, check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.loadable import settle
 from fusemega.checkpoint.progress import meter
+from fusemega.checkpoint.proof import check_written
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError
+from fusemega.files.integrity import write_integrity
 from fusemega.files.json_files import read_json
 from fusemega.files.output import new_folder, refuse_existing
 from fusemega.models.registry import family_of
@@ -121,6 +123,7 @@ def transplant(model: Path, out: Path, tokenizer_folder: Path, map_file: Path | 
     refuse_existing(out)
     source = HFFolder(model)
     check_tensors(source, source.config)
+    check_written(source)
     check_copies(source)
     old_tokenizer, new_tokenizer = Tokenizer.load(model), Tokenizer.load(tokenizer_folder)
     old, new = Vocabulary.of(old_tokenizer), Vocabulary.of(new_tokenizer)
@@ -231,3 +234,4 @@ def _write(
             say(note)
         made = HFFolder(temporary)
         check_tensors(made, made.config)
+        write_integrity(temporary)

@@ -27,9 +27,11 @@ from fusemega.checkpoint.hf_check import check_copies, check_tensors
 from fusemega.checkpoint.hf_folder import DTYPES, HFFolder
 from fusemega.checkpoint.loadable import settle
 from fusemega.checkpoint.progress import meter
+from fusemega.checkpoint.proof import check_written
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files, exported_config
 from fusemega.errors import UserError, nearest
+from fusemega.files.integrity import write_integrity
 from fusemega.files.json_files import read_json
 from fusemega.files.output import new_folder, refuse_existing
 from fusemega.files.safetensors_header import read_header
@@ -167,6 +169,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
     refuse_existing(out)
     source = HFFolder(base)
     check_tensors(source, source.config)
+    check_written(source)
     check_copies(source)
     lora = Adapter(adapter, source)
     infos = [TensorInfo(name, dtype or source.dtype(name), source.shape(name)) for name in source]
@@ -192,6 +195,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
         config = json.dumps(exported_config(source.config, infos[0].dtype), indent=2, sort_keys=True)
         (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
         notes = settle(temporary, adapter if own else base, chats=True)
+        write_integrity(temporary)
     return {"notes": notes, "changed": lora.changed, "tensors": len(infos)}
 
 

@@ -26,6 +26,7 @@ from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder, common_dtype, describe_source, open_megatron
 from fusemega.checkpoint.moves import ITEM_BYTES, Assembled, Item, Move, Part, as_is, window
 from fusemega.checkpoint.progress import meter
+from fusemega.checkpoint.proof import check_written
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
 from fusemega.checkpoint.side_files import copy_side_files, exported_config
 from fusemega.checkpoint.torch_dist_files import (
@@ -39,7 +40,6 @@ from fusemega.checkpoint.torch_dist_files import (
 )
 from fusemega.checkpoint.workers import Workers, start_workers
 from fusemega.errors import UserError
-from fusemega.files.integrity import FILE as INTEGRITY
 from fusemega.files.integrity import check_contents, write_integrity
 from fusemega.files.output import refuse_existing
 from fusemega.files.unfinished import Unfinished, unfinished_folder
@@ -95,8 +95,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
     refuse_existing(out)
     folder = HFFolder(source)
     check_tensors(folder, folder.config)
-    if (folder.path / INTEGRITY).exists():
-        check_contents(folder.path, threads=workers)
+    check_written(folder)
     items, chunks, global_shapes = _plan_import(folder)
     identity = _identity("import", folder.files())
     with start_workers(workers) as pool:
@@ -187,6 +186,8 @@ def export_folder(
             (unfinished.folder / "config.json").write_text(config + "\n", encoding="utf-8")
             if finish is not None:
                 finish(unfinished.folder)
+            alone = [item for item in items if sum(other.file == item.file for other in items) == 1]
+            write_integrity(unfinished.folder, {item.file: unfinished.finished[item.name][0] for item in alone})
         return _report(copied, begun, pool)
 
 

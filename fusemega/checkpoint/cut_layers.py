@@ -12,9 +12,11 @@ import torch
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.loadable import settle
+from fusemega.checkpoint.proof import check_written
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError
+from fusemega.files.integrity import write_integrity
 from fusemega.files.output import output_folder
 from fusemega.models.family import keep_layers
 from fusemega.models.rules import whole
@@ -31,6 +33,7 @@ def cut_layers(source: str | Path, out: str | Path, drop: Collection[int], world
     """
     folder = HFFolder(source)
     check_tensors(folder, folder.config)
+    check_written(folder)
     layers = folder.config["num_hidden_layers"]
     unknown = sorted(set(drop) - set(range(layers)))
     if unknown or len(set(drop)) == layers:
@@ -60,5 +63,6 @@ def cut_layers(source: str | Path, out: str | Path, drop: Collection[int], world
         config = json.dumps(keep_layers(folder.config, kept), indent=2)
         (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
         settle(temporary, folder.path, chats=False)
+        write_integrity(temporary)
     cut = HFFolder(out)
     check_tensors(cut, cut.config)

@@ -14,6 +14,7 @@ from fusemega.checkpoint.narrowing import narrowed
 from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.checkpoint.side_files import copy_side_files, exported_config
 from fusemega.errors import UserError
+from fusemega.files.integrity import write_integrity
 from fusemega.files.json_files import read_json
 from fusemega.files.output import on_main, output_folder
 from fusemega.models.build import GPT, Placement, placements
@@ -67,6 +68,7 @@ def export_hf(
             (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
         if finish is not None:
             on_main(world, lambda: finish(temporary))
+        on_main(world, lambda: write_integrity(temporary))
 
 
 class _Sources:

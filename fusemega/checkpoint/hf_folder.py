@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,19 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from fusemega.assets import cache_folder
 from fusemega.checkpoint.moves import Stored
 from fusemega.errors import UserError, nearest
 from fusemega.files.json_files import read_json
 from fusemega.files.opening import is_inside, open_regular, refuse_special_files
+from fusemega.files.remembered import remembered
 from fusemega.files.safetensors_header import read_header
 from fusemega.models.rules import Box, slices
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_HASH_CHUNK_BYTES = 1 << 24
+_HASH_CHUNK_BYTES, _HASH_THREADS = 1 << 22, 4
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -68,7 +72,7 @@ class HFFolder:
         self.config = read_json(self.path / "config.json")
         self._entries = self._open()
         self._handles: dict[Path, Any] = {}
-        self._content_hash: str | None = None
+        self._hashes: dict[Path, dict[str, Any]] | None = None
 
     def keys(self) -> list[str]:
         """Tensor names, sorted."""
@@ -129,21 +133,40 @@ class HFFolder:
     def content_hash(self, digests: Mapping[str, str] | None = None) -> str:
         """32 hex digits of blake2b over the configuration and every tensor's name, type, shape and XXH3-128.
 
-        Independent of the split into shards and of keys that do not change what the model computes. Reads all
-        weights once, at the speed of the disk; the result is kept.
+        Independent of the split into shards and of keys that do not change what the model computes. Reads as `hashes`.
 
         Args:
-            digests: XXH3-128 of tensors that have been read already, by name; those are not read again.
+            digests: XXH3-128 of tensors that have been read already, by name. Only the others are read.
         """
-        if self._content_hash is None:
-            config = json.dumps(functional_config(self.config), sort_keys=True)
-            digest = hashlib.blake2b(config.encode(), digest_size=16)
-            for name in self:
-                entry = self._entries[name]
-                bits = (digests or {}).get(name) or _bits_hash(entry)
-                digest.update(json.dumps([name, entry.dtype, entry.shape, bits]).encode())
-            self._content_hash = digest.hexdigest()
-        return self._content_hash
+        bits = dict(digests or {})
+        if not bits:
+            bits = {name: digest for shard in self.hashes().values() for name, digest in shard["tensors"].items()}
+        config = json.dumps(functional_config(self.config), sort_keys=True)
+        digest = hashlib.blake2b(config.encode(), digest_size=16)
+        for name in self:
+            entry = self._entries[name]
+            found = bits.get(name) or _bits_hash(entry)
+            digest.update(json.dumps([name, entry.dtype, entry.shape, found]).encode())
+        return digest.hexdigest()
+
+    def hashes(self) -> dict[Path, dict[str, Any]]:
+        """Of each file of weights `file`, its XXH3-128, and `tensors`, that of each tensor by name.
+
+        Reads all weights once, in one go, at the speed of the disk; not again while the files are not touched.
+        """
+        if self._hashes is None:
+            memory = cache_folder() / "hashes"
+            shards: dict[Path, dict[str, _Entry]] = {}
+            for name, entry in self._entries.items():
+                shards.setdefault(entry.shard, {})[name] = entry
+
+            def found(shard: Path) -> dict[str, Any]:
+                find = partial(_shard_hashes, shard, shards[shard])
+                return dict(remembered([shard], "hashes of a safetensors file", find, memory))
+
+            with ThreadPoolExecutor(_HASH_THREADS) as pool:
+                self._hashes = dict(zip(shards, pool.map(found, shards), strict=True))
+        return self._hashes
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -197,6 +220,27 @@ def _bits_hash(entry: _Entry) -> str:
         for at in range(entry.start, entry.stop, _HASH_CHUNK_BYTES):
             digest.update(file.read(min(_HASH_CHUNK_BYTES, entry.stop - at)))
     return digest.hexdigest()
+
+
+def _shard_hashes(shard: Path, entries: Mapping[str, _Entry]) -> dict[str, Any]:
+    """XXH3-128 of a file, as `file`, and of tensors of it, as `tensors`, from one reading in the order of its bytes."""
+    whole, tensors = xxhash.xxh3_128(), {name: xxhash.xxh3_128() for name in entries}
+    left = sorted(entries, key=lambda name: entries[name].start, reverse=True)
+    buffer, at = bytearray(_HASH_CHUNK_BYTES), 0
+    with open_regular(shard) as file:
+        while count := file.readinto(buffer):
+            block = memoryview(buffer)[:count]
+            whole.update(block)
+            while left and entries[left[-1]].start < at + count:
+                entry = entries[left[-1]]
+                tensors[left[-1]].update(block[max(entry.start - at, 0) : max(entry.stop - at, 0)])
+                if entry.stop > at + count:
+                    break
+                left.pop()
+            at += count
+    if any(entry.stop > at for entry in entries.values()):
+        raise UserError(f"{shard}: truncated while it was being read")
+    return {"file": whole.hexdigest(), "tensors": {name: digest.hexdigest() for name, digest in tensors.items()}}
 
 
 def functional_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.megatron_folder import MegatronFolder, RunCheckpoint, is_megatron_folder, open_megatron
+from fusemega.checkpoint.proof import check_written
 from fusemega.checkpoint.read_plan import RankReads, plan_reads
 from fusemega.errors import UserError
+from fusemega.files.output import on_main
 from fusemega.models.build import GPT, build_model
 from fusemega.models.registry import family_of
 from fusemega.models.stages import check_layout, stage_layers
@@ -102,6 +104,8 @@ class ModelSource:
         """This rank's part of the model, with its weights. Collective. Arguments as `build_model`'s."""
         if isinstance(self._source, MegatronFolder):
             return self._source.load(world, self.dtype, self.kernels, recompute)
+        source = self._source
+        on_main(world, lambda: check_written(source))
         model = build_model(self.hf_config, world, self.dtype, self.kernels, recompute)
         load_hf(model, self.hf, world)
         return model

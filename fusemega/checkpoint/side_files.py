@@ -35,6 +35,18 @@ def copy_side_files(source: Path, out: Path) -> None:
             shutil.copytree(source / name, out / name, dirs_exist_ok=True)
 
 
+def side_files(folder: Path) -> list[str]:
+    """Those that `folder` has, and config.json, as relative paths."""
+    below = [path for name in _SIDE_FOLDERS for path in (folder / name).rglob("*")]
+    files = [*(folder / name for name in ("config.json", *_SIDE_FILES)), *below]
+    return sorted(path.relative_to(folder).as_posix() for path in files if path.is_file())
+
+
+def is_side_file(name: str) -> bool:
+    """Whether `side_files` would name this relative path."""
+    return name in ("config.json", *_SIDE_FILES) or name.split("/")[0] in _SIDE_FOLDERS
+
+
 def exported_config(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The configuration with `dtype` as transformers 5 writes it: that of the first tensor, the embedding."""
     config = {key: value for key, value in hf_config.items() if key not in ("dtype", "torch_dtype")}

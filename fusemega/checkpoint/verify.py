@@ -14,9 +14,11 @@ from fusemega.checkpoint.hf_folder import HFFolder, functional_config
 from fusemega.checkpoint.megatron_folder import is_megatron_folder, open_megatron
 from fusemega.checkpoint.moves import Assembled, as_is
 from fusemega.checkpoint.progress import meter
+from fusemega.checkpoint.proof import damaged_weights
 from fusemega.checkpoint.torch_dist_files import Checkpoint
 from fusemega.checkpoint.workers import start_workers
 from fusemega.errors import UserError
+from fusemega.files.integrity import FILE as INTEGRITY
 from fusemega.files.integrity import damaged_files
 from fusemega.files.tokenizer_files import load_pretrained
 from fusemega.models.registry import family_of
@@ -36,7 +38,7 @@ class Comparison:
         different: names of those whose shape, dtype or any bit differs.
         missing: names that only one side has.
         config: keys of config.json whose values differ, other than those about storage.
-        damaged: files of a Megatron folder whose bytes are not those that its integrity manifest describes.
+        damaged: files whose bytes are not those that their folder's integrity manifest describes.
         byte_count: of the weights compared, one side's.
         peak_bytes: resident memory of all processes together, at most.
     """
@@ -74,6 +76,8 @@ class _Side:
             folder = HFFolder(path)
             check_tensors(folder, folder.config)
             self.config = folder.config
+            if (folder.path / INTEGRITY).is_file():
+                self.damaged = [str(folder.path / name) for name in damaged_weights(folder, again=True)]
             family = family_of(folder.config)
             names = [name for name in folder if not family.ignorable(name)]
             self.tensors = {name: as_is(folder.stored(name)) for name in names}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +35,9 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_integrity(folder: Path, known: Mapping[str, str] | None = None, threads: int = 4) -> None:
+def write_integrity(
+    folder: Path, known: Mapping[str, str] | None = None, threads: int = 4, leave_out: Collection[str] = ()
+) -> None:
     """Describe every file below `folder` in `folder/integrity.json`; to be called when all of them are written.
 
     Args:
@@ -43,9 +45,10 @@ def write_integrity(folder: Path, known: Mapping[str, str] | None = None, thread
         known: hashes that the writer has taken already, by path relative to `folder` with forward slashes; such a file
             is not read again.
         threads: files hashed at once (hashing leaves Python's lock).
+        leave_out: relative paths of files that will go.
     """
     known = known or {}
-    names = [name for name in _files(folder) if name != FILE]
+    names = [name for name in _files(folder) if name not in (FILE, *leave_out)]
     with ThreadPoolExecutor(threads) as pool:
         hashes = pool.map(lambda name: known[name] if name in known else file_hash(folder / name), names)
         files = {

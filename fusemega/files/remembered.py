@@ -1,4 +1,9 @@
-"""Hashes of files and folders, remembered as long as they are not touched: contents decide, and are read once."""
+"""What was found by reading whole files, remembered while they are not touched: contents decide, and are read once.
+
+Files count as the same while their paths, sizes, inodes and times of change are (of the inode too, which what keeps
+modification times cannot set). Those times are no finer than a system's clock tick, or a second on some file systems:
+of a file that was changed in the last two nothing is remembered, since a change to come could leave no trace.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +11,48 @@ import contextlib
 import hashlib
 import json
 import os
-import re
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fusemega.errors import UserError
 from fusemega.files.integrity import file_hash
+from fusemega.files.json_files import read_json
 from fusemega.files.output import write_durably
+
+_SETTLED_SECONDS = 2.0
+
+
+def remembered(files: Sequence[Path], what: str, find: Callable[[], Any], memory: Path) -> Any:
+    """`find()`, or what it returned when it was last asked and the files were as they are.
+
+    Args:
+        files: what it reads; links are followed.
+        what: it finds: a word for each kind.
+        find: its result is JSON-able, and decided by the contents of the files alone.
+        memory: folder to remember in; where it cannot be written, nothing is remembered.
+    """
+    before, newest = _state(files, what)
+    begun = time.time()
+    note = memory / before
+    with contextlib.suppress(UserError):
+        if note.is_file() and (said := read_json(note, finite=False)).keys() == {what}:
+            return said[what]
+    value = find()
+    with contextlib.suppress(OSError):
+        if newest < begun - _SETTLED_SECONDS and _state(files, what)[0] == before:
+            memory.mkdir(parents=True, exist_ok=True)
+            write_durably(note, json.dumps({what: value}))
+    return value
 
 
 def content_hash(path: Path, memory: Path) -> str:
     """Of a file's bytes; or of the names and bytes of a folder's files, hidden ones left out. 32 hex digits.
 
-    A file counts as the same while its path, size, inode and times of change are (of its inode too, which what keeps
-    modification times cannot set). One that changes while it is read is not remembered.
-
     Args:
         path: links are followed.
-        memory: folder to remember the hashes in; where it cannot be written, nothing is remembered.
+        memory: as of `remembered`.
 
     Raises:
         UserError: there is nothing, or no plain file.
@@ -31,17 +61,12 @@ def content_hash(path: Path, memory: Path) -> str:
     if not real.exists():
         raise UserError(f"{path}: no such file or folder")
     files = [real] if not real.is_dir() else sorted(_visible_files(real))
-    before = _state(real, files)
-    note = memory / before
-    if note.is_file() and re.fullmatch("[0-9a-f]{32}", found := note.read_text("utf-8", "replace")):
-        return found
-    hashes = [(str(file.relative_to(real)), file_hash(file)) for file in files]
-    value = hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
-    with contextlib.suppress(OSError):
-        if _state(real, files) == before:
-            memory.mkdir(parents=True, exist_ok=True)
-            write_durably(note, value)
-    return value
+
+    def find() -> str:
+        hashes = [(str(file.relative_to(real)), file_hash(file)) for file in files]
+        return hashlib.blake2b(json.dumps(hashes).encode(), digest_size=16).hexdigest()
+
+    return str(remembered(files, f"contents of {real}", find, memory))
 
 
 def _visible_files(folder: Path) -> list[Path]:
@@ -52,7 +77,10 @@ def _visible_files(folder: Path) -> list[Path]:
     return found
 
 
-def _state(path: Path, files: list[Path]) -> str:
-    stats = [(str(file), file.stat()) for file in files]
-    state = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
-    return hashlib.blake2b(json.dumps([str(path), state]).encode(), digest_size=16).hexdigest()
+def _state(files: Sequence[Path], what: str) -> tuple[str, float]:
+    """A name for the files as they are; and when the newest was last changed, in seconds since 1970."""
+    real = [Path(os.path.realpath(file)) for file in files]
+    stats = [(str(file), file.stat()) for file in real]
+    state = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino) for name, s in stats]
+    name = hashlib.blake2b(json.dumps([what, state]).encode(), digest_size=16).hexdigest()
+    return name, max((max(s.st_mtime, s.st_ctime) for _, s in stats), default=0.0)

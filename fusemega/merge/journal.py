@@ -72,7 +72,7 @@ class Journal:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the merge runs)
 
     def add(self, jobs: list[tuple[str, Done]]) -> None:
-        """Jobs whose weights are on the disk; so are these lines when it returns. Of two of one job the later counts."""
+        """Jobs whose weights are on the disk; so are these lines when it returns. Of two of a job the later counts."""
         for name, done in jobs:
             self._file.write(_line(name, done) + "\n")
         self._file.flush()

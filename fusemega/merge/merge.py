@@ -18,6 +18,7 @@ from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.loadable import settle, stop_ids
 from fusemega.checkpoint.megatron_folder import RunCheckpoint, is_megatron_folder, open_megatron
+from fusemega.checkpoint.proof import check_written
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import write_index
 from fusemega.checkpoint.side_files import copy_side_files
@@ -107,7 +108,6 @@ def _exported(source: Path, scratch: Path) -> Path:
     else:
         # A run's main parameters are not rounded before they are merged.
         export_megatron(source, out, dtype=torch.float32 if isinstance(opened, RunCheckpoint) else None)
-        write_integrity(out)
     return out
 
 
@@ -117,7 +117,9 @@ def _with_adapter(base: Path, adapter: Path, scratch: Path) -> Path:
     for name in (CONFIG, WEIGHTS):
         content.update((adapter / name).read_bytes() if (adapter / name).is_file() else b"")
     out = scratch / content.hexdigest()
-    if not out.is_dir():
+    if out.is_dir():
+        check_contents(out)
+    else:
         out.parent.mkdir(parents=True, exist_ok=True)
         merge_adapter(base, adapter, out)
     return out
@@ -146,6 +148,8 @@ def merge(
     """
     with locked(out):
         refuse_existing(out)
+        for folder in plan.folders:
+            check_written(folder)
         return _locked_merge(plan, Path(os.path.realpath(out)), options, progress, page)
 
 
@@ -211,6 +215,7 @@ def _merge(
         publish(_imported(partial), out)
         shutil.rmtree(partial)
     else:
+        write_integrity(partial, leave_out=[JOURNAL])
         publish(partial, out)
         (out / JOURNAL).unlink()  # not before: publishing waits for the disk, and may be interrupted too
     return report
@@ -261,4 +266,3 @@ def _report(plan: MergePlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "numpy")},
         "tensors": rows,
     }
-

@@ -19,6 +19,7 @@ from fusemega.checkpoint.convert import export_folder
 from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder, RunCheckpoint
 from fusemega.errors import UserError
+from fusemega.files.integrity import FILE as INTEGRITY
 from fusemega.files.json_files import read_json
 from fusemega.files.output import write_durably
 from fusemega.runtime.console import say
@@ -78,7 +79,7 @@ def update_export(
     def complete(made: Path) -> None:
         finish(made)
         files = sorted(path.relative_to(made).as_posix() for path in made.rglob("*"))
-        write_durably(made / RECORD, json.dumps({**record, "files": [*files, RECORD]}, indent=1) + "\n")
+        write_durably(made / RECORD, json.dumps({**record, "files": [*files, INTEGRITY, RECORD]}, indent=1) + "\n")
 
     export_folder(source, hf, dtype=DTYPES[dtype], finish=complete)
     say(f"exported {hf}: the weights after iteration {iteration}")
