@@ -14,7 +14,6 @@ import json
 import os
 import pickle
 import secrets
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,15 +33,16 @@ from fusemega.checkpoint.series import (
     STATE,
     TRACKER,
     checkpoint_folder,
+    make_way,
     prune_checkpoints,
     remove_leftovers,
-    retire,
 )
 from fusemega.checkpoint.torch_dist import checkpoint_errors
 from fusemega.errors import UserError
 from fusemega.files.integrity import file_hash, write_integrity
 from fusemega.files.json_files import read_json
-from fusemega.files.output import on_main, publish, write_durably
+from fusemega.files.output import INSIDE, on_main, publish, write_durably
+from fusemega.files.owned import drop_scratch, mark_scratch
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import STOPPING
 
@@ -55,8 +55,13 @@ class _Save:
     """One checkpoint on its way."""
 
     iteration: int
-    temporary: Path
+    place: Path
     final: Path
+
+    @property
+    def temporary(self) -> Path:
+        """Where it is written, in its temporary folder."""
+        return self.place / INSIDE
 
 
 class CheckpointSaver:
@@ -171,6 +176,7 @@ class CheckpointSaver:
         with checkpoint_errors(f"{saving.final}: checkpoint not saved", self._root):
             self._root.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self._root)
+            mark_scratch(saving.place)
             saving.temporary.mkdir()
 
     def _publish(
@@ -187,9 +193,9 @@ class CheckpointSaver:
             (saving.temporary / STATE).write_text(text, encoding="utf-8")
             describe(saving.temporary)
             write_integrity(saving.temporary, hashes)
-            if saving.final.exists():
-                retire(saving.final)
+            make_way(saving.final)
             publish(saving.temporary, saving.final)
+            drop_scratch(saving.place)
             write_durably(self._root / TRACKER, str(saving.iteration))
             if self._keep is not None:
                 prune_checkpoints(self._root, self._keep, saving.iteration, also_keep)
@@ -202,7 +208,7 @@ class CheckpointSaver:
                 yield
         except UserError:
             if self._world.is_main:
-                shutil.rmtree(saving.temporary, ignore_errors=True)
+                drop_scratch(saving.place)
             raise
 
 

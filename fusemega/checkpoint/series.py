@@ -5,7 +5,8 @@
       iter_0000030.1f0a6c2e.tmp/             being written, or what a killed process left; the next save removes it
       latest_checkpointed_iteration.txt      replaced atomically, after the rename
 
-A process that is killed at any point leaves the previous checkpoint whole. Damage that comes later (a lost file, a
+What is removed is provably ours: a temporary folder has a marker in it, and a checkpoint a list of its files. A process
+that is killed at any point leaves the previous checkpoint whole. Damage that comes later (a lost file, a
 flipped bit) is found when a run resumes, which then goes back to the newest checkpoint that is whole.
 """
 
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusemega.errors import UserError
-from fusemega.files.integrity import check_sizes, damaged_files
+from fusemega.files.integrity import FILE, check_sizes, damaged_files, unlisted
 from fusemega.files.json_files import read_json
 from fusemega.files.opening import read_bytes
+from fusemega.files.output import INSIDE
+from fusemega.files.owned import drop_scratch, mark_scratch
 from fusemega.runtime.console import say
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ CHECKPOINTS = "checkpoints"
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "state.json"
+_TRACKER_TEMPORARY = re.compile(rf"{re.escape(TRACKER)}\.[0-9a-f]{{8}}\.tmp")
+_told: set[Path] = set()
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -116,27 +121,51 @@ def find_checkpoint(root: Path, world: World) -> Path | None:
 def prune_checkpoints(root: Path, keep: int, newest: int, also: Path | None) -> None:
     """Removes all but the `keep` newest checkpoints of iterations up to `newest`, and the one `also`. By one process.
 
-    Later ones are left over from before the run went back to an older checkpoint; they will be written anew.
+    Later ones are left over from before the run went back to an older checkpoint; they will be written anew. One that
+    holds files of others stays.
     """
     for folder in _folders(root, newest)[keep:]:
-        if folder != also:
+        if folder == also:
+            continue
+        if not (strange := unlisted(folder)):
             retire(folder)
+        elif folder not in _told:
+            _told.add(folder)
+            say(f"warning: {folder}: stays, as its {FILE} does not list {strange[0]}")
 
 
 def retire(folder: Path) -> None:
-    """Removes a checkpoint; a kill in the middle leaves no folder that looks whole."""
+    """Removes a checkpoint; a kill in the middle leaves no folder that looks whole.
+
+    Raises:
+        UserError: something that is not ours has the name of the temporary folder that it takes.
+    """
     doomed = folder.with_suffix(".tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    drop_scratch(doomed)
+    mark_scratch(doomed)
+    os.rename(folder, doomed / INSIDE)
+    drop_scratch(doomed)
+
+
+def make_way(folder: Path) -> None:
+    """Nothing is at `folder` when this returns: a checkpoint is removed, and what holds files of others moved aside."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_dir() and not folder.is_symlink() and not unlisted(folder):
+        retire(folder)
+        return
+    aside = folder.with_name(f"{folder.name}.aside-{secrets.token_hex(4)}")
+    say(f"warning: {folder}: not a checkpoint all of whose files its {FILE} lists; it is now {aside.name}")
+    os.rename(folder, aside)
 
 
 def remove_leftovers(root: Path) -> None:
     """Removes what killed processes left: unfinished checkpoints, trackers not yet renamed."""
     for leftover in root.glob("iter_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        drop_scratch(leftover)
     for tracker in root.glob(f"{TRACKER}.*.tmp"):
-        tracker.unlink(missing_ok=True)
+        if _TRACKER_TEMPORARY.fullmatch(tracker.name) and re.fullmatch(rb"\d{,18}", read_bytes(tracker)):
+            tracker.unlink(missing_ok=True)
 
 
 def _in_order(root: Path) -> tuple[list[str], list[Path]]:

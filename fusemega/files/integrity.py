@@ -66,10 +66,8 @@ def check_sizes(folder: Path) -> None:
             unreadable or lists nothing.
     """
     listed = _read(folder)
-    for name in _files(folder):
-        # What NFS keeps of a file that somebody deleted while it was open is nobody's.
-        if name not in listed and name != FILE and not name.rpartition("/")[2].startswith(".nfs"):
-            raise UserError(f"{folder / name}: {FILE} does not list it, so nothing vouches for it; move it away")
+    for name in _others(folder, listed):
+        raise UserError(f"{folder / name}: {FILE} does not list it, so nothing vouches for it; move it away")
     for name, (size, _) in listed.items():
         try:
             status = (folder / name).stat()
@@ -118,6 +116,20 @@ def check_contents(folder: Path, threads: int = 4) -> None:
     """
     for name in damaged_files(folder, threads):
         raise UserError(f"{folder / name}: damaged: its hash is not the one that {FILE} has")
+
+
+def unlisted(folder: Path) -> list[str]:
+    """The files, by relative path, that the manifest does not list: all where there is none, or none that is sound."""
+    try:
+        return _others(folder, _read(folder))
+    except UserError:
+        return _others(folder, ())
+
+
+def _others(folder: Path, listed: Collection[str]) -> list[str]:
+    # What NFS keeps of a file that somebody deleted while it was open is nobody's.
+    names = [name for name in _files(folder) if not name.rpartition("/")[2].startswith(".nfs")]
+    return [name for name in names if name not in listed and name != FILE]
 
 
 def _read(folder: Path) -> dict[str, tuple[int, str]]:

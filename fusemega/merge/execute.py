@@ -8,8 +8,9 @@ one thread (`torch.set_num_threads(1)`), so a result never depends on how torch 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ from fusemega.checkpoint.workers import start_workers
 from fusemega.merge.journal import Done, Journal
 from fusemega.merge.method import Block, Job, Sample
 from fusemega.merge.plan import MergePlan, PlannedTensor
-from fusemega.merge.sources import check_finite, load_block
+from fusemega.merge.rounding import is_counted, shares, steps
+from fusemega.merge.sources import Source, check_finite, load_block
 from fusemega.runtime.console import say
 from fusemega.runtime.memory import keep_freed_memory
 
@@ -104,25 +106,28 @@ class _Work:
         blocks = self._blocks(job)
         results: list[Any] | None = None
         checked = False
+        near: dict[str, list[list[int] | None]] = {}
         try:
             while True:
                 step = next(steps) if results is None else steps.send(results)
                 if isinstance(step, Sample):
                     results = [step.measure(self._load(place)) for place in self._sampled(job, step)]
                 else:
-                    results = [step(self._load(place, check=not checked)) for place in blocks]
+                    results = [step(self._load(place, None if checked else near)) for place in blocks]
                     checked = True
         except StopIteration as end:
             merge, results = end.value, None  # what is needed of the results, `merge` has
         agreed = 0.0
         written = xxhash.xxh3_128()
         for place in blocks:
-            merged, agreeing = merge.apply(self._load(place, check=not checked))
+            merged, agreeing = merge.apply(self._load(place, None if checked else near))
             agreed += agreeing
             written.update(raw_bytes(self._write(place, merged)))
         extra = {"sign_agreement": agreed / merge.pairs} if merge.pairs else {}
         said = dict(merge.report) | extra
-        rows = [{"tensor": spec.name, "shape": list(spec.shape)} | said for spec in job.tensors]
+        rows: list[dict[str, Any]] = [{"tensor": spec.name, "shape": list(spec.shape)} | said for spec in job.tensors]
+        for row in rows:
+            row |= shares(near.get(row["tensor"], []), math.prod(row["shape"]))
         return Done(rows, written.hexdigest())
 
     def _blocks(self, job: Job) -> list[_Place]:
@@ -134,13 +139,16 @@ class _Work:
         groups = [step.pieces[at : at + SAMPLE_PIECES] for at in range(0, len(step.pieces), SAMPLE_PIECES)]
         return [_Place(self.plan.tensors[spec.name], index, group) for index, group in enumerate(groups)]
 
-    def _load(self, place: _Place, check: bool = False) -> Block:
+    def _load(self, place: _Place, near: dict[str, list[list[int] | None]] | None = None) -> Block:
+        """With `near`, the elements are checked, and those near the base's counted there."""
         tensor, has_base = place.tensor, self.plan.has_base
         parts = [load_block(tensor.sources, *piece, tensor.computed_in, has_base) for piece in place.pieces]
         values = parts[0] if len(parts) == 1 else [torch.cat(of_source) for of_source in zip(*parts, strict=True)]
         start = place.pieces[0][0]
-        if check:
+        if near is not None:
             check_finite(tensor.sources, values, start)
+            if has_base:
+                _add_steps(near.setdefault(tensor.spec.name, [None] * (len(values) - 1)), tensor.sources, values)
         base, models = (values[0], values[1:]) if has_base else (None, values)
         return Block(tensor.spec, place.index, start, base, models, tensor.computed_in)
 
@@ -158,6 +166,14 @@ class _Work:
             for block in self.writer.read(spec.name):
                 found.update(block)
         return found.hexdigest()
+
+
+def _add_steps(sums: list[list[int] | None], sources: Sequence[Source], values: Sequence[torch.Tensor]) -> None:
+    """Of each model for which they can be counted: not where some rows are not its own."""
+    for number, (source, model) in enumerate(zip(sources[1:], values[1:], strict=True)):
+        if is_counted(source.dtype) and source.rows is None and sources[0].rows is None:
+            before, found = sums[number] or [0, 0], steps(values[0], model)
+            sums[number] = [before[0] + found[0], before[1] + found[1]]
 
 
 _work: _Work | None = None

@@ -31,6 +31,7 @@ from fusemega.files.owned import drop_scratch, is_scratch, mark_scratch, scratch
 from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
+from fusemega.merge.rounding import of_models, warnings
 from fusemega.merge.run import MergeRun
 from fusemega.merge.template import write_template
 from fusemega.merge.vocabulary import extend_tokenizer
@@ -210,6 +211,8 @@ def _merge(
         progress=progress,
     )
     report = _report(plan, rows)
+    for note in report["notes"][len(plan.notes) :]:
+        say(f"warning: {note}")
     _finish(plan, partial, report, page)
     if plan.run.output_format == "megatron":
         publish(_imported(partial), out)
@@ -257,12 +260,15 @@ def _common_ends(plan: MergePlan) -> set[int]:
 
 def _report(plan: MergePlan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything that decides the result and nothing that does not: a resumed merge has the same report."""
+    models = [str(folder.path) for folder in plan.models]
+    rounding = of_models(models, rows)
     return {
         "method": plan.method.name,
         "base": str(plan.folders[0].path) if plan.has_base else None,
-        "models": [str(folder.path) for folder in plan.models],
+        "models": models,
         "run": plan.run.model_dump(mode="json"),
-        "notes": plan.notes,
+        "notes": [*plan.notes, *warnings(rounding)],
+        "rounding": rounding,
         "versions": {name: version(name) for name in ("torch", "numpy")},
         "tensors": rows,
     }

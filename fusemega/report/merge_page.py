@@ -81,6 +81,7 @@ def _measures(rows: list[Row], names: Sequence[str]) -> list[tuple[str, str, lis
         ("selected", "Selected share", "share of the elements that the method kept"),
         ("sign_agreement", "Sign agreement", "share of what was kept that has the elected sign"),
         ("delta_rms", "Size of the delta", "root mean square of model minus base"),
+        ("within_one_step", "Deltas near rounding", "share of the elements at most one step of the type from the base"),
     ):
         have = [row for row in rows if key in row]
         if not have:
@@ -169,7 +170,7 @@ def _table(rows: list[Row], names: Sequence[str]) -> str:
     for row in rows:
         values = [html.escape(row["tensor"]), " x ".join(map(str, row["shape"]))]
         for key in keys:
-            numbers = row.get(key, "")
+            numbers = row.get(key, [""] * sum(text.startswith(f"{key}: ") for text in head) or "")
             values += [_number(n) for n in numbers] if isinstance(numbers, list) else [_number(numbers)]
         lines.append("<tr>" + "".join(f"<td>{text}</td>" for text in values) + "</tr>")
     heads = "".join(f"<th>{html.escape(text)}</th>" for text in head)

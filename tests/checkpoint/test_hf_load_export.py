@@ -44,7 +44,8 @@ def test_the_exported_folder_is_byte_for_byte_what_save_pretrained_wrote(
     out = tmp_path / "out"
     export_hf(loaded(source, world, dtype), out, source, world, max_shard_size=10_000)
     names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    assert sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file()) == names
+    there = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    assert there == {*names, Path("integrity.json")}
     _, different, missing = filecmp.cmpfiles(source, out, [str(name) for name in names], shallow=False)
     assert (different, missing) == ([], [])
 
@@ -54,7 +55,8 @@ def test_exported_python_code_and_pickles_stay_behind(world: World, tmp_path: Pa
     (folder / "training_args.bin").write_text("x")
     out = tmp_path / "out"
     export_hf(loaded(folder, world), out, folder, world)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    names = ["config.json", "generation_config.json", "integrity.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == names
     AutoModelForCausalLM.from_pretrained(out)
 
 

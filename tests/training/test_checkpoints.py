@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,17 @@ import torch
 
 from fusemega.checkpoint import saver as saver_module
 from fusemega.checkpoint.index_file import read_index
-from fusemega.checkpoint.series import find_checkpoint, latest_checkpoint, prune_checkpoints
+from fusemega.checkpoint.series import (
+    find_checkpoint,
+    latest_checkpoint,
+    make_way,
+    prune_checkpoints,
+    remove_leftovers,
+)
 from fusemega.checkpoint.torch_dist import check_files, load_model
 from fusemega.errors import UserError
 from fusemega.files.integrity import FILE, damaged_files, file_hash, recorded_hashes, write_integrity
+from fusemega.files.owned import mark_scratch
 from fusemega.runtime.parallel import ParallelConfig, initialize
 from fusemega.training.records import COSTS, read_metrics
 from fusemega.training.run import TrainRun
@@ -287,11 +295,33 @@ def test_a_save_leaves_no_process_and_no_unfinished_file(make_run: MakeRun, asyn
     before = psutil.Process().children(recursive=True)
     root = Path(trainer.run.output_dir) / "checkpoints"
     (root / "iter_0000001.1f0a6c2e.tmp").mkdir(parents=True)  # as a killed run leaves them
+    mark_scratch(root / "iter_0000003.1f0a6c2e.tmp")
+    (root / "iter_0000003.1f0a6c2e.tmp" / "out").mkdir()
     (root / f"{TRACKER}.1f0a6c2e.tmp").touch()
     trainer.save()
     trainer.saver.wait()
     assert psutil.Process().children(recursive=True) == before
     assert latest_checkpoint(root) is not None and sorted(os.listdir(root)) == ["iter_0000001", TRACKER]
+
+
+def test_files_of_others_among_the_checkpoints_stay(run: TrainRun, capfd: pytest.CaptureFixture[str]) -> None:
+    root = Path(run.output_dir) / "checkpoints"
+    (root / "iter_mine.tmp").mkdir()
+    theirs = [root / "iter_mine.tmp" / "notes", root / f"{TRACKER}.mine.tmp", root / f"{TRACKER}.1f0a6c2e.tmp"]
+    theirs += [root / "iter_0000002" / "notes", root / "iter_0000004" / "notes"]
+    for path in theirs:
+        path.write_text("mine")
+    remove_leftovers(root)
+    prune_checkpoints(root, keep=1, newest=4, also=None)
+    assert f"{root / 'iter_0000002'}: stays, as its integrity.json does not list notes" in capfd.readouterr().err
+    assert all(path.read_text() == "mine" for path in theirs)
+    make_way(root / "iter_0000004")
+    (aside,) = root.glob("iter_0000004*")
+    assert re.fullmatch(r"iter_0000004\.aside-[0-9a-f]{8}", aside.name) and (aside / "notes").read_text() == "mine"
+    assert f"{root / 'iter_0000004'}: not a checkpoint all of whose files" in capfd.readouterr().err
+    (root / "iter_0000002" / "notes").unlink()
+    make_way(root / "iter_0000002")
+    assert not (root / "iter_0000002").exists()
 
 
 def test_a_writer_that_is_killed(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
