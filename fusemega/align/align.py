@@ -46,7 +46,9 @@ class Aligned:
     frequency_S: np.ndarray | None
 
 
-def check(kind: str, data: Sequence[str], on_bad_row: str, positions: str | None, ties: str | None) -> None:
+def check(
+    kind: str, data: Sequence[str], on_bad_row: str, positions: str | None, ties: str | None, unknown_fields: str
+) -> None:
     """Whether these go together.
 
     Raises:
@@ -54,6 +56,7 @@ def check(kind: str, data: Sequence[str], on_bad_row: str, positions: str | None
     """
     choose("--kind", kind, KINDS)
     choose("--on-bad-row", on_bad_row, ("error", "skip"))
+    choose("--unknown-fields", unknown_fields, ("error", "ignore"))
     if positions is not None:
         choose("--positions", positions, POSITIONS)
         if kind not in _COUNTED:
@@ -77,12 +80,13 @@ def align(
     positions: str | None = None,
     ties: str | None = None,
     workers: int | None = None,
+    unknown_fields: str = "error",
 ) -> Aligned:
     """A map from the ids of the tokenizer at `source` to those of the one at `target`.
 
     Args:
         data: files of rows, as `data.path` of a run file; needed by the kinds that count, else for coverage only.
-        seq_length, on_bad_row: as `data.seq_length` and `data.on_bad_row`.
+        seq_length, on_bad_row, unknown_fields: as in `data:` of a run file.
         positions: which tokens count as a pair: those that end at the same byte, or those on one step of the published
             path. By default what the kind is defined with.
         ties: which of equally near tokens `mined` takes.
@@ -91,9 +95,10 @@ def align(
     Raises:
         UserError: as `check`; a tokenizer or data that cannot be used.
     """
-    check(kind, data, on_bad_row, positions, ties)
+    check(kind, data, on_bad_row, positions, ties, unknown_fields)
     begun = time.monotonic()
     rows = {"path": list(data), "seq_length": seq_length, "on_bad_row": on_bad_row}
+    rows["unknown_fields"] = unknown_fields
     config = DataConfig.model_validate(rows) if data else None
     tokenizers = Tokenizer.load(source), Tokenizer.load(target)
     source_vocabulary, target_vocabulary = vocabularies = Vocabulary.of(tokenizers[0]), Vocabulary.of(tokenizers[1])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -50,15 +49,21 @@ def count_pairs(
             f"none of {len(target)} samples is a sample of both tokenizers: documents longer than seq_length are cut "
             "at different bytes, so raise data.seq_length"
         )
-    context = partial(_Corpus, source.folder, target.folder, strings if by == "dtw" else None, pad_to)
+    context = partial(_Corpus, source, target, strings if by == "dtw" else None, pad_to)
     return merged(map_pairs(_count, context, pairs, "counting", workers))
 
 
 class _Corpus:
     """What a process keeps open."""
 
-    def __init__(self, source: Path, target: Path, strings: tuple[Strings, Strings] | None, pad_to: int) -> None:
-        self.source, self.target = TokenizedDataset(source), TokenizedDataset(target)
+    def __init__(
+        self,
+        source: TokenizedDataset,
+        target: TokenizedDataset,
+        strings: tuple[Strings, Strings] | None,
+        pad_to: int,
+    ) -> None:
+        self.source, self.target = source, target
         self.strings, self.pad_to = strings, pad_to
 
     def pairs(self, source: Sample, target: Sample) -> tuple[np.ndarray, np.ndarray]:

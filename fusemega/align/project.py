@@ -130,7 +130,7 @@ def _project_all(
         missing = [pair for key, pair in reversed(distinct.items()) if key not in writer]
         if len(missing) < len(distinct):
             say(f"{len(distinct) - len(missing)} samples are in {folder} already")
-        context = partial(_Work, source.data.folder, target.data.folder, source.store.path, target.store.path, aligner)
+        context = partial(_Work, source.data, target.data, source.store.path, target.store.path, aligner)
         for rows, kinds in map_pairs(_project, context, missing, "projected", run.workers):
             counts += kinds
             for key, row in rows:
@@ -188,8 +188,10 @@ def _with_rows(run: ProjectRun, source: _Model, target: _Model) -> list[Pair]:
 class _Work:
     """What a process keeps open."""
 
-    def __init__(self, source_data: Path, target_data: Path, source: Path, target: Path, aligner: Aligner) -> None:
-        self.source_data, self.target_data = TokenizedDataset(source_data), TokenizedDataset(target_data)
+    def __init__(
+        self, source_data: TokenizedDataset, target_data: TokenizedDataset, source: Path, target: Path, aligner: Aligner
+    ) -> None:
+        self.source_data, self.target_data = source_data, target_data
         self.source, self.target, self.aligner = Store.open(source), Store.open(target), aligner
 
 

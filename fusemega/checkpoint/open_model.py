@@ -20,6 +20,7 @@ from fusemega.errors import UserError
 from fusemega.files.output import on_main
 from fusemega.models.build import GPT, build_model
 from fusemega.models.registry import family_of
+from fusemega.models.rope import longest_text
 from fusemega.models.stages import check_layout, stage_layers
 from fusemega.runtime.console import global_rank, say
 from fusemega.runtime.parallel import ParallelConfig, World
@@ -95,6 +96,16 @@ class ModelSource:
     def folder(self) -> MegatronFolder | HFFolder:
         """The open folder of the weights."""
         return self._source
+
+    def note_length(self, seq_length: int) -> None:
+        """Says where samples can be longer than what the model's positions are meant for: rope computes them all the
+        same, and every family here has rope."""
+        longest = longest_text(self.hf_config)
+        if seq_length > longest:
+            say(
+                f"{self.config.load}: data.seq_length is {seq_length}, and the model is made for texts of up to "
+                f"{longest} tokens (max_position_embeddings, with rope scaling): beyond, it never was trained"
+            )
 
     def plan_reads(self) -> list[RankReads]:
         """What each model-parallel rank would read of the weights. Reads none of them."""

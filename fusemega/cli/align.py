@@ -31,6 +31,9 @@ def command(
     ] = None,  # fmt: skip
     seq_length: Annotated[int, typer.Option(min=2, help="Tokens of the windows that documents are cut into.")] = 2048,
     on_bad_row: Annotated[str, typer.Option(help="error (stop at an unusable row) or skip (count it).")] = "error",
+    unknown_fields: Annotated[
+        str, typer.Option(help="What a field of unknown meaning does in --data: error, or ignore (it is counted).")
+    ] = "error",
     positions: Annotated[
         str | None,
         typer.Option(
@@ -61,14 +64,16 @@ def command(
     from fusemega.report.page import check_out
     from fusemega.runtime.console import say
 
-    check(kind, data or [], on_bad_row, positions, ties)
+    check(kind, data or [], on_bad_row, positions, ties, unknown_fields)
     VocabularyMap.check_replaceable(out)
     with ExitStack() as held:
         held.enter_context(locked(out))
         if report is not None:
             check_out(report, [out])
             held.enter_context(locked(report))
-        made = align(source, target, kind, data or [], seq_length, on_bad_row, positions, ties, workers)
+        made = align(
+            *(source, target, kind, data or [], seq_length, on_bad_row, positions, ties, workers, unknown_fields)
+        )
         if made.map.source == made.map.target:
             say(f"{source} and {target} are the same tokenizer: rows of the one are rows of the other without any map")
         made.map.save(out)

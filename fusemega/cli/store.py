@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fusemega.errors import UserError
+from fusemega.errors import UserError, choose
 from fusemega.runtime.console import tell
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ def verify(
         str | None, typer.Option(help="File, folder or glob: must every sample of it have its row?")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="The scorer's folder or hub id, to read --data with.")] = None,
+    unknown_fields: Annotated[
+        str, typer.Option(help="What a field of unknown meaning does in --data: error, or ignore (it is counted).")
+    ] = "error",
 ) -> None:
     """Read every row of the store PATH: checksums, and whether it is a distribution over the scorer's vocabulary.
 
@@ -71,11 +74,12 @@ def verify(
     """
     if (data is None) != (tokenizer is None):
         raise UserError("store verify: --data and --tokenizer belong together")
+    choose("--unknown-fields", unknown_fields, ("error", "ignore"))
     from fusemega.store import Store
     from fusemega.store.verify import coverage, verify_rows
 
     store = Store.open(path)
-    samples = None if data is None or tokenizer is None else _samples(store, data, tokenizer)
+    samples = None if data is None or tokenizer is None else _samples(store, data, tokenizer, unknown_fields)
     found = {"path": str(path), "rows": verify_rows(store)}
     if samples is None:
         typer.echo(json.dumps(found))
@@ -86,7 +90,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _samples(store: Store, data: str, tokenizer: str) -> TokenizedDataset:
+def _samples(store: Store, data: str, tokenizer: str, unknown_fields: str) -> TokenizedDataset:
     """The data's samples, in the scorer's windows."""
     from fusemega.assets import cache_folder
     from fusemega.text.data import DataConfig
@@ -96,5 +100,6 @@ def _samples(store: Store, data: str, tokenizer: str) -> TokenizedDataset:
 
     loaded = Tokenizer.load(tokenizer)
     store.check({"tokenizer": loaded.content_hash, "template": loaded.template_hash, "mask_policy": MASK_POLICY})
-    config = DataConfig(path=data, seq_length=store.manifest.truncation)
-    return prepare(config, loaded, cache_folder() / "data", vocab_size=store.manifest.vocab_size)
+    rows = {"path": data, "seq_length": store.manifest.truncation, "unknown_fields": unknown_fields}
+    config = DataConfig.model_validate(rows)
+    return prepare(config, loaded, cache_folder() / "data", vocab_size=store.manifest.vocab_size, progress=True)

@@ -67,6 +67,16 @@ def rope_parameters(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def longest_text(hf_config: Mapping[str, Any]) -> int:
+    """Positions up to which a model's rope is meant to be used, its scaling included.
+
+    Configurations with llama3's scaling give the scaled length, those with linear scaling the length before it.
+    """
+    longest = int(hf_config.get("max_position_embeddings") or 2048)
+    parameters = rope_parameters(hf_config)
+    return math.floor(longest * max(1.0, parameters["factor"])) if parameters["rope_type"] == "linear" else longest
+
+
 def inverse_frequencies(parameters: Mapping[str, Any], head_dim: int) -> torch.Tensor:
     """Inverse frequencies, float32 [head_dim / 2], of `rope_parameters`' result.
 

@@ -77,6 +77,7 @@ class FusionRecipe(Section):
     model: dict[str, Any] = Field({}, description="of every run file, without `load`")
     parallel: ParallelConfig = ParallelConfig()
     data: str = Field(description="JSONL of conversations or texts")
+    unknown_fields: Literal["error", "ignore"] = Field("error", description="as data.unknown_fields of a run file")
     seq_length: int = Field(2048, ge=2, description="documents are split so that each part fits under every tokenizer")
     held_out: str | None = Field(None, description="JSONL to measure on; left out: nothing is measured")
     teach: TeachSection = TeachSection()
@@ -111,7 +112,7 @@ class Recipe:
         self.stages = Stages(self.folder, recipe.nproc)
         self.parallel = recipe.parallel.model_dump(exclude_defaults=True)
         self.text = str(self.folder / "data.jsonl")
-        self.data = {"path": self.text, "seq_length": recipe.seq_length}
+        self.data = self._rows(self.text)
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not finished yet; returns what summary.json holds.
@@ -157,6 +158,8 @@ class Recipe:
         command = ["align", source, self.recipe.target, str(out), "--kind", self.recipe.align.kind]
         if self.recipe.align.kind.startswith("ms"):
             command += ["--data", self.text]
+            if self.recipe.unknown_fields != "error":
+                command += ["--unknown-fields", self.recipe.unknown_fields]
         self.stages.run(f"align-{name}", command, lambda: self.stages.tool(*command), (out,))
         return str(out)
 
@@ -192,12 +195,17 @@ class Recipe:
         if self.recipe.held_out is None:
             return None
         output = self.folder / f"eval-{name}.json"
-        data = {"path": self.recipe.held_out, "seq_length": self.recipe.seq_length}
+        data = self._rows(self.recipe.held_out)
         run = {"model": self._model(model), "parallel": self.parallel, "data": data, "output": str(output)}
         stage = f"eval-{name}"
         work = partial(self.stages.command, "eval", stage, run)
         self.stages.run(stage, run, work, (output,), [self.recipe.held_out])
         return float(json.loads(output.read_text(encoding="utf-8"))["bits_per_byte"])
+
+    def _rows(self, path: str) -> dict[str, Any]:
+        unknown = self.recipe.unknown_fields
+        asked = {} if unknown == "error" else {"unknown_fields": unknown}
+        return {"path": path, "seq_length": self.recipe.seq_length, **asked}
 
     def _model(self, load: str) -> dict[str, Any]:
         return {"load": load, **self.recipe.model}

@@ -29,7 +29,9 @@ class PassRun(Section):
 
     def open(self) -> ModelSource:
         """The model, opened and checked; nothing is allocated yet. Raises as `ModelSource`."""
-        return ModelSource(self.model, self.parallel, environment_rank()[1])
+        source = ModelSource(self.model, self.parallel, environment_rank()[1])
+        source.note_length(self.data.seq_length)
+        return source
 
     def row_shape(self, source: ModelSource) -> RowShape:
         """Packed rows of `data.seq_length` tokens."""

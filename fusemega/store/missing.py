@@ -41,8 +41,6 @@ def why_missing(store: Store, dataset: TokenizedDataset, i: int) -> str:
 
 def _document(dataset: TokenizedDataset, i: int) -> Document | None:
     """The document that sample `i` is of; None where its rows cannot be read any more."""
-    if dataset.config is None:
-        return None
     file, number = dataset.place(i)
     for row in Source(dataset.config).rows():
         if (row.file, row.number) == (file, number):

@@ -24,7 +24,8 @@ from fusemega.files.opening import MIB, open_regular, refuse_special_files, requ
 from fusemega.files.parquet_files import read_parquet
 from fusemega.text.document import BadRow
 
-_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_ARRAYS = (".json", ".json.gz")  # may be one array of rows
+_LINES = (*_ARRAYS, ".jsonl", ".jsonl.gz")
 _BUILDERS = {".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 _SUFFIXES = (*_LINES, ".parquet", *_BUILDERS)
 # Words of a file's path that say its split, as `datasets` reads them.
@@ -49,7 +50,11 @@ class DataConfig(Section):
 
     path: str | list[str] = Field(description="file, folder, glob or `datasets` hub name; or a list of the first three")
     name: str | None = Field(None, description="the hub data set's configuration, where it has several")
-    split: str = Field("train", description="of a hub or saved data set, or of a folder whose files' names say theirs")
+    split: str | None = Field(
+        None,
+        description="of a hub or saved data set, or of a folder or glob whose files' names say theirs (left out: "
+        "train, and of a glob all, if that is one); files that are named are read whole",
+    )
     seq_length: int = Field(2048, ge=2, description="tokens in a row; longer documents are cut into windows of it")
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip and count it")
     unknown_fields: Literal["error", "ignore"] = Field(
@@ -81,20 +86,25 @@ class Source:
             self._dataset, self.names = _load_hub(paths[0], config), [paths[0]]
             return
         if len(paths) == 1 and _is_saved(Path(paths[0])):
-            self._dataset, self.names = _load_saved(Path(paths[0]), config.split), [paths[0]]
+            self._dataset, self.names = _load_saved(Path(paths[0]), config.split or "train"), [paths[0]]
+            self._files = [Path(part["filename"]) for part in self._dataset.cache_files]
             return
         for path in paths:
             self._files += _expand(path, config.split)
         self.names = [str(path) for path in self._files]
 
     def content_hash(self) -> str:
-        """Hex digest of everything that decides the rows: the files' bytes, or the data set's fingerprint."""
+        """Hex digest of everything that decides the rows: the files' kinds and bytes, in order, wherever they lie and
+        whatever they are called; a hub data set's fingerprint."""
         digest = hashlib.blake2b(digest_size=16)
-        if self._dataset is not None:
+        if self._dataset is not None and not self._files:
             digest.update(self._dataset._fingerprint.encode())
+        elif self._dataset is not None:
+            digest.update(str(self._dataset.features).encode())
         for path in self._files:
+            kind = max((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), key=len, default="")
             with open_regular(path) as file:
-                digest.update(b"\0%d\0" % os.fstat(file.fileno()).st_size)
+                digest.update(b"\0%s %d\0" % (kind.encode(), os.fstat(file.fileno()).st_size))
                 while block := file.read(1 << 22):
                     digest.update(block)
         return digest.hexdigest()
@@ -108,6 +118,7 @@ class Source:
         if self._dataset is not None:
             for number, value in enumerate(self._dataset, start=1):
                 yield Row(0, number, value)
+            return
         for index, path in enumerate(self._files):
             try:
                 for number, value in _read(path):
@@ -128,7 +139,7 @@ def _load_hub(name: str, config: DataConfig) -> Any:
     import datasets  # slow to import, and needed only here
 
     try:
-        return datasets.load_dataset(name, config.name, split=config.split)
+        return datasets.load_dataset(name, config.name, split=config.split or "train")
     except Exception as error:  # the hub client raises many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"data.path: {name!r} is no file here, and no data set could be loaded: {lines[0]}") from error
@@ -146,7 +157,7 @@ def _load_saved(path: Path, split: str) -> Any:
     return loaded[choose(f"{path}: data.split", split, loaded)] if isinstance(loaded, dict) else loaded
 
 
-def _expand(path: str, split: str) -> list[Path]:
+def _expand(path: str, split: str | None) -> list[Path]:
     """The files that a file, folder or glob stands for, sorted."""
     place = Path(path)
     if place.is_dir():
@@ -155,27 +166,56 @@ def _expand(path: str, split: str) -> list[Path]:
         files = sorted(place / file for file in shown if file.name not in _ABOUT and (place / file).is_file())
         if not files:
             raise UserError(f"{path}: the folder holds no data file ({', '.join(_SUFFIXES)})")
-        return _of_split(place, files, split)
-    files = [place] if place.is_file() else sorted(Path(hit) for hit in glob.glob(path, recursive=True))
+        return _of_split(place, files, split or "train")
+    named = place.is_file()
+    files = [place] if named else sorted(Path(hit) for hit in glob.glob(path, recursive=True))
     if not files:
         siblings = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
         raise UserError(f"{path}: no such data file{nearest(place.name, siblings)}")
     for file in files:
         if not file.name.endswith(_SUFFIXES):
             raise UserError(f"{file}: unknown kind of data file; allowed: {', '.join(_SUFFIXES)}")
-    return files
+    if named:
+        _check_named(place, split)
+        return files
+    return _of_glob(path, files, split)
+
+
+def _check_named(file: Path, split: str | None) -> None:
+    """A file that is named is read whole: what `split` says of it may not be anything else."""
+    says = _splits_in(Path(file.name)) or {"train"} | _splits_in(Path(file.parent.name, "x"))
+    if split is not None and _SPLITS.get(split, split) not in says:
+        raise UserError(
+            f"{file}: a file that is named in data.path is read whole, and its name does not say that it is of "
+            f"data.split: {split}; leave data.split out, or give the folder of the files"
+        )
+
+
+def _of_glob(path: str, files: list[Path], split: str | None) -> list[Path]:
+    """All that it hits where that is of one split; else those of `split`, which has to be said."""
+    base = Path(re.split(r"[*?[]", path)[0] + "x").parent
+    names = {frozenset(_splits_in(file.relative_to(base))) for file in files}
+    if len(names) == 1 and split is None:
+        return files
+    if split is None:
+        found = ", ".join(sorted({name for some in names for name in some}))
+        raise UserError(f"{path}: hits files of several splits ({found}); say which one with data.split")
+    return _of_split(base, files, split)
+
+
+def _splits_in(file: Path) -> set[str]:
+    """The splits that a path's words say; a library that writes shards names the split, whatever words are in that."""
+    if shard := _SHARD.match(file.name):
+        return {_SPLITS.get(shard[1], shard[1])}
+    words = re.split("[^a-z0-9]+", str(file).lower().removesuffix("".join(file.suffixes).lower()))
+    return {_SPLITS[word] for word in words if word in _SPLITS}
 
 
 def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     """The files of `split`: all of them are "train" where no name says another split."""
     found: dict[str, list[Path]] = {}
     for file in files:
-        inner = file.relative_to(folder)
-        if shard := _SHARD.match(file.name):  # the library that wrote it names the split, whatever words are in that
-            names = {_SPLITS.get(shard[1], shard[1])}
-        else:
-            words = re.split("[^a-z0-9]+", str(inner).lower().removesuffix("".join(file.suffixes).lower()))
-            names = {_SPLITS[word] for word in words if word in _SPLITS} or {""}
+        names = _splits_in(file.relative_to(folder)) or {""}
         if len(names) > 1:
             raise UserError(
                 f"{file}: its name says several splits ({', '.join(sorted(names))}); give files in data.path"
@@ -212,7 +252,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     """One row a line, blank ones at the end left out; a `.json` file may instead be one array of rows."""
     with open_regular(path) as raw:
         file: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        if ".json" in path.suffixes and _begins_with_bracket(file):
+        if path.name.endswith(_ARRAYS) and _begins_with_bracket(file):
             file.seek(0)
             yield from enumerate(_array(path, file.read(_ARRAY_BYTES + 1)), start=1)
             return

@@ -9,9 +9,10 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
+from fusemega.runtime.console import say
 from fusemega.text.chat import ChatRenderer, Rendered, render_text
 from fusemega.text.data import DataConfig, Row, Source
 from fusemega.text.document import BadRow, Chat, Document, NotLearnt, canonical, parse
@@ -26,7 +28,7 @@ from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 
-_FORMAT = 4  # raise when the meaning of a cached file changes
+_FORMAT = 5  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
 _COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value a token
 _INDEX = np.dtype([("offset", "<i8"), ("num_bytes", "<i8"), ("file", "<i8"), ("row", "<i8"), ("key", "u1", 16)])
@@ -36,26 +38,28 @@ _NO_TARGET = "window without supervised tokens"
 class TokenizedDataset:
     """Samples by index, from a folder that `prepare` wrote; arrays are views of memory-mapped files.
 
+    Pickled, it is its folder's name and those of the files.
+
     Attributes:
-        config: what was read; None where only the folder is known.
+        config: what was read.
         lengths: int64 [len(self)], tokens of each sample.
         num_supervised: supervised tokens of all samples.
         skipped: reason -> number of rows skipped, and of windows dropped for having no target.
         ignored: name -> number of unknown fields that were left out (`data.unknown_fields: ignore`).
     """
 
-    def __init__(self, folder: Path, config: DataConfig | None = None) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, names: Sequence[str], config: DataConfig) -> None:
+        """`names`: of the files that hold the rows, by `Row.file`; the folder, which goes by contents, has none."""
+        self.folder, self.config, self._names = folder, config, names
         try:
             meta = read_json(folder / "meta.json")
-            if missing := {"names", "skipped", "num_supervised", "num_tokens", "ignored"} - meta.keys():
+            if missing := {"skipped", "num_supervised", "num_tokens", "ignored"} - meta.keys():
                 raise UserError(f"meta.json has no {min(missing)}")
             self._index: np.ndarray = np.load(folder / "index.npy", mmap_mode="r")
             if self._index.dtype != _INDEX or self._index.ndim != 1:
                 raise UserError("index.npy is no index")
         except (OSError, ValueError, UserError) as error:
             raise UserError(f"{folder}: damaged data cache, delete the folder: {error}") from None
-        self._names: list[str] = meta["names"]
         self.skipped: dict[str, int] = meta["skipped"]
         self.ignored: dict[str, int] = meta["ignored"]
         self.num_supervised: int = meta["num_supervised"]
@@ -68,6 +72,9 @@ class TokenizedDataset:
                 raise UserError(f"{path}: damaged data cache ({expected} bytes expected), delete its folder")
             self._columns[name] = np.memmap(path, dtype=dtype, mode="r")
         self.lengths: np.ndarray = np.diff(self._offsets)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenizedDataset, (self.folder, self._names, self.config)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -113,12 +120,13 @@ def prepare(
 ) -> TokenizedDataset:
     """The data set's samples, from the cache or tokenized now.
 
-    The cached folder's name is a hash of the data's content, the tokenizer, the template and the settings; it
-    appears whole or not at all. With several ranks, call it on one, wait, then call it on the others.
+    The cached folder's name is a hash of the data's content (not of the files' names or places), the tokenizer, the
+    template and the settings; it appears whole or not at all. With several ranks, call it on one, wait, then call it
+    on the others.
 
     Args:
         vocab_size: the model's; ids beyond it make a row bad. None: not checked.
-        progress: show rows done on stderr, where that is a terminal.
+        progress: show rows done on stderr, where that is a terminal, and say there once what was left out.
 
     Raises:
         UserError: an unreadable file; a bad row under `on_bad_row: error` ("file:row: ..."); no usable sample.
@@ -127,17 +135,33 @@ def prepare(
     identity = {
         "format": _FORMAT,
         "content": source.content_hash(),
-        "names": source.names,
         "tokenizer": tokenizer.content_hash,
         "template": tokenizer.template_hash,
-        "config": config.model_dump(exclude={"path"}),
+        "config": config.model_dump(exclude={"path", "name", "split"}),  # the content says which
         "vocab_size": vocab_size,
     }
     fingerprint = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(cache_dir) / fingerprint
     if not folder.is_dir():
         _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size), progress)
-    return TokenizedDataset(folder, config)
+    dataset = TokenizedDataset(folder, source.names, config)
+    if progress:
+        _say_left_out(tuple(source.names), dataset)
+    return dataset
+
+
+_SAID: set[str] = set()
+
+
+def _say_left_out(names: tuple[str, ...], dataset: TokenizedDataset) -> None:
+    """Once a process, however many tokenizers read the same rows."""
+    fields = [f"left out the field {name!r} {count} times" for name, count in dataset.ignored.items()]
+    rows = [f"skipped {count} ({reason})" for reason, count in dataset.skipped.items()]
+    for found in (fields, rows):
+        line = f"{names[0]}{', ...' if len(names) > 1 else ''}: {'; '.join(found)}"
+        if found and line not in _SAID:
+            _SAID.add(line)
+            say(line)
 
 
 class _Tokenize:
@@ -241,7 +265,6 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
         raise UserError(f"{', '.join(source.names)}: no usable sample ({counts})")
     np.save(partial / "index.npy", np.array(index, dtype=_INDEX))
     meta = {
-        "names": source.names,
         "num_tokens": num_tokens,
         "num_supervised": num_supervised,
         "skipped": dict(sorted(tokenize.skipped.items())),

@@ -53,11 +53,13 @@ class Checked:
         if run.training.wandb_project is not None:
             require_wandb()
         source = ModelSource(run.model, run.parallel, world_size)
+        source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
         teacher = None
         if isinstance(objective, OnlineObjective):
             teacher = open_teacher(objective.teacher, run.parallel, world_size, source)
+            teacher.note_length(run.data.seq_length)
         return cls(run, source, objective, teacher)
 
 
@@ -186,10 +188,8 @@ def _write_record(output: Path, run: TrainRun, finished: bool) -> None:
 def _summary(trainer: Trainer, kernels: Kernels) -> str:
     world, dataset = trainer.world, trainer.data.dataset
     layout = f"{world.layout} x DP {world.dp_size}"
-    skipped = "".join(f"; skipped {count} ({reason})" for reason, count in dataset.skipped.items())
-    skipped += "".join(f"; left out the field {name!r} {count} times" for name, count in dataset.ignored.items())
     start = f"resuming after iteration {trainer.iteration}" if trainer.iteration else "starting"
     return (
         f"{start} of {trainer.train_iters} | {layout} | {trainer.run.model.dtype}, {kernels} | "
-        f"{len(dataset)} samples, {int(dataset.lengths.sum())} tokens, {dataset.num_supervised} supervised{skipped}"
+        f"{len(dataset)} samples, {int(dataset.lengths.sum())} tokens, {dataset.num_supervised} supervised"
     )

@@ -70,6 +70,8 @@ def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[s
     mined = VocabularyMap.load("mined.npz")
     assert mined.kind == "mined"
     run(capsys, "ties.npz", "--kind", "mined", "--ties", "cooccurrence", "--data", "data.jsonl", "--on-bad-row", "skip")
+    Path("more.jsonl").write_text(json.dumps({"text": CORPUS[0], "origin": "x"}) + "\n")
+    assert run(capsys, "exact.npz", "--data", "more.jsonl", "--unknown-fields", "ignore")["corpus_tokens"] > 0
     changed = np.flatnonzero(VocabularyMap.load("ties.npz").table_S != mined.table_S)
     assert len(changed) and set(changed) <= set(ids)
 

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from fusemega.errors import UserError
 from fusemega.models.llama import Llama
 from fusemega.models.registry import family_of
-from fusemega.models.rope import rope_parameters
+from fusemega.models.rope import longest_text, rope_parameters
 from fusemega.models.rules import volume
 
 CONFIG: dict[str, Any] = {
@@ -107,6 +107,19 @@ def test_frequencies_equal_those_of_transformers(rope: dict[str, Any]) -> None:
     wanted = LlamaRotaryEmbedding(hf)
     assert wanted.attention_scaling == 1.0
     assert torch.equal(Llama().inv_freq(config), wanted.inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({}, 8192),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 32768),
+        ({"rope_scaling": LLAMA3, "max_position_embeddings": 131072}, 131072),
+        ({"max_position_embeddings": None}, 2048),
+    ],
+)
+def test_the_longest_text_is_after_scaling(rope: dict[str, Any], longest: int) -> None:
+    assert longest_text(CONFIG | {"max_position_embeddings": 8192} | rope) == longest
 
 
 def test_a_theta_inside_the_mapping_wins_over_one_beside_it() -> None:

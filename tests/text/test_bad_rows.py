@@ -111,6 +111,17 @@ def test_unknown_fields_are_counted_where_asked(tmp_path: Path) -> None:
         prepare(config, byte_level(), tmp_path / "cache")
 
 
+def test_what_is_left_out_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By whichever command reads the rows, and for whichever of its tokenizers."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(GOOD | {"origin": "x"}) + "\n" + json.dumps(GOOD | {"origin": "y"}) + "\n{}\n")
+    config = DataConfig(path=str(file), unknown_fields="ignore", on_bad_row="skip")
+    for tokenizer in (byte_level(), byte_level(), byte_level("llama3")):
+        prepare(config, tokenizer, tmp_path / "cache", progress=True)
+    said = capsys.readouterr().err
+    assert said == f"{file}: left out the field 'origin' 2 times\n{file}: skipped 1 (empty)\n"
+
+
 def test_an_id_beyond_the_vocabulary(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"text": "hello"}) + "\n" + json.dumps({"text": "é"}) + "\n", encoding="utf-8")

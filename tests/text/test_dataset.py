@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -112,6 +114,44 @@ def test_the_cache_is_used_and_rebuilt_when_anything_changes(tmp_path: Path) -> 
     assert set(cache.iterdir()) == folders  # nothing partial is left
 
 
+def test_the_cache_goes_by_contents_and_messages_by_the_names_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, cache = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "cache"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "train-copy.jsonl").write_bytes(file.read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(file)
+    spellings = [str(file), "rows.jsonl", "./elsewhere/../rows.jsonl", "link.jsonl", "elsewhere/train-copy.jsonl"]
+    configs = [DataConfig(path=path) for path in spellings]
+    configs += [DataConfig(path=spellings[-1], split="train"), DataConfig(path="elsewhere")]
+    made = [prepare(config, byte_level(), cache) for config in configs]
+    assert {dataset.folder for dataset in made} == set(cache.iterdir()) and len(set(cache.iterdir())) == 1
+    named = [str(Path(path)) for path in spellings] + 2 * ["elsewhere/train-copy.jsonl"]
+    assert [dataset[3].source for dataset in made] == [f"{name}:4" for name in named]
+    assert pickle.loads(pickle.dumps(made[1]))[3].source == "rows.jsonl:4"
+    # The same bytes are other rows as another kind of file, or as two files.
+    Path("rows.txt").write_bytes(file.read_bytes())
+    for path in ("rows.txt", [str(file), "link.jsonl"]):
+        prepare(DataConfig(path=path), byte_level(None if path == "rows.txt" else "chatml"), cache)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_saved_data_set_goes_by_its_contents(tmp_path: Path) -> None:
+    """Not by what it says of itself."""
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset.from_list(ROWS[:-1]).save_to_disk(str(tmp_path / "other"))
+    first = prepare(DataConfig(path=str(tmp_path / "saved")), byte_level(), tmp_path / "cache")
+    shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+    copied = prepare(DataConfig(path=str(tmp_path / "copy")), byte_level(), tmp_path / "cache")
+    assert copied.folder == first.folder and copied[0].source == f"{tmp_path / 'copy'}:1"
+    name = next((tmp_path / "copy").glob("*.arrow")).name
+    shutil.copy(next((tmp_path / "other").glob("*.arrow")), tmp_path / "copy" / name)
+    assert len(prepare(DataConfig(path=str(tmp_path / "copy")), byte_level(), tmp_path / "cache")) == len(ROWS) - 1
+
+
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     config = DataConfig(path=str(write(tmp_path / "rows.jsonl", ROWS)))
     folder = prepare(config, byte_level(), tmp_path / "cache").folder
@@ -213,3 +253,45 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
     others = "test, train, train_gen, train_sft, validation"
     with pytest.raises(UserError, match=f"rows.jsonl: its name says no split, others in .* do .{others}"):
         names("train")
+
+
+def test_files_that_are_named_are_of_no_other_split(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "data"
+    tmp_path.mkdir()
+    for name in ("rows.jsonl", "test.jsonl", "train.jsonl", "train_sft-00000-of-00001.jsonl"):
+        write(tmp_path / name, ROWS)
+
+    def names(path: str | list[str], split: str | None = None) -> list[str]:
+        paths = [str(tmp_path / part) for part in ([path] if isinstance(path, str) else path)]
+        return [Path(name).name for name in Source(DataConfig(path=paths, split=split)).names]
+
+    # Read whole, whatever their names say: they have been named.
+    assert names("test.jsonl") == ["test.jsonl"]
+    assert names(["test.jsonl", "train.jsonl"]) == ["test.jsonl", "train.jsonl"]
+    # A split beside them is what their names say, or the one that a file without splits has.
+    assert names("test.jsonl", "test") == names("test.jsonl", "eval") == ["test.jsonl"]
+    assert names("rows.jsonl", "train") == ["rows.jsonl"]
+    assert names("train_sft-00000-of-00001.jsonl", "train_sft") == ["train_sft-00000-of-00001.jsonl"]
+    for file, split in (
+        ("test.jsonl", "train"),
+        ("rows.jsonl", "test"),
+        ("rows.jsonl", "typo"),
+        ("train_sft-00000-of-00001.jsonl", "train"),
+    ):
+        with pytest.raises(UserError, match=f"{file}: a file that is named in data.path is read whole.* {split};"):
+            names(file, split)
+    with pytest.raises(UserError, match=r"test.jsonl: a file that is named"):
+        names(["train.jsonl", "test.jsonl"], "train")
+    # A glob names no file: of those of several splits it has to be said which are meant.
+    assert names("te*.jsonl") == ["test.jsonl"] and names("r*.jsonl") == ["rows.jsonl"]
+    assert names("t*t*.jsonl", "test") == ["test.jsonl"]
+    with pytest.raises(UserError, match=r"t\*.jsonl: hits files of several splits \(test, train, train_sft\)"):
+        names("t*.jsonl")
+    assert names("t*.jsonl", "train_sft") == ["train_sft-00000-of-00001.jsonl"]
+    with pytest.raises(UserError, match="its name says no split"):
+        names("*.jsonl", "train")
+    with pytest.raises(UserError, match="data.split: unknown name 'validation'; allowed: test"):
+        names("te*.jsonl", "validation")
+    (tmp_path / "test").mkdir()
+    write(tmp_path / "test" / "rows.jsonl", ROWS)
+    assert names("test/rows.jsonl", "test") == ["rows.jsonl"], "its folder's name says it"

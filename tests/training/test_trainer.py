@@ -233,6 +233,16 @@ def test_dry_run_checks_and_writes_nothing(make_run: MakeRun, tmp_path: Path) ->
         describe(make_run(parallel={"pipeline_model_parallel_size": 2}), 3)
 
 
+def test_rows_longer_than_the_model_is_made_for_are_said_once(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    describe(make_run(data={"seq_length": 512}), 1)
+    assert "made for texts" not in capsys.readouterr().err
+    describe(make_run(data={"seq_length": 513}), 1)
+    said = capsys.readouterr().err
+    assert said.count("data.seq_length is 513, and the model is made for texts of up to 512 tokens") == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
