@@ -15,7 +15,7 @@ TABLE: list[Bad] = [
     _t("a template that writes much", TRAIN, "data.jsonl:1: model: its chat template makes more than", put(TEMPLATE, "{% for i in range(99999) %}0123456789{% endfor %}")),
     _t("a named template that needs memory", TRAIN, "model: its chat template needs more than", gone(TEMPLATE), key(SETTINGS, "chat_template", [{"name": "default", "template": _HUGE}])),
     _t("a map of a template that needs memory", "align model sharded new.npz", "model: its chat template needs more than", put(TEMPLATE, _HUGE)),
-    _d("unknown fields, aligned", "align model sharded new.npz --data data.jsonl", "data.jsonl:1: the row has origin, which might change its meaning", rows({"text": "a", "origin": "x"})),
+    _d("unknown fields, aligned", "align model sharded new.npz --data data.jsonl", "data.jsonl:2: the row has origin, which might change its meaning", rows({"text": "a", "origin": "x"})),
     _d("unknown fields to be kept, aligned", "align model sharded new.npz --data data.jsonl --unknown-fields keep", "--unknown-fields: unknown name 'keep'; allowed: error, ignore"),
     _d("unknown fields, verified", "store verify store --tokenizer model --data data.jsonl --unknown-fields keep", "--unknown-fields: unknown name 'keep'; allowed: error, ignore"),
     _d("a named file and a split", TRAIN + " data.split=test", "data.jsonl: a file that is named in data.path is read whole"),
