@@ -41,6 +41,7 @@ from fusemega.losses._head import (
     default_chunk,
     reduce_together,
 )
+from fusemega.losses.topk import largest_ids
 
 
 def _forward_kl(logp_CP: Tensor, logq_CP: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +130,43 @@ def fused_divergence_loss(
         hidden_TH, weight_VH, student, teacher, queries, f, (label_weight, divergence_weight), wanted
     )
     return loss, sums_M
+
+
+@torch.no_grad()
+def compared_sums(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    teacher_hidden_TG: Tensor,
+    teacher_weight_VG: Tensor,
+    labels_T: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int,
+    teacher_softcap: float | None = None,
+) -> Tensor:
+    """fp64 [3]: sums over the tokens of log q_t(y_t), of KL(p_t || q_t), and of where both have the same likeliest id.
+
+    Of equally likely ids the lowest counts. Arguments as of `fused_divergence_loss`; equal on every rank of the group.
+    """
+    chunk = default_chunk(weight_VH, torch.promote_types(hidden_TH.dtype, torch.float32), heads=2)
+    common: dict[str, Any] = {"group": group, "vocab_size": vocab_size, "chunk_tokens": chunk}
+    labels, nothing = Query(labels_T[:, None]), Query(labels_T.new_empty(len(labels_T), 0))
+    student = ChunkedHead(hidden_TH, weight_VH, [labels], softcap=None, **common)
+    teacher = ChunkedHead(teacher_hidden_TG, teacher_weight_VG, [nothing], softcap=teacher_softcap, **common)
+    total = torch.zeros(3, dtype=torch.float64, device=hidden_TH.device)
+    for rows in student.chunks:
+        logits_CV, teacher_CV = student.logits(rows), teacher.logits(rows)
+        same_C1 = largest_ids(logits_CV, 1, student) == largest_ids(teacher_CV, 1, teacher)
+        ((label,), (sums,)), (_, (teacher_sums,)) = reduce_together(
+            [(student, logits_CV, [labels.rows(rows)]), (teacher, teacher_CV, [nothing.rows(rows)])]
+        )
+        kl = logits_CV.new_zeros(logits_CV.shape[0])
+        for panel in student.panels:
+            logp_CP = _log_probs(teacher_CV[:, panel], teacher_sums, 1.0)
+            kl += _forward_kl(logp_CP, _log_probs(logits_CV[:, panel], sums, 1.0))[0].sum(1)
+        kl_C = all_reduced([kl[None]], dist.ReduceOp.SUM, group)[0][0]
+        total += torch.stack([label.logp_TK.double().sum(), kl_C.double().sum(), same_C1.double().sum()])
+    return total
 
 
 class _FusedDivergenceLoss(torch.autograd.Function):

@@ -56,7 +56,7 @@ def top_k_log_probs(
     ids, logps, residuals, labels = [], [], [], []
     for rows in head.chunks:
         logits_CV = head.logits(rows)
-        query = Query(_largest(logits_CV, k, head), temperature, residual=True)
+        query = Query(largest_ids(logits_CV, k, head), temperature, residual=True)
         (result, label), _ = head.reduce(logits_CV, [query, Query(labels_T[rows, None])])
         assert result.log_residual_T is not None
         ids.append(query.ids_TK)
@@ -66,7 +66,7 @@ def top_k_log_probs(
     return torch.cat(ids), torch.cat(logps), torch.cat(residuals), torch.cat(labels)
 
 
-def _largest(logits_CV: Tensor, k: int, head: ChunkedHead) -> Tensor:
+def largest_ids(logits_CV: Tensor, k: int, head: ChunkedHead) -> Tensor:
     """Ids [C, K] of the largest logits over all ranks."""
     values_CK, columns_CK = _local_largest(logits_CV, min(k, logits_CV.shape[1]))
     ids_CK = columns_CK + head.first_id

@@ -15,9 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fusemega.config import Section
-from fusemega.losses.divergence import fused_divergence_loss
+from fusemega.losses.divergence import compared_sums
 from fusemega.losses.registry import TeacherOutput
-from fusemega.losses.topk import top_k_log_probs
 from fusemega.losses.vocab import Query, sparse_log_probs
 from fusemega.models.build import GPT
 from fusemega.runtime.parallel import World
@@ -93,7 +92,12 @@ def evaluate_model(
             )
             sums = rows.logp_TK.double().sum()[None]
         else:
-            sums = _compared(gpt, hidden_NH, batch["teacher"], batch["labels"], world)
+            other: TeacherOutput = batch["teacher"]
+            sums = compared_sums(
+                *(hidden_NH, gpt.head_weight(), other.hidden_NG, other.weight_VG, batch["labels"]),
+                teacher_softcap=other.softcap,
+                **head_settings(gpt, world),
+            )
         return torch.cat([sums.new_tensor([len(batch["labels"]), num_bytes]), sums])
 
     passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world, teacher=reference)
@@ -112,22 +116,3 @@ def evaluate_model(
     if reference is None:
         return Evaluation(**found)
     return Comparison(**found, kl=total[3] / tokens, same_top_1=total[4] / tokens)
-
-
-def _compared(
-    gpt: GPT, hidden_NH: torch.Tensor, reference: TeacherOutput, labels_N: torch.Tensor, world: World
-) -> torch.Tensor:
-    """fp64 [3]: sums of the labels' log-probability, of KL(reference || model), and of equal most probable ids."""
-    weight_VH, settings = gpt.head_weight(), head_settings(gpt, world)
-    _, sums_M = fused_divergence_loss(
-        *(hidden_NH, weight_VH, reference.hidden_NG, reference.weight_VG, labels_N, "forward_kl"),
-        label_weight=1.0,
-        divergence_weight=1.0,
-        teacher_softcap=reference.softcap,
-        **settings,
-    )
-    ours_N1 = top_k_log_probs(hidden_NH, weight_VH, 1, labels_N, **settings)[0]
-    settings |= {"softcap": reference.softcap}
-    theirs_N1 = top_k_log_probs(reference.hidden_NG, reference.weight_VG, 1, labels_N, **settings)[0]
-    nats, kl = sums_M.double()
-    return torch.stack([-nats, kl, (ours_N1 == theirs_N1).sum().double()])
