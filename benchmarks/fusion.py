@@ -22,13 +22,16 @@ from typing import Any
 
 from fusemega.assets import domain_data, smollm2
 from fusemega.assets_tokenizers import tokenizer
-from fusemega.recipes.arms import CUT_LAYERS, cut_middle, evaluate_here
+from fusemega.recipes.arms import cut, evaluate_here
 from fusemega.recipes.stages import Stages
 
 DOMAINS = ("maths", "encyclopedia")
 SEQ_LENGTH, HELD_OUT_ROWS = 512, 24
 FINETUNE_ROWS = {"maths": 1000, "encyclopedia": 1000}  # the first ones; the target's text comes after them
 TP, PP = 3, 2
+# Of the ten consecutive layers that could go, the middle ones hurt least (cross-entropy 1.96 -> 4.89 nats on eight
+# training conversations; 5.41 without layers 4 to 13, 9.63 without 16 to 25).
+CUT_LAYERS = range(12, 22)
 
 
 def write_data(target: Path, folder: Path, tokens: int) -> dict[str, int]:
@@ -88,7 +91,7 @@ def main() -> None:
     stages = Stages(work, TP * PP)
     source, vocabulary, target = str(smollm2()), str(tokenizer("mistral_v3")), work / "target"
 
-    stages.run("cut", list(CUT_LAYERS), partial(cut_middle, source, work / "cut"), (work / "cut",))
+    stages.run("cut", list(CUT_LAYERS), partial(cut, source, work / "cut", CUT_LAYERS), (work / "cut",))
     move = ("transplant", str(work / "cut"), str(target), "--tokenizer", vocabulary)
     stages.run("transplant", move, lambda: stages.tool(*move), (target,))
     data = work / "data"

@@ -71,16 +71,27 @@ def colour(index: int) -> str:
 
 def svg(chart: Chart) -> str:
     """The chart as one <svg> element with the page's text colour; the page has the legend."""
-    settings: Any = {**_PLAIN, "svg.fonttype": "none", "svg.hashsalt": chart.file, "text.color": _INK}
+    return as_svg(lambda: _draw(chart, (6.0, 2.9)), chart.title, salt=chart.file)
+
+
+def as_svg(draw: Callable[[], plt.Figure], label: str, salt: str = "") -> str:
+    """A figure as one <svg> element with the page's text colour.
+
+    Args:
+        draw: makes it; called with the colours set.
+        label: for who cannot see it.
+        salt: of its ids, which must differ between the figures of a page.
+    """
+    settings: Any = {**_PLAIN, "svg.fonttype": "none", "svg.hashsalt": salt or label, "text.color": _INK}
     settings |= {"axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
     with plt.rc_context(settings), io.StringIO() as text:
-        figure = _draw(chart, (6.0, 2.9))
+        figure = draw()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
         drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(_INK, "currentColor")
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    opening = rf'<svg viewBox="\1" role="img" aria-label="{html.escape(chart.title)}">'
+    opening = rf'<svg viewBox="\1" role="img" aria-label="{html.escape(label)}">'
     drawn = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', opening, drawn, count=1)
     # Names of groups are the same in every drawing, and nothing asks for them; the other ids are salted.
     return re.sub(r'<g id="[^"]*">', "<g>", drawn)

@@ -1,0 +1,139 @@
+"""What a quickstart says of its models: measures on several kinds of text, answers to one question, and what was seen.
+
+Every figure of an arm is a list with a value a seed; the target and the teachers have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from fusemega.report.plots import Panel
+
+# kind of text -> measure -> a value a seed, of one model
+Found = dict[str, dict[str, list[float]]]
+
+
+class Measure(NamedTuple):
+    """A quantity: its key, how it is written, and whether less of it is better."""
+
+    key: str
+    title: str
+    form: str
+    lower: bool
+
+
+MEASURES = (
+    Measure("bits_per_byte", "bits per byte", "{:.4f}", True),
+    Measure("kl", "KL(teacher, model), nats a token", "{:.3f}", True),
+    Measure("same_top_1", "same most probable token as the teacher", "{:.1%}", False),
+)
+
+
+def measure(evaluation: dict[str, Any], texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Kind of text -> what `fusemega eval` finds of it, in this process: a model of this size needs no launch.
+
+    Args:
+        evaluation: its run file; `data.path` is each of the texts in turn.
+        texts: kind -> JSONL.
+    """
+    from fusemega.config import validate
+    from fusemega.scoring.evaluate import EvalRun, Scorer
+
+    run = validate(EvalRun, evaluation, "eval")
+    scorer = Scorer(run)
+    return {kind: scorer.score(run.data.model_copy(update={"path": path})).model_dump() for kind, path in texts.items()}
+
+
+def answer(folder: str, prompt: str, tokens: int) -> str:
+    """What transformers, loading the folder, answers greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def panels(summary: Mapping[str, Any], reference: str | None) -> list[Panel]:
+    """The measures that were taken of all models.
+
+    Args:
+        summary: as in summary.json.
+        reference: the name of the model whose distance from itself is none by definition.
+    """
+    found: dict[str, Found] = summary["measures"]
+    made = []
+    for one in MEASURES:
+        if all(one.key in of[kind] for of in found.values() for kind in summary["kinds"]):
+            kinds = {kind: {name: of[kind][one.key] for name, of in found.items()} for kind in summary["kinds"]}
+            fixed = None if one.key == MEASURES[0].key else reference
+            made.append(Panel(one.title, one.form, one.lower, kinds, fixed))
+    return made
+
+
+def seen(found: Mapping[str, Found], trained: str) -> str:
+    """One sentence on whether `fused` is better than `control`, from the figures alone.
+
+    Args:
+        found: of "target", "control" and "fused".
+        trained: the kind of text that the arms were trained on; they saw none of the others.
+    """
+    others = [kind for kind in found["fused"] if kind != trained]
+    counts = [(f"bits per byte on held-out {trained}", "bits_per_byte", [trained])]
+    counts += [(f"on kinds of text never trained on ({', '.join(others)})", "bits_per_byte", others)]
+    if "kl" in found["fused"][trained]:
+        counts += [("distance from the teacher, nats a token", "kl", [trained, *others])]
+        counts += [("same most probable token", "same_top_1", [trained, *others])]
+    said, better, clear = [], 0, 0
+    for what, key, kinds in counts:
+        one = next(m for m in MEASURES if m.key == key)
+        by_seed = {name: _means(found[name], kinds, key) for name in ("target", "control", "fused")}
+        mean = {name: fmean(values) for name, values in by_seed.items()}
+        sign = 1 if one.lower else -1
+        better += sign * mean["fused"] < sign * mean["control"]
+        worst, best = max(sign * x for x in by_seed["fused"]), min(sign * x for x in by_seed["control"])
+        clear += worst < best
+        figures = {name: one.form.format(value) for name, value in mean.items()}
+        said.append(f"{what} {figures['fused']} against {figures['control']} (before: {figures['target']})")
+    seeds = len(found["fused"][trained]["bits_per_byte"])
+    if better == len(counts):
+        verdict = f"fused is better than control on all {better} counts"
+    else:
+        verdict = f"fused is better than control on {better or 'none'} of {len(counts)} counts"
+    spread = f"{seeds} seeds; on {clear} beyond their spread" if seeds > 1 else "one seed"
+    return f"{verdict} ({spread}): {'; '.join(said)}."
+
+
+def _means(found: Found, kinds: Sequence[str], key: str) -> list[float]:
+    """A value a seed: the mean over the kinds."""
+    return [fmean(values) for values in zip(*(found[kind][key] for kind in kinds), strict=True)]
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """All of it, for a terminal."""
+    names, kinds = list(summary["measures"]), summary["kinds"]
+    lines = []
+    for panel in panels(summary, None):
+        cells = [["", *names]]
+        for kind in kinds:
+            what = "held out" if kind == summary["trained_kind"] else "never trained on"
+            cells.append([f"{kind}, {what}", *(panel.cell(kind, name) for name in names)])
+        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        lines += ["", panel.heading]
+        for row in cells:
+            lines.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    texts = ", ".join(f"{kind} {of['samples']} samples, {of['bytes']} bytes" for kind, of in kinds.items())
+    tokens = ", ".join(f"{count:.0f} ({arm})" for arm, count in summary["train_tokens"].items())
+    lines += ["", f"measured on: {texts}", f"trained on tokens: {tokens}"]
+    lines += ["", f"{summary['prompt']!r}, answered greedily by transformers:"]
+    width = max(map(len, names))
+    lines += [f"  {name:<{width}}  {text!r}" for name, text in summary["answers"].items()]
+    return "\n".join([*lines, "", summary["seen"]])
