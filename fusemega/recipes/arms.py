@@ -281,7 +281,7 @@ def parser(prog: str, description: str | None, out: str, lr: float, lambda_: flo
         default=lambda_,
         help=f"weight of the labels in `fused` (default {lambda_})",
     )
-    made.add_argument("--prompt", default="What is the capital of France?", help="what every model is asked")
+    made.add_argument("--prompt", default="Why is the sky blue?", help="what every model is asked")
     made.set_defaults(default_out=out)
     return made
 
