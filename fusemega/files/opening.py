@@ -61,12 +61,13 @@ def require_regular(path: str | Path, what: str = "") -> None:
 
 
 def refuse_special_files(folder: Path) -> None:
-    """A library that will read the folder's files meets regular files and folders alone; links are followed.
+    """A library that will read the files of a folder, and of the folders in it, meets regular files and folders alone;
+    links are followed.
 
     Raises:
-        UserError: a FIFO, a socket or a device is in the folder.
+        UserError: a FIFO, a socket or a device is there.
     """
-    for path in folder.iterdir():
+    for path in (*folder.iterdir(), *folder.glob("*/*")):
         try:
             mode = path.stat().st_mode
         except OSError:

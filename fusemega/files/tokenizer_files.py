@@ -21,6 +21,7 @@ from fusemega.files.opening import MIB, refuse_special_files
 from fusemega.files.pickles import first_line
 
 JSON_BYTES = 256 * MIB
+TEMPLATE_BYTES = 4 * MIB
 _ONE_AT_A_TIME = threading.Lock()
 IDS = 1 << 25  # the most that stores can code
 _JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
@@ -90,9 +91,13 @@ def read_tokenizer_json(folder: Path) -> dict[str, Any]:
     """A folder's tokenizer.json, {} where there is none, after a look at all its tokenizer's JSON files.
 
     Raises:
-        UserError: one is malformed or beyond the bounds, an added token is none, or an id is none.
+        UserError: one, or a chat template, is malformed or beyond the bounds, an added token is none, or an id is none.
     """
     refuse_special_files(folder)
+    for template in (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")):
+        if template.is_file() and template.stat().st_size > TEMPLATE_BYTES:
+            size = template.stat().st_size
+            raise UserError(f"{template}: {size} bytes, and a chat template may have {TEMPLATE_BYTES}")
     found = {name: read_json(folder / name, JSON_BYTES) for name in _JSON if (folder / name).is_file()}
     whole = found.get("tokenizer.json", {})
     model = whole.get("model")

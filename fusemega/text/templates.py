@@ -21,13 +21,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fusemega.errors import UserError
-from fusemega.files.opening import MIB
+from fusemega.files.tokenizer_files import TEMPLATE_BYTES
 from fusemega.text import template_process
 from fusemega.text.document import BadRow
 from fusemega.text.tokenizer import Tokenizer
 
 SECONDS = 5.0  # of processor time for a rendering
-LONGEST_TEMPLATE = 4 * MIB  # characters
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names that transformers takes for one another
 
 
@@ -44,8 +43,8 @@ class ChatTemplate:
 
     def __init__(self, template: str, tokenizer: Tokenizer, source: str | None = None) -> None:
         self.source = source or tokenizer.source
-        if len(template) > LONGEST_TEMPLATE:
-            raise UserError(f"{self.source}: a chat template of {len(template)} characters; at most {LONGEST_TEMPLATE}")
+        if len(template) > TEMPLATE_BYTES:
+            raise UserError(f"{self.source}: a chat template of {len(template)} characters; at most {TEMPLATE_BYTES}")
         self._template = template
         self._special_tokens: dict[str, Any] = _plain(tokenizer.hf.special_tokens_map)
 

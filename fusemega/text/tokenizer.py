@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fusemega.errors import UserError
 from fusemega.files.tokenizer_files import load_pretrained, tokenizer_errors
 
+_TOGETHER = 4 << 20
 SPACES = ("\u2581", "\u0120")  # how vocabularies write the space before a word
 
 
@@ -116,9 +117,12 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokenizes each text once, in parallel, adding no special tokens of its own."""
-        with tokenizer_errors(f"{self.source}: cannot tokenize"):
-            encoded = self._encoder.encode_batch(list(texts), add_special_tokens=False)
-        return [Encoding(np.array(e.ids, dtype=np.int32), *_columns(e.offsets)) for e in encoded]
+        encodings: list[Encoding] = []
+        for portion in _portions(texts):
+            with tokenizer_errors(f"{self.source}: cannot tokenize"):
+                encoded = self._encoder.encode_batch(portion, add_special_tokens=False)
+            encodings += [Encoding(np.array(e.ids, dtype=np.int32), *_columns(e.offsets)) for e in encoded]
+        return encodings
 
     @cached_property
     def token_num_bytes(self) -> np.ndarray:
@@ -133,6 +137,21 @@ class Tokenizer:
             elif self._spaces_as_underscores:
                 num_bytes[token_id] = len(token.replace("\u2581", " ").encode())
         return num_bytes
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, of which so many are tokenized together as are `_TOGETHER` characters: the library takes some
+    hundred bytes a token until all of them are done."""
+    portion: list[str] = []
+    length = 0
+    for text in texts:
+        if portion and length + len(text) > _TOGETHER:
+            yield portion
+            portion, length = [], 0
+        portion.append(text)
+        length += len(text)
+    if portion:
+        yield portion
 
 
 def _columns(offsets: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.bad_inputs.damage import folder, gone, key, put, rows
+from tests.bad_inputs.damage import fifo, folder, gone, key, put, rows
 from tests.bad_inputs.run import Bad, kind
 from tests.bad_inputs.table import SETTINGS, TEMPLATE, TRAIN
 
@@ -20,5 +20,8 @@ TABLE: list[Bad] = [
     _d("unknown fields, verified", "store verify store --tokenizer model --data data.jsonl --unknown-fields keep", "--unknown-fields: unknown name 'keep'; allowed: error, ignore"),
     _d("a named file and a split", TRAIN + " data.split=test", "data.jsonl: a file that is named in data.path is read whole"),
     _d("a glob of several splits", TRAIN + " data.path='rows/*.jsonl'", "rows/*.jsonl: hits files of several splits (test, train)", folder("rows"), put("rows/test.jsonl", "{}"), put("rows/train.jsonl", "{}")),
+    _t("a FIFO among the named templates", TRAIN, "x.jinja: a FIFO, and no regular file", folder("model/additional_chat_templates"), fifo("model/additional_chat_templates/x.jinja")),
+    _t("a template of 4 MiB and a byte", TRAIN, "model/chat_template.jinja: 4194305 bytes, and a chat template may have 4194304", put(TEMPLATE, "x" * 4194305)),
+    _d("a FIFO in a saved data set", TRAIN + " data.path=saved", "saved/train/data.arrow: a FIFO, and no regular file", folder("saved/train"), put("saved/dataset_dict.json", '{"splits": ["train"]}'), fifo("saved/train/data.arrow")),
     _t("a split by a template that needs memory", "split data.jsonl new.jsonl --tokenizers model sharded", "data.jsonl:1: model: its chat template needs more than", put(TEMPLATE, _HUGE)),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from fusemega.checkpoint.loadable import closing_id
 from fusemega.errors import UserError
 from fusemega.text import template_process, templates
 from fusemega.text.document import BadRow
@@ -206,3 +207,10 @@ def test_a_process_that_was_ended_meanwhile_is_replaced() -> None:
 def test_a_template_of_any_size_is_not_read() -> None:
     with pytest.raises(UserError, match=r"toy: a chat template of 5000000 characters; at most 4194304"):
         ChatTemplate("x" * 5_000_000, byte_level())
+
+
+def test_what_closes_a_turn_is_not_guessed_of_a_template_beyond_its_budget() -> None:
+    """An output folder with such a template is no model to publish."""
+    with pytest.raises(OverBudget, match=MEMORY):
+        closing_id(byte_level(HOSTILE["center"][0]))
+    assert closing_id(byte_level("{{ raise_exception('no') }}")) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fusemega.text.tokenizer as tokenizer_module
 from fusemega.errors import UserError
 from fusemega.text.tokenizer import Tokenizer
 from tests.text.toys import CORPUS, byte_level, sentencepiece
@@ -53,3 +54,20 @@ def test_refusals(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="slow tokenizer"):
         Tokenizer(Slow(), "old")
+
+
+def test_texts_are_tokenized_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["hello world", "", "x" * 30, "the quick brown fox", "é", "a", "b" * 20, "c"]
+    whole = byte_level().encode(texts)
+    monkeypatch.setattr(tokenizer_module, "_TOGETHER", 20)
+    assert list(tokenizer_module._portions(texts)) == [
+        texts[:2],
+        texts[2:3],
+        texts[3:5],
+        texts[5:6],
+        texts[6:7],
+        texts[7:],
+    ]
+    for portions, at_once in zip(byte_level().encode(texts), whole, strict=True):
+        assert portions.ids.tolist() == at_once.ids.tolist() and portions.ends.tolist() == at_once.ends.tolist()
+    assert byte_level().encode([]) == []
