@@ -43,10 +43,11 @@ from fusemega.files.integrity import file_hash, write_integrity
 from fusemega.files.json_files import read_json
 from fusemega.files.output import INSIDE, on_main, publish, write_durably
 from fusemega.files.owned import drop_scratch, mark_scratch
+from fusemega.runtime.memory import own_memory
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import STOPPING
 
-_HASHES = ".hashes.json"
+_HASHES, _MEMORY = ".hashes.json", ".memory"
 _LOST_WRITER = "the process that writes it was ended from outside, as the kernel does where memory is short"
 
 
@@ -75,12 +76,16 @@ class CheckpointSaver:
         world: this process's place.
         in_background: return from `save` as soon as the copy is taken.
         keep: how many of the newest checkpoints to keep; None: all.
+
+    Attributes:
+        writers_bytes: the most that the processes which wrote this rank's part of a save held beside it.
     """
 
     def __init__(self, root: Path, world: World, in_background: bool, keep: int | None) -> None:
         self._root, self._world, self._in_background, self._keep = root, world, in_background, keep
         # Of this process alone: the writers of a killed run may live on, and write into folders of that run's name.
         self._own = world.from_main(secrets.token_hex(4))
+        self.writers_bytes = 0
         self._queue = AsyncCallsQueue()
         self._saving: _Save | None = None
 
@@ -133,6 +138,7 @@ class CheckpointSaver:
             if request.async_fn is not None:  # this rank has something to write
                 write = partial(_write_and_hash, request.async_fn, saving.temporary, os.getpid())
                 request = request._replace(async_fn=write)
+            request.add_finalize_fn(partial(self._take_notes, saving))
             request.add_finalize_fn(
                 lambda: on_main(self._world, lambda: self._publish(saving, state, also_keep, describe))
             )
@@ -178,6 +184,13 @@ class CheckpointSaver:
             remove_leftovers(self._root)
             mark_scratch(saving.place)
             saving.temporary.mkdir()
+
+    def _take_notes(self, saving: _Save) -> None:
+        """What this rank's writers noted of their memory; before the main process removes it."""
+        note = saving.temporary / f"{self._world.rank}{_HASHES}"
+        if note.is_file():
+            self.writers_bytes = max(self.writers_bytes, int(read_json(note)["memory"]))
+        self._world.barrier()
 
     def _publish(
         self,
@@ -231,9 +244,24 @@ def _write_and_hash(
             signal.signal(number, signal.SIG_IGN)  # the trainer notes them, and waits for this process
     write(rank, buckets, results)
     # If a file is missing or the disk is full, `results` say so.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         hashes = {name: file_hash(folder / name) for _, name, _ in buckets}
-        write_durably(folder / f"{rank}{_HASHES}", json.dumps(hashes))
+        memory = own_memory() if os.getpid() != trainer else 0
+        for note in [Path(f"{path}{_MEMORY}") for path, _, _ in buckets]:
+            memory += int(note.read_text() or 0)
+            note.unlink()
+        write_durably(folder / f"{rank}{_HASHES}", json.dumps({"hashes": hashes, "memory": memory}))
+
+
+def _measured_write(transforms: Any, **given: Any) -> None:
+    """Megatron's writer of one file, a process of its own, which notes what it has held."""
+    _write_bucket(transforms, **given)
+    with contextlib.suppress(OSError):
+        Path(f"{given['write_bucket'][0]}{_MEMORY}").write_text(str(own_memory()), encoding="ascii")
+
+
+_write_bucket = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_measured_write)
 
 
 def _collect_hashes(folder: Path) -> dict[str, str]:
@@ -241,7 +269,7 @@ def _collect_hashes(folder: Path) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for note in folder.glob(f"*{_HASHES}*"):
         if note.name.endswith(_HASHES):
-            hashes |= read_json(note)
+            hashes |= read_json(note)["hashes"]
         note.unlink()
     return hashes
 

@@ -82,10 +82,12 @@ class Teacher:
                     f"(store {manifest.weights[:12]}, model {found[:12]})"
                 )
 
-    def identity(self) -> dict[str, str | None]:
-        """Content in place of the config's paths: the store's manifest says whose rows they are, and of what kind."""
+    def identity(self, dataset: TokenizedDataset) -> dict[str, str | None]:
+        """Content in place of the config's paths: the store's is its rows of the samples, and whose and of what kind
+        they are (its manifest)."""
         of_map = None if self._map is None else self._map.content_hash
-        return {"store": self.store.manifest.hash.hex(), "map": of_map, "teacher": None}
+        rows = f"{self.store.manifest.hash.hex()}-{self.store.rows_hash(dataset.keys)}"
+        return {"store": rows, "map": of_map, "teacher": None}
 
     @property
     def k(self) -> int:

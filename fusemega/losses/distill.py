@@ -176,8 +176,8 @@ class Distill(Taught):
         row = self.teacher.row(sample, self.settings.on_missing == "error")
         return None if row is None else self.teacher.targets(row, sample)
 
-    def identity(self) -> dict[str, Any]:
-        return self.teacher.identity()
+    def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
+        return self.teacher.identity(dataset)
 
     def check_data(self, dataset: TokenizedDataset) -> None:
         self.teacher.check_data(dataset, self.settings.on_missing == "error")

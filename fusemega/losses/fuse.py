@@ -104,8 +104,8 @@ class Fuse(Taught):
         parts = [teacher.targets(row, sample) for teacher, row in found]
         return FUNCTIONS[self._fusion.function](parts, rewards_J, sample.ids[sample.positions + 1].astype(np.int64))
 
-    def identity(self) -> dict[str, Any]:
-        return {"teachers": [teacher.identity() for teacher in self.teachers]}
+    def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
+        return {"teachers": [teacher.identity(dataset) for teacher in self.teachers]}
 
     def check_data(self, dataset: TokenizedDataset) -> None:
         for teacher in self.teachers:

@@ -27,6 +27,7 @@ from fusemega.losses.divergence import fused_divergence_loss
 from fusemega.losses.registry import ObjectiveSettings, OnlineObjective, TeacherOutput, register
 
 if TYPE_CHECKING:
+    from fusemega.text.dataset import TokenizedDataset
     from fusemega.text.sample import Sample
     from fusemega.text.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ class OnlineDistill(OnlineObjective):
     def build(cls, settings: OnlineDistill.Settings, tokenizer: Tokenizer, vocab_size: int) -> OnlineDistill:
         return cls(settings)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
         precision = self.teacher.model_dump(mode="json", exclude={"load", "trust_remote_code"})
         return {"teacher": {"weights": weights_hash(self.teacher.load), **precision}}
 

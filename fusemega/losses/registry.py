@@ -60,9 +60,13 @@ class Objective(ABC):
     def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         """Arrays [P, ...] of one sample that the micro-batch will carry as tensors [N, ...]."""
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
         """Hashes of what the settings name by a path, in the settings' own form: they replace the paths where it is
-        asked whether two runs compute the same."""
+        asked whether two runs compute the same.
+
+        Args:
+            dataset: that is trained on.
+        """
         return {}
 
     def check_data(self, dataset: TokenizedDataset) -> None:  # noqa: B027  (most objectives ask nothing of it)

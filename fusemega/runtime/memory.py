@@ -22,6 +22,22 @@ def peak_memory(device: torch.device) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def own_memory() -> int:
+    """Bytes that a forked process has held beside what it shares with the one that forked it.
+
+    What it holds by itself now, which includes pages that the other has changed since, and what it held more at its
+    peak. 0 where the kernel does not say.
+    """
+    try:
+        rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    alone = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_"))
+    most, now = (int(status.split(f"{name}:")[1].split()[0]) for name in ("VmHWM", "VmRSS"))
+    return (alone + max(0, most - now)) * 1024
+
+
 def keep_freed_memory(largest: int | None = None) -> None:
     """Let glibc keep what is freed for what is allocated next, in this process. Other libraries: nothing happens.
 

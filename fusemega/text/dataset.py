@@ -93,6 +93,10 @@ class TokenizedDataset:
             places=np.asarray(self._columns["places"][tokens]),
         )
 
+    def in_words(self) -> str:
+        """How much there is."""
+        return f"{len(self)} samples, {int(self.lengths.sum())} tokens, {self.num_supervised} supervised"
+
     def contents(self) -> list[np.ndarray]:
         """All that the samples consist of, in order, without where they came from; views of the files."""
         return [np.ascontiguousarray(self._index[name]) for name in ("key", "offset")] + list(self._columns.values())

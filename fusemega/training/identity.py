@@ -34,7 +34,7 @@ def content_of(
         found["model"] = source.weights_hash()
         found["data"] = samples_hash(dataset)
         found["held_out"] = None if held_out is None else samples_hash(held_out)
-        found["objective"] = objective.identity()
+        found["objective"] = objective.identity(dataset)
 
     on_main(world, read)
     return dict(world.from_main(found))

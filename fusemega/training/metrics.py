@@ -21,8 +21,6 @@ from fusemega.training.records import (
     EVALUATIONS_FILE,
     GPU_MEMORY,
     METRICS_FILE,
-    THROUGHPUT,
-    TIME,
     read_evaluations,
     read_metrics,
 )
@@ -31,12 +29,17 @@ from fusemega.training.wandb_run import WandbRun
 _NOT_ON_THE_CONSOLE = ("consumed-samples", "tokens", GPU_MEMORY, CPU_MEMORY)
 
 
-def with_costs(values: Mapping[str, float], world: World) -> dict[str, float]:
-    """`values` of an iteration with its tokens a second and the most memory any rank has held so far. Collective."""
-    largest = torch.tensor(peak_memory(world.device), dtype=torch.int64, device=world.device)
+def most_memory(world: World, writers_bytes: int) -> dict[str, float]:
+    """The most memory any rank has held so far, under its name. Collective.
+
+    Args:
+        writers_bytes: what processes that wrote this rank's part of a checkpoint held beside it; of host memory.
+    """
+    on_gpu = world.device.type == "cuda"
+    mine = peak_memory(world.device) + (0 if on_gpu else writers_bytes)
+    largest = torch.tensor(mine, dtype=torch.int64, device=world.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    memory = GPU_MEMORY if world.device.type == "cuda" else CPU_MEMORY
-    return {**values, THROUGHPUT: values["tokens"] / values[TIME], memory: int(largest)}
+    return {GPU_MEMORY if on_gpu else CPU_MEMORY: int(largest)}
 
 
 class MetricsWriter:
@@ -63,7 +66,7 @@ class MetricsWriter:
         print_line: Any,
         wandb_run: WandbRun | None = None,
     ) -> None:
-        self._evaluations = folder / EVALUATIONS_FILE
+        self._path, self._evaluations = folder, folder / EVALUATIONS_FILE
         _keep_rows(self._evaluations, [row for row in read_evaluations(folder) if row["iteration"] <= iteration])
         _keep_rows(folder / METRICS_FILE, [row for row in read_metrics(folder) if row["iteration"] <= iteration])
         self._file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
@@ -82,6 +85,15 @@ class MetricsWriter:
             self._wandb.log(iteration, values)
         if iteration % self._log_interval == 0 or iteration == self._train_iters:
             self._print(self._line(iteration, values))
+
+    def amend(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Put other values in place of those of the last row, which is of `iteration`; nothing where they are equal."""
+        rows = read_metrics(self._path)
+        changed = {**rows[-1], **values} if rows and rows[-1]["iteration"] == iteration else {}
+        if changed and changed != rows[-1]:
+            self._file.close()
+            _keep_rows(self._path / METRICS_FILE, [*rows[:-1], changed])
+            self._file = open(self._path / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
 
     def write_evaluation(self, iteration: int, found: Evaluation) -> None:
         """Record an evaluation after `iteration` updates."""

@@ -1,4 +1,4 @@
-"""`fusemega train --dry-run`: what a run would do, from configurations alone."""
+"""`fusemega train --dry-run`: what a run would do, from configurations and data, without weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from fusemega.checkpoint.series import CHECKPOINTS, latest_checkpoint, read_stat
 from fusemega.models.registry import family_of
 from fusemega.runtime.parallel import environment_rank
 from fusemega.text.data import Source
+from fusemega.training.export import check_export
 from fusemega.training.run import TrainRun
-from fusemega.training.train import Checked
+from fusemega.training.train import Checked, check_output
 
 
 def describe(run: TrainRun, nproc: int | None) -> str:
-    """Open and check everything `run` names, allocate and write nothing, and say in a few lines what would happen.
+    """Open and check everything `run` names, its rows too, and say in a few lines what would happen.
+
+    Nothing is allocated, and nothing written but tokenized data, where the run will look for it.
 
     Args:
         run: the run file.
@@ -27,18 +30,27 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     """
     world_size = nproc or environment_rank()[1]
     checked = Checked.of(run, world_size)
+    check_output(Path(run.output_dir))
+    if run.training.export_hf:
+        check_export(Path(run.output_dir))
+    dataset = checked.prepared(run.data)
+    checked.objective.check_data(dataset)
+    held_out = None if run.evaluation is None else checked.prepared(run.evaluation.data)
     parallel = run.parallel
     dp = parallel.data_parallel_size(world_size)
     files = Source(run.data).names
+    named = f"{len(files)} file(s): {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
     training = run.training
-    length = f"{training.train_iters} iterations" if training.train_iters else f"{training.train_epochs:g} epochs"
+    length = f"{training.iterations(len(dataset))} iterations"
+    length += "" if training.train_iters else f" ({training.train_epochs:g} epochs)"
     newest = latest_checkpoint(Path(run.output_dir) / CHECKPOINTS)
     start = f"resumes after iteration {read_state(newest)['iteration']}" if newest else "starts from the loaded weights"
     lines = {
         "model": _in_words(checked.source),
         **({} if checked.teacher is None else {"teacher": _in_words(checked.teacher)}),
         "layout": f"{world_size} process(es): {parallel} x DP {dp}",
-        "data": f"{len(files)} file(s): {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}",
+        "data": f"{named}; {dataset.in_words()}",
+        **({} if held_out is None else {"held out": held_out.in_words()}),
         "rows": f"{run.data.seq_length} tokens, {'packed' if training.packing else 'one sample each'}, "
         f"{training.micro_batch_size} a forward pass, {training.global_batch_size} samples an update",
         "objective": ", ".join(f"{key}={value}" for key, value in run.objective.model_dump().items()),
@@ -51,7 +63,7 @@ def describe(run: TrainRun, nproc: int | None) -> str:
         for source in (checked.source, checked.teacher)
         if source is not None
     )
-    return f"{summary}\n\n{reads}\n{NOTHING_DONE}"
+    return f"{summary}\n\n{reads}\n{NOTHING_DONE} but the cache of tokenized data"
 
 
 def _in_words(source: ModelSource) -> str:

@@ -21,6 +21,8 @@ from fusemega.losses.registry import Objective, OnlineObjective, build_objective
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.export import check_export, remove_other_export, update_export
 from fusemega.training.identity import content_of
@@ -61,6 +63,15 @@ class Checked:
             teacher = open_teacher(objective.teacher, run.parallel, world_size, source)
             teacher.note_length(run.data.seq_length)
         return cls(run, source, objective, teacher)
+
+    def prepared(self, data: DataConfig) -> TokenizedDataset:
+        """Text as samples for this run, from the cache or tokenized into it. One process.
+
+        Raises:
+            UserError: as `prepare`.
+        """
+        cache = cache_folder() / "data"
+        return prepare(data, self.source.tokenizer, cache, vocab_size=self.source.vocab_size, progress=True)
 
 
 def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer, Checked]:
@@ -156,14 +167,18 @@ def _settle(made: Path, trainer: Trainer, checked: Checked) -> None:
 
 def _claim(output: Path, held: ExitStack | None) -> None:
     """Nobody else writes the run's folder from here on."""
-    _check_output(output)
+    check_output(output)
     if held is not None:
         held.enter_context(locked(output))
-        _check_output(output)
+        check_output(output)
 
 
-def _check_output(output: Path) -> None:
-    """An unrelated folder is left alone, and the rows of a run that goes on can be read."""
+def check_output(output: Path) -> None:
+    """An unrelated folder is left alone, and the rows of a run that goes on can be read.
+
+    Raises:
+        UserError: says what is in the way.
+    """
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / RUN_RECORD).is_file())):
         raise UserError(f"{output}: exists and is no folder of a training run; choose another output_dir")
     if (output / RUN_RECORD).exists() and not {"fusemega", "run"} <= read_json(output / RUN_RECORD).keys():
@@ -190,6 +205,5 @@ def _summary(trainer: Trainer, kernels: Kernels) -> str:
     layout = f"{world.layout} x DP {world.dp_size}"
     start = f"resuming after iteration {trainer.iteration}" if trainer.iteration else "starting"
     return (
-        f"{start} of {trainer.train_iters} | {layout} | {trainer.run.model.dtype}, {kernels} | "
-        f"{len(dataset)} samples, {int(dataset.lengths.sum())} tokens, {dataset.num_supervised} supervised"
+        f"{start} of {trainer.train_iters} | {layout} | {trainer.run.model.dtype}, {kernels} | {dataset.in_words()}"
     )

@@ -33,9 +33,10 @@ from fusemega.text.dataset import TokenizedDataset
 from fusemega.training.batches import GlobalBatch, TrainingData
 from fusemega.training.evaluation import evaluate_model
 from fusemega.training.forward import Batch, objective_loss, run_schedule, total_over_ranks
-from fusemega.training.metrics import MetricsWriter, with_costs
+from fusemega.training.metrics import MetricsWriter, most_memory
 from fusemega.training.optimizer import complete_parameters, schedule, wrap
 from fusemega.training.prefetch import Prefetch
+from fusemega.training.records import THROUGHPUT, TIME
 from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
 from fusemega.training.teacher import OnlineTeacher
 from fusemega.training.wandb_run import WandbRun
@@ -138,7 +139,9 @@ class Trainer:
             if self.iteration == 0 and self.best.loss is None:
                 self._evaluate(writer)
             while not self.finished:
-                values = with_costs(self.step(), self.world)
+                values = self.step()
+                values |= {THROUGHPUT: values["tokens"] / values[TIME]}
+                values |= most_memory(self.world, self.saver.writers_bytes)
                 self.saver.poll()
                 if writer is not None:
                     writer.write(self.iteration, values)
@@ -146,6 +149,11 @@ class Trainer:
                 is_best = self._is_due(self._evaluation_interval) and self._evaluate(writer)
                 if self._is_due(self.run.training.save_interval) or self.finished or stop or is_best:
                     self.save()
+                    if self.finished or stop:
+                        self.saver.wait()
+                    memory = most_memory(self.world, self.saver.writers_bytes)  # a save may need more than an update
+                    if writer is not None:
+                        writer.amend(self.iteration, memory)
                 if stop and not self.finished:
                     return stop
         return 0
@@ -327,6 +335,9 @@ class Trainer:
                 )
             if (was := saved[name]) != value:
                 why = " (hashes of what was read, wherever it lies)" if name in ("model", "data") else ""
+                if name == "objective" and isinstance(was, dict):
+                    other = [key for key in (value | was) if was.get(key) != value.get(key)]
+                    why = f" (they differ in {', '.join(other)}; of files, by their contents, wherever they lie)"
                 if name == "optimizer" and was == {**value, _SHARDED: not value[_SHARDED]}:
                     why = f" (with and without {_SHARDED}, Megatron stores the state under other names)"
                 raise UserError(

@@ -14,8 +14,10 @@ import psutil
 import pytest
 import torch
 
+from fusemega.checkpoint import saver as saver_module
 from fusemega.errors import UserError
 from fusemega.runtime.memory import peak_memory
+from fusemega.training import trainer as trainer_module
 from fusemega.training.records import CPU_MEMORY, THROUGHPUT, TIME, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.train import train
@@ -41,8 +43,39 @@ def test_rows_have_throughput_and_memory(make_run: MakeRun, tmp_path: Path) -> N
     assert len(rows) == 2
     for row in rows:
         assert row[THROUGHPUT] == pytest.approx(row["tokens"] / row[TIME])
-        assert 50e6 < row[CPU_MEMORY] <= peak_memory(torch.device("cpu"))
+        assert 50e6 < row[CPU_MEMORY] <= peak_memory(torch.device("cpu")) + (100 << 20)  # of the writers
     assert rows[1][CPU_MEMORY] >= rows[0][CPU_MEMORY]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_the_last_row_has_the_peak_of_the_last_save(
+    in_background: bool, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 MiB that the trainer holds while it plans a save, and 48 MiB that each of the two writers holds."""
+    state, write = trainer_module.training_state, saver_module._write_bucket
+    before, held = list[int](), list[bytes]()
+
+    def planning(*arguments: Any) -> Any:
+        before.append(peak_memory(torch.device("cpu")))
+        now = psutil.Process().memory_info().rss
+        with mmap.mmap(-1, before[0] - now + (64 << 20)) as block:
+            block.write(b"1" * len(block))
+        return state(*arguments)
+
+    def writing(*arguments: Any, **more: Any) -> None:
+        held.append(b"1" * (48 << 20))
+        write(*arguments, **more)
+
+    monkeypatch.setattr(trainer_module, "training_state", planning)
+    monkeypatch.setattr(saver_module, "_write_bucket", writing)
+    train(make_run(training={"train_iters": 2, "async_save": in_background}))
+    rows = read_metrics(tmp_path / "run")
+    slack = 8 << 20
+    assert rows[0][CPU_MEMORY] <= before[0] and len(before) == 1 and not held
+    least = before[0] + ((64 + 2 * 48) << 20)
+    assert least - slack <= rows[1][CPU_MEMORY] <= least + (160 << 20)
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert not list((tmp_path / "run").rglob("*.memory"))
 
 
 def test_wandb_that_is_not_installed(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +115,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_wandb_gets_every_row_and_a_resumed_run_is_the_same(make_run: MakeRun, runs: list[Any], tmp_path: Path) -> None:
     train(make_run(training={"train_iters": 2, "wandb_project": "p"}))
     (run,) = runs
-    assert run.rows == read_metrics(tmp_path / "run") and run.finished
+    written = read_metrics(tmp_path / "run")
+    # What the last save needed is known after it.
+    assert written[1].pop(CPU_MEMORY) >= run.rows[1].pop(CPU_MEMORY)
+    assert run.rows == written and run.finished
     assert ("*", "iteration") in run.axes
     assert run.settings["project"] == "p" and run.settings["name"] == "run"
     assert run.settings["config"]["optimizer"]["lr"] == 2e-3
