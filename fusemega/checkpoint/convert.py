@@ -23,7 +23,13 @@ from rich.filesize import decimal
 from fusemega.checkpoint.copying import Written, item_is, same_bits, write_item
 from fusemega.checkpoint.hf_check import check_tensors
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.megatron_folder import MegatronFolder, common_dtype, describe_source, open_megatron
+from fusemega.checkpoint.megatron_folder import (
+    MegatronFolder,
+    RunCheckpoint,
+    common_dtype,
+    describe_source,
+    open_megatron,
+)
 from fusemega.checkpoint.moves import ITEM_BYTES, Assembled, Item, Move, Part, as_is, window
 from fusemega.checkpoint.progress import meter
 from fusemega.checkpoint.proof import check_written
@@ -137,7 +143,7 @@ def export_megatron(
         workers: processes that copy.
         resume: go on with what an interrupted call has finished.
         iteration: of a run's folder, this checkpoint rather than the newest.
-        finish: called with the folder when all but its name is there.
+        finish: called with the folder when all but its name is there; None: `settle`, for a run's checkpoint.
 
     Raises:
         UserError: the source is not a Megatron folder, `out` is not empty, the disk is full; a weight is too large for
@@ -146,8 +152,18 @@ def export_megatron(
     refuse_existing(Path(out))
     folder = open_megatron(source, iteration)
     check_contents(folder.path, threads=workers)  # a first reading: a file's hash is of all its bytes, in their order
+    if finish is None and isinstance(folder, RunCheckpoint):
+        finish = partial(_settled, checkpoint=folder)
     settings: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "workers": workers}
     return export_folder(folder, out, **settings, resume=resume, finish=finish)
+
+
+def _settled(made: Path, checkpoint: RunCheckpoint) -> None:
+    """The run's own export does the same; what comes from an imported folder has that folder's files as they were."""
+    from fusemega.checkpoint.loadable import settle  # imports transformers
+
+    for note in settle(made, checkpoint.hf, chats=checkpoint.chats):
+        say(note)
 
 
 def export_folder(

@@ -119,6 +119,10 @@ class RunCheckpoint(MegatronFolder):
     """A checkpoint of a training run, as a model.
 
     Its `content_hash` is of the files as they were written: a model exported from it has another.
+
+    Attributes:
+        iteration: its updates.
+        chats: whether it is taught to close the turns of conversations.
     """
 
     _format, _remedy = _RUN_FORMAT, "resume the run with the version that began it, or export it there"
@@ -126,6 +130,7 @@ class RunCheckpoint(MegatronFolder):
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self.iteration = int(read_state(self.path)["iteration"])
+        self.chats = self.manifest.get("chats") is True
 
     def _weights(self) -> Path:
         return self.path
@@ -168,7 +173,9 @@ def open_megatron(path: str | Path, iteration: int | None = None) -> MegatronFol
     return RunCheckpoint(found)
 
 
-def describe_run(folder: Path, hf: Path, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:
+def describe_run(
+    folder: Path, hf: Path, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], chats: bool
+) -> None:
     """Write `hf/` and `manifest.json` of a checkpoint that is being written.
 
     Args:
@@ -176,6 +183,7 @@ def describe_run(folder: Path, hf: Path, config: Mapping[str, Any], dtypes: Mapp
         hf: where the small files of the model in training are.
         config: its configuration.
         dtypes: of the tensors that it was loaded from.
+        chats: whether it is taught to close the turns of conversations.
     """
     (folder / "hf").mkdir(exist_ok=True)
     copy_side_files(hf, folder / "hf")
@@ -183,6 +191,7 @@ def describe_run(folder: Path, hf: Path, config: Mapping[str, Any], dtypes: Mapp
     manifest = {
         "format": _RUN_FORMAT,
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()},
+        "chats": chats,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

@@ -23,6 +23,7 @@ from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
+from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.export import check_export, remove_other_export, update_export
 from fusemega.training.identity import content_of
@@ -107,7 +108,10 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     gpt = checked.source.build(world, run.training.recompute())
     teacher = None if checked.teacher is None else OnlineTeacher.build(checked.teacher, gpt, world)
     content = content_of(checked.source, checked.objective, dataset, held_out, world)
-    describe = partial(describe_run, hf=checked.source.hf, config=gpt.hf_config, dtypes=checked.source.dtypes())
+    chats = _closes_turns(tokenizer, dataset)
+    describe = partial(
+        describe_run, hf=checked.source.hf, config=gpt.hf_config, dtypes=checked.source.dtypes(), chats=chats
+    )
     trainer = Trainer.create(
         *(run, world, gpt, checked.objective, data, held_out, teacher), content=content, describe=describe
     )
@@ -157,12 +161,16 @@ def _finish(output: Path, trainer: Trainer, checked: Checked) -> None:
 
 def _settle(made: Path, trainer: Trainer, checked: Checked) -> None:
     """What users load is what was trained, and stops where it was taught to."""
-    closing = closing_id(checked.source.tokenizer)
-    dataset = trainer.data.dataset
-    some = (dataset[i] for i in range(min(len(dataset), _SAMPLES_ASKED)))
-    chats = closing is not None and any((sample.ids[sample.supervised] == closing).any() for sample in some)
+    chats = _closes_turns(checked.source.tokenizer, trainer.data.dataset)
     for note in settle(made, checked.source.tokenizer, chats=chats):
         say(note)
+
+
+def _closes_turns(tokenizer: Tokenizer, dataset: TokenizedDataset) -> bool:
+    """Whether the samples teach what closes a turn."""
+    closing = closing_id(tokenizer)
+    some = (dataset[i] for i in range(min(len(dataset), _SAMPLES_ASKED)))
+    return closing is not None and any(bool((sample.ids[sample.supervised] == closing).any()) for sample in some)
 
 
 def _claim(output: Path, held: ExitStack | None) -> None:

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusemega.checkpoint.convert import export_megatron, import_hf
+from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.open_model import ModelSource
+from fusemega.checkpoint.proof import check_written
 from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.runtime.layout import ParallelConfig
@@ -60,6 +62,20 @@ def test_of_the_fp32_main_parameters(make_run: MakeRun, work: Path, tmp_path: Pa
     config = make_run(model={"load": str(output), "dtype": "fp32"}).model
     loaded = ModelSource(config, ParallelConfig(), 1).build(world)
     assert torch.equal(loaded.head_weight()[: loaded.vocab_size], exported)
+
+
+def test_by_hand_it_stops_where_the_run_taught_it(make_run: MakeRun, work: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(work / "model", model)
+    for name in ("config.json", "generation_config.json"):  # as of a base model, which knows no turns
+        (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | {"eos_token_id": 5}))
+    closing = json.loads((work / "model" / "config.json").read_text())["eos_token_id"]
+    assert train(make_run(model={"load": str(model)}, training={"train_iters": 1, "export_hf": True})) == 0
+    export_megatron(tmp_path / "run", tmp_path / "by hand")
+    for folder in (tmp_path / "run" / "hf", tmp_path / "by hand"):
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((folder / name).read_text())["eos_token_id"] == [5, closing]
+        check_written(HFFolder(folder))
 
 
 def test_another_run_in_the_same_folder(make_run: MakeRun, tmp_path: Path, work: Path) -> None:
