@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fusemega.checkpoint.side_files import write_template
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.pickles import first_line
@@ -47,7 +48,7 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
     if reference is None:
         return []
     notes: list[str] = []
-    tokenizer = _tokenizer(folder, reference, notes)
+    tokenizer = _with_template(folder, _tokenizer(folder, reference, notes), reference, notes)
     config = _config(folder)
     rows = int(config["vocab_size"])
     stops = [i for i in (closing_id(tokenizer) if chats else None, *ends) if i is not None]
@@ -117,6 +118,15 @@ def _tokenizer(folder: Path, reference: Tokenizer, notes: list[str]) -> Tokenize
         )
     notes.append(f"tokenizer_class is PreTrainedTokenizerFast: transformers would load another than {reference.source}")
     return mended
+
+
+def _with_template(folder: Path, found: Tokenizer, reference: Tokenizer, notes: list[str]) -> Tokenizer:
+    """The folder's tokenizer, with the chat template that a run file gave in place of the model's."""
+    if reference.template_file is None or found.chat_template == reference.chat_template:
+        return found
+    write_template(folder, reference.chat_template or "")
+    notes.append(f"the chat template is that of {reference.template_file}, with which it was trained")
+    return Tokenizer.load(folder)
 
 
 def _same(found: Tokenizer, reference: Tokenizer) -> bool:

@@ -43,6 +43,9 @@ class ModelConfig(Precision):
 class ModelSource:
     """A checked model: nothing is allocated until `build`.
 
+    Args:
+        chat_template: a file in place of the tokenizer's template.
+
     Attributes:
         config: the section it was opened from.
         hf: the folder with the configuration and the tokenizer (and, for Hugging Face folders, the weights).
@@ -58,7 +61,9 @@ class ModelSource:
             context parallelism and Transformer Engine.
     """
 
-    def __init__(self, config: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
+    def __init__(
+        self, config: ModelConfig, parallel: ParallelConfig, world_size: int, chat_template: str | None = None
+    ) -> None:
         parallel.data_parallel_size(world_size)
         self.config = config
         self._parallel = parallel
@@ -77,7 +82,8 @@ class ModelSource:
                 "Engine's ring attention has no sliding window, and this model has one; allowed: 1, or "
                 "model.transformer_impl: local"
             )
-        self.tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
+        tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
+        self.tokenizer = tokenizer.with_template(chat_template)
         self.vocab_size = int(self.hf_config["vocab_size"])
         # A pad token added to the tokenizer alone is common, and the model has no row for it.
         self.pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id < self.vocab_size else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import torch
 
+from fusemega.files.json_files import read_json
+
+TEMPLATE = "chat_template.jinja"
 # Beside the weights, what a user of the folder needs. Never Python code.
 _SIDE_FILES = (
     "generation_config.json",
@@ -19,7 +23,7 @@ _SIDE_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE,
     "chat_template.json",
 )
 _SIDE_FOLDERS = ("additional_chat_templates",)
@@ -45,6 +49,16 @@ def side_files(folder: Path) -> list[str]:
 def is_side_file(name: str) -> bool:
     """Whether `side_files` would name this relative path."""
     return name in ("config.json", *_SIDE_FILES) or name.split("/")[0] in _SIDE_FOLDERS
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Makes it the folder's only default chat template."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    config = folder / "tokenizer_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    if settings.pop("chat_template", None) is not None:
+        config.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def exported_config(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fusemega.checkpoint.megatron_folder import RunCheckpoint, is_megatron_folde
 from fusemega.checkpoint.proof import check_written
 from fusemega.checkpoint.ranges import RangeWriter
 from fusemega.checkpoint.safetensors_writer import write_index
-from fusemega.checkpoint.side_files import copy_side_files
+from fusemega.checkpoint.side_files import copy_side_files, write_template
 from fusemega.checkpoint.workers import WorkerLost, default_workers
 from fusemega.errors import UserError
 from fusemega.files.integrity import check_contents, recorded_hashes, write_integrity
@@ -33,7 +33,6 @@ from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
 from fusemega.merge.rounding import of_models, warnings
 from fusemega.merge.run import MergeRun
-from fusemega.merge.template import write_template
 from fusemega.merge.vocabulary import extend_tokenizer
 from fusemega.runtime.console import say
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.checkpoint.side_files import TEMPLATE
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.opening import read_text
 from fusemega.merge.run import MergeRun
 from fusemega.merge.vocabulary import Vocabulary
-
-TEMPLATE = "chat_template.jinja"
 
 
 def plan_template(
@@ -92,13 +90,3 @@ def read_template(folder: Path) -> str | None:
         if isinstance(found, str):
             return found
     return None
-
-
-def write_template(folder: Path, template: str) -> None:
-    """Makes it the folder's only default template."""
-    (folder / "chat_template.json").unlink(missing_ok=True)
-    config = folder / "tokenizer_config.json"
-    settings = read_json(config) if config.is_file() else {}
-    if settings.pop("chat_template", None) is not None:
-        config.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    (folder / TEMPLATE).write_text(template, encoding="utf-8")

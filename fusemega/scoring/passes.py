@@ -29,7 +29,7 @@ class PassRun(Section):
 
     def open(self) -> ModelSource:
         """The model, opened and checked; nothing is allocated yet. Raises as `ModelSource`."""
-        source = ModelSource(self.model, self.parallel, environment_rank()[1])
+        source = ModelSource(self.model, self.parallel, environment_rank()[1], self.data.chat_template)
         source.note_length(self.data.seq_length)
         return source
 

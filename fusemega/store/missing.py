@@ -54,7 +54,7 @@ def _document(dataset: TokenizedDataset, i: int) -> Document | None:
 def _length(document: Document) -> int:
     """Bytes of its canonical stream."""
     if isinstance(document, Chat):
-        return sum(len(message.content.encode()) + 2 for message in document.messages)
+        return document.stream_length
     return len(document.text.encode()) + 1
 
 
@@ -92,4 +92,4 @@ def _other_masks(document: Document) -> Iterator[Document]:
         choices = iter([tuple(turns), *((turn,) for turn in turns)])
     for chosen in choices:
         messages = enumerate(document.messages)
-        yield Chat(tuple(replace(message, supervised=n in chosen) for n, message in messages))
+        yield replace(document, messages=tuple(replace(message, supervised=n in chosen) for n, message in messages))

@@ -1,24 +1,26 @@
 """A document as the one string that is tokenized, and where in it each message's content lies.
 
-A conversation is rendered once by the chat template. Where the contents ended up is learnt by rendering the same
-roles with placeholders in place of the contents: that gives the template's literal pieces, and the real rendering
-must be exactly those pieces with the contents (or the contents stripped of outer white space) between them.
-Otherwise the row is refused with the reason: a span is never guessed by searching for the content.
+A conversation is rendered by the chat template; `spans.py` says where its texts ended up. The targets of an
+assistant's turn are its content and its closing token. Of a turn with reasoning or tool calls they are all that the
+model has to write: from the end of the generation prompt to the closing token, tags included.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fusemega.errors import UserError
-from fusemega.text.document import BadRow, Chat, Message, Text
+from fusemega.text.document import Chat, Message, Text
+from fusemega.text.fields import CALLS, REASONING, BadRow
+from fusemega.text.spans import Cell, Outline, Placed, find_between, given, place, tags_in
 from fusemega.text.templates import ChatTemplate
 from fusemega.text.tokenizer import Tokenizer
 
-_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
-_Place = tuple[tuple[int, int], str]  # a content's range, and the literal after it
+DROPPED = "turns not learnt: the template leaves their reasoning out once others follow"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ class Span:
         base: byte of the canonical stream at which the message begins.
         has_header: whether the canonical stream has its virtual header byte (conversations do, texts do not).
         stripped_bytes: UTF-8 bytes that the template removed from the content's beginning.
-        num_bytes: UTF-8 bytes of the whole content, as given.
+        num_bytes: UTF-8 bytes of the whole message in the canonical stream, between header and end of turn.
+        offset: bytes of those before this text: a message may be several texts, with the template's between them.
+        is_open: what follows the text's last character is the template's, and no other template's.
+        is_spelt: whether the characters are the text's own; not those of JSON.
     """
 
     start: int
@@ -43,6 +48,25 @@ class Span:
     has_header: bool
     stripped_bytes: int
     num_bytes: int
+    offset: int = 0
+    is_open: bool = False
+    is_spelt: bool = True
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a model writes in a turn with more than a content: targets are the tokens that end in (start, end].
+
+    Attributes:
+        start, end: characters of the rendered text.
+        closing: byte of the canonical stream at which the closing token ends; None where nothing closes the turn.
+        texts: ranges of characters whose bytes count.
+    """
+
+    start: int
+    end: int
+    closing: int | None
+    texts: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,7 @@ class Rendered:
     spans: tuple[Span, ...]
     stream_length: int
     framed: bool
+    turns: tuple[Turn, ...] = ()
 
 
 def render_text(document: Text) -> Rendered:
@@ -81,79 +106,241 @@ class ChatRenderer:
                 f"{tokenizer.source}: the tokenizer has no chat template, which rows with messages need "
                 "(add chat_template.jinja to the folder, or give text or prompt + completion strings)"
             )
-        self._template = ChatTemplate(template, tokenizer)
+        self._template = ChatTemplate(template, tokenizer, tokenizer.template_source)
+        self._tags = tags_in(template)
         self._tokenizer = tokenizer
         self._pieces: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[list[str], list[int]]] = {}
+        self._heeded: set[str] = set()
+        self.counts: Counter[str] = Counter()
         self.closing = self._learn_closing()
 
-    def render(self, chat: Chat) -> Rendered:
+    def render(self, chat: Chat, ignored: Counter[str] | None = None) -> Rendered:
         """The conversation's text and a span for each message, in their order (none for an empty content that the
         template leaves out with its block).
 
+        Args:
+            ignored: counts what the template was given and does not write, by name; None: it is refused.
+
         Raises:
-            BadRow: the template refuses the conversation, drops, repeats or rewrites a content.
+            BadRow: the template refuses the conversation, drops, repeats or rewrites a content, or takes no notice
+                of something that it was given.
             OverBudget: it needs more time, memory or output than a conversation may.
         """
+        text = self._apply([given(message) for message in chat.messages], chat.settings)
+        self._check_heeded(chat, text, ignored)
+        placed, missing = self._place(chat, text)
+        if placed is not None:
+            chat = self._without_dropped(chat, missing)
+            return self._spans(text, chat, placed)
+        self._refuse_special_tokens(chat)
+        found, turns = find_between(text, chat.messages, lambda count, ask: self._first(chat, count, ask))
+        return self._spans(text, chat, found, turns)
+
+    def _place(self, chat: Chat, text: str) -> tuple[list[Placed] | None, list[Cell]]:
+        """Where the cells lie by the first rule, and those of reasoning that were left out; None where it does not
+        apply."""
         messages = chat.messages
-        text = self._apply([(message.role, message.content) for message in messages])
-        roles = tuple(message.role for message in messages)
-        everything = tuple(range(len(messages)))
-        # Templates with `if content` leave out a block whose content is empty: there, an empty content is literal.
-        filled = tuple(i for i in everything if messages[i].supervised or messages[i].content.strip())
-        for shown in dict.fromkeys((everything, filled)):
-            literals, order = self._learn_pieces(roles, shown)
-            starts = _place(text, literals, [messages[i].content for i in order])
-            if starts is not None:
-                return self._spans(
-                    text, messages, dict(zip(order, zip(starts, literals[1:], strict=True), strict=True))
+        whole = Outline(messages)
+        cut = Outline(messages, self._tags)
+        for outline in (whole, cut) if len(cut.cells) > len(whole.cells) else (whole,):
+            for shown in outline.choices:
+                literals, order = self._learn_pieces(chat, outline, shown)
+                ranges = place(text, literals, [outline.cells[i].text for i in order])
+                if ranges is None:
+                    continue
+                pairs = zip(order, ranges, strict=True)
+                placed = [Placed.of(outline.cells[i], start, end, text) for i, (start, end) in pairs]
+                if not any(each.lead is None and messages[each.cell.message].supervised for each in placed):
+                    missing = [outline.cells[i] for i in shown if i not in order]
+                    return placed, missing
+        return None, []
+
+    def _without_dropped(self, chat: Chat, missing: list[Cell]) -> Chat:
+        """Turns whose reasoning the template leaves out once others follow are not what the model writes: context."""
+        turns = {cell.message for cell in missing if chat.messages[cell.message].supervised}
+        for i in sorted(turns):
+            outline = Outline(chat.messages[: i + 1], self._tags)
+            shown = tuple(range(len(outline.cells)))
+            order = outline.pieces(self._apply(outline.shown(shown), chat.settings), shown)[1]
+            if any(outline.cells[k].is_reasoning and k not in order and outline.cells[k].message == i for k in shown):
+                raise BadRow(
+                    "template drops reasoning",
+                    f"the chat template does not write the reasoning of message {i} ({chat.messages[i].role}); "
+                    "data.chat_template takes one that does",
                 )
-        raise BadRow(
-            "template rewrites content",
-            "the chat template does not reproduce the messages' contents as they are (it rewrites, moves or "
-            "drops part of one), so what is supervised cannot be told",
-        )
+        if not turns:
+            return chat
+        messages = [replace(m, supervised=m.supervised and i not in turns) for i, m in enumerate(chat.messages)]
+        if not any(message.supervised for message in messages):
+            raise BadRow(
+                "template drops reasoning",
+                "the chat template leaves the reasoning of each turn to be learnt out, as others follow; "
+                "data.chat_template takes one that does not",
+            )
+        self.counts[DROPPED] += len(turns)
+        return replace(chat, messages=tuple(messages))
 
     def _spans(
-        self, text: str, messages: Sequence[Message], placed: dict[int, tuple[tuple[int, int], str]]
+        self,
+        text: str,
+        chat: Chat,
+        placed: list[Placed],
+        between: Mapping[int, tuple[int, int]] | None = None,
     ) -> Rendered:
-        spans, base = [], 0
-        for i, message in enumerate(messages):
-            num_bytes = len(message.content.encode())
-            if i in placed:
-                (start, end), after = placed[i]
-                closing_end = end + len(self.closing) if after.startswith(self.closing) else end
-                lead = message.content[: message.content.find(text[start:end])]
-                supervised = (start, closing_end) if message.supervised else None
-                spans.append(Span(start, end, closing_end, supervised, base, True, len(lead.encode()), num_bytes))
-            base += num_bytes + 2
-        return Rendered(text, tuple(spans), base, framed=False)
-
-    def _apply(self, turns: Sequence[tuple[str, str]]) -> str:
-        return self._template.render([{"role": role, "content": content} for role, content in turns])
-
-    def _learn_pieces(self, roles: tuple[str, ...], shown: tuple[int, ...]) -> tuple[list[str], list[int]]:
-        """The template's literal pieces around the contents of the messages `shown` (the others are empty), and the
-        order in which it writes those contents."""
-        if (roles, shown) not in self._pieces:
-            turns = [(role, f"\ue000{i}\ue001" if i in shown else "") for i, role in enumerate(roles)]
-            parts = _PLACEHOLDER.split(self._apply(turns))
-            order = [int(part) for part in parts[1::2]]
-            for i in shown:
-                if order.count(i) != 1:
-                    what = "drops" if i not in order else "repeats"
-                    raise BadRow(
-                        f"template {what} content",
-                        f"the chat template {what} the content of message {i} ({roles[i]}), "
-                        "so what is supervised cannot be told",
+        spans, turns, base = [], [], 0
+        for i, message in enumerate(chat.messages):
+            mine = [each for each in placed if each.cell.message == i]
+            num_bytes = message.stream_length - 2
+            ends = mine[-1].end if mine else None
+            closes = ends is not None and text.startswith(self.closing, ends)
+            whole = len(mine) == 1 and mine[0].cell.text == message.content and between is None
+            is_turn = message.supervised and not (whole and not message.reasoning and not _calls(message))
+            for each in mine:
+                last = each is mine[-1] and closes
+                closing_end = each.end + len(self.closing) if last else each.end
+                supervised = (each.start, closing_end) if message.supervised and not is_turn else None
+                lead = len(each.cell.text[: each.lead or 0].encode())
+                is_open = not (whole or last)
+                spans.append(
+                    Span(
+                        *(each.start, each.end, closing_end, supervised, base, True, lead, num_bytes),
+                        *(each.cell.offset, is_open, each.lead is not None),
                     )
-            self._pieces[(roles, shown)] = parts[0::2], order
-        return self._pieces[(roles, shown)]
+                )
+            if is_turn:
+                following = [each.start for each in placed if each.cell.message > i]
+                limits = (between or {}).get(i) or (
+                    self._begins(chat, i, text, mine),
+                    min(following, default=len(text)),
+                )
+                turns.append(self._turn(text, message, i, mine, limits, base))
+            base += num_bytes + 2
+        return Rendered(text, tuple(spans), base, framed=False, turns=tuple(turns))
+
+    def _turn(
+        self, text: str, message: Message, i: int, mine: Sequence[Placed], limits: tuple[int, int], base: int
+    ) -> Turn:
+        start, limit = limits
+        content_end = max([start, *(each.end for each in mine)])
+        times = text.count(self.closing, content_end, limit) if self.closing else 0
+        calls = _calls(message)
+        # The last text of a turn is closed where it ends; behind calls the closing token says where that is.
+        if calls and times != 1 or times > 1 and not text.startswith(self.closing, content_end):
+            raise BadRow(
+                "template rewrites content",
+                f"the end of message {i} cannot be told: its closing {self.closing!r} follows it {times} times",
+            )
+        end = text.index(self.closing, content_end, limit) + len(self.closing) if times else content_end
+        if any(name not in text[start:end] for name in calls):
+            raise BadRow("template drops tool calls", f"the chat template does not write the calls of message {i}")
+        texts = [(each.start, each.end) for each in mine]
+        if calls:
+            texts.append((content_end, end - len(self.closing)))
+        return Turn(start, end, base + message.stream_length if times else None, tuple(texts))
+
+    def _begins(self, chat: Chat, i: int, text: str, mine: Sequence[Placed]) -> int:
+        """Where what the model writes of message `i` begins: behind the generation prompt."""
+        first = min((each.start for each in mine), default=len(text))
+        try:
+            prompt = self._first(chat, i, True) if i else ""
+        except BadRow:
+            prompt = ""
+        if prompt and text.startswith(prompt) and len(prompt) <= first:
+            return len(prompt)
+        if not mine:
+            raise BadRow(
+                "template rewrites content",
+                f"the beginning of message {i} cannot be told: the generation prompt does not begin the conversation",
+            )
+        return first
+
+    def _first(self, chat: Chat, count: int, ask: bool) -> str:
+        """The rendering of the first messages; `ask`: with the generation prompt."""
+        return self._apply([given(message) for message in chat.messages[:count]], chat.settings, ask)
+
+    def _apply(self, messages: list[dict[str, Any]], settings: Mapping[str, Any], ask: bool = False) -> str:
+        return self._template.render(messages, add_generation_prompt=ask, **settings)
+
+    def _check_heeded(self, chat: Chat, text: str, ignored: Counter[str] | None) -> None:
+        """Refuses or counts what the template takes no notice of."""
+        messages = [given(message) for message in chat.messages]
+        asked: str | None = None
+        for name, value in chat.settings.items():
+            if name in self._heeded:
+                continue
+            asked = asked or self._apply(messages, chat.settings, True)
+            rest = {key: kept for key, kept in chat.settings.items() if key != name}
+            # A setting of the template's own may be at its default: another value then makes the difference.
+            others = [rest, *([rest | {name: other}] if (other := _another(value)) is not None else [])]
+            if any(self._differs(messages, settings, text, asked) for settings in others):
+                self._heeded.add(name)
+            else:
+                _not_heeded(name, "the row", ignored)
+        for name in (*CALLS, "name"):
+            # A tool's name is an id of the call: most templates tell the two by their order.
+            holders = [i for i, m in enumerate(messages) if m.get(name) and (name != "name" or m["role"] != "tool")]
+            if not holders or name in self._heeded:
+                continue
+            without = [{key: kept for key, kept in m.items() if key != name} for m in messages]
+            for i, message in enumerate(without):
+                message |= {"name": messages[i]["name"]} if i not in holders and "name" in messages[i] else {}
+            if self._differs(without, chat.settings, text, None):
+                self._heeded.add(name)
+                continue
+            learnt = name in CALLS and any(chat.messages[i].supervised for i in holders)
+            _not_heeded(name, f"message {holders[0]}", None if learnt else ignored)
+        if any(m.reasoning and not m.supervised for m in chat.messages) and REASONING[0] not in self._heeded:
+            without = [{key: kept for key, kept in m.items() if key != REASONING[0]} for m in messages]
+            turn = next(i for i, m in enumerate(chat.messages) if m.reasoning)
+            alone = self._first(chat, turn + 1, False)
+            if self._differs(without, chat.settings, text, None) or self._differs(
+                without[: turn + 1], chat.settings, alone, None
+            ):
+                self._heeded.add(REASONING[0])
+            elif not any(m.reasoning and m.supervised for m in chat.messages):
+                _not_heeded(REASONING[0], f"message {turn}", ignored)
+
+    def _differs(
+        self, messages: list[dict[str, Any]], settings: Mapping[str, Any], text: str, asked: str | None
+    ) -> bool:
+        """Whether these render otherwise than as `text`, or as `asked` with the generation prompt."""
+        try:
+            if self._apply(messages, settings) != text:
+                return True
+            return asked is not None and self._apply(messages, settings, True) != asked
+        except BadRow:
+            return True
+
+    def _refuse_special_tokens(self, chat: Chat) -> None:
+        """Where the first rule does not apply, no spans tell whether a content spells one."""
+        names = [self._tokenizer.token(i) for i in self._tokenizer.special_ids]
+        for i, message in enumerate(chat.messages):
+            if found := next((name for name in names if name in message.content), None):
+                raise BadRow(
+                    "special token in content", f"the content of message {i} spells the special token {found!r}"
+                )
+
+    def _learn_pieces(self, chat: Chat, outline: Outline, shown: tuple[int, ...]) -> tuple[list[str], list[int]]:
+        """The template's literal pieces around the cells `shown`, and the order in which it writes those."""
+        plain = (
+            not chat.settings
+            and all(not m.fields and not m.reasoning for m in chat.messages)
+            and len(outline.cells) == len(chat.messages)
+        )
+        key = tuple(message.role for message in chat.messages), shown
+        if plain and key in self._pieces:
+            return self._pieces[key]
+        found = outline.pieces(self._apply(outline.shown(shown), chat.settings), shown)
+        if plain:
+            self._pieces[key] = found
+        return found
 
     def _learn_closing(self) -> str:
         reason = ""
         for roles in (("user", "assistant"), ("system", "user", "assistant")):
+            chat = Chat(tuple(Message(role, "", role == "assistant") for role in roles))
             try:
-                literals, order = self._learn_pieces(roles, tuple(range(len(roles))))
+                literals, order = self._learn_pieces(chat, Outline(chat.messages), tuple(range(len(roles))))
             except BadRow as error:
                 reason = reason or error.detail
                 continue
@@ -161,22 +348,29 @@ class ChatRenderer:
             tokens = [token for token in self._tokenizer.added_tokens if token.strip()]
             found = re.search("|".join(map(re.escape, tokens)), after) if tokens else None
             return after[: found.end()] if found else after.rstrip()
-        raise UserError(f"{self._tokenizer.source}: cannot use its chat template: {reason}")
+        raise UserError(f"{self._template.source}: cannot use its chat template: {reason}")
 
 
-def _place(text: str, literals: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | None:
-    """The range of each content in `text` = literals[0] + content[0] + literals[1] + ..., where a content may have
-    lost outer white space; None if `text` is not of that form. Contents kept whole are preferred."""
-    if not text.startswith(literals[0]):
-        return None
-    # Positions reachable after each content and its literal, with the ranges that led there.
-    reached: dict[int, list[tuple[int, int]]] = {len(literals[0]): []}
-    for content, literal in zip(contents, literals[1:], strict=True):
-        following: dict[int, list[tuple[int, int]]] = {}
-        for position, path in reached.items():
-            for form in dict.fromkeys((content, content.strip(), content.rstrip(), content.lstrip())):
-                if text.startswith(form + literal, position):
-                    end = position + len(form)
-                    following.setdefault(end + len(literal), path + [(position, end)])
-        reached = following
-    return reached.get(len(text))
+def _calls(message: Message) -> list[str]:
+    """Names of the functions that a message calls."""
+    calls = list(message.fields.get("tool_calls", ()))
+    if "function_call" in message.fields:
+        calls.append(message.fields["function_call"])
+    return [str(call.get("function", call)["name"]) for call in calls]
+
+
+def _another(value: Any) -> Any:
+    """A value that is not this one; None for lists and objects."""
+    if isinstance(value, bool):
+        return not value
+    return value + "?" if isinstance(value, str) else value + 1 if isinstance(value, (int, float)) else None
+
+
+def _not_heeded(name: str, where: str, ignored: Counter[str] | None) -> None:
+    if ignored is None:
+        raise BadRow(
+            "template ignores field",
+            f"{where} has {name}, of which the chat template takes no notice; data.chat_template takes one that does "
+            "(data.unknown_fields: ignore would leave out and count such fields, unless they are to be learnt)",
+        )
+    ignored[name] += 1

@@ -60,6 +60,9 @@ class DataConfig(Section):
     unknown_fields: Literal["error", "ignore"] = Field(
         "error", description="a field of unknown meaning makes a row unusable, or is left out and counted"
     )
+    chat_template: str | None = Field(
+        None, description="file of a jinja chat template that takes the place of the tokenizer's, in the export too"
+    )
     limit: int | None = Field(None, ge=1, description="use the first rows only")
 
 

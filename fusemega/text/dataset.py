@@ -28,7 +28,7 @@ from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 
-_FORMAT = 5  # raise when the meaning of a cached file changes
+_FORMAT = 6  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
 _COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value a token
 _INDEX = np.dtype([("offset", "<i8"), ("num_bytes", "<i8"), ("file", "<i8"), ("row", "<i8"), ("key", "u1", 16)])
@@ -46,6 +46,7 @@ class TokenizedDataset:
         num_supervised: supervised tokens of all samples.
         skipped: reason -> number of rows skipped, and of windows dropped for having no target.
         ignored: name -> number of unknown fields that were left out (`data.unknown_fields: ignore`).
+        notes: what a user has to know of how the rows were read, a sentence each.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], config: DataConfig) -> None:
@@ -53,7 +54,7 @@ class TokenizedDataset:
         self.folder, self.config, self._names = folder, config, names
         try:
             meta = read_json(folder / "meta.json")
-            if missing := {"skipped", "num_supervised", "num_tokens", "ignored"} - meta.keys():
+            if missing := {"skipped", "num_supervised", "num_tokens", "ignored", "notes"} - meta.keys():
                 raise UserError(f"meta.json has no {min(missing)}")
             self._index: np.ndarray = np.load(folder / "index.npy", mmap_mode="r")
             if self._index.dtype != _INDEX or self._index.ndim != 1:
@@ -62,6 +63,7 @@ class TokenizedDataset:
             raise UserError(f"{folder}: damaged data cache, delete the folder: {error}") from None
         self.skipped: dict[str, int] = meta["skipped"]
         self.ignored: dict[str, int] = meta["ignored"]
+        self.notes: list[str] = meta["notes"]
         self.num_supervised: int = meta["num_supervised"]
         self._offsets = np.append(self._index["offset"], meta["num_tokens"])
         self._columns = {}
@@ -135,13 +137,14 @@ def prepare(
     Raises:
         UserError: an unreadable file; a bad row under `on_bad_row: error` ("file:row: ..."); no usable sample.
     """
+    tokenizer = tokenizer.with_template(config.chat_template)
     source = Source(config)
     identity = {
         "format": _FORMAT,
         "content": source.content_hash(),
         "tokenizer": tokenizer.content_hash,
         "template": tokenizer.template_hash,
-        "config": config.model_dump(exclude={"path", "name", "split"}),  # the content says which
+        "config": config.model_dump(exclude={"path", "name", "split", "chat_template"}),  # the content says which
         "vocab_size": vocab_size,
     }
     fingerprint = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -161,7 +164,7 @@ def _say_left_out(names: tuple[str, ...], dataset: TokenizedDataset) -> None:
     """Once a process, however many tokenizers read the same rows."""
     fields = [f"left out the field {name!r} {count} times" for name, count in dataset.ignored.items()]
     rows = [f"skipped {count} ({reason})" for reason, count in dataset.skipped.items()]
-    for found in (fields, rows):
+    for found in (fields, rows, *([note] for note in dataset.notes)):
         line = f"{names[0]}{', ...' if len(names) > 1 else ''}: {'; '.join(found)}"
         if found and line not in _SAID:
             _SAID.add(line)
@@ -175,7 +178,22 @@ class _Tokenize:
         self.config, self.source, self.tokenizer, self.vocab_size = config, source, tokenizer, vocab_size
         self.skipped: Counter[str] = Counter()
         self.ignored: Counter[str] | None = Counter() if config.unknown_fields == "ignore" else None
+        self._told: Counter[str] = Counter()
         self._renderer: ChatRenderer | None = None
+
+    def notes(self) -> list[str]:
+        """See `TokenizedDataset.notes`."""
+        notes = [f"fields that change nothing of what is learnt: {', '.join(sorted(self._told))}"] if self._told else []
+        if self._renderer is not None:
+            notes += [f"{count} {what}" for what, count in self._renderer.counts.items()]
+            closing = self._renderer.closing.strip()
+            if not closing or len(self.tokenizer.encode([closing])[0].ids) != 1:
+                found = f"with {closing!r}, which is several tokens" if closing else "with no token"
+                notes.append(
+                    f"{self.tokenizer.template_source}: its chat template ends an assistant turn {found}: the model "
+                    "does not learn a token at which generation stops (data.chat_template takes another template)"
+                )
+        return notes
 
     def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Sample]]:
         ready: list[tuple[Row, bytes, Rendered]] = []
@@ -183,7 +201,7 @@ class _Tokenize:
             try:
                 if isinstance(row.value, BadRow):
                     raise row.value
-                document = parse(row.value, self.ignored)
+                document = parse(row.value, self.ignored, self._told)
                 ready.append((row, canonical(document), self._render(document)))
             except BadRow as error:
                 self._bad(row, error)
@@ -207,7 +225,7 @@ class _Tokenize:
         if isinstance(document, Chat):
             if self._renderer is None:
                 self._renderer = ChatRenderer(self.tokenizer)
-            return self._renderer.render(document)
+            return self._renderer.render(document, self.ignored)
         if self.tokenizer.eos_id is None:
             raise UserError(f"{self.tokenizer.source}: the tokenizer has no eos token, which rows of text end with")
         return render_text(document)
@@ -273,6 +291,7 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
         "num_supervised": num_supervised,
         "skipped": dict(sorted(tokenize.skipped.items())),
         "ignored": dict(sorted((tokenize.ignored or {}).items())),
+        "notes": tokenize.notes(),
     }
     (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 

@@ -5,10 +5,11 @@ Shapes, tried in this order (a key whose value is null counts as absent):
     prompt + completion    two strings, or two lists of messages: only the completion is supervised
     text                   a string: everything is supervised
 
-Beside its shape's keys a row, and beside role and content a message, may hold a name for it (`_NAMES`) and flags that
-say whether it is to be learnt (`FLAGS`: true or 1, false or 0). Whatever else is there might change the meaning:
-it is refused, or where `data.unknown_fields` is "ignore" counted; what is known to change it is refused always.
-An empty text, list or object counts as absent.
+A row may also hold names and gradings of it (`fields.NAMES`), of which some are told once, and flags that say whether
+it is to be learnt (`fields.FLAGS`: true or 1, false or 0), as may a message. A row of messages may hold what the chat
+template is given: system (the first message), tools, documents, chat_template_kwargs; a message reasoning, tool calls
+and a name. Whatever else is there might change the meaning: it is refused, or where `data.unknown_fields` is "ignore"
+counted. An empty text, list or object counts as absent.
 """
 
 from __future__ import annotations
@@ -16,35 +17,28 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from fusemega.text.fields import (
+    CALLS,
+    FLAGS,
+    MESSAGE_FIELDS,
+    NAMES,
+    REASONING,
+    ROW_FIELDS,
+    check_extras,
+    content_of,
+    is_absent,
+    kind,
+    message_fields,
+    row_settings,
+    string,
+)
+from fusemega.text.fields import BadRow as BadRow
 
 # Which tokens are supervised, by the name that stores carry; `parse` and `fusemega.text.sample` decide it.
 MASK_POLICY = "assistant turns with their closing token; completions; whole texts with eos"
-
-# Whether a row or a turn is to be learnt, as OpenAI, axolotl, ms-swift, slime and TRL spell it.
-FLAGS = ("weight", "train", "training", "loss", "label", "loss_mask", "step_loss_mask")
-# Names and origins of a row: they change nothing of what is learnt.
-_NAMES = ("id", "uuid", "idx", "index", "source", "dataset")
-# Fields that change what a template renders and that this package does not carry: refused whatever the settings.
-_MEANINGFUL = (
-    *("tools", "tool_calls", "tool_call_id", "function_call", "functions", "documents", "chat_template_kwargs"),
-    *("system", "thinking", "reasoning", "reasoning_content", "images", "videos", "audios"),
-)
-
-
-class BadRow(Exception):
-    """A row that cannot be used.
-
-    Attributes:
-        reason: a short category, the name under which skipped rows are counted.
-        detail: the whole sentence, without the place of the row.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
 
 
 class NotLearnt(BadRow):
@@ -56,18 +50,43 @@ class NotLearnt(BadRow):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `supervised`: its content and closing token are targets."""
+    """One turn of a conversation.
+
+    Attributes:
+        role, content: as given.
+        supervised: what the model writes of it, from reasoning to closing token, are targets.
+        reasoning: what goes before the content.
+        fields: others that the template is given (`fields.message_fields`).
+    """
 
     role: str
     content: str
     supervised: bool
+    reasoning: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stream_length(self) -> int:
+        """Bytes in the canonical stream: a header; the reasoning and a byte after it; the content; an end of turn."""
+        return len(self.content.encode()) + 2 + self.content_offset
+
+    @property
+    def content_offset(self) -> int:
+        """Bytes between the header and the content."""
+        return len(self.reasoning.encode()) + 1 if self.reasoning else 0
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation with at least one supervised turn."""
+    """A conversation with at least one supervised turn; `settings`: what else the template is given, by name."""
 
     messages: tuple[Message, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stream_length(self) -> int:
+        """Bytes of the canonical stream."""
+        return sum(message.stream_length for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -81,33 +100,38 @@ class Text:
 Document = Chat | Text
 
 
-def parse(row: object, ignored: Counter[str] | None = None) -> Document:
+def parse(row: object, ignored: Counter[str] | None = None, told: Counter[str] | None = None) -> Document:
     """The conversation or text in `row`.
 
     Args:
         ignored: counts unknown fields by name, which are left out; None: they are refused.
+        told: counts names and gradings of the row, which change nothing.
 
     Raises:
         NotLearnt: flags of the row or of its turns leave nothing to learn.
-        BadRow: not an object, none of the three shapes, wrong types, empty, no assistant turn, or a field
-            that changes the meaning of the conversation and is not supported, or is unknown.
+        BadRow: not an object, none of the three shapes, wrong types, empty, no assistant turn, or an unknown field.
     """
     if not isinstance(row, Mapping):
-        raise BadRow("wrong type", f"a row is an object, found {_kind(row)}")
+        raise BadRow("wrong type", f"a row is an object, found {kind(row)}")
     present = {str(key): value for key, value in row.items() if value is not None}
     if not present:
         raise BadRow("empty", "the row is empty")
     shape: tuple[str, ...]
     document: Document
     if "messages" in present:
-        shape = ("messages",)
-        document = _chat(_messages(present["messages"], "messages", True, ignored), present["messages"])
+        shape = ("messages", *ROW_FIELDS)
+        messages = _with_system(_messages(present["messages"], "messages", True, ignored), present)
+        document = _chat(messages, present["messages"], present)
+        if "prompt" in present:
+            _check_prompt(present["prompt"], messages)
+            shape += ("prompt",)
     elif "prompt" in present and "completion" in present:
         shape = ("prompt", "completion")
-        document = _prompt_completion(present["prompt"], present["completion"], ignored)
+        document = _prompt_completion(present, ignored)
+        shape += ROW_FIELDS if isinstance(document, Chat) else ()
     elif "text" in present:
         shape = ("text",)
-        text = _string(present["text"], "text")
+        text = string(present["text"], "text")
         if not text.strip():
             raise BadRow("empty", "text is empty")
         document = Text(text, 0)
@@ -116,7 +140,9 @@ def parse(row: object, ignored: Counter[str] | None = None) -> Document:
             "unknown shape",
             f"found the keys {', '.join(sorted(present))}; expected messages, or prompt and completion, or text",
         )
-    _check_extras(present, shape, "the row", ignored)
+    check_extras(present, (*shape, *NAMES), "the row", ignored)
+    if told is not None:
+        told.update(name for name in present if name in NAMES or (name == "prompt" and "messages" in shape))
     if _learnt(present, "the row") is False:
         raise NotLearnt
     return document
@@ -129,39 +155,71 @@ def canonical(document: Document) -> bytes:
     """
     if isinstance(document, Chat):
         fields: dict[str, object] = {
-            "messages": [[message.role, message.content] for message in document.messages],
+            "messages": [[m.role, m.content, *([_others(m)] if _others(m) else [])] for m in document.messages],
             "supervised": [i for i, message in enumerate(document.messages) if message.supervised],
         }
+        if document.settings:
+            fields["settings"] = document.settings
     else:
         fields = {"text": document.text, "supervised_from": len(document.text[: document.supervised_from].encode())}
-    return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
+    text = json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return text.encode("utf-8")
 
 
-def _prompt_completion(prompt: object, completion: object, ignored: Counter[str] | None) -> Document:
+def _others(message: Message) -> dict[str, object]:
+    return ({REASONING[0]: message.reasoning} if message.reasoning else {}) | dict(message.fields)
+
+
+def _with_system(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The conversation with the row's system text as its first message."""
+    if is_absent(row.get("system")):
+        return messages
+    if any(message.role == "system" for message in messages):
+        raise BadRow("unsupported field", "the row has system, and a message of role system; allowed: one of them")
+    return (Message("system", string(row["system"], "system"), False), *messages)
+
+
+def _check_prompt(prompt: object, messages: tuple[Message, ...]) -> None:
+    """Beside messages a prompt is the first question once more (UltraChat's), or the messages before the last."""
+    if isinstance(prompt, str):
+        first = next((message.content for message in messages if message.role == "user"), "")
+        same = prompt.strip() == first.strip()
+    else:
+        turns = [(m.role, m.content) for m in _messages(prompt, "prompt", False, Counter())]
+        asked = [(m.role, m.content) for m in messages]
+        same = any(turns == asked[start : start + len(turns)] for start in (0, 1))
+    if not same:
+        raise BadRow(
+            "unsupported field", "the row has prompt beside messages, which is not what its messages begin with"
+        )
+
+
+def _prompt_completion(row: Mapping[str, Any], ignored: Counter[str] | None) -> Document:
+    prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        _string(prompt, "prompt")
-        if not _string(completion, "completion"):
+        string(prompt, "prompt")
+        if not string(completion, "completion"):
             raise BadRow("empty", "completion is empty")
         return Text(prompt + completion, len(prompt))
     if isinstance(prompt, str) or isinstance(completion, str):
         raise BadRow("wrong type", "prompt and completion must both be strings or both be lists of messages")
     before, after = _messages(prompt, "prompt", False, ignored), _messages(completion, "completion", True, ignored)
-    return _chat(before + after, completion)
+    return _chat(_with_system(before + after, row), completion, row)
 
 
-def _chat(messages: tuple[Message, ...], learnable: Any) -> Chat:
+def _chat(messages: tuple[Message, ...], learnable: Any, row: Mapping[str, Any]) -> Chat:
     """`learnable`: the messages as given of which assistants' turns are learnt, unless flags say otherwise."""
     if not any(message.supervised for message in messages):
         if any(item["role"] == "assistant" for item in learnable):
             raise NotLearnt
         roles = ", ".join(message.role for message in messages)
         raise BadRow("no assistant turn", f"no assistant turn to learn from (roles: {roles})")
-    return Chat(messages)
+    return Chat(messages, row_settings(row))
 
 
 def _messages(value: object, key: str, supervise: bool, ignored: Counter[str] | None) -> tuple[Message, ...]:
     if not isinstance(value, (list, tuple)):
-        raise BadRow("wrong type", f"{key} is a list of messages, found {_kind(value)}")
+        raise BadRow("wrong type", f"{key} is a list of messages, found {kind(value)}")
     if not value:
         raise BadRow("empty", f"{key} is empty")
     return tuple(_message(item, f"{key}[{i}]", supervise, ignored) for i, item in enumerate(value))
@@ -169,37 +227,20 @@ def _messages(value: object, key: str, supervise: bool, ignored: Counter[str] | 
 
 def _message(item: object, key: str, supervise: bool, ignored: Counter[str] | None) -> Message:
     if not isinstance(item, Mapping):
-        raise BadRow("wrong type", f"{key} is an object with role and content, found {_kind(item)}")
-    for field in ("role", "content"):
-        if item.get(field) is None:
-            raise BadRow("wrong type", f"{key} has no {field} (keys: {', '.join(sorted(map(str, item)))})")
-    role = _string(item["role"], f"{key}.role")
-    content = _string(item["content"], f"{key}.content")
-    _check_extras(item, ("role", "content"), key, ignored)
+        raise BadRow("wrong type", f"{key} is an object with role and content, found {kind(item)}")
+    calls = any(not is_absent(item.get(name)) for name in CALLS)
+    for needed in ("role", "content"):
+        if item.get(needed) is None and not (needed == "content" and calls):
+            raise BadRow("wrong type", f"{key} has no {needed} (keys: {', '.join(sorted(map(str, item)))})")
+    role = string(item["role"], f"{key}.role")
+    content = content_of("" if item.get("content") is None else item["content"], f"{key}.content")
+    check_extras(item, ("role", "content", *MESSAGE_FIELDS, *NAMES), key, ignored)
+    reasoning, fields = message_fields(item, key)
     learnt = _learnt(item, key)
     if learnt and role != "assistant":
         raise BadRow("unsupported flag", f"{key} asks to learn a turn of role {role}; allowed: assistant")
-    return Message(role, content, supervise and role == "assistant" and learnt is not False)
-
-
-def _check_extras(
-    fields: Mapping[str, object], known: tuple[str, ...], where: str, ignored: Counter[str] | None
-) -> None:
-    """Refuses or counts what is in `fields` beside `known`, names and flags."""
-    for name, value in fields.items():
-        if name in known or name in _NAMES or name in FLAGS or value is None or value in ("", [], (), {}):
-            continue
-        shown = repr(str(name)[:40]) if not str(name).isidentifier() else str(name)[:40]
-        if name in _MEANINGFUL:
-            raise BadRow("unsupported field", f"{where} has {shown}, which is not supported")
-        if ignored is None:
-            allowed = ", ".join((*known, *_NAMES, *FLAGS))
-            raise BadRow(
-                "unknown field",
-                f"{where} has {shown}, which might change its meaning; allowed: {allowed} "
-                "(data.unknown_fields: ignore would leave out and count such fields)",
-            )
-        ignored[str(name)] += 1
+    supervised = supervise and role == "assistant" and learnt is not False
+    return Message(role, content, supervised, reasoning, fields)
 
 
 def _learnt(fields: Mapping[str, object], where: str) -> bool | None:
@@ -209,18 +250,3 @@ def _learnt(fields: Mapping[str, object], where: str) -> bool | None:
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise BadRow("unsupported flag", f"{where} has {name}: {str(value)[:40]!r}; allowed: true or 1, false or 0")
     return all(found.values()) if found else None
-
-
-def _string(value: object, key: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{key} is a string, found {_kind(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow("invalid unicode", f"{key} holds a lone surrogate at character {error.start}") from None
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

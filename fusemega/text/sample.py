@@ -113,12 +113,17 @@ def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> An
         # The message's tokens, with the one before it: views.
         window = slice(*np.searchsorted(reached, (span.start - 1, span.closing_end + 1)))
         ends_W, byte_ends_W, end_bytes_W = ends[window], byte_ends[window], end_bytes[window]
-        origin = span.base + int(span.has_header)
+        if not span.is_spelt:
+            continue
+        origin = span.base + int(span.has_header) + span.offset
+        begin = origin + span.stripped_bytes if span.offset else origin
         first, last = char_bytes[span.start], char_bytes[span.end]
         inside = (byte_ends_W > first) & (byte_ends_W <= last)
         end_bytes_W[inside] = origin + span.stripped_bytes + byte_ends_W[inside] - first
-        if not _mark_last(end_bytes_W, byte_ends_W == first, origin) and rendered.text.endswith(" ", 0, span.start):
-            _mark_last(end_bytes_W, byte_ends_W == first - 1, origin)
+        if span.is_open:
+            end_bytes_W[inside & (byte_ends_W == last)] = -1
+        if not _mark_last(end_bytes_W, byte_ends_W == first, begin) and rendered.text.endswith(" ", 0, span.start):
+            _mark_last(end_bytes_W, byte_ends_W == first - 1, begin)
         if span.closing_end > span.end:
             closing = rendered.text[span.end : span.closing_end]
             token_start = span.closing_end - len(closing.lstrip())
@@ -126,11 +131,18 @@ def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> An
             end_bytes_W[(ends_W > span.end) & (ends_W <= token_start)] = content_end
             if ((ends_W > token_start) & (ends_W < span.closing_end)).any():
                 end_bytes_W[end_bytes_W == content_end] = -1
-            _mark_last(end_bytes_W, ends_W == span.closing_end, origin + span.num_bytes + 1)
+            _mark_last(end_bytes_W, ends_W == span.closing_end, origin - span.offset + span.num_bytes + 1)
         if span.supervised is not None:
             low, high = span.supervised
             supervised[window] |= (ends_W > low) & (ends_W <= high)
             target_chars[low + 1 : span.end + 1] = np.diff(char_bytes[low : span.end + 1])
+    for turn in rendered.turns:
+        window = slice(*np.searchsorted(reached, (turn.start, turn.end + 1)))
+        supervised[window] |= (ends[window] > turn.start) & (ends[window] <= turn.end)
+        if turn.closing is not None:
+            _mark_last(end_bytes[window], ends[window] == turn.end, turn.closing)
+        for low, high in turn.texts:
+            target_chars[low + 1 : high + 1] = np.diff(char_bytes[low : high + 1])
     target_bytes = np.diff(np.cumsum(target_chars)[np.append(0, reached)])
     if rendered.framed:
         prefix = len(tokenizer.prefix_ids)
@@ -161,8 +173,10 @@ def cut(document: Annotated, canonical: bytes, seq_length: int, source: str) -> 
         high = document.stream_length if end == length else int(reached[end - 1])
         supervised = document.supervised[begin:end].copy()
         supervised[:1] = False
+        # Long tool calls have no bytes in the canonical stream: windows of them are told by their number.
+        identity = canonical if low < high else canonical + b"\n%d" % begin
         yield Sample(
-            key=sample_key(canonical, low, high),
+            key=sample_key(identity, low, high),
             ids=document.ids[begin:end],
             supervised=supervised,
             end_bytes=document.end_bytes[begin:end],

@@ -22,7 +22,8 @@ from typing import Any, Literal
 from fusemega.errors import UserError
 from fusemega.text.chat import ChatRenderer
 from fusemega.text.data import Source
-from fusemega.text.document import FLAGS, BadRow, Chat, Document, parse
+from fusemega.text.document import BadRow, Chat, Document, parse
+from fusemega.text.fields import FLAGS
 from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 
@@ -120,7 +121,7 @@ class Splitter:
             return document.text
         try:
             self._renderers = self._renderers or [ChatRenderer(tokenizer) for tokenizer in self._tokenizers]
-            return self._renderers[index].render(document).text
+            return self._renderers[index].render(document, Counter()).text
         except BadRow as error:
             raise UserError(f"{place}: {self._tokenizers[index].source}: {error.detail}") from None
         except OverBudget as error:
@@ -190,6 +191,7 @@ def _units(value: _RowValue) -> _Units:
 
 def _turns(value: _RowValue) -> _Units:
     messages = value["messages"]
+    value = {key: field for key, field in value.items() if key != "prompt"}  # the first part's question, of no other
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     system, units = messages[:first], [[]]  # type: tuple[list[Any], list[list[Any]]]
     for message in messages[first:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer as Encoder
 from transformers import PreTrainedTokenizerBase
 
 from fusemega.errors import UserError
+from fusemega.files.opening import read_text
 from fusemega.files.tokenizer_files import load_pretrained, tokenizer_errors
 
 _TOGETHER = 4 << 20
@@ -39,6 +41,7 @@ class Tokenizer:
         content_hash: hex, of everything that decides ids: the tokenizer's serialised form with its added tokens,
             and which tokens are bos, eos, pad...; independent of the folder and of how the files are laid out.
         template_hash: hex, of the chat template; None where there is none.
+        template_file: where that template is from, if not from the tokenizer's folder.
         num_ids: 1 + the largest id it can produce.
         eos_id, pad_id: int or None; pad_id falls back on eos_id, then on 0.
         prefix_ids: what its post-processor puts before a text (usually bos, or nothing).
@@ -59,6 +62,8 @@ class Tokenizer:
         state["truncation"] = state["padding"] = None
         specials = {name: str(value) for name, value in self.hf.special_tokens_map.items()}
         self.content_hash = _hash({"tokenizer": state, "special_tokens": specials})
+        self._template: str | None = None
+        self.template_file: str | None = None
         template = self.chat_template
         self.template_hash = None if template is None else _hash(template)
         # Byte-level tokenizers can report offsets without the spaces a token holds; ids do not depend on it.
@@ -96,6 +101,24 @@ class Tokenizer:
         with tokenizer_errors(f"{source}: cannot load a tokenizer", quietly=True):
             return cls(hf, str(source))
 
+    def with_template(self, path: str | Path | None) -> Tokenizer:
+        """The same tokenizer with the chat template of a file; itself for None.
+
+        Raises:
+            UserError: no such file, or no text.
+        """
+        if path is None:
+            return self
+        other = copy.copy(self)
+        other._template, other.template_file = read_text(Path(path)), str(path)
+        other.template_hash = _hash(other._template)
+        return other
+
+    @property
+    def template_source(self) -> str:
+        """Where the chat template is from, for messages."""
+        return self.template_file or self.source
+
     @property
     def chat_template(self) -> str | None:
         """The default chat template's source, or None.
@@ -103,6 +126,8 @@ class Tokenizer:
         Raises:
             UserError: something else than a text, or several by name and none of them the default.
         """
+        if self._template is not None:
+            return self._template
         try:
             template = self.hf.get_chat_template() if self.hf.chat_template else None
         except ValueError as error:

@@ -55,7 +55,7 @@ class Checked:
         """
         if run.training.wandb_project is not None:
             require_wandb()
-        source = ModelSource(run.model, run.parallel, world_size)
+        source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template)
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
@@ -152,6 +152,8 @@ def _finish(output: Path, trainer: Trainer, checked: Checked) -> None:
     dtype = trainer.run.training.export_dtype
     checkpoint = None if wanted is None else RunCheckpoint(wanted)
     weights = str(trainer.content["model"]) if checkpoint is None else checkpoint.content_hash
+    if trainer.run.data.chat_template is not None:  # the export carries it
+        weights += f" {source.tokenizer.template_hash}"
     if trainer.run.training.export_hf:
         update_export(output, checkpoint or source.folder, weights, dtype, finish)
     else:

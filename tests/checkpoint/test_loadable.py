@@ -69,3 +69,11 @@ def test_a_closing_token_without_a_row_is_refused(reference: Tokenizer, tmp_path
     with pytest.raises(UserError, match="can neither read nor write what ends a turn"):
         settle(folder, reference, chats=True)
     assert any("rows: none for" in note for note in settle(folder, reference, chats=False))
+
+
+def test_the_template_of_the_run_file_is_the_folders(reference: Tokenizer, tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "out", reference, None)
+    (tmp_path / "t.jinja").write_text((reference.chat_template or "") + "{# trained #}")
+    notes = settle(folder, reference.with_template(tmp_path / "t.jinja"), chats=True)
+    assert any("t.jinja, with which it was trained" in note for note in notes)
+    assert Tokenizer.load(folder).chat_template == (tmp_path / "t.jinja").read_text()

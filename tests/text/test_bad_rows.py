@@ -17,6 +17,8 @@ from tests.text.toys import CORPUS, SPECIALS, byte_level, wrapped
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 GOOD = {"messages": [USER, ASSISTANT]}
+SYSTEM = {"role": "system", "content": "be kind"}
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 # the line of the file (text, or a value written as JSON) -> (reason it is counted under, words of the message)
 BAD = [
@@ -37,17 +39,40 @@ BAD = [
     ({"messages": []}, "empty", "messages is empty"),
     ({"messages": ["x"]}, "wrong type", "messages[0] is an object"),
     ({"messages": [{"from": "human", "value": "x"}]}, "wrong type", "messages[0] has no role (keys: from, value)"),
-    ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, "wrong type", "messages[1].content is a string"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": ["x"]}]},
+        "wrong type",
+        "messages[1].content[0] is an object",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}, ASSISTANT]},
+        "unsupported part",
+        "messages[0].content[1] has the type 'image_url'; allowed: text",
+    ),
     ({"messages": [USER]}, "no assistant turn", "no assistant turn"),
-    ({"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}, "unsupported field", "messages[1] has tool_calls"),
-    (GOOD | {"prompt": "x"}, "unknown field", "the row has prompt, which might change its meaning; allowed: messages"),
-    (GOOD | {"system": "a pirate"}, "unsupported field", "the row has system, which is not supported"),
-    (GOOD | {"documents": [{}]}, "unsupported field", "the row has documents"),
-    (GOOD | {"chat_template_kwargs": {"a": False}}, "unsupported field", "the row has chat_template_kwargs"),
+    (
+        {"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]},
+        "wrong type",
+        "messages[1].tool_calls[0].name is a string",
+    ),
+    ({"messages": [USER, ASSISTANT | {"tool_calls": CALLS}]}, "template ignores field", "message 1 has tool_calls, of"),
+    (GOOD | {"prompt": "x"}, "unsupported field", "the row has prompt beside messages, which is not what its"),
+    ({"messages": [SYSTEM, USER, ASSISTANT], "system": "a"}, "unsupported field", "the row has system, and a message"),
+    ({"text": "a", "system": "a pirate"}, "unknown field", "the row has system, which might change its meaning"),
+    (GOOD | {"documents": [{"text": "a"}]}, "template ignores field", "the row has documents, of which"),
+    (GOOD | {"tools": [{"name": "f"}]}, "template ignores field", "the row has tools, of which the chat template"),
+    (GOOD | {"tools": "f"}, "wrong type", "tools is a list, found a string"),
+    (GOOD | {"chat_template_kwargs": {"a": False}}, "template ignores field", "the row has a, of which"),
+    (GOOD | {"chat_template_kwargs": {"tokenize": False}}, "unsupported field", "chat_template_kwargs has 'tokenize'"),
     (GOOD | {"mask": 1}, "unknown field", "(data.unknown_fields: ignore would leave out and count such fields)"),
-    ({"messages": [USER | {"name": "bob"}, ASSISTANT]}, "unknown field", "messages[0] has name"),
-    ({"messages": [USER, ASSISTANT | {"thinking": "hm"}]}, "unsupported field", "messages[1] has thinking"),
-    ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, "unsupported field", "has function_call"),
+    ({"messages": [USER | {"name": "bob"}, ASSISTANT]}, "template ignores field", "message 0 has name, of which"),
+    ({"messages": [USER, ASSISTANT | {"thinking": "hm"}]}, "template drops reasoning", "the reasoning of message 1"),
+    ({"messages": [USER, ASSISTANT | {"thinking": "a", "reasoning": "b"}]}, "unsupported field", "which differ"),
+    (
+        {"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]},
+        "template ignores field",
+        "message 1 has function_call",
+    ),
     ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "unsupported flag", "messages[1] has weight: '0.5'; allowed"),
     ({"messages": [USER, ASSISTANT | {"train": "no"}]}, "unsupported flag", "messages[1] has train: 'no'; allowed"),
     ({"messages": [USER | {"train": True}, ASSISTANT]}, "unsupported flag", "asks to learn a turn of role user"),
@@ -100,14 +125,18 @@ def test_flags_decide_what_is_learnt(flag: dict[str, object], tmp_path: Path) ->
 
 
 def test_unknown_fields_are_counted_where_asked(tmp_path: Path) -> None:
-    rows = [GOOD | {"prompt": "x", "id": 3}, {"messages": [USER | {"name": "bob"}, ASSISTANT | {"name": ""}]}]
+    rows = [
+        GOOD | {"question": "x", "id": 3, "prompt": "hi"},
+        {"messages": [USER | {"name": "bob"}, ASSISTANT | {"name": ""}]},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(path=str(tmp_path / "rows.jsonl"), unknown_fields="ignore")
     for _ in range(2):  # tokenized, and from the cache
         dataset = prepare(config, byte_level(), tmp_path / "cache")
-        assert len(dataset) == 2 and dataset.ignored == {"name": 1, "prompt": 1} and dataset.skipped == {}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD | {"tools": [{"name": "f"}]}) + "\n")
-    with pytest.raises(UserError, match="has tools, which is not supported"):
+        assert len(dataset) == 2 and dataset.ignored == {"name": 1, "question": 1} and dataset.skipped == {}
+        assert dataset.notes == ["fields that change nothing of what is learnt: id, prompt"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [USER, ASSISTANT | {"tool_calls": CALLS}]}) + "\n")
+    with pytest.raises(UserError, match="message 1 has tool_calls, of which the chat template takes no notice"):
         prepare(config, byte_level(), tmp_path / "cache")
 
 

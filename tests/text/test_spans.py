@@ -191,9 +191,13 @@ REFUSED = {
         "{% endfor %}",
         [("system", "s"), ("user", "u"), ("assistant", "x")],
     ),
-    "template rewrites content": (
+    "template drops reasoning": (
         "{% for m in messages %}{{ m['content'].split('</think>')[-1] + '|' }}{% endfor %}",
         [("user", "u"), ("assistant", "<think>t</think>x")],
+    ),
+    "template rewrites content": (
+        "{% for m in messages %}{{ m['content'] | upper + '|' }}{% endfor %}",
+        [("user", "u"), ("assistant", "x")],
     ),
 }
 
