@@ -349,7 +349,7 @@ def main() -> int:
 
     status = 0
     domains = [lambda d=d: domain_data(d).train.parent for d in DOMAINS]
-    tokenizers = [partial(assets_tokenizers.tokenizer, name) for name in assets_tokenizers.TOKENIZERS]
+    tokenizers = [partial(assets_tokenizers.tokenizer, name) for name in (*assets_tokenizers.TOKENIZERS, "qwen3")]
     fetches: list[Callable[[], Path]] = [
         smollm2,
         lambda: chat_data().train.parent,

