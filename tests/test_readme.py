@@ -29,7 +29,7 @@ def run(module: str, arguments: list[str], folder: Path) -> str:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [module, *arguments])
         try:
-            runpy.run_module(module, run_name="__main__")
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:
             assert not end.code, f"{module} {shlex.join(arguments)}: exit {end.code}\n{printed.getvalue()}"
     return printed.getvalue()
