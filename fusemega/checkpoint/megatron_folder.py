@@ -24,7 +24,7 @@ import torch
 
 from fusemega.checkpoint.hf_folder import DTYPES, HFFolder
 from fusemega.checkpoint.series import STATE, checkpoint_named, checkpoints_below, latest_checkpoint, read_state
-from fusemega.checkpoint.side_files import copy_side_files
+from fusemega.checkpoint.side_files import copy_side_files, write_template
 from fusemega.errors import UserError, choose
 from fusemega.files.integrity import FILE as INTEGRITY
 from fusemega.files.integrity import check_sizes, damaged_files, recorded_hashes
@@ -174,7 +174,12 @@ def open_megatron(path: str | Path, iteration: int | None = None) -> MegatronFol
 
 
 def describe_run(
-    folder: Path, hf: Path, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], chats: bool
+    folder: Path,
+    hf: Path,
+    config: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    chats: bool,
+    chat_template: str | None = None,
 ) -> None:
     """Write `hf/` and `manifest.json` of a checkpoint that is being written.
 
@@ -184,9 +189,12 @@ def describe_run(
         config: its configuration.
         dtypes: of the tensors that it was loaded from.
         chats: whether it is taught to close the turns of conversations.
+        chat_template: with which it is trained, in place of its own.
     """
     (folder / "hf").mkdir(exist_ok=True)
     copy_side_files(hf, folder / "hf")
+    if chat_template is not None:
+        write_template(folder / "hf", chat_template)
     (folder / "hf" / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
     manifest = {
         "format": _RUN_FORMAT,

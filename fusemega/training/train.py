@@ -110,7 +110,12 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     content = content_of(checked.source, checked.objective, dataset, held_out, world)
     chats = _closes_turns(tokenizer, dataset)
     describe = partial(
-        describe_run, hf=checked.source.hf, config=gpt.hf_config, dtypes=checked.source.dtypes(), chats=chats
+        describe_run,
+        hf=checked.source.hf,
+        config=gpt.hf_config,
+        dtypes=checked.source.dtypes(),
+        chats=chats,
+        chat_template=None if run.data.chat_template is None else tokenizer.chat_template,
     )
     trainer = Trainer.create(
         *(run, world, gpt, checked.objective, data, held_out, teacher), content=content, describe=describe

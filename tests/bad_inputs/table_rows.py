@@ -9,6 +9,8 @@ from tests.bad_inputs.table import SETTINGS, TEMPLATE, TRAIN
 _t, _d = kind("tokenizer"), kind("data")
 _HUGE = "{{ 'x' | center(3000000000) }}"
 
+_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
 # fmt: off
 TABLE: list[Bad] = [
     _t("a template that needs memory", TRAIN, "data.jsonl:1: model: its chat template needs more than 512 MiB of memory", put(TEMPLATE, _HUGE)),
@@ -22,6 +24,14 @@ TABLE: list[Bad] = [
     _d("a glob of several splits", TRAIN + " data.path='rows/*.jsonl'", "rows/*.jsonl: hits files of several splits (test, train)", folder("rows"), put("rows/test.jsonl", "{}"), put("rows/train.jsonl", "{}")),
     _t("a FIFO among the named templates", TRAIN, "x.jinja: a FIFO, and no regular file", folder("model/additional_chat_templates"), fifo("model/additional_chat_templates/x.jinja")),
     _t("a template of 4 MiB and a byte", TRAIN, "model/chat_template.jinja: 4194305 bytes, and a chat template may have 4194304", put(TEMPLATE, "x" * 4194305)),
+    _t("a template file that is not there", TRAIN + " data.chat_template=none.jinja", "none.jinja: cannot read: No such file"),
+    _t("a template file that is a folder", TRAIN + " data.chat_template=model", "model: cannot read: Is a directory"),
+    _t("a template file that drops contents", TRAIN + " data.chat_template=t.jinja", "t.jinja: cannot use its chat template", put("t.jinja", " ")),
+    _d("tools that the template does not write", TRAIN, "data.jsonl:2: the row has tools, of which the chat template takes no notice", rows({"messages": _TURNS, "tools": [{"name": "f"}]})),
+    _d("a setting that the template does not know", TRAIN, "data.jsonl:2: the row has thinks, of which", rows({"messages": _TURNS, "chat_template_kwargs": {"thinks": True}})),
+    _d("an image", TRAIN, "data.jsonl:2: messages[1].content[0] has the type 'image'; allowed: text", rows({"messages": [_TURNS[0], {"role": "assistant", "content": [{"type": "image"}]}]})),
+    _d("a special token in a setting", TRAIN, "data.jsonl:2: the row spells the special token", rows({"messages": _TURNS, "chat_template_kwargs": {"x": "<|im_end|>"}})),
+    _d("a prompt of another question", TRAIN, "data.jsonl:2: ", rows({"messages": _TURNS, "prompt": "b"})),
     _d("a FIFO in a saved data set", TRAIN + " data.path=saved", "saved/train/data.arrow: a FIFO, and no regular file", folder("saved/train"), put("saved/dataset_dict.json", '{"splits": ["train"]}'), fifo("saved/train/data.arrow")),
     _t("a split by a template that needs memory", "split data.jsonl new.jsonl --tokenizers model sharded", "data.jsonl:1: model: its chat template needs more than", put(TEMPLATE, _HUGE)),
 ]  # fmt: skip
