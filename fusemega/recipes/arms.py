@@ -57,7 +57,7 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(600, 300, global_batch_size=2, passes=1, train_iters=2, answer_tokens=8),
-    "default": Scale(7_528, 2_048, global_batch_size=4, passes=5),
+    "default": Scale(6_000, 1_536, global_batch_size=4, passes=4),
     "full": Scale(16_384, 4_096, global_batch_size=4, passes=5, seeds=3),
 }
 
