@@ -260,7 +260,7 @@ TABLE: list[Bad] = [
     _d("messages that are text", TRAIN, "data.jsonl:2: messages is a list of messages", rows({"messages": "x"})),
     _d("no assistant", TRAIN, "data.jsonl:2: no assistant turn", rows({"messages": [{"role": "user", "content": "x"}]})),
     _d("ShareGPT's names", TRAIN, "messages[0] has no role", rows({"messages": [{"from": "human", "value": "x"}]})),
-    _d("tool calls", TRAIN, "has tool_calls", rows({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]})),
+    _d("tool calls", TRAIN, "tool_calls[0] is an object, found a number", rows({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]})),
     _d("a special token in the text", TRAIN, "spells the special token '<|im_end|>'", rows({"text": "a <|im_end|> b"})),
     _d("a row too deep", TRAIN, "data.jsonl:2: malformed JSON", rows("[" * 100_000)),
     _d("a number too long", TRAIN, "data.jsonl:2: malformed JSON", rows('{"text": ' + "1" * 5000 + "}")),
