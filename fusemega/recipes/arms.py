@@ -57,7 +57,7 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(600, 300, global_batch_size=2, passes=1, train_iters=2, answer_tokens=8),
-    "default": Scale(6_000, 1_536, global_batch_size=4, passes=4),
+    "default": Scale(4_000, 1_536, global_batch_size=4, passes=6),
     "full": Scale(16_384, 4_096, global_batch_size=4, passes=5, seeds=3),
 }
 
@@ -263,7 +263,7 @@ def parser(prog: str, description: str | None, out: str, lr: float, lambda_: flo
         const="smoke",
         help="two updates an arm: shows that it runs, and nothing else",
     )
-    size.add_argument("--full", dest="scale", action="store_const", const="full", help="twice the text, three seeds")
+    size.add_argument("--full", dest="scale", action="store_const", const="full", help="4 times the text, 3 seeds")
     made.add_argument("--train", help="JSONL of conversations to train on (default: AlpacaEval's)")
     made.add_argument("--held-out", help="JSONL of conversations to measure on")
     made.add_argument("--out", help=f"output folder (default: {out}, with the scale's name if given)")
