@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -202,7 +203,8 @@ def export_folder(
             (unfinished.folder / "config.json").write_text(config + "\n", encoding="utf-8")
             if finish is not None:
                 finish(unfinished.folder)
-            alone = [item for item in items if sum(other.file == item.file for other in items) == 1]
+            parts = Counter(item.file for item in items)
+            alone = [item for item in items if parts[item.file] == 1]
             write_integrity(unfinished.folder, {item.file: unfinished.finished[item.name][0] for item in alone})
         return _report(copied, begun, pool)
 

@@ -20,7 +20,7 @@ from fusemega.align.vocabulary import Vocabulary
 from fusemega.report import charts
 from fusemega.report.charts import Chart, Curve, short
 from fusemega.report.page import write_page
-from fusemega.report.page_template import STYLE
+from fusemega.report.page_template import HEAD, STYLE
 from fusemega.text.chat import render_text
 from fusemega.text.document import Text
 from fusemega.text.sample import annotate
@@ -30,13 +30,7 @@ EXAMPLE = "Naïve tokenizers disagree: antidisestablishmentarianism, 12345 今�
 _LISTED = 24  # lines of a table
 _BINS = 32
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
+TEMPLATE = HEAD + """<title>{{ title }}</title>
 <style>
 {{ style|safe }}code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .93em; white-space: pre; }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1rem; }

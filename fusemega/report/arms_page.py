@@ -12,17 +12,11 @@ from matplotlib import pyplot as plt
 from fusemega import __version__
 from fusemega.report.charts import as_svg
 from fusemega.report.page import write_page
-from fusemega.report.page_template import STYLE
+from fusemega.report.page_template import HEAD, STYLE
 from fusemega.report.plots import Panel, colour_of, draw_arms
 
 PICTURE = "summary.png"
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ summary.title }}</title>
+TEMPLATE = HEAD + """<title>{{ summary.title }}</title>
 <style>
 {{ style|safe }}td.best { font-weight: 700; } tbody th { vertical-align: top; }
 .seen { font-size: 1.08rem; max-width: 62em; } td.answer { white-space: pre-wrap; }

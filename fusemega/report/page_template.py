@@ -52,13 +52,16 @@ tr.differs > * { background: var(--mark); }
 footer { margin-top: 3rem; color: var(--soft); font-size: .88em; }
 """
 
-TEMPLATE = """<!doctype html>
+# How every page begins, up to its title.
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{{ title }} · fusemega report</title>
+"""
+
+TEMPLATE = HEAD + """<title>{{ title }} · fusemega report</title>
 <style>
 {{ style|safe }}</style>
 </head>

@@ -107,8 +107,9 @@ class ChatRenderer:
                 "(add chat_template.jinja to the folder, or give text or prompt + completion strings)"
             )
         self._template = ChatTemplate(template, tokenizer, tokenizer.template_source)
-        self._specials = [text for i in tokenizer.special_ids if (text := tokenizer.token(i)).strip()]
-        self._tags = tags_in(template).difference(self._specials)  # no content may spell those
+        specials = [text for i in tokenizer.special_ids if (text := tokenizer.token(i)).strip()]
+        self._tags = tags_in(template).difference(specials)  # no content may spell those
+        self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
         self._tokenizer = tokenizer
         self._pieces: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[list[str], list[int]]] = {}
         self._heeded: set[str] = set()
@@ -316,16 +317,14 @@ class ChatRenderer:
     def _refuse_special_tokens(self, chat: Chat, contents: bool) -> None:
         """Of what the template is given beside contents none may spell a special token; nor, by the second rule, where
         no spans tell it, may `contents`."""
-        given_beside = [("the row", dict(chat.settings))]
+        spelled: list[tuple[str, Any]] = [("the row", chat.settings)]
         for i, message in enumerate(chat.messages):
-            texts = [message.content, message.reasoning] if contents else [message.reasoning]
-            given_beside.append((f"message {i}", {"texts": texts, **message.fields}))
-        for where, values in given_beside:
-            texts = list(_texts(values)) if values else []
-            if found := next((name for name in self._specials if any(name in text for text in texts)), None):
+            spelled.append((f"message {i}", [message.content if contents else "", message.reasoning, message.fields]))
+        for where, value in spelled:
+            if found := next((hit for text in _texts(value) if (hit := self._special.search(text))), None):
                 raise BadRow(
                     "special token in content",
-                    f"{where} spells the special token {found!r}, which would be read as that token",
+                    f"{where} spells the special token {found[0]!r}, which would be read as that token",
                 )
 
     def _learn_pieces(self, chat: Chat, outline: Outline, shown: tuple[int, ...]) -> tuple[list[str], list[int]]:
