@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fusemega.files.json_files import read_json
+from fusemega.files.opening import read_text
 
 TEMPLATE = "chat_template.jinja"
 # Beside the weights, what a user of the folder needs. Never Python code.
@@ -49,6 +50,20 @@ def side_files(folder: Path) -> list[str]:
 def is_side_file(name: str) -> bool:
     """Whether `side_files` would name this relative path."""
     return name in ("config.json", *_SIDE_FILES) or name.split("/")[0] in _SIDE_FOLDERS
+
+
+def read_template(folder: Path) -> str | None:
+    """The default chat template that transformers finds in a folder; None without one."""
+    if (folder / TEMPLATE).is_file():
+        return read_text(folder / TEMPLATE)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        for entry in found if isinstance(found, list) else []:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                found = entry.get("template")
+        if isinstance(found, str):
+            return found
+    return None
 
 
 def write_template(folder: Path, template: str) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.side_files import TEMPLATE
+from fusemega.checkpoint.side_files import read_template
 from fusemega.errors import UserError
-from fusemega.files.json_files import read_json
-from fusemega.files.opening import read_text
 from fusemega.merge.run import MergeRun
 from fusemega.merge.vocabulary import Vocabulary
 
@@ -76,17 +73,3 @@ def plan_template(
             told = [f"the chat template, the tokenizer and what ends a text are those of {folders[owner].path}"]
             return replace(vocabulary, donor=owner), None, told
     return vocabulary, chosen, told
-
-
-def read_template(folder: Path) -> str | None:
-    """The default chat template that transformers finds in a folder; None without one."""
-    if (folder / TEMPLATE).is_file():
-        return read_text(folder / TEMPLATE)
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
-        for entry in found if isinstance(found, list) else []:
-            if isinstance(entry, dict) and entry.get("name") == "default":
-                found = entry.get("template")
-        if isinstance(found, str):
-            return found
-    return None
