@@ -21,7 +21,7 @@ quickstart-xtok: setup
 
 # Tests whose assets cannot be fetched skip, and say which ones.
 test: lint
-	-$(BIN)/python -m fusemega.assets
+	-$(BIN)/python -m fusemega.fixtures
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-te: setup
@@ -34,7 +34,7 @@ lint: setup
 	$(BIN)/mypy
 
 assets: setup
-	$(BIN)/python -m fusemega.assets
+	$(BIN)/python -m fusemega.fixtures
 
 setup: .venv/.installed
 

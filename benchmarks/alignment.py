@@ -41,8 +41,8 @@ from fusemega.align.positions import shared_positions  # noqa: E402
 from fusemega.align.projection import project  # noqa: E402
 from fusemega.align.reference_rows import Aligner, reference_row  # noqa: E402
 from fusemega.align.vocabulary import Vocabulary  # noqa: E402
-from fusemega.assets import chat_data, chinese_data, domain_data  # noqa: E402
-from fusemega.assets_tokenizers import tokenizer  # noqa: E402
+from fusemega.fixtures.data import chat_data, chinese_data, domain_data  # noqa: E402
+from fusemega.fixtures.tokenizers import tokenizer  # noqa: E402
 from fusemega.store import Row  # noqa: E402
 from fusemega.text.chat import ChatRenderer, render_text  # noqa: E402
 from fusemega.text.document import Text, parse  # noqa: E402

@@ -32,10 +32,10 @@ import numpy as np
 import psutil
 import torch
 
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
-from fusemega.checkpoint.workers import default_workers
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
 from fusemega.models.registry import family_of
+from fusemega.runtime.workers import default_workers
 
 MODELS: dict[str, dict[str, int]] = {
     "1gb": {

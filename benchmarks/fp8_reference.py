@@ -32,8 +32,8 @@ stand_in.install()
 import tiny  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
-from fusemega.checkpoint.hf_export import export_hf  # noqa: E402
 from fusemega.config import validate  # noqa: E402
+from fusemega.hf.export import export_hf  # noqa: E402
 from fusemega.models.build import placements  # noqa: E402
 from fusemega.runtime.precision import LOCAL, Kernels, Precision  # noqa: E402
 from fusemega.training.run import TrainRun  # noqa: E402

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemega.assets import domain_data, smollm2
-from fusemega.assets_tokenizers import tokenizer
+from fusemega.fixtures.data import domain_data, smollm2
+from fusemega.fixtures.tokenizers import tokenizer
 from fusemega.recipes.arms import cut, evaluate_here
 from fusemega.recipes.stages import Stages
 

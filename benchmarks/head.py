@@ -39,9 +39,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusemega.losses import _head
-from fusemega.losses.divergence import fused_divergence_loss
-from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
+from fusemega.logits import _head
+from fusemega.logits.divergence import fused_divergence_loss
+from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
 
 TOLERANCE = 1e-10
 DIFFERENCE_TOLERANCE = 1e-6

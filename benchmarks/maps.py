@@ -23,8 +23,8 @@ from fusemega.align.make_map import exact_map, first_piece_map, mined_map
 from fusemega.align.pieces import before_text, cutter
 from fusemega.align.positions import shared_positions
 from fusemega.align.vocabulary import Vocabulary
-from fusemega.assets import chat_data
-from fusemega.assets_tokenizers import tokenizer
+from fusemega.fixtures.data import chat_data
+from fusemega.fixtures.tokenizers import tokenizer
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import prepare
 from fusemega.text.sample import BEGINS

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from merge_vs_mergekit import measured
 
-from fusemega.checkpoint.ranges import RangeWriter
-from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_index
 from fusemega.files.lock import locked
 from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
+from fusemega.hf.ranges import RangeWriter
+from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_index
 from fusemega.models.registry import family_of
 
 CHUNK = 16 << 20

@@ -32,7 +32,7 @@ from merge_compare import compare
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fusemega.assets import smollm2
+from fusemega.fixtures.data import smollm2
 
 MERGEKIT = "mergekit==0.1.5"
 METHODS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusemega.checkpoint.hf_folder import HFFolder
+    from fusemega.hf.folder import HFFolder
 
 TOLERANCE = 1e-4
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ def prepare(work: Path, quick: bool) -> dict[str, int]:
         _reference(work, name, model, texts)
         worlds[name] = 4
     if not quick:
-        from fusemega import assets
+        from fusemega.fixtures import data as assets
 
         folder = assets.smollm2()
         (work / "smollm2-135m").symlink_to(folder)
@@ -121,9 +121,9 @@ def worker(work: Path, names: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
-    from fusemega.checkpoint.hf_export import export_hf
-    from fusemega.checkpoint.hf_folder import HFFolder
-    from fusemega.checkpoint.hf_load import load_hf
+    from fusemega.hf.export import export_hf
+    from fusemega.hf.folder import HFFolder
+    from fusemega.hf.load import load_hf
     from fusemega.models.build import build_model
     from fusemega.models.dense_logits import dense_logits
     from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown
@@ -163,7 +163,7 @@ def different_tensors(ours: HFFolder, theirs: HFFolder) -> list[str]:
     """Names that only one folder has, or whose type, shape or any bit differs."""
     import torch
 
-    from fusemega.models.rules import whole
+    from fusemega.files.boxes import whole
 
     different = sorted(set(ours) ^ set(theirs))
     for name in set(ours) & set(theirs):

@@ -36,8 +36,8 @@ Step = Callable[[int], float]
 
 def run_file(work: Path, rows: str, dtype: str) -> Any:
     """The run file of fusemega's side."""
-    from fusemega.assets import smollm2
     from fusemega.config import validate
+    from fusemega.fixtures.data import smollm2
     from fusemega.training.run import TrainRun
 
     settings = {
@@ -59,7 +59,7 @@ def run_file(work: Path, rows: str, dtype: str) -> Any:
 
 def write_rows(work: Path) -> None:
     """`chat.jsonl`, and `equal.jsonl`: one text whose windows are all exactly `ROW` tokens long."""
-    from fusemega.assets import chat_data, smollm2
+    from fusemega.fixtures.data import chat_data, smollm2
     from fusemega.text.tokenizer import Tokenizer
 
     chat = chat_data().train
@@ -80,7 +80,8 @@ def write_steps(work: Path, rows: str) -> list[dict[str, int]]:
     """The samples of every step, for the peer, in fusemega's order. Returns each step's counts."""
     import torch
 
-    from fusemega.assets import cache_folder, smollm2
+    from fusemega.files.cache import cache_folder
+    from fusemega.fixtures.data import smollm2
     from fusemega.text.dataset import prepare
     from fusemega.text.order import sample_ids
     from fusemega.text.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def transformers_step(work: Path, rows: str, dtype: str) -> Step:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fusemega.assets import smollm2
+    from fusemega.fixtures.data import smollm2
 
     folder = smollm2()
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]

@@ -45,7 +45,8 @@ TEACHERS = ("qwen2.5", "llama3")
 
 def samples_of(count: int) -> list[Any]:
     """Windows of real conversations with their supervised positions."""
-    from fusemega.assets import cache_folder, chat_data, smollm2
+    from fusemega.files.cache import cache_folder
+    from fusemega.fixtures.data import chat_data, smollm2
     from fusemega.text.data import DataConfig
     from fusemega.text.dataset import prepare
     from fusemega.text.tokenizer import Tokenizer
@@ -59,8 +60,8 @@ def teacher_rows(samples: Sequence[Any]) -> list[Any]:
     """The model's fp32 rows."""
     from transformers import AutoModelForCausalLM
 
-    from fusemega.assets import smollm2
-    from fusemega.losses.topk import top_k_log_probs
+    from fusemega.fixtures.data import smollm2
+    from fusemega.logits.topk import top_k_log_probs
     from fusemega.store import Row
 
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
@@ -144,7 +145,7 @@ def forget(store: Any) -> None:
 
 def write_chat(work: Path) -> Path:
     """Conversations short enough to be one window in every tokenizer."""
-    from fusemega.assets import chat_data
+    from fusemega.fixtures.data import chat_data
 
     lines = chat_data().train.read_text(encoding="utf-8").splitlines()
     short = [x for x in lines if sum(len(m["content"]) for m in json.loads(x)["messages"]) < CHARACTERS]
@@ -156,8 +157,9 @@ def teacher_of(work: Path, name: str, chat: Path, rows: Sequence[Any]) -> dict[s
     """A store of another tokenizer's rows of the conversations, with made-up ids, and the map from it."""
     from fusemega.align.make_map import exact_map
     from fusemega.align.vocabulary import Vocabulary
-    from fusemega.assets import cache_folder, smollm2
-    from fusemega.assets_tokenizers import tokenizer
+    from fusemega.files.cache import cache_folder
+    from fusemega.fixtures.data import smollm2
+    from fusemega.fixtures.tokenizers import tokenizer
     from fusemega.store import Manifest, Row, StoreWriter
     from fusemega.text.data import DataConfig
     from fusemega.text.dataset import prepare
@@ -188,8 +190,8 @@ def teacher_of(work: Path, name: str, chat: Path, rows: Sequence[Any]) -> dict[s
 
 def step_seconds(work: Path, chat: Path, objectives: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
     """Seconds of steps on the same samples with each objective, in turn; the first of each is not counted."""
-    from fusemega.assets import smollm2
     from fusemega.config import validate
+    from fusemega.fixtures.data import smollm2
     from fusemega.losses.registry import build_objective, parse_objective
     from fusemega.training.run import TrainRun
     from fusemega.training.train import open_trainer

@@ -16,7 +16,8 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
-from fusemega import assets  # noqa: E402
+from fusemega.fixtures import data as assets  # noqa: E402
+from fusemega.fixtures.packages import AssetMissing  # noqa: E402
 
 # A shell's background job ignores SIGINT, and so would what it starts: tests that press Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,7 +33,7 @@ def smollm2_folder() -> Path:
         pytest.skip(f"SmolLM2-135M-Instruct: less than 2 GiB free for its copies in {tempfile.gettempdir()}")
     try:
         return assets.smollm2()
-    except assets.AssetMissing as error:
+    except AssetMissing as error:
         pytest.skip(str(error))
 
 
@@ -41,7 +42,7 @@ def chat_files() -> assets.ChatData:
     """Real chat text, `train` and `held_out` JSONL; skips, naming the asset, where it cannot be had."""
     try:
         return assets.chat_data()
-    except assets.AssetMissing as error:
+    except AssetMissing as error:
         pytest.skip(str(error))
 
 

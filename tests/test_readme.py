@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from fusemega import assets
+from fusemega.fixtures import data as assets
+from fusemega.fixtures.packages import AssetMissing
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPED = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line[:4] == " " * 4]
@@ -41,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path, chat_fi
     try:
         for kind in assets.DOMAINS:
             assets.domain_data(kind)
-    except assets.AssetMissing as error:
+    except AssetMissing as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("home")
     (folder / "examples").symlink_to(ROOT / "examples")

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fusemega.assets import DOMAINS, domain_data, smollm2
+from fusemega.fixtures.data import DOMAINS, domain_data, smollm2
 from fusemega.recipes.arms import evaluate_here
 from fusemega.recipes.stages import Stages
 

@@ -17,8 +17,8 @@ from fusemega.align.cooccurrence import Neighbours
 from fusemega.align.pieces import before_text, cutter
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import KINDS, VocabularyMap
-from fusemega.assets import cache_folder
 from fusemega.errors import UserError, choose
+from fusemega.files.cache import cache_folder
 from fusemega.runtime.console import say
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare

@@ -10,9 +10,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusemega.checkpoint.workers import default_workers, start_workers
 from fusemega.runtime.console import say
 from fusemega.runtime.meeting import own_folder
+from fusemega.runtime.workers import default_workers, start_workers
 from fusemega.text.dataset import TokenizedDataset
 
 R = TypeVar("R")

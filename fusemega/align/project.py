@@ -21,9 +21,9 @@ from fusemega.align.dtw import Rules, Strings, decoded_strings, form_strings
 from fusemega.align.reference_rows import Aligner, reference_row
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
-from fusemega.assets import cache_folder
 from fusemega.config import Section
 from fusemega.errors import UserError
+from fusemega.files.cache import cache_folder
 from fusemega.files.lock import locked
 from fusemega.runtime.console import say
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store

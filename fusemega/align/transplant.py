@@ -27,20 +27,21 @@ from fusemega.align.make_map import exact_map, ids_by_content
 from fusemega.align.pieces import cutter
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
-from fusemega.checkpoint.hf_check import check_copies, check_tensors
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.loadable import settle
-from fusemega.checkpoint.progress import meter
-from fusemega.checkpoint.proof import check_written
-from fusemega.checkpoint.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
-from fusemega.checkpoint.side_files import copy_side_files
 from fusemega.errors import UserError
+from fusemega.files.boxes import whole
 from fusemega.files.integrity import write_integrity
 from fusemega.files.json_files import read_json
 from fusemega.files.output import new_folder, refuse_existing
+from fusemega.hf.check import check_copies, check_tensors
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.loadable import settle
+from fusemega.hf.proof import check_written
+from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
+from fusemega.hf.side_files import copy_side_files
 from fusemega.models.registry import family_of
-from fusemega.models.rules import VocabRows, whole
+from fusemega.models.rules import VocabRows
 from fusemega.runtime.console import say
+from fusemega.runtime.meter import meter
 from fusemega.text.tokenizer import Tokenizer
 
 RECORD = "transplant.json"

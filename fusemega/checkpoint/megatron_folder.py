@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fusemega.checkpoint.hf_folder import DTYPES, HFFolder
 from fusemega.checkpoint.series import STATE, checkpoint_named, checkpoints_below, latest_checkpoint, read_state
-from fusemega.checkpoint.side_files import copy_side_files, write_template
 from fusemega.errors import UserError, choose
 from fusemega.files.integrity import FILE as INTEGRITY
 from fusemega.files.integrity import check_sizes, damaged_files, recorded_hashes
 from fusemega.files.json_files import read_json
+from fusemega.hf.folder import DTYPES, HFFolder
+from fusemega.hf.side_files import copy_side_files, write_template
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
     from fusemega.models.build import GPT

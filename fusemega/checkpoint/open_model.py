@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from fusemega.checkpoint.hf_check import check_tensors
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hf_load import load_hf
-from fusemega.checkpoint.hub import resolve
 from fusemega.checkpoint.megatron_folder import MegatronFolder, RunCheckpoint, is_megatron_folder, open_megatron
-from fusemega.checkpoint.proof import check_written
 from fusemega.checkpoint.read_plan import RankReads, plan_reads
 from fusemega.errors import UserError
 from fusemega.files.output import on_main
+from fusemega.hf.check import check_tensors
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.hub import resolve
+from fusemega.hf.load import load_hf
+from fusemega.hf.proof import check_written
 from fusemega.models.build import GPT, build_model
 from fusemega.models.registry import family_of
 from fusemega.models.rope import longest_text

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from fusemega.checkpoint.hf_check import check_tensors
-from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder, open_megatron
-from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
+from fusemega.files.boxes import volume
 from fusemega.files.output import refuse_existing
+from fusemega.hf.check import check_tensors
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.safetensors_writer import TensorInfo, plan_shards
 from fusemega.models.registry import family_of
-from fusemega.models.rules import volume
 from fusemega.models.stages import check_layout, stage_rules
 from fusemega.runtime.layout import ParallelConfig
 

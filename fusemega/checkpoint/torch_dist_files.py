@@ -26,13 +26,14 @@ from typing import IO, Any, cast
 import torch
 
 from fusemega.checkpoint.index_file import read_index
-from fusemega.checkpoint.moves import Assembled, Move, Stored, window
 from fusemega.errors import UserError
+from fusemega.files.boxes import whole
+from fusemega.files.moves import Assembled, Move, Stored, window
 from fusemega.files.opening import open_regular
 from fusemega.files.pickles import first_line, load_torch
 from fusemega.models.family import TRANSFORMER_ENGINE_NAMES, HFConfig
 from fusemega.models.registry import family_of
-from fusemega.models.rules import Rule, whole
+from fusemega.models.rules import Rule
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 # Where the optimizers of megatron-core 0.16.1 keep fp32 main parameters: the distributed one, and the one of bf16 runs.

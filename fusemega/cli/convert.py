@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fusemega.checkpoint.sizes import parse_size
 from fusemega.cli.run_options import NPROC, launch_or_continue
 from fusemega.errors import UserError, choose
 from fusemega.files.opening import read_text
+from fusemega.files.sizes import parse_size
 from fusemega.runtime.console import global_rank, say, tell
 
 if TYPE_CHECKING:
-    from fusemega.checkpoint.convert import Report
+    from fusemega.convert.convert import Report
     from fusemega.runtime.layout import ParallelConfig
 
 app = typer.Typer(no_args_is_help=True, help="Convert checkpoints: Hugging Face <-> Megatron, bit for bit.")
@@ -53,9 +53,9 @@ def import_(
 
     Memory does not grow with the model: each process holds a few blocks of 1 MB.
     """
-    from fusemega.checkpoint.convert import import_hf
-    from fusemega.checkpoint.hub import resolve
-    from fusemega.checkpoint.workers import default_workers
+    from fusemega.convert.convert import import_hf
+    from fusemega.hf.hub import resolve
+    from fusemega.runtime.workers import default_workers
 
     if dry_run:
         from fusemega.checkpoint.read_plan import describe_import
@@ -91,8 +91,8 @@ def export(
     size = parse_size("--max-shard-size", max_shard_size)
     import torch
 
-    from fusemega.checkpoint.convert import export_megatron
-    from fusemega.checkpoint.workers import default_workers
+    from fusemega.convert.convert import export_megatron
+    from fusemega.runtime.workers import default_workers
 
     torch_dtype = None if chosen is None else getattr(torch, chosen)
     if dry_run:
@@ -129,8 +129,8 @@ def merge_adapter(
     chosen = None if dtype is None else choose("--dtype", dtype, _DTYPES)
     import torch
 
-    from fusemega.checkpoint.adapter import merge_adapter
-    from fusemega.checkpoint.hub import resolve
+    from fusemega.hf.adapter import merge_adapter
+    from fusemega.hf.hub import resolve
 
     if global_rank() == 0:
         torch_dtype = None if chosen is None else getattr(torch, chosen)
@@ -170,9 +170,9 @@ def verify(
         raise UserError(f"this layout takes {tp * pp} processes: give --nproc {tp * pp}")
     if launch_or_continue(nproc, _layout(tp, pp)):
         return
-    from fusemega.checkpoint import verify as verification
-    from fusemega.checkpoint.hub import resolve
-    from fusemega.checkpoint.workers import default_workers
+    from fusemega.convert import verify as verification
+    from fusemega.hf.hub import resolve
+    from fusemega.runtime.workers import default_workers
 
     folder = resolve(hf)
     difference = None

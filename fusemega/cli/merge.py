@@ -145,8 +145,8 @@ def _run(
 
 def describe(plan: MergePlan, options: Any) -> str:
     """The plan as text: every tensor, then the totals."""
-    from fusemega.checkpoint.workers import default_workers
     from fusemega.merge.plan import memory_bytes
+    from fusemega.runtime.workers import default_workers
 
     workers = min(options.workers or default_workers(), len(plan.jobs))
     block = plan.block_elements(options.block_elements)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fusemega.cli.launch import launch_ranks, warm_up
+from fusemega.launch.local import launch_ranks, warm_up
 
 if TYPE_CHECKING:
     from fusemega.runtime.parallel import ParallelConfig

@@ -92,7 +92,7 @@ def verify(
 
 def _samples(store: Store, data: str, tokenizer: str, unknown_fields: str) -> TokenizedDataset:
     """The data's samples, in the scorer's windows."""
-    from fusemega.assets import cache_folder
+    from fusemega.files.cache import cache_folder
     from fusemega.text.data import DataConfig
     from fusemega.text.dataset import prepare
     from fusemega.text.document import MASK_POLICY

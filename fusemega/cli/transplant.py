@@ -32,7 +32,7 @@ def command(
     import json
 
     from fusemega.align.transplant import transplant
-    from fusemega.checkpoint.hub import resolve
+    from fusemega.hf.hub import resolve
     from fusemega.runtime.console import say
 
     record = transplant(resolve(model), out, resolve(tokenizer), map_file)

@@ -38,8 +38,8 @@ from torch import Tensor
 from fusemega.errors import UserError
 from fusemega.fusion.targets import Tail, Targets, or_label
 from fusemega.fusion.teacher import Teacher, TeacherConfig
+from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
 from fusemega.losses.registry import ObjectiveSettings, TokenObjective, register
-from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss
 
 if TYPE_CHECKING:
     from fusemega.text.dataset import TokenizedDataset

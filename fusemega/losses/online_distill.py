@@ -23,7 +23,7 @@ from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
 from fusemega.checkpoint.open_model import ModelConfig, weights_hash
-from fusemega.losses.divergence import fused_divergence_loss
+from fusemega.logits.divergence import fused_divergence_loss
 from fusemega.losses.registry import ObjectiveSettings, OnlineObjective, TeacherOutput, register
 
 if TYPE_CHECKING:

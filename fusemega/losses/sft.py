@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
+from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
 from fusemega.losses.registry import ObjectiveSettings, TokenObjective, register
-from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss
 
 if TYPE_CHECKING:
     from fusemega.text.sample import Sample

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import xxhash
 
-from fusemega.checkpoint.narrowing import narrowed
-from fusemega.checkpoint.ranges import RangeWriter
-from fusemega.checkpoint.safetensors_writer import raw_bytes
-from fusemega.checkpoint.workers import start_workers
+from fusemega.hf.narrowing import narrowed
+from fusemega.hf.ranges import RangeWriter
+from fusemega.hf.safetensors_writer import raw_bytes
 from fusemega.merge.journal import Done, Journal
 from fusemega.merge.method import Block, Job, Sample
 from fusemega.merge.plan import MergePlan, PlannedTensor
@@ -29,6 +28,7 @@ from fusemega.merge.rounding import is_counted, shares, steps
 from fusemega.merge.sources import Source, check_finite, load_block
 from fusemega.runtime.console import say
 from fusemega.runtime.memory import keep_freed_memory
+from fusemega.runtime.workers import start_workers
 
 JOURNAL_SECONDS = 1.0
 SAMPLE_PIECES = 16

@@ -13,21 +13,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fusemega.checkpoint.adapter import CONFIG, WEIGHTS, merge_adapter, split_name
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hub import resolve
-from fusemega.checkpoint.loadable import settle, stop_ids
 from fusemega.checkpoint.megatron_folder import RunCheckpoint, is_megatron_folder, open_megatron
-from fusemega.checkpoint.proof import check_written
-from fusemega.checkpoint.ranges import RangeWriter
-from fusemega.checkpoint.safetensors_writer import write_index
-from fusemega.checkpoint.side_files import copy_side_files, write_template
-from fusemega.checkpoint.workers import WorkerLost, default_workers
 from fusemega.errors import UserError
 from fusemega.files.integrity import check_contents, recorded_hashes, write_integrity
 from fusemega.files.lock import locked
 from fusemega.files.output import check_room, disk_errors, publish, refuse_existing
 from fusemega.files.owned import drop_scratch, is_scratch, mark_scratch, scratch_of
+from fusemega.hf.adapter import CONFIG, WEIGHTS, merge_adapter, split_name
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.hub import resolve
+from fusemega.hf.loadable import settle, stop_ids
+from fusemega.hf.proof import check_written
+from fusemega.hf.ranges import RangeWriter
+from fusemega.hf.safetensors_writer import write_index
+from fusemega.hf.side_files import copy_side_files, write_template
 from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
@@ -35,6 +34,7 @@ from fusemega.merge.rounding import of_models, warnings
 from fusemega.merge.run import MergeRun
 from fusemega.merge.vocabulary import extend_tokenizer
 from fusemega.runtime.console import say
+from fusemega.runtime.workers import WorkerLost, default_workers
 
 REPORT, PAGE = "merge_report.json", "merge_report.html"
 
@@ -99,7 +99,7 @@ def _exported(source: Path, scratch: Path) -> Path:
     """A Megatron folder as a Hugging Face folder below `scratch`; kept from an interrupted merge if it is there."""
     import torch
 
-    from fusemega.checkpoint.convert import export_megatron
+    from fusemega.convert.convert import export_megatron
 
     opened = open_megatron(source)
     out = scratch / opened.content_hash
@@ -225,7 +225,7 @@ def _merge(
 
 def _imported(merged: Path) -> Path:
     """The merged folder as a Megatron folder, inside it."""
-    from fusemega.checkpoint.convert import import_hf
+    from fusemega.convert.convert import import_hf
 
     out = merged / "megatron"
     shutil.rmtree(out, ignore_errors=True)  # a merge that was interrupted in here has left it

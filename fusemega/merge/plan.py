@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 import fusemega.merge.methods  # noqa: F401  (registers them)
-from fusemega.checkpoint.hf_check import check_copies, check_tensors
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.ranges import RangeReader
-from fusemega.checkpoint.safetensors_writer import TensorInfo, plan_shards
-from fusemega.checkpoint.sizes import parse_size
 from fusemega.errors import UserError, nearest
+from fusemega.files.sizes import parse_size
+from fusemega.hf.check import check_copies, check_tensors
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.ranges import RangeReader
+from fusemega.hf.safetensors_writer import TensorInfo, plan_shards
 from fusemega.merge.jobs import plan_jobs
 from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Job, Method, TensorSpec, find_method
 from fusemega.merge.run import MergeRun

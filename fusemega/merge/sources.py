@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fusemega.checkpoint.ranges import RangeReader
 from fusemega.errors import UserError
+from fusemega.hf.ranges import RangeReader
 
 
 @dataclass(frozen=True)

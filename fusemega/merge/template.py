@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.side_files import read_template
 from fusemega.errors import UserError
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.side_files import read_template
 from fusemega.merge.run import MergeRun
 from fusemega.merge.vocabulary import Vocabulary
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.tokenizer_files import tokenizer_errors
+from fusemega.hf.folder import HFFolder
 from fusemega.text.vocabulary_files import (
     PROBES,
     TOKENIZER_FILE,

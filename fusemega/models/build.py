@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from fusemega.files.boxes import Box, slices, volume
 from fusemega.models.family import LOCAL_NAMES, TRANSFORMER_ENGINE_NAMES, Family, HFConfig
 from fusemega.models.registry import family_of
-from fusemega.models.rules import Box, Piece, Rule, padded_vocab_size, slices, volume
+from fusemega.models.rules import Piece, Rule, padded_vocab_size
 from fusemega.models.stages import LAYER_NAME, check_layout
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels

@@ -13,10 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fusemega import assets
 from fusemega.errors import UserError
+from fusemega.files.cache import cache_folder
 from fusemega.files.output import write_durably
 from fusemega.files.owned import replace_link
+from fusemega.fixtures import data as assets
 from fusemega.recipes.measures import MEASURES, Found, answer, measure, panels, seen, table
 from fusemega.recipes.stages import Stages
 from fusemega.runtime.console import say
@@ -238,14 +239,14 @@ class Arms:
 
 
 def _resolved(model: str) -> Path:
-    from fusemega.checkpoint.hub import resolve
+    from fusemega.hf.hub import resolve
 
     return Path(resolve(model))
 
 
 def link(place: Path, model: str) -> None:
     """A model by a name inside the pipeline's folder, which run files can use."""
-    from fusemega.checkpoint.hub import resolve
+    from fusemega.hf.hub import resolve
 
     replace_link(place, resolve(model).resolve())
 
@@ -305,8 +306,8 @@ def run(
 
 def cut(model: str, out: Path, drop: Collection[int]) -> list[int]:
     """Writes `model` without the layers `drop` as folder `out`; returns those."""
-    from fusemega.checkpoint.cut_layers import cut_layers
-    from fusemega.checkpoint.hub import resolve
+    from fusemega.hf.cut_layers import cut_layers
+    from fusemega.hf.hub import resolve
     from fusemega.runtime.parallel import ParallelConfig, initialize
 
     cut_layers(resolve(model), out, drop, initialize(ParallelConfig()))
@@ -315,7 +316,7 @@ def cut(model: str, out: Path, drop: Collection[int]) -> list[int]:
 
 def _lengths(models: Sequence[str], path: Path) -> dict[int, int]:
     """Row number -> its tokens under the first model's tokenizer, of the rows that suit the tokenizers of all."""
-    from fusemega.checkpoint.hub import resolve
+    from fusemega.hf.hub import resolve
     from fusemega.text.data import DataConfig
     from fusemega.text.dataset import prepare
     from fusemega.text.tokenizer import Tokenizer
@@ -323,7 +324,7 @@ def _lengths(models: Sequence[str], path: Path) -> dict[int, int]:
     common: dict[int, int] | None = None
     for model in models:
         config = DataConfig(path=str(path), seq_length=SEQ_LENGTH)
-        samples = prepare(config, Tokenizer.load(resolve(model)), assets.cache_folder() / "data", progress=True)
+        samples = prepare(config, Tokenizer.load(resolve(model)), cache_folder() / "data", progress=True)
         lengths: dict[int, int] = {}
         windows: dict[int, int] = {}
         for sample in samples:

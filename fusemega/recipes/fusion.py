@@ -26,12 +26,12 @@ from fusemega.runtime.console import quiet_megatron, say
 
 quiet_megatron()
 
-from fusemega.checkpoint.hf_folder import HFFolder  # noqa: E402
-from fusemega.checkpoint.hub import resolve  # noqa: E402  (after the filters are set)
 from fusemega.checkpoint.open_model import ModelConfig  # noqa: E402
 from fusemega.config import Section, load  # noqa: E402
 from fusemega.errors import UserError  # noqa: E402
 from fusemega.files.output import write_durably  # noqa: E402
+from fusemega.hf.folder import HFFolder  # noqa: E402
+from fusemega.hf.hub import resolve  # noqa: E402  (after the filters are set)
 from fusemega.losses.distill import TaughtSettings  # noqa: E402
 from fusemega.losses.fuse import FusionConfig  # noqa: E402
 from fusemega.recipes.stages import Stages  # noqa: E402

@@ -23,7 +23,7 @@ from fusemega.runtime.console import quiet_megatron
 
 quiet_megatron()
 
-from fusemega import assets  # noqa: E402  (after the filters are set)
+from fusemega.fixtures import data as assets  # noqa: E402  (after the filters are set)
 from fusemega.recipes.arms import Arms, Scale, link, parser, run  # noqa: E402
 
 

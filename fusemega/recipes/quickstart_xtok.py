@@ -20,9 +20,9 @@ from fusemega.runtime.console import quiet_megatron
 
 quiet_megatron()
 
-from fusemega import assets  # noqa: E402  (after the filters are set)
-from fusemega.assets_tokenizers import tokenizer  # noqa: E402
 from fusemega.errors import UserError  # noqa: E402
+from fusemega.fixtures import data as assets  # noqa: E402  (after the filters are set)
+from fusemega.fixtures.tokenizers import tokenizer  # noqa: E402
 from fusemega.recipes.arms import Arms, Scale, link, parser, run  # noqa: E402
 
 NOT_SHOWN = "That fusion across tokenizers pays has not been shown at this size: take this as one run, and no proof."

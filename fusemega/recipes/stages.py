@@ -18,12 +18,12 @@ from typing import Any
 
 import yaml
 
-from fusemega.cli.launch import launch_ranks
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import write_durably
 from fusemega.files.remembered import content_hash
+from fusemega.launch.local import launch_ranks
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
 

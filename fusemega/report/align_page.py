@@ -30,7 +30,9 @@ EXAMPLE = "Naïve tokenizers disagree: antidisestablishmentarianism, 12345 今�
 _LISTED = 24  # lines of a table
 _BINS = 32
 
-TEMPLATE = HEAD + """<title>{{ title }}</title>
+TEMPLATE = (
+    HEAD
+    + """<title>{{ title }}</title>
 <style>
 {{ style|safe }}code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .93em; white-space: pre; }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1rem; }
@@ -84,6 +86,7 @@ really follows, play no part in it.</p>
 </body>
 </html>
 """
+)
 _KIND_NOTES = {
     "exact": "Tokens that stand for the same bytes.",
     "first_piece": "Tokens that stand for the same bytes, else the first piece that the target writes the token with.",

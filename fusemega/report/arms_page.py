@@ -16,7 +16,9 @@ from fusemega.report.page_template import HEAD, STYLE
 from fusemega.report.plots import Panel, colour_of, draw_arms
 
 PICTURE = "summary.png"
-TEMPLATE = HEAD + """<title>{{ summary.title }}</title>
+TEMPLATE = (
+    HEAD
+    + """<title>{{ summary.title }}</title>
 <style>
 {{ style|safe }}td.best { font-weight: 700; } tbody th { vertical-align: top; }
 .seen { font-size: 1.08rem; max-width: 62em; } td.answer { white-space: pre-wrap; }
@@ -63,6 +65,7 @@ seeds; in brackets the distance from lowest to highest.{% else %}One seed.{% end
 </body>
 </html>
 """
+)
 
 
 def write_arms_page(

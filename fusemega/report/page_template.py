@@ -61,7 +61,9 @@ HEAD = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 """
 
-TEMPLATE = HEAD + """<title>{{ title }} · fusemega report</title>
+TEMPLATE = (
+    HEAD
+    + """<title>{{ title }} · fusemega report</title>
 <style>
 {{ style|safe }}</style>
 </head>
@@ -146,3 +148,4 @@ The PNG files beside this page are the same curves.</footer>
 </body>
 </html>
 """
+)

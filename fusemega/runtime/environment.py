@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusemega.assets import cache_folder
+from fusemega.files.cache import cache_folder
 from fusemega.runtime.kernel_packages import (
     FP8_RECIPES,
     foreign_apex,

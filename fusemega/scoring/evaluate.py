@@ -9,19 +9,19 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from fusemega.assets import cache_folder
 from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.errors import UserError
+from fusemega.files.cache import cache_folder
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import check_output_file, on_main
 from fusemega.models.build import GPT
+from fusemega.passes.batches import prepare_together
+from fusemega.passes.frozen import OnlineTeacher, open_teacher
 from fusemega.runtime.parallel import World, environment_rank, initialize
-from fusemega.scoring.passes import PassRun
+from fusemega.scoring.evaluation import Evaluation, evaluate_model
+from fusemega.scoring.run import PassRun
 from fusemega.text.data import DataConfig
-from fusemega.training.batches import prepare_together
-from fusemega.training.evaluation import Evaluation, evaluate_model
-from fusemega.training.teacher import OnlineTeacher, open_teacher
 
 
 class EvalRun(PassRun):

@@ -18,24 +18,24 @@ import torch
 from pydantic import Field, model_validator
 
 from fusemega import __version__
-from fusemega.assets import cache_folder
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.errors import UserError
+from fusemega.files.cache import cache_folder
 from fusemega.files.lock import locked
 from fusemega.files.output import on_main
-from fusemega.losses.sampled import count_draws, sample_ids, uniforms
-from fusemega.losses.topk import top_k_log_probs
+from fusemega.logits.sampled import count_draws, sample_ids, uniforms
+from fusemega.logits.topk import top_k_log_probs
 from fusemega.models.build import GPT
+from fusemega.passes.batches import prepare_together
+from fusemega.passes.forward import Batch, head_settings, whole_positions
+from fusemega.passes.progress import progress
+from fusemega.passes.score import score_samples
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World, initialize
-from fusemega.scoring.passes import PassRun
-from fusemega.scoring.progress import progress
+from fusemega.scoring.run import PassRun
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
-from fusemega.training.batches import prepare_together
-from fusemega.training.forward import Batch, head_settings, whole_positions
-from fusemega.training.passes import score_samples
 
 
 class TeachRun(PassRun):

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from fusemega.checkpoint.convert import export_folder
-from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder, RunCheckpoint
+from fusemega.convert.convert import export_folder
 from fusemega.errors import UserError
 from fusemega.files.integrity import FILE as INTEGRITY
 from fusemega.files.json_files import read_json
 from fusemega.files.output import write_durably
+from fusemega.hf.folder import HFFolder
 from fusemega.runtime.console import say
 
 HF = "hf"

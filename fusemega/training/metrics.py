@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fusemega.files.output import write_durably
 from fusemega.runtime.memory import peak_memory
 from fusemega.runtime.parallel import World
-from fusemega.training.evaluation import Evaluation
+from fusemega.scoring.evaluation import Evaluation
 from fusemega.training.records import (
     CPU_MEMORY,
     EVALUATIONS_FILE,

@@ -13,8 +13,8 @@ from fusemega.config import Section
 from fusemega.errors import UserError
 from fusemega.losses.registry import ObjectiveSettings, parse_objective
 from fusemega.runtime.layout import ParallelConfig
+from fusemega.scoring.evaluation import EvaluationSection
 from fusemega.text.data import DataConfig
-from fusemega.training.evaluation import EvaluationSection
 from fusemega.training.optimizer import OptimizerSection
 
 # The fields of `training` that decide the loss curve: a resumed run must not change them.

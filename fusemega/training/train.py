@@ -9,27 +9,27 @@ from functools import partial
 from pathlib import Path
 
 from fusemega import __version__
-from fusemega.assets import cache_folder
-from fusemega.checkpoint.loadable import closing_id, settle
 from fusemega.checkpoint.megatron_folder import RunCheckpoint, describe_run
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.errors import UserError
+from fusemega.files.cache import cache_folder
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import check_writable, on_main, write_durably
+from fusemega.hf.loadable import closing_id, settle
 from fusemega.losses.registry import Objective, OnlineObjective, build_objective
+from fusemega.passes.batches import RowShape, TrainingData, prepare_together
+from fusemega.passes.frozen import OnlineTeacher, open_teacher
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
-from fusemega.training.batches import RowShape, TrainingData, prepare_together
 from fusemega.training.export import check_export, remove_other_export, update_export
 from fusemega.training.identity import content_of
 from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
 from fusemega.training.run import TrainRun
-from fusemega.training.teacher import OnlineTeacher, open_teacher
 from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
 
@@ -219,6 +219,4 @@ def _summary(trainer: Trainer, kernels: Kernels) -> str:
     world, dataset = trainer.world, trainer.data.dataset
     layout = f"{world.layout} x DP {world.dp_size}"
     start = f"resuming after iteration {trainer.iteration}" if trainer.iteration else "starting"
-    return (
-        f"{start} of {trainer.train_iters} | {layout} | {trainer.run.model.dtype}, {kernels} | {dataset.in_words()}"
-    )
+    return f"{start} of {trainer.train_iters} | {layout} | {trainer.run.model.dtype}, {kernels} | {dataset.in_words()}"

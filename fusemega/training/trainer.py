@@ -25,20 +25,20 @@ from fusemega.errors import UserError
 from fusemega.files.output import disk_errors
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
+from fusemega.passes.batches import GlobalBatch, TrainingData
+from fusemega.passes.forward import Batch, objective_loss, run_schedule, total_over_ranks
+from fusemega.passes.frozen import OnlineTeacher
+from fusemega.passes.prefetch import Prefetch
 from fusemega.runtime.console import say
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
+from fusemega.scoring.evaluation import evaluate_model
 from fusemega.text.dataset import TokenizedDataset
-from fusemega.training.batches import GlobalBatch, TrainingData
-from fusemega.training.evaluation import evaluate_model
-from fusemega.training.forward import Batch, objective_loss, run_schedule, total_over_ranks
 from fusemega.training.metrics import MetricsWriter, most_memory
 from fusemega.training.optimizer import complete_parameters, schedule, wrap
-from fusemega.training.prefetch import Prefetch
 from fusemega.training.records import THROUGHPUT, TIME
 from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
-from fusemega.training.teacher import OnlineTeacher
 from fusemega.training.wandb_run import WandbRun
 
 _SHARDED = "use_distributed_optimizer"

@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import pytest
 
-from fusemega import assets
 from fusemega.align.vocabulary import Vocabulary
-from fusemega.assets_tokenizers import TOKENIZERS, tokenizer
+from fusemega.fixtures.packages import AssetMissing
+from fusemega.fixtures.tokenizers import TOKENIZERS, tokenizer
 from fusemega.text.chat import ChatRenderer, render_text
 from fusemega.text.document import Text, parse
 from fusemega.text.sample import Annotated, annotate
@@ -32,7 +32,7 @@ def real_tokenizers(*names: str) -> dict[str, tuple[Tokenizer, Vocabulary]]:
     for name in names or TOKENIZERS:
         try:
             loaded = Tokenizer.load(tokenizer(name))
-        except assets.AssetMissing as error:
+        except AssetMissing as error:
             pytest.skip(str(error))
         found[name] = loaded, Vocabulary.of(loaded)
     return found

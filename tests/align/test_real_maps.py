@@ -15,7 +15,7 @@ from fusemega.align.make_map import exact_map, first_piece_map, mined_map, ms_ma
 from fusemega.align.pieces import cutter
 from fusemega.align.positions import shared_positions
 from fusemega.align.vocabulary import Vocabulary
-from fusemega.assets import ChatData
+from fusemega.fixtures.data import ChatData
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import prepare
 from tests.align import map_loops

@@ -13,7 +13,7 @@ import pytest
 from fusemega.align.dtw import decoded_strings, form_strings
 from fusemega.align.projection import project
 from fusemega.align.reference_rows import Aligner, first_wins, reference_row
-from fusemega.assets import ChatData
+from fusemega.fixtures.data import ChatData
 from fusemega.store import Row
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer

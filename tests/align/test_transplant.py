@@ -16,8 +16,8 @@ from fusemega.align.make_map import exact_map
 from fusemega.align.transplant import transplant
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
-from fusemega.checkpoint.convert import import_hf
-from fusemega.checkpoint.verify import verify
+from fusemega.convert.convert import import_hf
+from fusemega.convert.verify import verify
 from fusemega.errors import UserError
 from fusemega.text.tokenizer import Tokenizer
 from tests.checkpoint.conftest import save_llama

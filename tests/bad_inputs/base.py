@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks import tiny
 from fusemega.align.make_map import exact_map
 from fusemega.align.vocabulary import Vocabulary
-from fusemega.checkpoint.convert import import_hf
 from fusemega.config import validate
+from fusemega.convert.convert import import_hf
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.run import TrainRun

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusemega.checkpoint.convert import import_hf
-from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder
 from fusemega.checkpoint.read_plan import RankReads, plan_reads, size, table
+from fusemega.convert.convert import import_hf
 from fusemega.errors import UserError
+from fusemega.files.boxes import Box, volume
+from fusemega.hf.folder import HFFolder
 from fusemega.models.build import build_model, fill, placements
-from fusemega.models.rules import Box, volume
 from fusemega.runtime.parallel import World
 from tests.checkpoint.conftest import save_llama
 from tests.models.test_stages import layout

@@ -17,16 +17,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factor
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fusemega.checkpoint import convert
-from fusemega.checkpoint.convert import export_megatron, import_hf
-from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.megatron_folder import MegatronFolder
 from fusemega.checkpoint.torch_dist import save_model
 from fusemega.checkpoint.torch_dist_files import Checkpoint, empty_object, envelope
-from fusemega.checkpoint.workers import peak_memory
+from fusemega.convert import convert
+from fusemega.convert.convert import export_megatron, import_hf
 from fusemega.errors import UserError
+from fusemega.hf.folder import HFFolder
 from fusemega.models.build import build_model, init_random
 from fusemega.runtime.parallel import World
+from fusemega.runtime.workers import peak_memory
 from tests.checkpoint.conftest import SETTINGS
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fusemega.checkpoint.sizes import parse_size
 from fusemega.cli import convert
 from fusemega.errors import UserError
+from fusemega.files.sizes import parse_size
 from fusemega.runtime import parallel
 from tests.checkpoint.conftest import save_llama
 

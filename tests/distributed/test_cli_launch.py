@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fusemega.cli.launch import launch_ranks
 from fusemega.errors import UserError
+from fusemega.launch.local import launch_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = """
 import os, pathlib, signal, sys, time, types
 from fusemega.errors import UserError
-from fusemega.cli.launch import LAUNCH_FOLDER, launch_ranks
+from fusemega.launch.local import LAUNCH_FOLDER, launch_ranks
 
 def command(mode: str) -> None:
     if "RANK" not in os.environ:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.models.rules import whole
+from fusemega.files.boxes import whole
+from fusemega.hf.folder import HFFolder
 from tests.distributed.launch import run_ranks
 from tests.distributed.workers.families import LAYOUTS, SEQUENCES
 from tests.losses.sequence_mean import sequence_mean_loss

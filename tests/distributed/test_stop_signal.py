@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks import tiny
-from fusemega import assets
+from fusemega.fixtures import data as assets
 from fusemega.training.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

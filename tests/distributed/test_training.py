@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import tiny
-from fusemega import assets
 from fusemega.align.make_map import exact_map
 from fusemega.align.vocabulary import Vocabulary
-from fusemega.checkpoint.hf_export import export_hf
 from fusemega.config import validate
+from fusemega.fixtures import data as assets
+from fusemega.hf.export import export_hf
 from fusemega.losses.registry import register
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fusemega.checkpoint.hf_folder import HFFolder
+from fusemega.hf.folder import HFFolder
 from tests.checkpoint.conftest import save_llama
 from tests.distributed.launch import run_ranks
 

@@ -17,10 +17,10 @@ from fusemega.align.make_map import exact_map, first_piece_map
 from fusemega.align.pieces import before_text
 from fusemega.align.vocabulary import byte_level_form
 from fusemega.align.vocabulary_map import VocabularyMap
-from fusemega.assets import AssetMissing
-from fusemega.assets_tokenizers import tokenizer
 from fusemega.errors import UserError
 from fusemega.files.tokenizer_files import load_pretrained
+from fusemega.fixtures.packages import AssetMissing
+from fusemega.fixtures.tokenizers import tokenizer
 from fusemega.fusion.teacher import Teacher, TeacherConfig
 from fusemega.store import Manifest, Row, StoreWriter
 from fusemega.text.chat import ChatRenderer, render_text

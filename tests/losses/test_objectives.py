@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fusemega.errors import UserError
+from fusemega.logits.vocab import Query
 from fusemega.losses.distill import Distill
 from fusemega.losses.registry import build_objective, objective_names, parse_objective
 from fusemega.losses.sft import SFT
-from fusemega.losses.vocab import Query
 from fusemega.store import Manifest, Row, Store, StoreWriter
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
-from tests.losses.loops import loops, make_head, make_ids
+from tests.logits.loops import loops, make_head, make_ids
 
 VOCAB, K, N = 141, 6, 4
 TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None)

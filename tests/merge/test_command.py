@@ -255,7 +255,7 @@ MEGATRON = """
 import os, signal, sys
 from pathlib import Path
 import fusemega.merge.execute as execute
-from fusemega.checkpoint import convert
+from fusemega.convert import convert
 from fusemega.merge.journal import Journal
 from fusemega.merge.merge import Options
 from tests.merge.conftest import entries, run_merge

@@ -39,7 +39,7 @@ def test_forward_gives_hidden_states_of_the_models_dtype(world: World, dtype: to
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_equal_those_of_transformers(world: World, tmp_path: Path, tied: bool) -> None:
-    from fusemega.checkpoint.hf_load import load_hf
+    from fusemega.hf.load import load_hf
 
     hf = LlamaForCausalLM(
         LlamaConfig(**{key: value for key, value in CONFIG.items() if key != "model_type"}, tie_word_embeddings=tied)

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fusemega.errors import UserError
+from fusemega.files.boxes import volume
 from fusemega.models.llama import Llama
 from fusemega.models.registry import family_of
 from fusemega.models.rope import longest_text, rope_parameters
-from fusemega.models.rules import volume
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

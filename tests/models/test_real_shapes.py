@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusemega.files.boxes import Box, volume
 from fusemega.models.registry import family_of
-from fusemega.models.rules import Box, VocabRows, volume
+from fusemega.models.rules import VocabRows
 from fusemega.models.stages import check_layout, stage_rules
 from tests.models.published import PARAMETERS, PUBLISHED
 from tests.models.test_stages import layout

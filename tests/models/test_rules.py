@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from fusemega.models.rules import QKV, GateUp, Row, Rule, Same, VocabRows, padded_vocab_size, slices
+from fusemega.files.boxes import slices
+from fusemega.models.rules import QKV, GateUp, Row, Rule, Same, VocabRows, padded_vocab_size
 
 HIDDEN = 6
 

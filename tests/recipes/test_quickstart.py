@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import tiny
-from fusemega import assets
+from fusemega.fixtures import data as assets
 from fusemega.recipes import arms, quickstart
 from fusemega.recipes.arms import Scale
 

@@ -20,17 +20,17 @@ from benchmarks import tiny
 from fusemega import cli
 from fusemega.config import validate
 from fusemega.errors import UserError
-from fusemega.losses.sampled import uniforms
+from fusemega.logits.sampled import uniforms
 from fusemega.scoring.evaluate import EvalRun, evaluate
+from fusemega.scoring.evaluation import Comparison
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store, StoreWriter
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
-from fusemega.training.evaluation import Comparison
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
-from tests.losses.dense_divergence import dense_divergence
+from tests.logits.dense_divergence import dense_divergence
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
-from fusemega.assets import AssetMissing
+from fusemega.fixtures.packages import AssetMissing
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")

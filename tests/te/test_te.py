@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusemega.assets import AssetMissing
+from fusemega.fixtures.packages import AssetMissing
 from tests.te import environment
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without CUDA")

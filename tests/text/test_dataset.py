@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusemega.assets import ChatData
 from fusemega.errors import UserError
+from fusemega.fixtures.data import ChatData
 from fusemega.text.data import DataConfig, Source
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.sample import Sample

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fusemega.assets import AssetMissing
-from fusemega.assets_tokenizers import tokenizer as asset
+from fusemega.fixtures.packages import AssetMissing
+from fusemega.fixtures.tokenizers import tokenizer as asset
 from fusemega.text.chat import ChatRenderer, Rendered
 from fusemega.text.document import BadRow, Chat, parse
 from fusemega.text.sample import Annotated, annotate

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from fusemega.checkpoint.loadable import closing_id
 from fusemega.errors import UserError
+from fusemega.hf.loadable import closing_id
 from fusemega.text import template_process, templates
 from fusemega.text.document import BadRow
 from fusemega.text.templates import ChatTemplate, OverBudget

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import tiny
-from fusemega import assets
 from fusemega.config import validate
+from fusemega.fixtures import data as assets
 from fusemega.training.run import TrainRun
 
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusemega.checkpoint.convert import export_megatron, import_hf
-from fusemega.checkpoint.hf_folder import HFFolder
 from fusemega.checkpoint.open_model import ModelSource
-from fusemega.checkpoint.proof import check_written
 from fusemega.config import validate
+from fusemega.convert.convert import export_megatron, import_hf
 from fusemega.errors import UserError
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.proof import check_written
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import initialize
 from fusemega.scoring.evaluate import EvalRun, evaluate
+from fusemega.scoring.evaluation import Evaluation
 from fusemega.training import trainer as trainer_module
-from fusemega.training.evaluation import Evaluation
 from fusemega.training.export import RECORD
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train

@@ -17,7 +17,7 @@ from fusemega.training.records import COSTS
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
 from fusemega.training.trainer import Trainer
-from tests.losses.dense_divergence import dense_sums
+from tests.logits.dense_divergence import dense_sums
 
 MakeRun = Callable[..., TrainRun]
 VOCAB = 509

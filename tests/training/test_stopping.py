@@ -18,8 +18,8 @@ from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.runtime.signals import STOPPING
 from fusemega.scoring.evaluate import EvalRun, evaluate
+from fusemega.scoring.evaluation import Evaluation
 from fusemega.training import trainer as trainer_module
-from fusemega.training.evaluation import Evaluation
 from fusemega.training.records import COSTS, read_evaluations, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train

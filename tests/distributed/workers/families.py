@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fusemega.checkpoint.hf_export import export_hf
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hf_load import load_hf
+from fusemega.hf.export import export_hf
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.load import load_hf
 from fusemega.losses.registry import Objective
 from fusemega.losses.sft import SFT
 from fusemega.models.build import build_model, placements
 from fusemega.models.dense_logits import dense_logits
+from fusemega.passes.forward import Batch, objective_loss, run_schedule
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
 from fusemega.text.packing import context_part, padded
-from fusemega.training.forward import Batch, objective_loss, run_schedule
 from fusemega.training.optimizer import OptimizerSection, wrap
 from tests.distributed.launch import report
 from tests.losses.sequence_mean import SequenceMean

@@ -19,17 +19,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fusemega.checkpoint.hf_export import export_hf
 from fusemega.checkpoint.open_model import ModelConfig, ModelSource
 from fusemega.checkpoint.training_state import training_state
 from fusemega.config import validate
+from fusemega.hf.export import export_hf
 from fusemega.losses.registry import register
+from fusemega.passes.frozen import OnlineTeacher
+from fusemega.scoring.evaluation import evaluate_model
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.training import optimizer
-from fusemega.training.evaluation import evaluate_model
 from fusemega.training.optimizer import complete_parameters
 from fusemega.training.run import TrainRun
-from fusemega.training.teacher import OnlineTeacher
 from fusemega.training.train import open_trainer
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusemega.losses import _head
-from fusemega.losses.divergence import DIVERGENCES, fused_divergence_loss
-from fusemega.losses.sampled import sample_ids, uniforms
-from fusemega.losses.topk import top_k_log_probs
-from fusemega.losses.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
+from fusemega.logits import _head
+from fusemega.logits.divergence import DIVERGENCES, fused_divergence_loss
+from fusemega.logits.sampled import sample_ids, uniforms
+from fusemega.logits.topk import top_k_log_probs
+from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
 from tests.distributed.launch import report
-from tests.losses.dense_divergence import dense_logits, dense_sums
+from tests.logits.dense_divergence import dense_logits, dense_sums
 
 TOKENS, HIDDEN, ROWS = 9, 6, 400  # rows over all ranks, padding included
 CASES: dict[str, dict[str, Any]] = {

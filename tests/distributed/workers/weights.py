@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-from fusemega.checkpoint.convert import export_megatron, import_hf
-from fusemega.checkpoint.hf_export import export_hf
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.megatron_folder import MegatronFolder, describe_source
 from fusemega.checkpoint.torch_dist import save_model
-from fusemega.checkpoint.verify import verify
+from fusemega.convert.convert import export_megatron, import_hf
+from fusemega.convert.verify import verify
 from fusemega.files.integrity import write_integrity
+from fusemega.hf.export import export_hf
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.load import load_hf
 from fusemega.models.build import build_model, init_random, placements
 from fusemega.models.dense_logits import dense_logits
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown

@@ -9,10 +9,10 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from fusemega.checkpoint.hf_export import export_hf
-from fusemega.checkpoint.hf_folder import HFFolder
-from fusemega.checkpoint.hf_load import load_hf
 from fusemega.checkpoint.torch_dist import load_model, save_model
+from fusemega.hf.export import export_hf
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.load import load_hf
 from fusemega.models.build import GPT, build_model, init_random, placements
 from fusemega.models.dense_logits import dense_logits
 from fusemega.runtime.parallel import World

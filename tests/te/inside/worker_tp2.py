@@ -12,10 +12,10 @@ stand_in.install()
 
 import torch  # noqa: E402
 
-from fusemega.checkpoint.hf_export import export_hf  # noqa: E402
-from fusemega.checkpoint.hf_folder import HFFolder  # noqa: E402
-from fusemega.checkpoint.hf_load import load_hf  # noqa: E402
 from fusemega.checkpoint.torch_dist import load_model, save_model  # noqa: E402
+from fusemega.hf.export import export_hf  # noqa: E402
+from fusemega.hf.folder import HFFolder  # noqa: E402
+from fusemega.hf.load import load_hf  # noqa: E402
 from fusemega.models.build import build_model, placements  # noqa: E402
 from fusemega.models.dense_logits import dense_logits  # noqa: E402
 from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown  # noqa: E402

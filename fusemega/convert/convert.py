@@ -1,0 +1,336 @@
+"""Whole folders between Hugging Face and Megatron, bit for bit: planned first, then copied by a few small processes.
+
+No model is built. A plan says which boxes of which files make up every tensor of the output; it is cut into items,
+which processes write one by one, a block at a time, so that memory does not grow with the model. Finished items are
+journalled: an interrupted conversion goes on where it stopped, and the output has its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.filesize import decimal
+
+from fusemega.checkpoint.megatron_folder import (
+    MegatronFolder,
+    RunCheckpoint,
+    common_dtype,
+    describe_source,
+    open_megatron,
+)
+from fusemega.checkpoint.torch_dist_files import (
+    Checkpoint,
+    Chunk,
+    Place,
+    empty_object,
+    envelope,
+    places,
+    write_metadata,
+)
+from fusemega.convert.copying import Written, item_is, same_bits, write_item
+from fusemega.errors import UserError
+from fusemega.files.boxes import whole
+from fusemega.files.integrity import check_contents, write_integrity
+from fusemega.files.moves import ITEM_BYTES, Assembled, Item, Move, Part, as_is, window
+from fusemega.files.output import refuse_existing
+from fusemega.files.unfinished import Unfinished, unfinished_folder
+from fusemega.hf.check import check_tensors
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.proof import check_written
+from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
+from fusemega.hf.side_files import copy_side_files, exported_config
+from fusemega.models.registry import family_of
+from fusemega.runtime.console import say
+from fusemega.runtime.meter import meter
+from fusemega.runtime.workers import Workers, start_workers
+
+# A chunk is read whole by every rank that needs a part of it, so it is small; a file is the unit of resumption.
+CHUNK_BYTES = 64 << 20
+ITEM_TARGET_BYTES = 256 << 20
+_PLAN_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion took.
+
+    Attributes:
+        byte_count: written, without what an earlier call had finished.
+        seconds: from the call to the output's name.
+        peak_bytes: resident memory of all processes together, at most.
+        processes: this one and those that copied.
+    """
+
+    byte_count: int
+    seconds: float
+    peak_bytes: int
+    processes: int
+
+    def __str__(self) -> str:
+        speed = decimal(int(self.byte_count / self.seconds))
+        many = "1 process" if self.processes == 1 else f"{self.processes} processes"
+        return (
+            f"{decimal(self.byte_count)} in {self.seconds:.1f} s ({speed}/s), "
+            f"peak memory {decimal(self.peak_bytes)} in {many}"
+        )
+
+
+def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: bool = False) -> Report:
+    """Hugging Face folder to Megatron folder, bit for bit. One process calls it.
+
+    Args:
+        source: a local Hugging Face folder.
+        out: absent or empty; appears whole or not at all.
+        workers: processes that copy.
+        resume: go on with what an interrupted call has finished.
+
+    Raises:
+        UserError: the source is damaged or not supported, `out` is not empty, the disk is full.
+    """
+    begun = time.monotonic()
+    out = Path(out)
+    refuse_existing(out)
+    folder = HFFolder(source)
+    check_tensors(folder, folder.config)
+    check_written(folder)
+    items, chunks, global_shapes = _plan_import(folder)
+    identity = _identity("import", folder.files())
+    with start_workers(workers) as pool:
+        if workers > 1:  # a second of imports that only the end needs
+            threading.Thread(target=import_module, args=("torch.distributed.checkpoint",), daemon=True).start()
+        _check_copies(folder, pool)
+        with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items), say) as unfinished:
+            (unfinished.folder / "weights").mkdir(exist_ok=True)
+            copied = _write(items, unfinished, pool, f"importing {folder.path.name}", digests=True)
+            written = {item: Written(item.name, *unfinished.finished[item.name]) for item in items}
+            digests = {name: digest for done in written.values() for name, digest in done.digests.items()}
+            names = [name for place in places(folder.config) for name in place.rule.hf_shapes()]
+            write_metadata(unfinished.folder / "weights", chunks, global_shapes)
+            describe_source(unfinished.folder, folder, names, digests)
+            write_integrity(unfinished.folder, {item.file: done.hash for item, done in written.items()})
+        return _report(copied, begun, pool)
+
+
+def export_megatron(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    workers: int = 1,
+    resume: bool = False,
+    iteration: int | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> Report:
+    """Megatron folder to Hugging Face folder. One process calls it.
+
+    Args:
+        source: a folder that `import_hf` wrote; or a run's checkpoint, of which the fp32 main parameters are taken; or
+            a run's folder or its `checkpoints`: the newest that is whole.
+        out: absent or empty; appears whole or not at all.
+        dtype: of the written weights (rounded to nearest even where narrower); None: those of the Hugging Face folder
+            that they come from.
+        max_shard_size: bytes of weights in a file.
+        workers: processes that copy.
+        resume: go on with what an interrupted call has finished.
+        iteration: of a run's folder, this checkpoint rather than the newest.
+        finish: called with the folder when all but its name is there; None: `settle`, for a run's checkpoint.
+
+    Raises:
+        UserError: the source is not a Megatron folder, `out` is not empty, the disk is full; a weight is too large for
+            `dtype`.
+    """
+    refuse_existing(Path(out))
+    folder = open_megatron(source, iteration)
+    check_contents(folder.path, threads=workers)  # a first reading: a file's hash is of all its bytes, in their order
+    if finish is None and isinstance(folder, RunCheckpoint):
+        finish = partial(_settled, checkpoint=folder)
+    settings: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "workers": workers}
+    return export_folder(folder, out, **settings, resume=resume, finish=finish)
+
+
+def _settled(made: Path, checkpoint: RunCheckpoint) -> None:
+    """The run's own export does the same; what comes from an imported folder has that folder's files as they were."""
+    from fusemega.hf.loadable import settle  # imports transformers
+
+    for note in settle(made, checkpoint.hf, chats=checkpoint.chats):
+        say(note)
+
+
+def export_folder(
+    folder: MegatronFolder | HFFolder,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    workers: int = 1,
+    resume: bool = False,
+    finish: Callable[[Path], None] | None = None,
+) -> Report:
+    """`export_megatron` of an open folder, which may be one of Hugging Face's form too: then only types change."""
+    begun = time.monotonic()
+    out = Path(out)
+    refuse_existing(out)
+    if isinstance(folder, MegatronFolder):
+        checkpoint = Checkpoint(folder.weights)
+        tensors, dtypes, files = checkpoint.hf_tensors(folder.config), folder.dtypes, checkpoint.files()
+        side_files = folder.hf
+    else:
+        tensors = {
+            name: as_is(folder.stored(name)) for place in places(folder.config) for name in place.rule.hf_shapes()
+        }
+        dtypes, files, side_files = {name: folder.dtype(name) for name in tensors}, folder.files(), folder.path
+    infos = [TensorInfo(name, dtype or dtypes[name], tensor.shape) for name, tensor in tensors.items()]
+    shards = plan_shards(infos, max_shard_size)
+    items = _plan_export(tensors, shards)
+    identity = _identity("export", files) | {"dtype": str(dtype), "max_shard_size": max_shard_size}
+    with start_workers(workers) as pool:
+        with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items), say) as unfinished:
+            copied = _write(items, unfinished, pool, f"exporting {folder.path.name}", digests=False)
+            copy_side_files(side_files, unfinished.folder)
+            write_index(unfinished.folder, shards)
+            config = json.dumps(exported_config(folder.config, infos[0].dtype), indent=2, sort_keys=True)
+            (unfinished.folder / "config.json").write_text(config + "\n", encoding="utf-8")
+            if finish is not None:
+                finish(unfinished.folder)
+            parts = Counter(item.file for item in items)
+            alone = [item for item in items if parts[item.file] == 1]
+            write_integrity(unfinished.folder, {item.file: unfinished.finished[item.name][0] for item in alone})
+        return _report(copied, begun, pool)
+
+
+def _plan_import(folder: HFFolder) -> tuple[list[Item], list[Chunk], dict[str, tuple[int, ...]]]:
+    """The `.distcp` files, each an item; what the index says of them; and the shapes of the global tensors."""
+    all_places = places(folder.config)
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for place in all_places:
+        dtypes.setdefault(place.key, set()).update(folder.dtype(name) for name in place.rule.hf_shapes())
+    stored_as = {key: str(common_dtype(found)).removeprefix("torch.") for key, found in dtypes.items()}
+    items: list[Item] = []
+    chunks: list[Chunk] = []
+    for group in _grouped(all_places, lambda place: _parameter_bytes(place, stored_as[place.key]), ITEM_TARGET_BYTES):
+        file = f"__0_{len(items)}.distcp"
+        parts: list[Part] = []
+        at = 0
+        for place in group:
+            for part, key, offsets, sizes in _parts(place, folder, stored_as[place.key]):
+                parts.append(part)
+                chunks.append(Chunk(key, offsets, sizes, stored_as[place.key], file, at, part.nbytes))
+                at += part.nbytes
+        items.append(Item(f"weights/{file}", 0, tuple(parts)))
+    return items, chunks, {place.key: place.global_shape for place in all_places}
+
+
+def _parts(
+    place: Place, folder: HFFolder, dtype: str
+) -> Iterable[tuple[Part, str, tuple[int, ...] | None, tuple[int, ...]]]:
+    """One parameter as entries of a file: (part, key, offsets, sizes), its rows cut into chunks."""
+    moves = [Move(folder.stored(p.hf), p.hf_box, p.local_box) for p in place.rule.pieces(1, 0)]
+    rows, *inner = place.shape
+    row_bytes = _parameter_bytes(place, dtype) // rows
+    rows_each = max(1, CHUNK_BYTES // row_bytes)
+    ones = (1,) * len(place.leading)
+    for start in range(0, rows, rows_each):
+        stop = min(start + rows_each, rows)
+        cut = window(moves, ((start, stop), *whole(tuple(inner))), (0,) * len(place.shape))
+        shape = (stop - start, *inner)
+        head, tail = envelope((*ones, *shape), dtype)
+        tensor = Assembled(place.key, shape, dtype, tuple(cut))
+        offsets = (*place.leading, start, *(0 for _ in inner))
+        yield Part(head, tensor, tail), place.key, offsets, (*ones, *shape)
+    extra = place.extra_state()
+    if extra is not None:
+        yield Part(empty_object()), extra, None, ()
+
+
+def _parameter_bytes(place: Place, dtype: str) -> int:
+    return torch.Size(place.shape).numel() * ITEM_BYTES[dtype]
+
+
+def _plan_export(tensors: Mapping[str, Assembled], shards: Mapping[str, list[TensorInfo]]) -> list[Item]:
+    """Runs of tensors of the safetensors files; the first of each file begins with its header."""
+    items = []
+    for file, shard in shards.items():
+        at = 0
+        head = file_header(shard)
+        for group in _grouped(shard, lambda info: info.nbytes, ITEM_TARGET_BYTES):
+            parts = []
+            for info in group:
+                dtype = str(info.dtype).removeprefix("torch.")
+                parts.append(Part(head, Assembled(info.name, info.shape, dtype, tensors[info.name].moves)))
+                head = b""
+            items.append(Item(file, at, tuple(parts)))
+            at += items[-1].nbytes
+    return items
+
+
+def _grouped(values: Iterable[Any], nbytes: Any, target: int) -> list[list[Any]]:
+    """Consecutive values in groups of about `target` bytes; a larger value is a group of its own."""
+    groups: list[list[Any]] = []
+    filled = target
+    for value in values:
+        if filled + nbytes(value) > target:
+            groups.append([])
+            filled = 0
+        groups[-1].append(value)
+        filled += nbytes(value)
+    return groups
+
+
+def _identity(kind: str, files: Iterable[Path]) -> dict[str, Any]:
+    """What decides the output: the source's files as they are now, and the plan's own numbers."""
+    seen = {str(path): [(status := path.stat()).st_size, status.st_mtime_ns] for path in files}
+    return {"kind": kind, "version": [_PLAN_VERSION, CHUNK_BYTES, ITEM_TARGET_BYTES], "files": seen}
+
+
+def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, digests: bool) -> int:
+    """Make the items that are not finished; the bytes that were written."""
+    begun = [item for item in items if item.name in unfinished.finished]
+    sound = partial(item_is, str(unfinished.folder))
+    hashed = ((item, str(unfinished.finished[item.name][0])) for item in begun)
+    finished = {item.name for (item, _), same in pool.map(sound, hashed) if same}
+    left = [item for item in items if item.name not in finished]
+    if begun:
+        say(f"{what}: {len(finished)} of {len(items)} parts are finished already")
+    for item in begun:
+        if item.name not in finished:
+            say(f"{unfinished.folder / item.file}: part {item.name} is not as it was written, and is made again")
+    left.sort(key=lambda item: -item.nbytes)
+    byte_count = sum(item.nbytes for item in left)
+    with meter(what, byte_count) as done:
+        for item, written in pool.map(partial(write_item, str(unfinished.folder), digests), left):
+            unfinished.record(item.name, [written.hash, written.digests])
+            done.add(item.nbytes)
+    return byte_count
+
+
+def _report(byte_count: int, begun: float, pool: Workers) -> Report:
+    processes = 1 if pool.count == 1 else 1 + pool.count
+    return Report(byte_count, time.monotonic() - begun, pool.peak_bytes, processes)
+
+
+def _check_copies(folder: HFFolder, pool: Workers) -> None:
+    """A tied model's folder may hold the head too: then it must be the embedding."""
+    pairs = [
+        (as_is(folder.stored(copy)), as_is(folder.stored(original)))
+        for copy, original in family_of(folder.config).copies(folder.config).items()
+        if copy in folder
+    ]
+    alike = [pair for pair in pairs if pair[0].dtype == pair[1].dtype]
+    equal = [pair for pair, same in pool.map(same_bits, alike) if same]
+    for copy, original in pairs:
+        if (copy, original) not in equal:
+            raise UserError(
+                f"{folder.path}: config.json ties the head to the embedding, but {copy.name} differs from "
+                f"{original.name}"
+            )

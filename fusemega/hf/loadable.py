@@ -1,0 +1,166 @@
+"""A finished Hugging Face folder is loaded as its users will load it, without weights, before it gets its name.
+
+`AutoTokenizer` picks a class by configuration files that lie beside tokenizer.json, and `generate()` stops at what
+generation_config.json says: both may be other than what the rows were trained with. Here the folder's tokenizer is
+compared with that one on probe texts, its ids with the rows, and the token that closes a turn with where generation
+stops; what can be mended is mended and told, and the rest refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
+from fusemega.files.pickles import first_line
+from fusemega.hf.side_files import write_template
+from fusemega.text.chat import ChatRenderer
+from fusemega.text.document import BadRow
+from fusemega.text.templates import OverBudget
+from fusemega.text.tokenizer import Tokenizer
+from fusemega.text.vocabulary_files import FILES, PROBES
+
+GENERATION = "generation_config.json"
+
+
+def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: Iterable[int] = ()) -> list[str]:
+    """Checks a folder that is about to be published, and mends what it can.
+
+    Args:
+        folder: with configuration, tokenizer and generation settings; it may lack weights.
+        trained_with: the tokenizer that its rows belong to, or the folder of it.
+        chats: whether the model was taught conversations by the folder's chat template.
+        ends: other ids at which generation has to stop.
+
+    Returns:
+        What was mended or has to be known, a sentence each. Nothing for a folder without a tokenizer.
+
+    Raises:
+        UserError: transformers cannot load it, or loads another tokenizer than `trained_with`; a token that ends turns
+            or texts has no row.
+    """
+    if not any((folder / name).is_file() for name in FILES[:4]):
+        return []
+    reference = trained_with if isinstance(trained_with, Tokenizer) else _known(trained_with)
+    if reference is None:
+        return []
+    notes: list[str] = []
+    tokenizer = _with_template(folder, _tokenizer(folder, reference, notes), reference, notes)
+    config = _config(folder)
+    rows = int(config["vocab_size"])
+    stops = [i for i in (closing_id(tokenizer) if chats else None, *ends) if i is not None]
+    if tokenizer.num_ids > rows:
+        beyond = [i for i in (tokenizer.eos_id, *stops) if i is not None and i >= rows]
+        if beyond and chats:
+            raise UserError(
+                f"{reference.source}: {tokenizer.token(beyond[0])!r} is id {beyond[0]}, and the model has {rows} rows: "
+                "it can neither read nor write what ends a turn"
+            )
+        first = tokenizer.token(rows)
+        notes.append(f"the tokenizer has {tokenizer.num_ids} ids, the model {rows} rows: none for {first!r} and after")
+    notes += _stop_at(folder, config, [i for i in stops if i < rows], tokenizer)
+    return notes
+
+
+def closing_id(tokenizer: Tokenizer) -> int | None:
+    """The token with which the chat template closes a turn; None without a template, or where it is not one token."""
+    try:
+        if tokenizer.chat_template is None:
+            return None
+        (closing,) = tokenizer.encode([ChatRenderer(tokenizer).closing.strip()])
+    except OverBudget:
+        raise
+    except (UserError, BadRow):
+        return None
+    return int(closing.ids[0]) if len(closing.ids) == 1 else None
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The ids at which `generate()` stops: those of generation_config.json, or of config.json without one."""
+    for name in (GENERATION, "config.json"):
+        found = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        if found is not None:
+            return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
+    return []
+
+
+def _known(folder: Path) -> Tokenizer | None:
+    """None where transformers cannot load the source's tokenizer either: a copy of it is as good as it was."""
+    try:
+        return Tokenizer.load(folder)
+    except UserError:
+        return None
+
+
+def _tokenizer(folder: Path, reference: Tokenizer, notes: list[str]) -> Tokenizer:
+    """The folder's tokenizer, which cuts text as `reference` does."""
+    try:
+        found: Tokenizer | None = Tokenizer.load(folder)
+    except UserError:
+        found = None
+    if found is not None and _same(found, reference):
+        return found
+    # Another class by another configuration: what was trained with is written out, under the class that takes it as is.
+    (folder / "tokenizer.json").write_text(reference.hf.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    settings = {key: value for key, value in settings.items() if key not in ("auto_map", "tokenizer_type")}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} | reference.hf.special_tokens_map
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    mended = Tokenizer.load(folder)
+    if not _same(mended, reference):
+        raise UserError(
+            f"{folder}: transformers loads its tokenizer as another one than {reference.source} (a "
+            f"{type(mended.hf).__name__} and a {type(reference.hf).__name__}), with other ids for the same text"
+        )
+    notes.append(f"tokenizer_class is PreTrainedTokenizerFast: transformers would load another than {reference.source}")
+    return mended
+
+
+def _with_template(folder: Path, found: Tokenizer, reference: Tokenizer, notes: list[str]) -> Tokenizer:
+    """The folder's tokenizer, with the chat template that a run file gave in place of the model's."""
+    if reference.template_file is None or found.chat_template == reference.chat_template:
+        return found
+    write_template(folder, reference.chat_template or "")
+    notes.append(f"the chat template is that of {reference.template_file}, with which it was trained")
+    return Tokenizer.load(folder)
+
+
+def _same(found: Tokenizer, reference: Tokenizer) -> bool:
+    """Whether both cut the probes alike, with what comes before a text and between added tokens."""
+    texts = [*PROBES, "a".join(sorted(reference.added_tokens)[:64])]
+    pairs = zip(found.encode(texts), reference.encode(texts), strict=True)
+    return found.prefix_ids == reference.prefix_ids and all(a.ids.tolist() == b.ids.tolist() for a, b in pairs)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json, which transformers can load as the generation settings can be."""
+    from transformers import AutoConfig, GenerationConfig
+
+    for name, kind in (("config.json", AutoConfig), (GENERATION, GenerationConfig)):
+        try:
+            if (folder / name).is_file():
+                kind.from_pretrained(folder)
+        except Exception as error:  # noqa: BLE001  (transformers raises anything)
+            raise UserError(f"{folder / name}: transformers cannot load it: {first_line(error)}") from None
+    return read_json(folder / "config.json")
+
+
+def _stop_at(folder: Path, config: dict[str, Any], wanted: list[int], tokenizer: Tokenizer) -> list[str]:
+    """Adds `wanted` to where generation stops."""
+    found = stop_ids(folder)
+    missing = [i for i in dict.fromkeys(wanted) if i not in found]
+    if not missing:
+        return []
+    eos = [*found, *missing]
+    path = folder / GENERATION
+    kept = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    settings = read_json(path) if path.is_file() else kept
+    for file, content in ((path, settings), (folder / "config.json", config)):
+        content = content | {"eos_token_id": eos if len(eos) > 1 else eos[0]}
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    names = ", ".join(f"{tokenizer.token(i)!r} ({i})" for i in missing)
+    return [f"{names} ends a turn: added to eos_token_id in {GENERATION} and config.json, which had {found or 'none'}"]

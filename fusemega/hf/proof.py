@@ -1,0 +1,50 @@
+"""A Hugging Face folder that fusemega wrote is as it wrote it: its `integrity.json` is the proof.
+
+Other programs do not mind that file, and a user may well edit the folder: a README, another template. So damaged
+weights are refused, small files that count and are others than those written are named, and the rest is not looked at.
+A folder without the file, as others write it, is taken as it is.
+"""
+
+from __future__ import annotations
+
+from fusemega.errors import UserError
+from fusemega.files.integrity import FILE, file_hash, recorded_hashes
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.side_files import is_side_file, side_files
+from fusemega.runtime.console import say
+
+
+def check_written(folder: HFFolder) -> None:
+    """Reads all weights, unless this process or another has done so and they were not touched since. One process.
+
+    Raises:
+        UserError: weights are not those that were written.
+    """
+    if not (folder.path / FILE).is_file():
+        return
+    for name in damaged_weights(folder):
+        raise UserError(
+            f"{folder.path / name}: damaged, or written by another program: its hash is not the one that {FILE} has "
+            f"(delete {FILE} if these weights are to be used)"
+        )
+    if others := changed_files(folder):
+        say(f"warning: {folder.path}: {', '.join(others)}: not as fusemega wrote them ({FILE}); taken as they are")
+
+
+def damaged_weights(folder: HFFolder, again: bool = False) -> list[str]:
+    """The files of weights, by relative path, that `integrity.json` does not list with the hash that they have.
+
+    Args:
+        again: read them whatever is remembered of them.
+    """
+    recorded = recorded_hashes(folder.path)
+    hashes = {path: file_hash(path) if again else folder.hashes()[path]["file"] for path in folder.files()[1:]}
+    found = {path.relative_to(folder.path).as_posix(): digest for path, digest in hashes.items()}
+    return sorted(name for name, digest in found.items() if recorded.get(name) != digest)
+
+
+def changed_files(folder: HFFolder) -> list[str]:
+    """Of configuration, tokenizer and the like, those that were changed, removed or added."""
+    there = {name: file_hash(folder.path / name) for name in side_files(folder.path)}
+    listed = {name: digest for name, digest in recorded_hashes(folder.path).items() if is_side_file(name)}
+    return sorted(name for name in there.keys() | listed.keys() if there.get(name) != listed.get(name))

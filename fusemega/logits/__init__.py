@@ -1,0 +1,7 @@
+"""From hidden states to log-probabilities: the only code that touches logits.
+
+* `_head.py`: the kernel: chunks of tokens, vocabulary-parallel; `_gradients.py`, `_products.py`: its parts
+* `vocab.py`: log-probabilities of a few ids a token, and losses that are sums over tokens
+* `topk.py`, `sampled.py`: the most probable ids, and draws
+* `divergence.py`: two models' whole distributions compared
+"""

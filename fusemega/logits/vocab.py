@@ -1,0 +1,219 @@
+"""Log-probabilities of a few ids per token from a vocabulary-parallel head: every loss of the project is made of them.
+
+Two entry points over one kernel (`_head`). With N tokens and chunks of `chunk_tokens`:
+
+* `fused_token_loss` for losses that are a sum over tokens (SFT, distillation). The loss is evaluated chunk by chunk
+  and both gradients are taken at once, while the chunk's logits exist: three products with the weight in all.
+* `sparse_log_probs` for losses that couple tokens (preferences). Backward computes each chunk's logits again: four.
+
+Under tensor parallelism the weight is this rank's rows and `hidden` is the same on every rank. Values are reduced over
+the group; the returned d_hidden is this rank's *partial* sum, which Megatron's mapping in front of the kernel reduces
+(`copy_to_tensor_model_parallel_region`, or `gather_from_sequence_parallel_region` under sequence parallelism). The
+upstream gradient is the same on every rank, so no factor of the group's size appears anywhere.
+
+Shape suffixes: T tokens, H hidden size, V this rank's vocabulary rows, K listed ids, M auxiliary sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusemega.logits._gradients import Gradients
+from fusemega.logits._head import ChunkedHead, Query, SparseLogProbs, Sums
+
+__all__ = ["Query", "SparseLogProbs", "TokenLoss", "fused_token_loss", "sparse_log_probs"]
+
+TokenLoss = Callable[[list[SparseLogProbs], slice], tuple[Tensor, Tensor]]
+
+
+def sparse_log_probs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    query: Query,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> SparseLogProbs:
+    """Log-probabilities at `query.ids_TK`, differentiable in hidden and weight through all three outputs.
+
+    Args:
+        hidden_TH: [T, H] final hidden states, bf16, fp32 or float64; T may be 0.
+        weight_VH: [V, H] this rank's rows of the output weight, padding rows included, same dtype.
+        query: ids, temperature, and whether the residual is wanted.
+        group: tensor-parallel group; None: the weight is whole.
+        vocab_size: real (unpadded) vocabulary over all ranks.
+        softcap: final logit soft-capping, as in Gemma 2.
+        chunk_tokens: tokens whose logits exist at once; None chooses.
+
+    Returns:
+        fp32 (float64 for float64 inputs) tensors, equal on every rank of the group.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, ids outside [-1, vocab_size).
+    """
+    options = {"group": group, "vocab_size": vocab_size, "softcap": softcap, "chunk_tokens": chunk_tokens}
+    logp_TK, lse_T, log_residual_T = _SparseLogProbs.apply(hidden_TH, weight_VH, query, options)
+    return SparseLogProbs(logp_TK, lse_T, log_residual_T)
+
+
+def fused_token_loss(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    queries: Sequence[Query],
+    f: TokenLoss,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of `f`, with both gradients taken during the forward pass.
+
+    `f(results, rows)` gets one `SparseLogProbs` a query for the tokens `rows` of the call (possibly none) and returns
+    the loss of each token [C] and auxiliary figures [C, M] to be summed without gradient. It must treat tokens
+    independently, and reach the model only through `results`.
+
+    Gradients are held from forward to backward, and backward, which multiplies them by the scalar upstream gradient,
+    can run once. With gradients disabled only values are computed; so inside activation recomputation the results are
+    right, but the work is done twice: keep the head out of recomputed regions.
+
+    Args:
+        queries: at least one. The softmax is computed once per distinct temperature.
+        (others): as in `sparse_log_probs`.
+
+    Returns:
+        loss_sum: scalar; aux_sums_M: [M], detached. Equal on every rank of the group.
+
+    Raises:
+        ValueError: as `sparse_log_probs`.
+        RuntimeError: backward a second time.
+    """
+    options = {"group": group, "vocab_size": vocab_size, "softcap": softcap, "chunk_tokens": chunk_tokens}
+    taught = torch.is_grad_enabled()
+    wanted = (taught and hidden_TH.requires_grad, taught and weight_VH.requires_grad)
+    loss, aux_M = _FusedTokenLoss.apply(hidden_TH, weight_VH, tuple(queries), f, wanted, options)
+    return loss, aux_M
+
+
+class _SparseLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, query: Query, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        head = ChunkedHead(hidden_TH, weight_VH, [query], **options)
+        results, states = [], []
+        for rows in head.chunks:
+            result, state = head.reduce(head.logits(rows), [query.rows(rows)])
+            results += result
+            states += state
+        ctx.save_for_backward(
+            hidden_TH,
+            weight_VH,
+            query.ids_TK,
+            torch.cat([state.peak_C for state in states]),
+            torch.cat([state.sum_C for state in states]),
+            _cat([state.residual_peak_C for state in states]),
+            _cat([state.residual_sum_C for state in states]),
+        )
+        ctx.query, ctx.options = query, options
+        return (
+            torch.cat([result.logp_TK for result in results]),
+            torch.cat([result.lse_T for result in results]),
+            _cat([result.log_residual_T for result in results]),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_logp_TK: Tensor, d_lse_T: Tensor, d_residual_T: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_TH, weight_VH, ids_TK, peak_T, sum_T, other_peak_T, other_sum_T = ctx.saved_tensors
+        query = Query(ids_TK, ctx.query.temperature, ctx.query.residual)
+        head = ChunkedHead(hidden_TH, weight_VH, [query], **ctx.options)
+        gradients = Gradients(hidden_TH, weight_VH, head.dtype, head.blocks, ctx.needs_input_grad[:2])
+        for rows in head.chunks:
+            state = Sums(peak_T[rows], sum_T[rows], _rows(other_peak_T, rows), _rows(other_sum_T, rows))
+            upstream = SparseLogProbs(d_logp_TK[rows], d_lse_T[rows], _rows(d_residual_T, rows))
+            head.backward(rows, head.logits(rows), [query.rows(rows)], [state], [upstream], gradients)
+        return (*gradients.give(1.0), None, None)
+
+
+class _FusedTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        queries: tuple[Query, ...],
+        f: TokenLoss,
+        wanted: tuple[bool, bool],
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        head = ChunkedHead(hidden_TH, weight_VH, queries, **options)
+        gradients = Gradients(hidden_TH, weight_VH, head.dtype, head.blocks, wanted)
+        losses, auxes = [], []
+        for rows in head.chunks:
+            logits_CV = head.logits(rows)
+            chunk_queries = [query.rows(rows) for query in queries]
+            results, state = head.reduce(logits_CV, chunk_queries)
+            loss, aux_M, upstream = _evaluate(f, results, rows, any(wanted))
+            losses.append(loss)
+            auxes.append(aux_M)
+            if upstream is not None:
+                head.backward(rows, logits_CV, chunk_queries, state, upstream, gradients)
+        ctx.gradients = gradients
+        aux_sums_M = torch.stack(auxes).sum(0)
+        ctx.mark_non_differentiable(aux_sums_M)
+        return torch.stack(losses).sum(), aux_sums_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        return (*ctx.gradients.give(d_loss), None, None, None, None)
+
+
+def _evaluate(
+    f: TokenLoss, results: list[SparseLogProbs], rows: slice, with_gradient: bool
+) -> tuple[Tensor, Tensor, list[SparseLogProbs] | None]:
+    """Sums of f over the chunk, and its gradient in the form of `results`; None where there is none to pass on."""
+    if not with_gradient:
+        loss_C, aux_CM = f(results, rows)
+        return loss_C.sum(), aux_CM.sum(0), None
+    inputs = [
+        tensor.detach().requires_grad_()
+        for result in results
+        for tensor in (result.logp_TK, result.lse_T, result.log_residual_T)
+        if tensor is not None
+    ]
+    leaves = iter(inputs)
+    with torch.enable_grad():
+        tracked = [_like(result, leaves) for result in results]
+        loss_C, aux_CM = f(tracked, rows)
+        loss = loss_C.sum()
+    upstream = None
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        filled = iter(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True))
+        upstream = [_like(result, filled) for result in results]
+    return loss.detach(), aux_CM.detach().sum(0), upstream
+
+
+def _like(result: SparseLogProbs, tensors: Any) -> SparseLogProbs:
+    return SparseLogProbs(next(tensors), next(tensors), None if result.log_residual_T is None else next(tensors))
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]

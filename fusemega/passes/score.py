@@ -1,0 +1,102 @@
+"""A model over a data set, forward only: what evaluation during training, `eval` and `teach` share.
+
+Shapes: N supervised positions of a micro-batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fusemega.models.build import GPT
+from fusemega.passes.batches import GlobalBatch, RowShape, global_batch, no_fields
+from fusemega.passes.forward import Batch, run_schedule
+from fusemega.passes.frozen import OnlineTeacher
+from fusemega.passes.prefetch import Prefetch
+from fusemega.runtime.parallel import World
+from fusemega.text.dataset import TokenizedDataset
+from fusemega.text.sample import Sample
+
+# Rows of a pass for each data-parallel rank: enough micro-batches to fill a pipeline, few enough to report often.
+ROWS_PER_PASS = 16
+
+# (hidden_NH, batch, samples) -> whatever the pass collects on the last stage
+ScoreFunction = Callable[[torch.Tensor, Batch, Sequence[Sample]], Any]
+
+
+@torch.no_grad()
+def score_samples(
+    gpt: GPT,
+    dataset: TokenizedDataset,
+    ids: Sequence[int],
+    shape: RowShape,
+    score: ScoreFunction,
+    world: World,
+    advance: Callable[[int], None] | None = None,
+    teacher: OnlineTeacher | None = None,
+) -> Iterator[tuple[int, list[Any]]]:
+    """`score` of every micro-batch of the samples `ids`, pass by pass.
+
+    Args:
+        advance: told on every rank, as this rank takes up a micro-batch, of about how many tokens the one before it
+            was on all data-parallel ranks; and at a pass's end of the rest, so that all calls add up to all tokens.
+        teacher: runs over each pass's micro-batches first; `score` finds its `TeacherOutput` under "teacher".
+
+    Yields:
+        (samples done so far on all ranks, what `score` returned for this rank's micro-batches of the pass; empty except
+        on the last stage). The same number of times on every rank.
+    """
+    gpt.eval()
+    per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size
+    # Samples of similar length share a pass; rows then pack well.
+    ordered = sorted(ids, key=lambda i: -int(dataset.lengths[i]))
+    parts = [ordered[start : start + per_pass] for start in range(0, len(ordered), per_pass)]
+
+    def build(number: int) -> GlobalBatch:
+        return global_batch(dataset, parts[number], no_fields, shape, world)
+
+    done = 0
+    with Prefetch(build, world.device, len(parts)) as batches:
+        for number, part in enumerate(parts):
+            batch = batches.take(number).on(world.device)
+            samples = iter(batch.samples)
+
+            def loss(
+                hidden_NH: torch.Tensor, micro: Batch, samples: Iterator[list[Sample]] = samples
+            ) -> tuple[torch.Tensor, Any]:
+                return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
+
+            done += len(part)
+            micro_batches = batch.micro_batches if teacher is None else teacher.teach(batch.micro_batches)
+            if advance is not None:
+                micro_batches = _Counted(micro_batches, int(dataset.lengths[part].sum()), advance)
+            collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True)
+            if isinstance(micro_batches, _Counted):
+                micro_batches.finish()
+            yield done, collected
+
+
+class _Counted(list[Batch]):
+    """Micro-batches that tell how far a pass is as they are taken, in equal shares of its tokens."""
+
+    def __init__(self, micro_batches: Sequence[Batch], tokens: int, advance: Callable[[int], None]) -> None:
+        super().__init__(micro_batches)
+        self._tokens, self._told, self._taken, self._advance = tokens, 0, 0, advance
+
+    def __iter__(self) -> Iterator[Batch]:
+        """For each chunk of layers that the rank holds, the schedule takes all of them."""
+        for number, batch in enumerate(super().__iter__()):
+            if number > self._taken:
+                self._taken = number
+                self._tell(self._tokens * number // len(self))
+            yield batch
+
+    def finish(self) -> None:
+        """The pass is over."""
+        self._tell(self._tokens)
+
+    def _tell(self, done: int) -> None:
+        self._advance(done - self._told)
+        self._told = done

@@ -1,0 +1,118 @@
+"""A model's log-probability of a data set: perplexity, and bits per byte, which compares across tokenizers.
+
+And how far it is from another model of its tokenizer, over the whole vocabulary: labels say what one author wrote, and
+not what else would have done.
+
+Shapes: N supervised positions of a micro-batch, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from fusemega.config import Section
+from fusemega.logits.divergence import compared_sums
+from fusemega.logits.vocab import Query, sparse_log_probs
+from fusemega.losses.registry import TeacherOutput
+from fusemega.models.build import GPT
+from fusemega.passes.batches import RowShape
+from fusemega.passes.forward import Batch, head_settings, total_over_ranks
+from fusemega.passes.frozen import OnlineTeacher
+from fusemega.passes.score import score_samples
+from fusemega.runtime.parallel import World
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import TokenizedDataset
+from fusemega.text.sample import Sample
+
+
+class EvaluationSection(Section):
+    """Held-out text, scored while a run trains: before the first update, every `interval`, and after the last."""
+
+    data: DataConfig
+    interval: int = Field(ge=1, description="iterations between evaluations")
+    patience: int | None = Field(
+        None, ge=1, description="stop after this many evaluations in a row without a new lowest loss"
+    )
+    keep_best: bool = Field(
+        False, description="save a checkpoint at each new lowest loss, keep the best one, and export that at the end"
+    )
+
+
+class Evaluation(BaseModel):
+    """What an evaluation found, over all supervised tokens.
+
+    Attributes:
+        loss: mean negative log-probability a token, nats.
+        perplexity: exp(loss).
+        bits_per_byte: negative log-probability in bits over the UTF-8 bytes of supervised text.
+        tokens, bytes, samples: how much was scored.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    samples: int
+
+
+class Comparison(Evaluation):
+    """The same, and the distance from a reference model over the same tokens.
+
+    Attributes:
+        kl: mean KL(reference || model) a token, nats.
+        same_top_1: share of the tokens at which both models find the same id most probable.
+    """
+
+    kl: float
+    same_top_1: float
+
+
+def evaluate_model(
+    gpt: GPT, dataset: TokenizedDataset, shape: RowShape, world: World, reference: OnlineTeacher | None = None
+) -> Evaluation:
+    """Score every sample. Leaves the model in evaluation mode. Collective; every rank gets the result.
+
+    Args:
+        reference: then the result is a `Comparison` with it.
+    """
+
+    def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> torch.Tensor:
+        # Of a sample that context-parallel ranks share, each has its own tokens, and one counts the bytes.
+        num_bytes = sum(sample.num_bytes for sample in samples) if world.cp_rank == 0 else 0
+        if reference is None:
+            rows = sparse_log_probs(
+                hidden_NH, gpt.head_weight(), Query(batch["labels"][:, None]), **head_settings(gpt, world)
+            )
+            sums = rows.logp_TK.double().sum()[None]
+        else:
+            other: TeacherOutput = batch["teacher"]
+            sums = compared_sums(
+                *(hidden_NH, gpt.head_weight(), other.hidden_NG, other.weight_VG, batch["labels"]),
+                teacher_softcap=other.softcap,
+                **head_settings(gpt, world),
+            )
+        return torch.cat([sums.new_tensor([len(batch["labels"]), num_bytes]), sums])
+
+    passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world, teacher=reference)
+    collected = [values for _, part in passes for values in part]
+    size = 3 if reference is None else 5
+    total = total_over_ranks(collected, size, world, world.dp_cp_group).tolist()
+    tokens, num_bytes, logp = total[:3]
+    found = {
+        "loss": -logp / tokens,
+        "perplexity": math.exp(min(-logp / tokens, 700.0)),
+        "bits_per_byte": -logp / math.log(2) / num_bytes if num_bytes else math.nan,
+        "tokens": int(tokens),
+        "bytes": int(num_bytes),
+        "samples": len(dataset),
+    }
+    if reference is None:
+        return Evaluation(**found)
+    return Comparison(**found, kl=total[3] / tokens, same_top_1=total[4] / tokens)

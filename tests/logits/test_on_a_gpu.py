@@ -1,0 +1,192 @@
+"""What the losses do on a GPU, as far as it can be seen without one.
+
+The meta device stands in for it: it has autograd and shapes but no values, so whatever reads a number back to the host
+raises, and so does most of what mixes devices; `Spy` sees the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fusemega.logits import _head, _products
+from fusemega.logits.divergence import fused_divergence_loss
+from fusemega.logits.topk import top_k_log_probs
+from fusemega.logits.vocab import Query, sparse_log_probs
+from fusemega.losses.registry import Objective, OnlineObjective, build_objective, parse_objective
+from fusemega.passes.batches import GlobalBatch
+from fusemega.training.trainer import Trainer
+from tests.logits.loops import make_head, make_ids
+from tests.losses.test_objectives import TOKENIZER, VOCAB, N, row_of, sample_of, store_of
+
+GPU = torch.device("meta")
+
+
+class Spy(TorchDispatchMode):
+    """Notes operations on both host and device, and the dtypes of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: list[str] = []
+        self.products: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        name = str(func)
+        if len({tensor.device.type for tensor in tensors}) > 1 and "_to_copy" not in name and "copy_" not in name:
+            self.mixed.append(name)
+        out = func(*args, **(kwargs or {}))
+        if "mm" in name.split(".")[1]:
+            self.products.append((tensors[-1].dtype, out.dtype))
+        return out
+
+
+def objective_named(name: str, folder: Path) -> Objective:
+    sample = sample_of()
+    store = str(store_of(folder / "store", sample, row_of(sample)).path)
+    other = str(store_of(folder / "other", sample, row_of(sample)).path)
+    section: dict[str, Any] = {
+        "sft": {},
+        "distill": {"store": store},
+        "renormalise": {"store": store, "tail": "renormalise"},
+        "fuse": {"teachers": [{"store": store}, {"store": other}], "fusion": {"function": "avg_ce"}},
+        "online_distill": {"teacher": {"load": "anywhere"}},
+    }[name]
+    name = "distill" if name == "renormalise" else name
+    return build_objective(parse_objective({"name": name, **section}), TOKENIZER, VOCAB)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: None)
+    return SimpleNamespace(device=GPU)
+
+
+@pytest.mark.parametrize("name", ["sft", "distill", "renormalise", "fuse", "online_distill"])
+def test_a_step_of_each_objective_stays_on_the_device(name: str, tmp_path: Path, alone: SimpleNamespace) -> None:
+    objective = objective_named(name, tmp_path)
+    fields = {name: torch.from_numpy(array.copy()) for name, array in objective.sample_fields(sample_of()).items()}
+    host = GlobalBatch([{"labels": torch.arange(N), "keys": [b"k"], **fields}], [], N)
+    trainer: Any = SimpleNamespace(objective=objective, world=alone, _adding_ranks=None)
+    _products.operand_dtype(torch.bfloat16, GPU)  # tries once
+    with Spy() as spy:
+        denominators = Trainer._denominators(trainer, host.micro_batches)
+        (batch,) = host.on(GPU).micro_batches
+        assert {value.device for value in batch.values() if isinstance(value, Tensor)} == {GPU}
+        hidden, weight = (t.detach().bfloat16().to(GPU).requires_grad_() for t in make_head(tokens=N))
+        head = {"group": None, "vocab_size": VOCAB}
+        if isinstance(objective, OnlineObjective):
+            teacher: Any = SimpleNamespace(hidden_NG=hidden.detach(), weight_VG=weight.detach(), softcap=None)
+            loss, sums = objective.loss(hidden, weight, teacher, batch, denominators, head)
+        else:
+            loss, sums = objective.loss(hidden, weight, batch, denominators, head)  # type: ignore[attr-defined]
+        loss.backward()
+    assert all(
+        value.device == GPU for value in (loss, *sums.values(), *denominators.values(), hidden.grad, weight.grad)
+    )
+    assert all(value.dtype == torch.float64 for value in denominators.values())
+    # Scalars of the host in front of a tensor of the device are arguments, not copies.
+    assert spy.mixed == []
+    # bf16 operands, and every result in fp32: logits (also the teacher's) and both gradients.
+    assert set(spy.products) == {(torch.bfloat16, torch.float32)}
+    assert len(spy.products) == (4 if name == "online_distill" else 3)
+
+
+def test_scores_stay_on_the_device() -> None:
+    hidden, weight = (t.detach().bfloat16().to(GPU) for t in make_head())
+    ids = make_ids().to(GPU)
+    with Spy() as spy:
+        rows = sparse_log_probs(hidden, weight, Query(ids, 2.0, residual=True), vocab_size=VOCAB, softcap=30.0)
+    assert rows.log_residual_T is not None and rows.log_residual_T.device == GPU and spy.mixed == []
+
+
+def test_ids_that_are_on_the_device_are_checked_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without reading them; on a host they are refused with both ends."""
+    checked: list[str] = []
+    monkeypatch.setattr(torch, "_assert_async", lambda condition, message: checked.append(message))
+    hidden, weight = (t.detach().to(GPU) for t in make_head())
+    query = Query(make_ids().to(GPU))
+    _head._check(hidden, weight, [query, query], 1, VOCAB, None, None)
+    assert checked == [f"ids of a query outside -1 (padding) to {VOCAB - 1}"] * 2
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products as a GPU makes them: of bf16 operands, summed in fp32, and not rounded."""
+    monkeypatch.setattr(_head, "operand_dtype", lambda dtype, device: dtype)
+    mm = torch.mm
+
+    def wide(left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+        return mm(left, right, **kwargs) if out_dtype is None else mm(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", wide)
+    yield
+
+
+def test_log_probs_and_the_ten_most_probable_are_those_of_exact_products(tensor_cores: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 48, generator=generator), torch.randn(1000, 48, generator=generator)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    labels = torch.randint(1000, (64,), generator=generator)
+    exact = (hidden.double() @ weight.double().t()).log_softmax(1)
+    ids, logp, _, label_logp = top_k_log_probs(hidden, weight, 10, labels, vocab_size=1000)
+    assert torch.equal(ids, exact.topk(10).indices)
+    torch.testing.assert_close(logp.double(), exact.gather(1, ids), rtol=0, atol=2e-5)
+    torch.testing.assert_close(label_logp.double(), exact.gather(1, labels[:, None])[:, 0], rtol=0, atol=2e-5)
+    # What rounding the products would do, which the tolerance above must tell apart.
+    rounded = (hidden @ weight.t()).double().log_softmax(1)
+    assert (rounded - exact).abs().mean() > 1e-2
+    assert not torch.equal(rounded.topk(10).indices, ids)
+
+
+def test_gradients_of_bf16_products_are_summed_in_fp32(tensor_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many blocks and chunks; only the factors are bf16, whose rounding is 2^-9 of each."""
+    monkeypatch.setitem(_head.BLOCK_BYTES, "cpu", 64 * 32 * 4)
+    double = make_head(tokens=40)
+    hidden, weight = (t.detach().bfloat16().requires_grad_() for t in double)
+    labels = torch.arange(40)
+    args: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "chunk_tokens": 3,
+        "temperature": 1.0,
+        "label_weight": 0.3,
+        "divergence_weight": 0.7,
+    }
+    teacher = (hidden.detach().flip(0).contiguous(), weight.detach())
+    loss, _ = fused_divergence_loss(hidden, weight, *teacher, labels, "forward_kl", **args)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    wide = [t.double() for t in teacher]
+    wanted = torch.autograd.grad(
+        fused_divergence_loss(exact[0], exact[1], *wide, labels, "forward_kl", **args)[0], exact
+    )
+    for ours, theirs in zip(got, wanted, strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < 4e-3
+
+
+def test_where_fp32_results_cannot_be_had_the_operands_are_widened_and_the_reason_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("out_dtype is not supported here\nstack")
+
+    _products._narrow_problem.cache_clear()
+    monkeypatch.setattr(torch, "mm", none)
+    assert [_products.operand_dtype(torch.bfloat16, GPU) for _ in range(3)] == [torch.float32] * 3
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("out_dtype is not supported here") == 1 and "stack" not in told.out + told.err
+    _products._narrow_problem.cache_clear()
+    monkeypatch.undo()
+    assert _products.operand_dtype(torch.bfloat16, GPU) == torch.bfloat16
+    assert _products.operand_dtype(torch.float64, GPU) == torch.float64
+    assert _products.operand_dtype(torch.bfloat16, torch.device("cpu")) == torch.float32
