@@ -1,1 +1,1 @@
-from tests.checkpoint.conftest import world  # noqa: F401  (a fixture)
+from tests.checkpoint.conftest import folder, world  # noqa: F401  (fixtures)
