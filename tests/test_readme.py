@@ -1,4 +1,7 @@
-"""What the README tells people to type works: the quickstarts, in their smallest size, then every other line."""
+"""What README.md and docs/commands.md tell people to type works: the quickstarts, smallest size, then the rest.
+
+A line that is indented by four spaces is one to type.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from fusemega.fixtures import data as assets
 from fusemega.fixtures.packages import AssetMissing
 
 ROOT = Path(__file__).resolve().parents[1]
-TYPED = [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line[:4] == " " * 4]
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/commands.md")]
+TYPED = [line.strip() for page in PAGES for line in page.splitlines() if line[:4] == " " * 4]
 
 
 def run(module: str, arguments: list[str], folder: Path) -> str:
