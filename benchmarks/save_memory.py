@@ -28,6 +28,7 @@ def measured(work: Path, in_background: bool) -> dict[str, float]:
 
     from fusemega.config import validate
     from fusemega.runtime.memory import peak_memory
+    from fusemega.training.checkpoints import Checkpoints
     from fusemega.training.run import TrainRun
     from fusemega.training.train import open_trainer
 
@@ -46,9 +47,10 @@ def measured(work: Path, in_background: bool) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = peak_memory(torch.device("cpu"))
     trainer.save()
-    trainer.saver.wait()
+    saver = trainer.callback(Checkpoints).saver
+    saver.wait()
     rise = peak_memory(torch.device("cpu")) - before
-    found = {"save": rise / parameters, "writers": trainer.saver.writers_bytes / parameters, "parameters": parameters}
+    found = {"save": rise / parameters, "writers": saver.writers_bytes / parameters, "parameters": parameters}
     trainer.world.barrier()
     return found
 

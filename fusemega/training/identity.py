@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from fusemega.checkpoint.open_model import ModelSource
+from fusemega.checkpoint.series import STATE
+from fusemega.errors import UserError
 from fusemega.files.output import on_main
 from fusemega.losses.registry import Objective
+from fusemega.runtime.console import say
+from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
 from fusemega.text.dataset import TokenizedDataset
+from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
+
+_SHARDED = "use_distributed_optimizer"
 
 
 def content_of(
@@ -46,3 +56,79 @@ def samples_hash(dataset: TokenizedDataset) -> str:
     for values in dataset.contents():
         digest.update(np.ascontiguousarray(values).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def run_identity(run: TrainRun, content: Mapping[str, Any], consumed: int, train_iters: int) -> dict[str, object]:
+    """What must not change between a checkpoint and the run that resumes it.
+
+    Args:
+        content: from `content_of`.
+        consumed: samples used so far.
+        train_iters: updates in all.
+    """
+    return {
+        "consumed_samples": consumed,
+        "train_iters": train_iters,
+        "dtype": run.model.dtype,
+        "fp8": run.model.fp8_settings() or None,
+        "model": content["model"],
+        "data": content["data"],
+        "objective": run.objective.model_dump(mode="json") | content["objective"],
+        "optimizer": run.optimizer.model_dump(exclude=set(FREE_OPTIMIZER_FIELDS)),
+        "training": run.training.model_dump(include=set(IDENTITY_FIELDS)),
+    }
+
+
+def check_identity(folder: Path, saved: Mapping[str, Any], identity: Mapping[str, object]) -> None:
+    """Refuses the checkpoint `folder` of a run that was made from something else.
+
+    Args:
+        saved: what the checkpoint says.
+        identity: this run's, from `run_identity`.
+
+    Raises:
+        UserError: names what differs.
+    """
+    for name, value in json.loads(json.dumps(identity)).items():
+        if name not in saved:
+            raise UserError(
+                f"{folder / STATE}: has no {name}: an earlier version wrote it, which did not record what a run is "
+                "made from; finish the run with that version, or use another output_dir"
+            )
+        if (was := saved[name]) != value:
+            why = " (hashes of what was read, wherever it lies)" if name in ("model", "data") else ""
+            if name == "objective" and isinstance(was, dict):
+                other = [key for key in (value | was) if was.get(key) != value.get(key)]
+                why = f" (they differ in {', '.join(other)}; of files, by their contents, wherever they lie)"
+            if name == "optimizer" and was == {**value, _SHARDED: not value[_SHARDED]}:
+                why = f" (with and without {_SHARDED}, Megatron stores the state under other names)"
+            raise UserError(
+                f"{folder}: cannot resume: the checkpoint has {name} = {was}, this run {value}{why}; "
+                "use the same settings, or another output_dir"
+            )
+
+
+def layout_of(run: TrainRun, world: World) -> dict[str, object]:
+    """What may change: optimizer state is stored in a form that any layout loads."""
+    return {"world_size": world.world_size, "parallel": run.parallel.model_dump()}
+
+
+def is_same_layout(folder: Path, saved: Any, run: TrainRun, world: World) -> bool:
+    """Whether the checkpoint `folder`, whose layout is `saved`, was written in this one; says so where it was not.
+
+    Raises:
+        UserError: no run writes such a layout.
+    """
+    if saved == layout_of(run, world):
+        return True
+    if world.is_main:
+        usual = ParallelConfig().model_dump()
+        parallel = saved.get("parallel") if isinstance(saved, dict) else None
+        if not isinstance(saved, dict) or not isinstance(parallel, dict):
+            raise UserError(f"{folder / STATE}: its layout is {saved!r}, which no run writes")
+        told = {key: size for key, size in parallel.items() if size != usual.get(key)}
+        say(
+            f"{folder.name} was saved in another layout ({saved.get('world_size')} process(es), "
+            f"{told or 'data parallel'}); it is loaded into this one"
+        )
+    return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,23 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from fusemega.files.output import write_durably
+from fusemega.runtime.console import say
 from fusemega.runtime.memory import peak_memory
 from fusemega.runtime.parallel import World
 from fusemega.scoring.evaluation import Evaluation
+from fusemega.training.callbacks import Callback
+from fusemega.training.checkpoints import Checkpoints
 from fusemega.training.records import (
     CPU_MEMORY,
     EVALUATIONS_FILE,
     GPU_MEMORY,
     METRICS_FILE,
+    THROUGHPUT,
+    TIME,
     read_evaluations,
     read_metrics,
 )
+from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import WandbRun
 
 _NOT_ON_THE_CONSOLE = ("consumed-samples", "tokens", GPU_MEMORY, CPU_MEMORY)
@@ -40,6 +46,50 @@ def most_memory(world: World, writers_bytes: int) -> dict[str, float]:
     largest = torch.tensor(mine, dtype=torch.int64, device=world.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return {GPU_MEMORY if on_gpu else CPU_MEMORY: int(largest)}
+
+
+class Costs(Callback):
+    """Adds to a step's metrics what it cost: throughput, and the most memory so far."""
+
+    def on_step_end(self, trainer: Trainer, values: MutableMapping[str, float]) -> None:
+        values[THROUGHPUT] = values["tokens"] / values[TIME]
+        values.update(most_memory(trainer.world, trainer.callback(Checkpoints).saver.writers_bytes))
+
+
+class Metrics(Callback):
+    """Writes what the callbacks before it and the step have found. Only the main process has a writer."""
+
+    _writer: MetricsWriter | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if not trainer.world.is_main:
+            return
+        folder, training = Path(trainer.run.output_dir), trainer.run.training
+        wandb_run = None
+        if training.wandb_project is not None:
+            wandb_run = WandbRun(training.wandb_project, folder, trainer.run.model_dump(mode="json"))
+        self._writer = MetricsWriter(
+            folder, trainer.iteration, trainer.train_iters, training.log_interval, say, wandb_run
+        )
+
+    def on_step_end(self, trainer: Trainer, values: MutableMapping[str, float]) -> None:
+        if self._writer is not None:
+            self._writer.write(trainer.iteration, values)
+
+    def on_evaluate(self, trainer: Trainer, found: Evaluation) -> None:
+        if self._writer is not None:
+            self._writer.write_evaluation(trainer.iteration, found)
+
+    def on_save(self, trainer: Trainer, last: bool) -> None:
+        """A save may need more memory than an update."""
+        memory = most_memory(trainer.world, trainer.callback(Checkpoints).saver.writers_bytes)
+        if self._writer is not None:
+            self._writer.amend(trainer.iteration, memory)
+
+    def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class MetricsWriter:

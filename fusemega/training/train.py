@@ -26,8 +26,11 @@ from fusemega.runtime.precision import Kernels
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.checkpoints import Checkpoints
 from fusemega.training.export import check_export, remove_other_export, update_export
+from fusemega.training.held_out import HeldOut
 from fusemega.training.identity import content_of
+from fusemega.training.metrics import Costs, Metrics
 from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.trainer import Trainer
@@ -117,9 +120,12 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
         chats=chats,
         chat_template=None if run.data.chat_template is None else tokenizer.chat_template,
     )
-    trainer = Trainer.create(
-        *(run, world, gpt, checked.objective, data, held_out, teacher), content=content, describe=describe
-    )
+    trainer = Trainer.create(run, world, gpt, checked.objective, data, teacher)
+    scored = HeldOut(run.evaluation, held_out, str(content["held_out"]))
+    checkpoints = Checkpoints(run, world, scored, content=content, describe=describe)
+    # A new one is added here. Metrics come after what adds to them, and before what may take long.
+    trainer.callbacks = [Costs(), checkpoints, Metrics(), scored]
+    checkpoints.resume(trainer)
     # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
     on_main(world, lambda: _write_record(output, run, trainer.finished))
     return trainer, checked
@@ -152,11 +158,12 @@ def _train(run: TrainRun, held: ExitStack) -> int:
 
 def _finish(output: Path, trainer: Trainer, checked: Checked) -> None:
     """What others look for in the folder of a finished run: the export, then the mark."""
-    wanted, source = trainer.result(), checked.source
+    checkpoints, source = trainer.callback(Checkpoints), checked.source
+    wanted = checkpoints.result(trainer.iteration)
     finish = partial(_settle, trainer=trainer, checked=checked)
     dtype = trainer.run.training.export_dtype
     checkpoint = None if wanted is None else RunCheckpoint(wanted)
-    weights = str(trainer.content["model"]) if checkpoint is None else checkpoint.content_hash
+    weights = str(checkpoints.content["model"]) if checkpoint is None else checkpoint.content_hash
     if trainer.run.data.chat_template is not None:  # the export carries it
         weights += f" {source.tokenizer.template_hash}"
     if trainer.run.training.export_hf:

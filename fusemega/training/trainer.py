@@ -1,16 +1,15 @@
-"""The training loop: one objective, one model, Megatron's schedule and optimizer, exact resume."""
+"""The training loop: an objective, a model, Megatron's schedule and optimizer; what hangs on a step is a callback."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from types import TracebackType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,9 +17,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from fusemega.checkpoint.saver import CheckpointSaver
-from fusemega.checkpoint.series import CHECKPOINTS, STATE, checkpoint_folder, find_checkpoint, read_state
-from fusemega.checkpoint.training_state import load_checkpoint, training_state
 from fusemega.errors import UserError
 from fusemega.files.output import disk_errors
 from fusemega.losses.registry import Objective
@@ -29,41 +25,25 @@ from fusemega.passes.batches import GlobalBatch, TrainingData
 from fusemega.passes.forward import Batch, objective_loss, run_schedule, total_over_ranks
 from fusemega.passes.frozen import OnlineTeacher
 from fusemega.passes.prefetch import Prefetch
-from fusemega.runtime.console import say
-from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
-from fusemega.scoring.evaluation import evaluate_model
-from fusemega.text.dataset import TokenizedDataset
-from fusemega.training.metrics import MetricsWriter, most_memory
-from fusemega.training.optimizer import complete_parameters, schedule, wrap
-from fusemega.training.records import THROUGHPUT, TIME
-from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
-from fusemega.training.wandb_run import WandbRun
+from fusemega.training.callbacks import Callback
+from fusemega.training.optimizer import schedule, wrap
+from fusemega.training.run import TrainRun
 
-_SHARDED = "use_distributed_optimizer"
-
-
-@dataclass(frozen=True)
-class Best:
-    """The evaluation of lowest loss so far.
-
-    Attributes:
-        data: which held-out text, by the name of its tokenized form.
-        loss: its loss; None before the first evaluation.
-        iteration: when.
-        evaluations_since: how many evaluations were no better.
-    """
-
-    data: str = ""
-    loss: float | None = None
-    iteration: int = 0
-    evaluations_since: int = 0
+C = TypeVar("C", bound=Callback)
 
 
 @dataclass
 class Trainer:
-    """What one process holds while it trains."""
+    """What one process holds while it trains.
+
+    Attributes:
+        train_iters: updates of the whole run.
+        iteration: updates done.
+        callbacks: what hangs on a step, in the order in which it is told.
+        batches: those of the steps to come.
+    """
 
     run: TrainRun
     world: World
@@ -74,13 +54,9 @@ class Trainer:
     objective: Objective
     data: TrainingData
     train_iters: int
-    saver: CheckpointSaver
-    content: Mapping[str, Any]
-    describe: Callable[[Path], None]
-    held_out: TokenizedDataset | None = None
     teacher: OnlineTeacher | None = None
     iteration: int = 0
-    best: Best = Best()
+    callbacks: list[Callback] = field(default_factory=list)
     batches: Prefetch[GlobalBatch] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,37 +71,16 @@ class Trainer:
         gpt: GPT,
         objective: Objective,
         data: TrainingData,
-        held_out: TokenizedDataset | None = None,
         teacher: OnlineTeacher | None = None,
-        *,
-        content: Mapping[str, Any],
-        describe: Callable[[Path], None],
     ) -> Trainer:
-        """Wrap the model; start from the newest checkpoint of `run.output_dir`, if there is one.
-
-        Args:
-            content: hashes of what the run is made from (`identity.content_of`).
-            describe: writes into a checkpoint's folder what its weights are loaded with elsewhere.
-
-        Raises:
-            UserError: the checkpoint belongs to other data or other settings; there are checkpoints, and none is whole.
-        """
+        """Wrap the model; nothing hangs on its steps yet."""
         train_iters = run.training.iterations(len(data.dataset))
         ddp, optimizer = wrap(gpt, run.optimizer)
         scheduler = schedule(optimizer, run.optimizer, train_iters)
-        root = Path(run.output_dir) / CHECKPOINTS
-        saver = CheckpointSaver(root, world, run.training.async_save, run.training.keep_checkpoints)
-        trainer = cls(
-            *(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, saver, content, describe),
-            *(held_out, teacher),
-        )
-        folder = find_checkpoint(root, world)
-        if folder is not None:
-            trainer._resume(folder)
-        return trainer
+        return cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, teacher)
 
     def fit(self) -> int:
-        """Train to the last iteration, or until evaluations stop improving, with checkpoints on the way and at the end.
+        """Train to the last iteration, or until a callback ends the run, with checkpoints on the way and at the end.
 
         Returns:
             0; or the number of the signal that stopped the run, after a checkpoint, before its end.
@@ -133,53 +88,38 @@ class Trainer:
         Raises:
             UserError: a loss or gradient that is not finite (names the step and the sample keys); a full disk.
         """
-        output = Path(self.run.output_dir)
-        writing, stopping = self._metrics_writer(), StopSignals(self.world)
-        with disk_errors(output), writing as writer, stopping as signals, self.saver, self.batches:
-            if self.iteration == 0 and self.best.loss is None:
-                self._evaluate(writer)
+        with disk_errors(Path(self.run.output_dir)), StopSignals(self.world) as signals, self._started(), self.batches:
             while not self.finished:
+                for callback in self.callbacks:
+                    callback.on_step_begin(self)
                 values = self.step()
-                values |= {THROUGHPUT: values["tokens"] / values[TIME]}
-                values |= most_memory(self.world, self.saver.writers_bytes)
-                self.saver.poll()
-                if writer is not None:
-                    writer.write(self.iteration, values)
+                for callback in self.callbacks:
+                    callback.on_step_end(self, values)
                 stop = signals.requested()
-                is_best = self._is_due(self._evaluation_interval) and self._evaluate(writer)
-                if self._is_due(self.run.training.save_interval) or self.finished or stop or is_best:
-                    self.save()
-                    if self.finished or stop:
-                        self.saver.wait()
-                    memory = most_memory(self.world, self.saver.writers_bytes)  # a save may need more than an update
-                    if writer is not None:
-                        writer.amend(self.iteration, memory)
+                if stop or self.finished or any(callback.wants_save(self) for callback in self.callbacks):
+                    self.save(last=bool(stop) or self.finished)
                 if stop and not self.finished:
                     return stop
         return 0
 
     @property
     def finished(self) -> bool:
-        """The last iteration is done, or patience has run out."""
-        section = self.run.evaluation
-        patience = None if section is None else section.patience
-        return self.iteration == self.train_iters or (patience is not None and self.best.evaluations_since >= patience)
+        """The last iteration is done, or a callback has ended the run."""
+        return self.iteration == self.train_iters or any(callback.wants_end(self) for callback in self.callbacks)
 
-    def best_checkpoint(self) -> Path | None:
-        """The checkpoint of lowest evaluation loss, where the run keeps one."""
-        if not self._keeps_best or self.best.iteration == 0:
-            return None
-        return checkpoint_folder(self._checkpoints, self.best.iteration)
+    def save(self, last: bool = False) -> None:
+        """A checkpoint of this iteration, and what else hangs on one. Collective."""
+        for callback in self.callbacks:
+            callback.on_save(self, last)
 
-    def result(self) -> Path | None:
-        """The checkpoint whose weights a finished run gives; None: no update was any good, so those it started from."""
-        if self._keeps_best and self.best.loss is not None:
-            return self.best_checkpoint()
-        return checkpoint_folder(self._checkpoints, self.iteration)
+    def is_due(self, interval: int | None) -> bool:
+        """Whether what comes every `interval` iterations, and after the last, comes after this one."""
+        return interval is not None and (self.iteration % interval == 0 or self.iteration == self.train_iters)
 
-    @property
-    def _keeps_best(self) -> bool:
-        return self.run.evaluation is not None and self.run.evaluation.keep_best
+    def callback(self, kind: type[C]) -> C:
+        """The one of that class."""
+        (found,) = [callback for callback in self.callbacks if isinstance(callback, kind)]
+        return found
 
     def step(self) -> dict[str, float]:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
@@ -234,41 +174,6 @@ class Trainer:
             "iteration-time": time.monotonic() - started,
         }
 
-    def save(self) -> Path:
-        """A checkpoint of this iteration; older ones go, as far as the run file says so. Collective."""
-        complete_parameters(self.ddp)
-        self.batches.settle()  # writers are forked
-        contents = training_state(self.gpt, self.optimizer, self.world)
-        state = {**self._identity(), "layout": self._layout(), "best": asdict(self.best)}
-        return self.saver.save(self.iteration, contents, state, self.best_checkpoint(), self.describe)
-
-    @property
-    def _checkpoints(self) -> Path:
-        return Path(self.run.output_dir) / CHECKPOINTS
-
-    @property
-    def _evaluation_interval(self) -> int | None:
-        return None if self.run.evaluation is None else self.run.evaluation.interval
-
-    def _is_due(self, interval: int | None) -> bool:
-        return interval is not None and (self.iteration % interval == 0 or self.iteration == self.train_iters)
-
-    def _evaluate(self, writer: MetricsWriter | None) -> bool:
-        """Scores the held-out text. Returns whether a checkpoint of this iteration is to be kept as the best."""
-        section = self.run.evaluation
-        if self.held_out is None or section is None:
-            return False
-        complete_parameters(self.ddp)
-        shape = replace(self.data.shape, seq_length=section.data.seq_length, packing=True)
-        found = evaluate_model(self.gpt, self.held_out, shape, self.world)
-        if writer is not None:
-            writer.write_evaluation(self.iteration, found)
-        if self.best.loss is None or found.loss < self.best.loss:
-            self.best = Best(str(self.content["held_out"]), found.loss, self.iteration)
-            return section.keep_best
-        self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)
-        return False
-
     @property
     def _adding_ranks(self) -> dist.ProcessGroup:
         """Those whose parts of the loss add up: context-parallel ranks have other tokens, but the same samples."""
@@ -297,86 +202,23 @@ class Trainer:
             f"sample keys of the micro-batches concerned: {_listed(unsound)}"
         )
 
-    def _identity(self) -> dict[str, object]:
-        """What must not change between a checkpoint and the run that resumes it."""
-        return {
-            "consumed_samples": self.data.consumed_samples(self.iteration),
-            "train_iters": self.train_iters,
-            "dtype": self.run.model.dtype,
-            "fp8": self.run.model.fp8_settings() or None,
-            "model": self.content["model"],
-            "data": self.content["data"],
-            "objective": self.run.objective.model_dump(mode="json") | self.content["objective"],
-            "optimizer": self.run.optimizer.model_dump(exclude=set(FREE_OPTIMIZER_FIELDS)),
-            "training": self.run.training.model_dump(include=set(IDENTITY_FIELDS)),
-        }
+    @contextmanager
+    def _started(self) -> Iterator[None]:
+        """All callbacks, from their `on_start` to their `on_end`."""
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                callback.on_start(self)
 
-    def _layout(self) -> dict[str, object]:
-        """What may change: optimizer state is stored in a form that any layout loads."""
-        return {"world_size": self.world.world_size, "parallel": self.run.parallel.model_dump()}
+                def end(
+                    kind: type[BaseException] | None,
+                    error: BaseException | None,
+                    trace: TracebackType | None,
+                    ended: Callback = callback,
+                ) -> None:
+                    ended.on_end(self, error)
 
-    def _resume(self, folder: Path) -> None:
-        saved = read_state(folder)
-        iteration = saved.pop("iteration")
-        self.iteration = iteration
-        best = _best(folder, saved.pop("best", None))
-        if self.held_out is not None and best.data == self.content["held_out"]:
-            self.best = best
-        elif self.held_out is not None and best.loss is not None and self.world.is_main:
-            say(
-                f"warning: {folder.name} was scored on other held-out text, with which losses do not compare: "
-                "the best evaluation and patience begin anew"
-            )
-        for name, value in json.loads(json.dumps(self._identity())).items():
-            if name not in saved:
-                raise UserError(
-                    f"{folder / STATE}: has no {name}: an earlier version wrote it, which did not record what a run is "
-                    "made from; finish the run with that version, or use another output_dir"
-                )
-            if (was := saved[name]) != value:
-                why = " (hashes of what was read, wherever it lies)" if name in ("model", "data") else ""
-                if name == "objective" and isinstance(was, dict):
-                    other = [key for key in (value | was) if was.get(key) != value.get(key)]
-                    why = f" (they differ in {', '.join(other)}; of files, by their contents, wherever they lie)"
-                if name == "optimizer" and was == {**value, _SHARDED: not value[_SHARDED]}:
-                    why = f" (with and without {_SHARDED}, Megatron stores the state under other names)"
-                raise UserError(
-                    f"{folder}: cannot resume: the checkpoint has {name} = {was}, this run {value}{why}; "
-                    "use the same settings, or another output_dir"
-                )
-        same_layout = saved.get("layout") == self._layout()
-        if not same_layout and self.world.is_main:
-            before, usual = saved.get("layout"), ParallelConfig().model_dump()
-            parallel = before.get("parallel") if isinstance(before, dict) else None
-            if not isinstance(before, dict) or not isinstance(parallel, dict):
-                raise UserError(f"{folder / STATE}: its layout is {before!r}, which no run writes")
-            told = {key: size for key, size in parallel.items() if size != usual.get(key)}
-            say(
-                f"{folder.name} was saved in another layout ({before.get('world_size')} process(es), "
-                f"{told or 'data parallel'}); it is loaded into this one"
-            )
-        load_checkpoint(folder, self.gpt, self.optimizer, self.world, same_layout)
-        self.scheduler.step(increment=iteration)
-
-    def _metrics_writer(self) -> AbstractContextManager[MetricsWriter | None]:
-        if not self.world.is_main:
-            return nullcontext()
-        folder, training = Path(self.run.output_dir), self.run.training
-        wandb_run = None
-        if training.wandb_project is not None:
-            wandb_run = WandbRun(training.wandb_project, folder, self.run.model_dump(mode="json"))
-        return closing(MetricsWriter(folder, self.iteration, self.train_iters, training.log_interval, say, wandb_run))
-
-
-def _best(folder: Path, found: Any) -> Best:
-    """What a checkpoint says of the best evaluation."""
-    kinds = {"data": (str,), "loss": (float, int, NoneType), "iteration": (int,), "evaluations_since": (int,)}
-    if not isinstance(found, dict) or found.keys() != kinds.keys():
-        raise UserError(f"{folder / STATE}: its best is {found!r}; expected {', '.join(kinds)}")
-    for name, allowed in kinds.items():
-        if type(found[name]) not in allowed:
-            raise UserError(f"{folder / STATE}: best.{name} is {found[name]!r}, which no run writes")
-    return Best(**found)
+                stack.push(end)
+            yield
 
 
 def _listed(keys: Sequence[str], most: int = 8) -> str:

@@ -14,6 +14,7 @@ import torch
 from fusemega.errors import UserError
 from fusemega.passes.forward import run_schedule
 from fusemega.passes.prefetch import Prefetch
+from fusemega.training.checkpoints import Checkpoints
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer
 from fusemega.training.trainer import Trainer
@@ -79,7 +80,7 @@ def test_a_run_and_its_resumption_do_not_depend_on_it(make_run: MakeRun) -> None
     plain = losses(open_trainer(make_run())[0], 4)
     run = make_run(training={"save_interval": 2})
     first = ahead(open_trainer(run)[0])
-    with first.saver, first.batches:
+    with first.callback(Checkpoints).saver, first.batches:
         assert losses(first, 2) == plain[:2]
         first.save()
     second = ahead(open_trainer(run)[0])

@@ -31,6 +31,7 @@ from fusemega.errors import UserError
 from fusemega.files.integrity import FILE, damaged_files, file_hash, recorded_hashes, write_integrity
 from fusemega.files.owned import mark_scratch
 from fusemega.runtime.parallel import ParallelConfig, initialize
+from fusemega.training.checkpoints import Checkpoints
 from fusemega.training.records import COSTS, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train
@@ -227,16 +228,16 @@ def test_training_goes_on_while_a_save_is_written(
         write(*args)
 
     trainer, _ = open_trainer(make_run(output_dir=str(tmp_path / "sync")))
-    sync = [trainer.step(), trainer.save(), trainer.step()][1]
+    sync = [trainer.step(), trainer.callback(Checkpoints).save(trainer), trainer.step()][1]
     monkeypatch.setattr(saver_module, "_write_and_hash", gated)
     trainer, _ = open_trainer(make_run(training={"async_save": True}))
     trainer.step()
-    folder = trainer.save()
+    folder = trainer.callback(Checkpoints).save(trainer)
     trainer.step()
-    trainer.saver.poll()
+    trainer.callback(Checkpoints).saver.poll()
     assert trainer.iteration == 2 and not folder.exists() and latest_checkpoint(folder.parent) is None
     gate.touch()
-    trainer.saver.wait()
+    trainer.callback(Checkpoints).saver.wait()
     assert latest_checkpoint(folder.parent) == folder
     for name in ("__0_0.distcp", "__0_1.distcp"):
         assert (folder / name).read_bytes() == (sync / name).read_bytes()
@@ -299,7 +300,7 @@ def test_a_save_leaves_no_process_and_no_unfinished_file(make_run: MakeRun, asyn
     (root / "iter_0000003.1f0a6c2e.tmp" / "out").mkdir()
     (root / f"{TRACKER}.1f0a6c2e.tmp").touch()
     trainer.save()
-    trainer.saver.wait()
+    trainer.callback(Checkpoints).saver.wait()
     assert psutil.Process().children(recursive=True) == before
     assert latest_checkpoint(root) is not None and sorted(os.listdir(root)) == ["iter_0000001", TRACKER]
 
@@ -379,7 +380,7 @@ def test_a_gpu_without_transformer_engine_resumes_too(make_run: MakeRun, monkeyp
     trainer = open_trainer(run)[0]
     assert type(trainer.optimizer.chained_optimizers[0].optimizer) is FusedAdam
     whole = [trainer.step()["lm loss"] for _ in range(2)]
-    with trainer.saver:
+    with trainer.callback(Checkpoints).saver:
         trainer.save()
     whole += [trainer.step()["lm loss"] for _ in range(2)]
     resumed = open_trainer(run)[0]

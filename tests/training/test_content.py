@@ -24,6 +24,7 @@ from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.held_out import HeldOut
 from fusemega.training.plan import describe
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train
@@ -143,7 +144,7 @@ def test_held_out_text_begins_anew(
     held_out.write_text("\n".join(lines[3:6]))
     capfd.readouterr()
     trainer, _ = open_trainer(make_run(evaluation=section, training={"train_iters": 1}))
-    assert trainer.best.loss is None and trainer.iteration == 1
+    assert trainer.callback(HeldOut).best.loss is None and trainer.iteration == 1
     assert "iter_0000001 was scored on other held-out text, with which losses do not compare" in capfd.readouterr().err
 
 

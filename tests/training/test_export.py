@@ -23,7 +23,7 @@ from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import initialize
 from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.scoring.evaluation import Evaluation
-from fusemega.training import trainer as trainer_module
+from fusemega.training import held_out as held_out_module
 from fusemega.training.export import RECORD
 from fusemega.training.run import TrainRun
 from fusemega.training.train import open_trainer, train
@@ -114,7 +114,7 @@ def test_another_run_in_the_same_folder(make_run: MakeRun, tmp_path: Path, work:
 def test_no_update_was_any_good(make_run: MakeRun, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = iter([1.0, 2.0, 3.0])
     found = {"perplexity": 1, "bits_per_byte": 1, "tokens": 1, "bytes": 1, "samples": 1}
-    monkeypatch.setattr(trainer_module, "evaluate_model", lambda *_: Evaluation(loss=next(left), **found))
+    monkeypatch.setattr(held_out_module, "evaluate_model", lambda *_: Evaluation(loss=next(left), **found))
     section: dict[str, Any] = {"data": {"path": str(work / "chat.jsonl"), "seq_length": 96}, "interval": 1}
     run = make_run(training={"train_iters": 2, "export_hf": True}, evaluation={**section, "keep_best": True})
     assert train(run) == 0

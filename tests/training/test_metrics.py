@@ -17,7 +17,7 @@ import torch
 from fusemega.checkpoint import saver as saver_module
 from fusemega.errors import UserError
 from fusemega.runtime.memory import peak_memory
-from fusemega.training import trainer as trainer_module
+from fusemega.training import checkpoints as checkpoints_module
 from fusemega.training.records import CPU_MEMORY, THROUGHPUT, TIME, read_metrics
 from fusemega.training.run import TrainRun
 from fusemega.training.train import train
@@ -52,7 +52,7 @@ def test_the_last_row_has_the_peak_of_the_last_save(
     in_background: bool, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 MiB that the trainer holds while it plans a save, and 48 MiB that each of the two writers holds."""
-    state, write = trainer_module.training_state, saver_module._write_bucket
+    state, write = checkpoints_module.training_state, saver_module._write_bucket
     before, held = list[int](), list[bytes]()
 
     def planning(*arguments: Any) -> Any:
@@ -66,7 +66,7 @@ def test_the_last_row_has_the_peak_of_the_last_save(
         held.append(b"1" * (48 << 20))
         write(*arguments, **more)
 
-    monkeypatch.setattr(trainer_module, "training_state", planning)
+    monkeypatch.setattr(checkpoints_module, "training_state", planning)
     monkeypatch.setattr(saver_module, "_write_bucket", writing)
     train(make_run(training={"train_iters": 2, "async_save": in_background}))
     rows = read_metrics(tmp_path / "run")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import tiny
 from fusemega.errors import UserError
+from fusemega.training.checkpoints import Checkpoints
 from fusemega.training.plan import describe
 from fusemega.training.records import COSTS
 from fusemega.training.run import TrainRun
@@ -129,13 +130,15 @@ def test_resumed_with_the_same_teacher_only(online: MakeRun, make_run: MakeRun, 
     assert trainer.teacher is not None
     before = [parameter.clone() for parameter in trainer.teacher.gpt.parameters()]
     rows = take(trainer, 2)
-    folder = trainer.save()
+    folder = trainer.callback(Checkpoints).save(trainer)
     rows += take(trainer, 2)
     assert not any(parameter.requires_grad for parameter in trainer.teacher.gpt.parameters())
     assert all(map(torch.equal, before, trainer.teacher.gpt.parameters()))
     sft = opened(make_run(output_dir=str(tmp_path / "sft")))
     sft.step()
-    assert size(folder) == pytest.approx(size(sft.save()), rel=0.01), "the student's state alone"
+    assert size(folder) == pytest.approx(size(sft.callback(Checkpoints).save(sft)), rel=0.01), (
+        "the student's state alone"
+    )
     assert take(opened(online()), 2) == rows[2:]
     with pytest.raises(UserError, match=r"cannot resume: the checkpoint has objective = .*'forward_kl'.*'jsd'"):
         opened(online({"divergence": "jsd"}))

@@ -19,6 +19,7 @@ from fusemega.errors import UserError
 from fusemega.runtime.signals import STOPPING
 from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.scoring.evaluation import Evaluation
+from fusemega.training import held_out as held_out_module
 from fusemega.training import trainer as trainer_module
 from fusemega.training.records import COSTS, read_evaluations, read_metrics
 from fusemega.training.run import TrainRun
@@ -70,7 +71,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
         def found(*_: object) -> Evaluation:
             return Evaluation(loss=next(left), perplexity=1, bits_per_byte=1, tokens=1, bytes=1, samples=1)
 
-        monkeypatch.setattr(trainer_module, "evaluate_model", found)
+        monkeypatch.setattr(held_out_module, "evaluate_model", found)
 
     return script
 

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fusemega.errors import UserError
+from fusemega.scoring.evaluation import Evaluation
+from fusemega.training.callbacks import Callback
+from fusemega.training.metrics import Metrics
 from fusemega.training.plan import describe
 from fusemega.training.records import COSTS, read_metrics
 from fusemega.training.run import TrainRun
@@ -133,18 +136,86 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make_run: MakeRun, tmp_p
     train(whole)
     broken = make_run(output_dir=str(tmp_path / "broken"), training={"save_interval": 2})
     trainer = opened(broken)
-    with trainer._metrics_writer() as writer:
-        assert writer is not None
-        for _ in range(3):
-            values = trainer.step()
-            writer.write(trainer.iteration, values)
-            if trainer.iteration == 2:
-                trainer.save()  # stopped after iteration 3; the checkpoint is of iteration 2
+    metrics = trainer.callback(Metrics)
+    metrics.on_start(trainer)
+    for _ in range(3):
+        metrics.on_step_end(trainer, trainer.step())
+        if trainer.iteration == 2:
+            trainer.save()  # stopped after iteration 3; the checkpoint is of iteration 2
+    metrics.on_end(trainer, None)
     torch.manual_seed(99)
     train(broken)
     a, b = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "broken")
     assert [row["iteration"] for row in b] == [1, 2, 3, 4]
     assert [without_costs(row) for row in a] == [without_costs(row) for row in b]
+
+
+class Recorder(Callback):
+    """Notes what it is told; asks for a checkpoint after update 1, and ends the run after update 3."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.events.append(f"start {trainer.iteration}")
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        self.events.append(f"begin {trainer.iteration}")
+
+    def on_step_end(self, trainer: Trainer, values: MutableMapping[str, float]) -> None:
+        assert values["lm loss"] > 0
+        values["noted"] = 0.5
+        self.events.append(f"end {trainer.iteration}")
+
+    def on_evaluate(self, trainer: Trainer, found: Evaluation) -> None:
+        self.events.append(f"evaluation {trainer.iteration}")
+
+    def on_save(self, trainer: Trainer, last: bool) -> None:
+        self.events.append(f"save {trainer.iteration}{', the last' if last else ''}")
+
+    def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        self.events.append(f"over, {error}")
+
+    def wants_save(self, trainer: Trainer) -> bool:
+        return trainer.iteration == 1
+
+    def wants_end(self, trainer: Trainer) -> bool:
+        return trainer.iteration == 3
+
+
+def test_what_a_callback_is_told_and_may_ask_for(make_run: MakeRun, work: Path) -> None:
+    held_out = {"data": {"path": str(work / "chat.jsonl"), "seq_length": 96}, "interval": 2}
+    run = make_run(evaluation=held_out)
+    trainer, recorder = opened(run), Recorder()
+    trainer.callbacks.insert(0, recorder)  # before the metrics, which write what it adds
+    assert trainer.fit() == 0 and trainer.finished
+    assert recorder.events == [
+        "start 0",
+        "evaluation 0",
+        "begin 0",
+        "end 1",
+        "save 1",
+        "begin 1",
+        "end 2",
+        "evaluation 2",
+        "begin 2",
+        "end 3",
+        "save 3, the last",
+        "over, None",
+    ]
+    folder = Path(run.output_dir)
+    assert {path.name for path in (folder / "checkpoints").glob("iter_*")} == {"iter_0000001", "iter_0000003"}
+    assert [row["noted"] for row in read_metrics(folder)] == [0.5] * 3
+    assert opened(run).iteration == 3
+
+
+def test_callbacks_end_where_a_step_fails(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, recorder = opened(make_run()), Recorder()
+    trainer.callbacks.append(recorder)
+    monkeypatch.setattr(trainer, "step", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit()
+    assert recorder.events == ["start 0", "begin 0", "over, integer division or modulo by zero"]
 
 
 def test_resume_refuses_other_settings(make_run: MakeRun) -> None:

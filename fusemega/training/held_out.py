@@ -1,0 +1,118 @@
+"""Held-out text, scored while a run trains: before the first update, every so often, and after the last.
+
+Remembers the best evaluation, which ends a run that no longer improves (patience) and picks the checkpoint to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from fusemega.checkpoint.series import STATE
+from fusemega.errors import UserError
+from fusemega.runtime.console import say
+from fusemega.scoring.evaluation import EvaluationSection, evaluate_model
+from fusemega.text.dataset import TokenizedDataset
+from fusemega.training.callbacks import Callback
+from fusemega.training.optimizer import complete_parameters
+from fusemega.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Best:
+    """The evaluation of lowest loss so far.
+
+    Attributes:
+        data: which held-out text, by the name of its tokenized form.
+        loss: its loss; None before the first evaluation.
+        iteration: when.
+        evaluations_since: how many evaluations were no better.
+    """
+
+    data: str = ""
+    loss: float | None = None
+    iteration: int = 0
+    evaluations_since: int = 0
+
+
+class HeldOut(Callback):
+    """Scores held-out text when it is due.
+
+    Args:
+        section: of the run file; None: nothing is ever scored.
+        dataset: the text it names.
+        content: hash of that text.
+
+    Attributes:
+        best: so far.
+    """
+
+    def __init__(self, section: EvaluationSection | None, dataset: TokenizedDataset | None, content: str) -> None:
+        self._section, self._dataset, self._content = section, dataset, content
+        self.best = Best()
+
+    @property
+    def keeps_best(self) -> bool:
+        """The best checkpoint is kept, and exported at the end."""
+        return self._section is not None and self._section.keep_best
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.iteration == 0 and self.best.loss is None:
+            self._evaluate(trainer)
+
+    def on_step_end(self, trainer: Trainer, values: MutableMapping[str, float]) -> None:
+        if self._section is not None and trainer.is_due(self._section.interval):
+            self._evaluate(trainer)
+
+    def wants_save(self, trainer: Trainer) -> bool:
+        return self.keeps_best and self.best.loss is not None and self.best.iteration == trainer.iteration
+
+    def wants_end(self, trainer: Trainer) -> bool:
+        patience = None if self._section is None else self._section.patience
+        return patience is not None and self.best.evaluations_since >= patience
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return asdict(self.best)
+
+    def resume(self, folder: Path, saved: Any, is_main: bool) -> None:
+        """Go on from what the checkpoint `folder` kept, if that was of the same text.
+
+        Raises:
+            UserError: no run writes such a state.
+        """
+        best = _best(folder, saved)
+        if self._dataset is not None and best.data == self._content:
+            self.best = best
+        elif self._dataset is not None and best.loss is not None and is_main:
+            say(
+                f"warning: {folder.name} was scored on other held-out text, with which losses do not compare: "
+                "the best evaluation and patience begin anew"
+            )
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        if self._dataset is None or self._section is None:
+            return
+        complete_parameters(trainer.ddp)
+        shape = replace(trainer.data.shape, seq_length=self._section.data.seq_length, packing=True)
+        found = evaluate_model(trainer.gpt, self._dataset, shape, trainer.world)
+        for callback in trainer.callbacks:
+            callback.on_evaluate(trainer, found)
+        if self.best.loss is None or found.loss < self.best.loss:
+            self.best = Best(self._content, found.loss, trainer.iteration)
+        else:
+            self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)
+
+
+def _best(folder: Path, found: Any) -> Best:
+    """What a checkpoint says of the best evaluation."""
+    kinds = {"data": (str,), "loss": (float, int, NoneType), "iteration": (int,), "evaluations_since": (int,)}
+    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        raise UserError(f"{folder / STATE}: its best is {found!r}; expected {', '.join(kinds)}")
+    for name, allowed in kinds.items():
+        if type(found[name]) not in allowed:
+            raise UserError(f"{folder / STATE}: best.{name} is {found[name]!r}, which no run writes")
+    return Best(**found)
