@@ -104,9 +104,9 @@ def _parquet(place: Path) -> tuple[Target, list[bytes]]:
 
 def _index(place: Path) -> tuple[Target, list[bytes]]:
     from fusemega.checkpoint.index_file import read_index
-    from fusemega.checkpoint.torch_dist_files import Chunk, write_metadata
+    from fusemega.checkpoint.torch_dist_files import StoredChunk, write_metadata
 
-    write_metadata(place, [Chunk("w", (0, 0), (2, 3), "float32", "__0_0.distcp", 0, 9)], {"w": (2, 3)})
+    write_metadata(place, [StoredChunk("w", (0, 0), (2, 3), "float32", "__0_0.distcp", 0, 9)], {"w": (2, 3)})
     return _file(place / "index", read_index), [(place / ".metadata").read_bytes()]
 
 

@@ -20,6 +20,7 @@ from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.safetensors_writer import TensorInfo, plan_shards
 from fusemega.models.registry import family_of
+from fusemega.models.rules import WeightRanks
 from fusemega.models.stages import check_layout, stage_rules
 from fusemega.runtime.layout import ParallelConfig
 
@@ -60,16 +61,16 @@ def plan_reads(source: HFFolder | MegatronFolder, layout: ParallelConfig) -> lis
 
 
 def _hf_reads(folder: HFFolder, pp_rank: int, tp_rank: int, layout: ParallelConfig) -> RankReads:
-    rules, tp_size = stage_rules(folder.config, layout, pp_rank), layout.tensor_model_parallel_size
-    pieces = [piece for rule in rules for piece in rule.pieces(tp_size, tp_rank)]
+    rules, ranks = stage_rules(folder.config, layout, pp_rank), WeightRanks(layout.tensor_model_parallel_size, tp_rank)
+    pieces = [piece for rule in rules for piece in rule.pieces(ranks)]
     names = {piece.hf for piece in pieces}
     nbytes = sum(volume(piece.hf_box) * folder.dtype(piece.hf).itemsize for piece in pieces)
     return RankReads(pp_rank, tp_rank, len(names), len(pieces), nbytes, len({folder.file(name) for name in names}))
 
 
 def _megatron_reads(folder: MegatronFolder, pp_rank: int, tp_rank: int, layout: ParallelConfig) -> RankReads:
-    rules, tp_size = stage_rules(folder.config, layout, pp_rank), layout.tensor_model_parallel_size
-    elements = sum(volume(piece.local_box) for rule in rules for piece in rule.pieces(tp_size, tp_rank))
+    rules, ranks = stage_rules(folder.config, layout, pp_rank), WeightRanks(layout.tensor_model_parallel_size, tp_rank)
+    elements = sum(volume(piece.local_box) for rule in rules for piece in rule.pieces(ranks))
     return RankReads(pp_rank, tp_rank, len(rules), len(rules), elements * folder.dtype.itemsize, 0)
 
 

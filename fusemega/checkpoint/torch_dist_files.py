@@ -33,7 +33,7 @@ from fusemega.files.opening import open_regular
 from fusemega.files.pickles import first_line, load_torch
 from fusemega.models.family import TRANSFORMER_ENGINE_NAMES, HFConfig
 from fusemega.models.registry import family_of
-from fusemega.models.rules import Rule
+from fusemega.models.rules import WHOLE, Rule
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 # Where the optimizers of megatron-core 0.16.1 keep fp32 main parameters: the distributed one, and the one of bf16 runs.
@@ -86,7 +86,7 @@ def places(hf_config: HFConfig) -> list[Place]:
         if rule.duplicate:
             continue
         match = _LAYER.fullmatch(rule.megatron)
-        shape = rule.local_shape(1)
+        shape = rule.local_shape(WHOLE)
         if match is None:
             out.append(Place(rule, rule.megatron, shape, None))
         else:
@@ -96,7 +96,7 @@ def places(hf_config: HFConfig) -> list[Place]:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredChunk:
     """One entry of a `.distcp` file.
 
     Attributes:
@@ -153,7 +153,7 @@ def empty_object() -> bytes:
     return out.getvalue()
 
 
-def write_metadata(folder: Path, chunks: Iterable[Chunk], global_shapes: Mapping[str, tuple[int, ...]]) -> None:
+def write_metadata(folder: Path, chunks: Iterable[StoredChunk], global_shapes: Mapping[str, tuple[int, ...]]) -> None:
     """The small files, given the chunks that the `.distcp` files hold. The same chunks give the same bytes."""
     # Here, because it takes a second: `convert.import_hf` has it imported while the chunks are copied.
     from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
@@ -242,7 +242,7 @@ class Checkpoint:
             shapes = place.rule.hf_shapes()
             chunks = self._of(place)
             moves: dict[str, list[Move]] = {name: [] for name in shapes}
-            for piece in place.rule.pieces(1, 0):
+            for piece in place.rule.pieces(WHOLE):
                 at = tuple(start for start, _ in piece.hf_box)
                 moves[piece.hf] += window(chunks, piece.local_box, at)
             for name, shape in shapes.items():

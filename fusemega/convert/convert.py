@@ -30,8 +30,8 @@ from fusemega.checkpoint.megatron_folder import (
 )
 from fusemega.checkpoint.torch_dist_files import (
     Checkpoint,
-    Chunk,
     Place,
+    StoredChunk,
     empty_object,
     envelope,
     places,
@@ -50,6 +50,7 @@ from fusemega.hf.proof import check_written
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
 from fusemega.hf.side_files import copy_side_files, exported_config
 from fusemega.models.registry import family_of
+from fusemega.models.rules import WHOLE
 from fusemega.runtime.console import say
 from fusemega.runtime.meter import meter
 from fusemega.runtime.workers import Workers, start_workers
@@ -209,7 +210,7 @@ def export_folder(
         return _report(copied, begun, pool)
 
 
-def _plan_import(folder: HFFolder) -> tuple[list[Item], list[Chunk], dict[str, tuple[int, ...]]]:
+def _plan_import(folder: HFFolder) -> tuple[list[Item], list[StoredChunk], dict[str, tuple[int, ...]]]:
     """The `.distcp` files, each an item; what the index says of them; and the shapes of the global tensors."""
     all_places = places(folder.config)
     dtypes: dict[str, set[torch.dtype]] = {}
@@ -217,7 +218,7 @@ def _plan_import(folder: HFFolder) -> tuple[list[Item], list[Chunk], dict[str, t
         dtypes.setdefault(place.key, set()).update(folder.dtype(name) for name in place.rule.hf_shapes())
     stored_as = {key: str(common_dtype(found)).removeprefix("torch.") for key, found in dtypes.items()}
     items: list[Item] = []
-    chunks: list[Chunk] = []
+    chunks: list[StoredChunk] = []
     for group in _grouped(all_places, lambda place: _parameter_bytes(place, stored_as[place.key]), ITEM_TARGET_BYTES):
         file = f"__0_{len(items)}.distcp"
         parts: list[Part] = []
@@ -225,7 +226,7 @@ def _plan_import(folder: HFFolder) -> tuple[list[Item], list[Chunk], dict[str, t
         for place in group:
             for part, key, offsets, sizes in _parts(place, folder, stored_as[place.key]):
                 parts.append(part)
-                chunks.append(Chunk(key, offsets, sizes, stored_as[place.key], file, at, part.nbytes))
+                chunks.append(StoredChunk(key, offsets, sizes, stored_as[place.key], file, at, part.nbytes))
                 at += part.nbytes
         items.append(Item(f"weights/{file}", 0, tuple(parts)))
     return items, chunks, {place.key: place.global_shape for place in all_places}
@@ -235,7 +236,7 @@ def _parts(
     place: Place, folder: HFFolder, dtype: str
 ) -> Iterable[tuple[Part, str, tuple[int, ...] | None, tuple[int, ...]]]:
     """One parameter as entries of a file: (part, key, offsets, sizes), its rows cut into chunks."""
-    moves = [Move(folder.stored(p.hf), p.hf_box, p.local_box) for p in place.rule.pieces(1, 0)]
+    moves = [Move(folder.stored(p.hf), p.hf_box, p.local_box) for p in place.rule.pieces(WHOLE)]
     rows, *inner = place.shape
     row_bytes = _parameter_bytes(place, dtype) // rows
     rows_each = max(1, CHUNK_BYTES // row_bytes)

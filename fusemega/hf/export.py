@@ -19,7 +19,7 @@ from fusemega.hf.narrowing import narrowed
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.hf.side_files import copy_side_files, exported_config
 from fusemega.models.build import GPT, Placement, placements
-from fusemega.models.rules import Piece
+from fusemega.models.rules import Piece, WeightRanks
 from fusemega.runtime.parallel import World
 
 
@@ -94,7 +94,7 @@ class _Sources:
         rule = self.rules[info.name]
         whole = torch.empty(info.shape, dtype=info.dtype) if self.world.is_main else None
         for tp_rank in range(self.world.tp_size if rule.partition_dim is not None else 1):
-            pieces = [piece for piece in rule.pieces(self.world.tp_size, tp_rank) if piece.hf == info.name]
+            pieces = [piece for piece in rule.pieces(WeightRanks.of(self.world).at(tp_rank)) if piece.hf == info.name]
             holder = self.ranks[rule.megatron, tp_rank]
             if not pieces or self.world.rank not in (0, holder):
                 continue

@@ -16,7 +16,7 @@ import torch
 from fusemega.files.boxes import Box, slices, volume
 from fusemega.models.family import LOCAL_NAMES, TRANSFORMER_ENGINE_NAMES, Family, HFConfig
 from fusemega.models.registry import family_of
-from fusemega.models.rules import Piece, Rule, padded_vocab_size
+from fusemega.models.rules import Piece, Rule, WeightRanks, padded_vocab_size
 from fusemega.models.stages import LAYER_NAME, check_layout
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels
@@ -184,14 +184,14 @@ class Placement:
 def placements(model: GPT, world: World) -> list[Placement]:
     """Every parameter of this rank with its rule, in the model's order."""
     rules = {rule.megatron: rule for rule in model.rules()}
+    ranks = WeightRanks.of(world)
     out = []
     for name, parameter in ((_global_name(c, n), p) for c in model.chunks for n, p in c.named_parameters()):
         rule = rules[name]
-        if tuple(parameter.shape) != rule.local_shape(world.tp_size):
-            raise RuntimeError(
-                f"{name}: Megatron built {tuple(parameter.shape)}, the rule says {rule.local_shape(world.tp_size)}"
-            )
-        out.append(Placement(parameter, rule, rule.pieces(world.tp_size, world.tp_rank)))
+        built, wanted = tuple(parameter.shape), rule.local_shape(ranks)
+        if built != wanted:
+            raise RuntimeError(f"{name}: Megatron built {built}, the rule says {wanted}")
+        out.append(Placement(parameter, rule, rule.pieces(ranks)))
     return out
 
 

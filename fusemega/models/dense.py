@@ -22,7 +22,7 @@ from fusemega.models.family import (
     require_number,
 )
 from fusemega.models.rope import inverse_frequencies, rope_parameters
-from fusemega.models.rules import QKV, GateUp, Row, Rule, Same, VocabRows
+from fusemega.models.rules import QKV, GateUp, Replicated, RowParallel, Rule, VocabRows
 
 _KNOWN = frozenset(
     """
@@ -133,7 +133,7 @@ class DenseDecoder:
         for layer in range(hf_config["num_hidden_layers"]):
             rules += self._attention_rules(hf_config, layer, names)
             rules += self._other_layer_rules(hf_config, layer, names)
-        rules.append(Same(names.final_norm, "model.norm.weight", (hidden,)))
+        rules.append(Replicated(names.final_norm, "model.norm.weight", (hidden,)))
         tied = self.tied(hf_config)
         rules.append(VocabRows(names.head, embedding if tied else "lm_head.weight", (vocab, hidden), is_duplicate=tied))
         return rules
@@ -150,11 +150,11 @@ class DenseDecoder:
         rules: list[Rule] = [qkv(names.qkv, "weight", (hidden,))]
         if self.qkv_bias:
             rules.append(qkv(names.qkv_bias, "bias", ()))
-        rules.append(Row(names.attention_out.format(layer), f"{hf}.o_proj.weight", (hidden, heads * head_dim)))
+        rules.append(RowParallel(names.attention_out.format(layer), f"{hf}.o_proj.weight", (hidden, heads * head_dim)))
         if self.qk_norm:
             rules += [
-                Same(names.q_norm.format(layer), f"{hf}.q_norm.weight", (head_dim,)),
-                Same(names.k_norm.format(layer), f"{hf}.k_norm.weight", (head_dim,)),
+                Replicated(names.q_norm.format(layer), f"{hf}.q_norm.weight", (head_dim,)),
+                Replicated(names.k_norm.format(layer), f"{hf}.k_norm.weight", (head_dim,)),
             ]
         return rules
 
@@ -164,9 +164,9 @@ class DenseDecoder:
         mlp = f"{hf}.mlp"
         return [
             GateUp(names.mlp_in.format(layer), f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight", (ffn, hidden)),
-            Row(names.mlp_out.format(layer), f"{mlp}.down_proj.weight", (hidden, ffn)),
-            Same(names.attention_norm.format(layer), f"{hf}.input_layernorm.weight", (hidden,)),
-            Same(names.mlp_norm.format(layer), f"{hf}.post_attention_layernorm.weight", (hidden,)),
+            RowParallel(names.mlp_out.format(layer), f"{mlp}.down_proj.weight", (hidden, ffn)),
+            Replicated(names.attention_norm.format(layer), f"{hf}.input_layernorm.weight", (hidden,)),
+            Replicated(names.mlp_norm.format(layer), f"{hf}.post_attention_layernorm.weight", (hidden,)),
         ]
 
     def _heads(self, hf_config: HFConfig) -> tuple[int, int, int]:

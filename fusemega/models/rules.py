@@ -4,15 +4,50 @@ A rule only moves bits, it never computes, so the same list of pieces imports (H
 (Megatron to HF). Names on the Megatron side carry the *global* layer index, so a rule does not depend on the
 pipeline layout; a stage looks up the rules of the parameters it holds.
 
-Legend: V vocabulary, H hidden, F feed-forward, N query heads, G key/value groups, D head size.
+Shape suffixes: V vocabulary, H hidden, F feed-forward, N query heads, G key/value groups, D head size.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fusemega.files.boxes import Box, whole
+
+if TYPE_CHECKING:  # conversions use rules without torch
+    from fusemega.runtime.parallel import World
+
+
+@dataclass(frozen=True)
+class WeightRanks:
+    """A rank's place in the groups that split weights; the default is a rank that holds every weight whole.
+
+    Attributes:
+        tp_size, tp_rank: tensor parallelism, which splits matrices.
+        ep_size, ep_rank: expert parallelism, which deals out whole experts.
+        expert_tp_size, expert_tp_rank: tensor parallelism inside an expert.
+    """
+
+    tp_size: int = 1
+    tp_rank: int = 0
+    ep_size: int = 1
+    ep_rank: int = 0
+    expert_tp_size: int = 1
+    expert_tp_rank: int = 0
+
+    @classmethod
+    def of(cls, world: World) -> WeightRanks:
+        """This process's."""
+        return cls(tp_size=world.tp_size, tp_rank=world.tp_rank)
+
+    def at(self, tp_rank: int) -> WeightRanks:
+        """The same groups, seen by another tensor-parallel rank."""
+        return replace(self, tp_rank=tp_rank)
+
+
+WHOLE = WeightRanks()
+"""Of a rank that holds every weight whole."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +85,16 @@ class Rule(ABC):
         """HF tensor name -> shape."""
 
     @abstractmethod
-    def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        """Shape of the parameter on each tensor-parallel rank."""
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
+        """Shape of the parameter on such a rank."""
 
     @abstractmethod
-    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
-        """What this tensor-parallel rank holds. Elements of the parameter outside all pieces are zero padding."""
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
+        """What such a rank holds. Elements of the parameter outside all pieces are zero padding."""
 
 
 @dataclass(frozen=True)
-class Same(Rule):
+class Replicated(Rule):
     """The same tensor on every tensor-parallel rank (norm weights)."""
 
     hf: str
@@ -72,15 +107,15 @@ class Same(Rule):
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.hf: self.shape}
 
-    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
         return self.shape
 
-    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
         return [Piece(self.hf, whole(self.shape), whole(self.shape))]
 
 
 @dataclass(frozen=True)
-class Row(Rule):
+class RowParallel(Rule):
     """A matrix whose input dimension (dim 1) is split: Megatron's RowParallelLinear."""
 
     hf: str
@@ -93,12 +128,12 @@ class Row(Rule):
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.hf: self.shape}
 
-    def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        return (self.shape[0], self.shape[1] // tp_size)
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
+        return (self.shape[0], self.shape[1] // ranks.tp_size)
 
-    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
-        rows, columns = self.local_shape(tp_size)
-        start = tp_rank * columns
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
+        rows, columns = self.local_shape(ranks)
+        start = ranks.tp_rank * columns
         return [Piece(self.hf, ((0, rows), (start, start + columns)), whole((rows, columns)))]
 
 
@@ -117,12 +152,12 @@ class GateUp(Rule):
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.gate: self.shape, self.up: self.shape}
 
-    def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        return (2 * (self.shape[0] // tp_size), self.shape[1])
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
+        return (2 * (self.shape[0] // ranks.tp_size), self.shape[1])
 
-    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
-        rows, columns = self.shape[0] // tp_size, self.shape[1]
-        hf_box = ((tp_rank * rows, (tp_rank + 1) * rows), (0, columns))
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
+        rows, columns = self.shape[0] // ranks.tp_size, self.shape[1]
+        hf_box = ((ranks.tp_rank * rows, (ranks.tp_rank + 1) * rows), (0, columns))
         return [
             Piece(self.gate, hf_box, ((0, rows), (0, columns))),
             Piece(self.up, hf_box, ((rows, 2 * rows), (0, columns))),
@@ -153,16 +188,16 @@ class QKV(Rule):
         narrow = (self.groups * self.head_dim, *self.columns)
         return {self.q: (self.heads * self.head_dim, *self.columns), self.k: narrow, self.v: narrow}
 
-    def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        return (self.groups // tp_size * (self.heads // self.groups + 2) * self.head_dim, *self.columns)
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
+        return (self.groups // ranks.tp_size * (self.heads // self.groups + 2) * self.head_dim, *self.columns)
 
-    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
-        local_groups = self.groups // tp_size
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
+        local_groups = self.groups // ranks.tp_size
         query_rows = self.heads // self.groups * self.head_dim
         columns = whole(self.columns)
         out = []
         at = 0
-        for group in range(tp_rank * local_groups, (tp_rank + 1) * local_groups):
+        for group in range(ranks.tp_rank * local_groups, (ranks.tp_rank + 1) * local_groups):
             for name, rows in ((self.q, query_rows), (self.k, self.head_dim), (self.v, self.head_dim)):
                 out.append(
                     Piece(name, ((group * rows, (group + 1) * rows), *columns), ((at, at + rows), *columns)),
@@ -193,12 +228,12 @@ class VocabRows(Rule):
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         return {self.hf: self.shape}
 
-    def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        return (padded_vocab_size(self.shape[0], tp_size) // tp_size, self.shape[1])
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
+        return (padded_vocab_size(self.shape[0], ranks.tp_size) // ranks.tp_size, self.shape[1])
 
-    def pieces(self, tp_size: int, tp_rank: int) -> list[Piece]:
-        rows, columns = self.local_shape(tp_size)
-        start = tp_rank * rows
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
+        rows, columns = self.local_shape(ranks)
+        start = ranks.tp_rank * rows
         stop = min(start + rows, self.shape[0])
         if stop <= start:
             return []

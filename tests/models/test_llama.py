@@ -14,6 +14,7 @@ from fusemega.files.boxes import volume
 from fusemega.models.llama import Llama
 from fusemega.models.registry import family_of
 from fusemega.models.rope import longest_text, rope_parameters
+from fusemega.models.rules import WeightRanks
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -145,6 +146,6 @@ def test_rules_name_every_tensor_of_transformers_with_its_shape(tied: bool, head
             for rule in rules
             if not rule.duplicate
             for tp_rank in range(tp_size if rule.partition_dim is not None else 1)
-            for piece in rule.pieces(tp_size, tp_rank)
+            for piece in rule.pieces(WeightRanks(tp_size, tp_rank))
         )
         assert held == sum(parameter.numel() for parameter in hf.parameters())

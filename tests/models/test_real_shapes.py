@@ -14,7 +14,7 @@ import torch
 
 from fusemega.files.boxes import Box, volume
 from fusemega.models.registry import family_of
-from fusemega.models.rules import VocabRows
+from fusemega.models.rules import VocabRows, WeightRanks
 from fusemega.models.stages import check_layout, stage_rules
 from tests.models.published import PARAMETERS, PUBLISHED
 from tests.models.test_stages import layout
@@ -61,8 +61,9 @@ def test_every_element_is_on_exactly_one_rank(name: str, tp: int, pp: int) -> No
             if rule.partition_dim is None:
                 replicated |= rule.hf_shapes().keys()
             for tp_rank in range(tp):
-                pieces = rule.pieces(tp, tp_rank)
-                local = torch.Size(rule.local_shape(tp))
+                ranks = WeightRanks(tp, tp_rank)
+                pieces = rule.pieces(ranks)
+                local = torch.Size(rule.local_shape(ranks))
                 padding = isinstance(rule, VocabRows) and config["vocab_size"] % tp
                 assert padding or sum(volume(piece.local_box) for piece in pieces) == local.numel()
                 assert_tiles([p.local_box for p in pieces], local, sum(volume(p.local_box) for p in pieces))
@@ -71,7 +72,7 @@ def test_every_element_is_on_exactly_one_rank(name: str, tp: int, pp: int) -> No
                     for piece in pieces:
                         held[piece.hf].append(piece.hf_box)
                 else:  # the same on every tensor-parallel rank
-                    assert pieces == rule.pieces(tp, 0)
+                    assert pieces == rule.pieces(ranks.at(0))
     shapes = {key: shape for rule in family_of(config).rules(config) for key, shape in rule.hf_shapes().items()}
     assert held.keys() == shapes.keys()
     for key, shape in shapes.items():
@@ -101,7 +102,9 @@ def test_megatron_builds_the_parameters_that_the_rules_name() -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     for (name, tp, pp, vpp, rank, _), built in zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True):
         rules = stage_rules(PUBLISHED[name], layout(tp, pp, vpp), rank // tp)
-        wanted = [[rule.megatron, list(rule.local_shape(tp)), rule.partition_dim is not None] for rule in rules]
+        wanted = [
+            [rule.megatron, list(rule.local_shape(WeightRanks(tp))), rule.partition_dim is not None] for rule in rules
+        ]
         assert sorted(built) == sorted(wanted), (name, tp, pp, vpp, rank)
         if tp == pp == 1:
             assert sum(torch.Size(shape).numel() for _, shape, _ in built) == PARAMETERS[name]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusemega.files.boxes import slices
-from fusemega.models.rules import QKV, GateUp, Row, Rule, Same, VocabRows, padded_vocab_size
+from fusemega.models.rules import QKV, GateUp, Replicated, RowParallel, Rule, VocabRows, WeightRanks, padded_vocab_size
 
 HIDDEN = 6
 
@@ -24,8 +24,8 @@ def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def import_rank(rule: Rule, hf: dict[str, np.ndarray], tp_size: int, tp_rank: int) -> np.ndarray:
-    local = np.zeros(rule.local_shape(tp_size), dtype=np.int64)
-    for piece in rule.pieces(tp_size, tp_rank):
+    local = np.zeros(rule.local_shape(WeightRanks(tp_size)), dtype=np.int64)
+    for piece in rule.pieces(WeightRanks(tp_size, tp_rank)):
         local[slices(piece.local_box)] = hf[piece.hf][slices(piece.hf_box)]
     return local
 
@@ -33,7 +33,7 @@ def import_rank(rule: Rule, hf: dict[str, np.ndarray], tp_size: int, tp_rank: in
 def export_all(rule: Rule, locals_: list[np.ndarray]) -> dict[str, np.ndarray]:
     hf = {name: np.full(shape, -1) for name, shape in rule.hf_shapes().items()}
     for tp_rank, local in enumerate(locals_):
-        for piece in rule.pieces(len(locals_), tp_rank):
+        for piece in rule.pieces(WeightRanks(len(locals_), tp_rank)):
             hf[piece.hf][slices(piece.hf_box)] = local[slices(piece.local_box)]
     return hf
 
@@ -48,8 +48,8 @@ def check(rule: Rule, tp_size: int, expected: list[np.ndarray], *, replicated: b
         np.testing.assert_array_equal(value, hf[name])
     uses = {name: np.zeros(shape, dtype=int) for name, shape in rule.hf_shapes().items()}
     for tp_rank in range(tp_size):
-        filled = np.zeros(rule.local_shape(tp_size), dtype=int)
-        for piece in rule.pieces(tp_size, tp_rank):
+        filled = np.zeros(rule.local_shape(WeightRanks(tp_size)), dtype=int)
+        for piece in rule.pieces(WeightRanks(tp_size, tp_rank)):
             uses[piece.hf][slices(piece.hf_box)] += 1
             filled[slices(piece.local_box)] += 1
         assert filled.max() == 1  # no element of the parameter is written twice
@@ -88,13 +88,13 @@ def test_gate_up_halves_are_split_apart(tp_size: int) -> None:
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4])
 def test_row_splits_columns(tp_size: int) -> None:
-    rule = Row("fc2", "down", (5, 12))
+    rule = RowParallel("fc2", "down", (5, 12))
     check(rule, tp_size, np.split(numbered(rule.hf_shapes())["down"], tp_size, axis=1))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_same_is_on_every_rank(tp_size: int) -> None:
-    rule = Same("norm", "norm", (7,))
+    rule = Replicated("norm", "norm", (7,))
     check(rule, tp_size, [numbered(rule.hf_shapes())["norm"]] * tp_size, replicated=True)
 
 
