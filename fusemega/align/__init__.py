@@ -2,7 +2,8 @@
 
 vocabulary.py       what each token of a tokenizer stands for, in bytes
 vocabulary_map.py   for each source id a target id, as a file
-make_map.py         the kinds of maps
+kinds.py            the kinds of maps by name
+make_map.py         how each kind of map is made
 pieces.py           a token of the one in pieces of the other
 mined.py            the nearest of many strings by edit distance
 cooccurrence.py     which of equally near tokens, by their neighbours in a corpus

@@ -8,15 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fusemega.align import make_map
 from fusemega.align.cooccurrence import Neighbours
-from fusemega.align.pieces import before_text, cutter
+from fusemega.align.kinds import KINDS, POSITIONS, MapInputs
 from fusemega.align.vocabulary import Vocabulary
-from fusemega.align.vocabulary_map import KINDS, VocabularyMap
+from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.errors import UserError, choose
 from fusemega.files.cache import cache_folder
 from fusemega.runtime.console import say
@@ -27,11 +27,7 @@ from fusemega.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from fusemega.align.pairs import PairCounts
 
-Positions = Literal["offsets", "dtw_reference"]
-POSITIONS: tuple[Positions, ...] = ("offsets", "dtw_reference")
 TIES = ("lowest_id", "cooccurrence")
-# kind -> what pairs are, by default
-_COUNTED: dict[str, Positions] = {"ms": "offsets", "ms_reference": "dtw_reference"}
 _SAY_SECONDS = 15.0
 
 
@@ -49,24 +45,25 @@ class Aligned:
 def check(
     kind: str, data: Sequence[str], on_bad_row: str, positions: str | None, ties: str | None, unknown_fields: str
 ) -> None:
-    """Whether these go together.
+    """Checks that these options fit together.
 
     Raises:
-        UserError: an unknown name; a corpus that is needed and not given; what has no effect with the kind.
+        UserError: an unknown name; a corpus that is needed and missing; an option without effect on the kind.
     """
+    counting = [name for name, known in KINDS.items() if known.counts]
     choose("--kind", kind, KINDS)
     choose("--on-bad-row", on_bad_row, ("error", "skip"))
     choose("--unknown-fields", unknown_fields, ("error", "ignore"))
     if positions is not None:
         choose("--positions", positions, POSITIONS)
-        if kind not in _COUNTED:
-            raise UserError(f"--positions has no effect with --kind {kind}; it belongs to {' and '.join(_COUNTED)}")
+        if kind not in counting:
+            raise UserError(f"--positions has no effect with --kind {kind}; it belongs to {' and '.join(counting)}")
     if ties is not None:
         choose("--ties", ties, TIES)
         if kind != "mined":
             raise UserError(f"--ties has no effect with --kind {kind}; it belongs to mined")
-    if not data and (kind in _COUNTED or ties == "cooccurrence"):
-        needs = f"--kind {kind}" if kind in _COUNTED else f"--ties {ties}"
+    if not data and (kind in counting or ties == "cooccurrence"):
+        needs = f"--kind {kind}" if kind in counting else f"--ties {ties}"
         raise UserError(f"{needs} counts tokens in a corpus: give one with --data")
 
 
@@ -107,21 +104,15 @@ def align(
         cache = cache_folder() / "data"
         own = prepare(config, tokenizers[0], cache, progress=True)
         frequency_S = frequencies(own, source_vocabulary.size)
-    if config is not None and (kind in _COUNTED or ties == "cooccurrence"):
+    counts = near = None
+    counted = KINDS[kind].counts
+    if config is not None and (counted or ties == "cooccurrence"):
         other = prepare(config, tokenizers[1], cache, progress=True)
-    if kind in _COUNTED:
-        counts = _count(own, other, tokenizers, vocabularies, positions or _COUNTED[kind], seq_length, workers)
-        make = make_map.ms_map if kind == "ms" else make_map.ms_reference_map
-        made = make(source_vocabulary, target_vocabulary, counts)
-    elif kind == "mined":
-        near = _neighbours(own, other, *vocabularies) if ties == "cooccurrence" else None
-        made = make_map.mined_map(source_vocabulary, target_vocabulary, workers, _teller(), near)
-    elif kind == "first_piece":
-        cut = cutter(tokenizers[1], target_vocabulary)
-        written = before_text(*tokenizers, source_vocabulary.contents)
-        made = make_map.first_piece_map(source_vocabulary, target_vocabulary, cut, written)
-    else:
-        made = make_map.exact_map(source_vocabulary, target_vocabulary)
+        if counted:
+            counts = _count(own, other, tokenizers, vocabularies, positions or counted, seq_length, workers)
+        if ties == "cooccurrence":
+            near = _neighbours(own, other, *vocabularies)
+    made = KINDS[kind].make(MapInputs(tokenizers, vocabularies, counts, near, workers, _teller()))
     facts = made.statistics | {"seconds": round(time.monotonic() - begun, 3)}
     if frequency_S is not None:
         same_S = make_map.identical(source_vocabulary, target_vocabulary)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def exact_map(source: Vocabulary, target: Vocabulary) -> VocabularyMap:
     """Ids whose tokens stand for the same bytes; others become nothing."""
-    return _assembled("exact", source, target, np.full(source.size, -1, dtype=np.int32), {})
+    return assembled("exact", source, target, np.full(source.size, -1, dtype=np.int32), {})
 
 
 def first_piece_map(
@@ -64,7 +64,7 @@ def first_piece_map(
             first = target.contents[pieces[0]]
             if first and content.startswith(first):  # else the piece that comes first is unknown
                 other_S[u] = pieces[0]
-    return _assembled("first_piece", source, target, other_S, {}, before_text or {})
+    return assembled("first_piece", source, target, other_S, {}, before_text or {})
 
 
 def mined_map(
@@ -112,7 +112,7 @@ def mined_map(
                     candidates = ids[near.ties(as_text(source.contents[u]), distance_S[u])]
                     nearest_S[u] = most_alike(u, candidates, *neighbours)
     histogram = np.bincount(distance_S[distance_S >= 0]).tolist()
-    return _assembled("mined", source, target, nearest_S, {"distances": histogram})
+    return assembled("mined", source, target, nearest_S, {"distances": histogram})
 
 
 def ms_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> VocabularyMap:
@@ -132,7 +132,7 @@ def ms_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> Vocabu
     distance_C = _distances(
         [as_text(source.contents[u]) for u in source_C], [as_text(target.contents[p]) for p in target_C]
     )
-    return _assembled("ms", source, target, _first(source.size, source_C, target_C, distance_C), {})
+    return assembled("ms", source, target, _first(source.size, source_C, target_C, distance_C), {})
 
 
 def ms_reference_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> VocabularyMap:
@@ -191,7 +191,7 @@ def _roles(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
     return {own: other for own, other in pairs if own is not None and other is not None}
 
 
-def _assembled(
+def assembled(
     kind: str,
     source: Vocabulary,
     target: Vocabulary,

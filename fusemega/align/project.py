@@ -81,7 +81,7 @@ def project(run: ProjectRun) -> dict[str, int]:
     vocabulary_map = VocabularyMap.load(run.map)
     if vocabulary_map.kind not in PUBLISHED:
         raise UserError(
-            f"{run.map}: of kind first_piece, which was never published; allowed: exact, mined, ms, ms_reference"
+            f"{run.map}: of kind {vocabulary_map.kind}, which was never published; allowed: {', '.join(PUBLISHED)}"
         )
     tokenizers = [model.tokenizer for model in (source, target)]
     whose = [(tokenizer.content_hash, tokenizer.source) for tokenizer in tokenizers]

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from fusemega.align.kinds import KINDS
 from fusemega.errors import UserError, choose
 from fusemega.files.json_files import MalformedError, parse_json
 from fusemega.files.npz_files import MalformedArraysError, read_arrays
 from fusemega.files.output import INSIDE, check_output_file, publish_file, scratch
 
-KINDS = ("exact", "first_piece", "mined", "ms", "ms_reference")
 _FORMAT = 2
 _IDS = 1 << 25  # the most that stores can code
 _TABLES = ("table_S", "marked_S", "unmarked_S")

@@ -14,6 +14,7 @@ import numpy as np
 
 from fusemega import __version__
 from fusemega.align.align import Aligned
+from fusemega.align.kinds import KINDS
 from fusemega.align.make_map import as_text, identical
 from fusemega.align.positions import shared_positions
 from fusemega.align.vocabulary import Vocabulary
@@ -87,13 +88,6 @@ really follows, play no part in it.</p>
 </html>
 """
 )
-_KIND_NOTES = {
-    "exact": "Tokens that stand for the same bytes.",
-    "first_piece": "Tokens that stand for the same bytes, else the first piece that the target writes the token with.",
-    "mined": "Tokens that stand for the same bytes, else the target's nearest by edit distance.",
-    "ms": "Tokens that stand for the same bytes, else the token that most often ends at the same byte.",
-    "ms_reference": "FuseChat's statistics as released; a token never seen becomes the unknown token.",
-}
 
 
 def write_align_page(made: Aligned, out: Path) -> Path:
@@ -115,7 +109,7 @@ def render(made: Aligned, drawn: Sequence[Chart]) -> str:
         title=f"Vocabulary map, {made.map.kind}",
         names=[vocabulary.source for vocabulary in made.vocabularies],
         coverage=_coverage(made),
-        kind_note=_KIND_NOTES[made.map.kind],
+        kind_note=KINDS[made.map.kind].summary,
         figures=[(chart, charts.svg(chart)) for chart in drawn],
         colours=charts.COLOURS,
         example_text=EXAMPLE,

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fusemega.align.kinds import KINDS
 from fusemega.align.make_map import exact_map, first_piece_map, mined_map, ms_map, ms_reference_map
 from fusemega.align.pieces import cutter
 from fusemega.align.vocabulary import Vocabulary
-from fusemega.align.vocabulary_map import KINDS, VocabularyMap
+from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.errors import UserError
 from tests.align import map_loops
 from tests.align.map_loops import vocabulary

@@ -1,0 +1,119 @@
+"""The kinds of vocabulary maps by name, as `fusemega align --kind` takes them.
+
+A new kind is one function under `@map_kind(name, summary)`, imported at the end of this file. The functions import what
+they compute with when they are called, so that reading a map needs none of it.
+
+Shape suffixes: S ids of the source's vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from fusemega.align.cooccurrence import Neighbours
+    from fusemega.align.pairs import PairCounts
+    from fusemega.align.vocabulary import Vocabulary
+    from fusemega.align.vocabulary_map import VocabularyMap
+    from fusemega.text.tokenizer import Tokenizer
+
+Positions = Literal["offsets", "dtw_reference"]
+POSITIONS: tuple[Positions, ...] = ("offsets", "dtw_reference")
+
+
+@dataclass(frozen=True)
+class MapInputs:
+    """What a kind may use to make a map.
+
+    Attributes:
+        tokenizers, vocabularies: of the source and of the target.
+        counts: pairs of ids in a corpus; None unless the kind asks for them.
+        neighbours: of both vocabularies, where equally near tokens are chosen between by them; else None.
+        workers: threads; None for one a core.
+        progress: to be told how many tokens are done, and how many there are.
+    """
+
+    tokenizers: tuple[Tokenizer, Tokenizer]
+    vocabularies: tuple[Vocabulary, Vocabulary]
+    counts: PairCounts | None = None
+    neighbours: tuple[Neighbours, Neighbours] | None = None
+    workers: int | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """A way to make a map.
+
+    Attributes:
+        summary: one sentence for readers of a report.
+        make: makes the map; its `VocabularyMap.kind` is the name that the kind is registered under.
+        counts: which positions of a corpus count as pairs by default; None for a kind that needs no corpus.
+    """
+
+    summary: str
+    make: Callable[[MapInputs], VocabularyMap]
+    counts: Positions | None = None
+
+
+KINDS: dict[str, MapKind] = {}
+
+
+def map_kind(
+    name: str, summary: str, counts: Positions | None = None
+) -> Callable[[Callable[[MapInputs], VocabularyMap]], Callable[[MapInputs], VocabularyMap]]:
+    """Decorator: the function makes maps of the kind `name`; see `MapKind` for the other arguments."""
+
+    def add(make: Callable[[MapInputs], VocabularyMap]) -> Callable[[MapInputs], VocabularyMap]:
+        KINDS[name] = MapKind(summary, make, counts)
+        return make
+
+    return add
+
+
+@map_kind("exact", "Tokens that stand for the same bytes.")
+def _exact(inputs: MapInputs) -> VocabularyMap:
+    from fusemega.align.make_map import exact_map
+
+    return exact_map(*inputs.vocabularies)
+
+
+@map_kind(
+    "first_piece", "Tokens that stand for the same bytes, else the first piece that the target writes the token with."
+)
+def _first_piece(inputs: MapInputs) -> VocabularyMap:
+    from fusemega.align.make_map import first_piece_map
+    from fusemega.align.pieces import before_text, cutter
+
+    (source, target), (_, target_tokenizer) = inputs.vocabularies, inputs.tokenizers
+    written = before_text(*inputs.tokenizers, source.contents)
+    return first_piece_map(source, target, cutter(target_tokenizer, target), written)
+
+
+@map_kind("mined", "Tokens that stand for the same bytes, else the target's nearest by edit distance.")
+def _mined(inputs: MapInputs) -> VocabularyMap:
+    from fusemega.align.make_map import mined_map
+
+    return mined_map(*inputs.vocabularies, inputs.workers, inputs.progress, inputs.neighbours)
+
+
+@map_kind(
+    "ms", "Tokens that stand for the same bytes, else the token that most often ends at the same byte.", "offsets"
+)
+def _ms(inputs: MapInputs) -> VocabularyMap:
+    from fusemega.align.make_map import ms_map
+
+    assert inputs.counts is not None
+    return ms_map(*inputs.vocabularies, inputs.counts)
+
+
+@map_kind(
+    "ms_reference", "FuseChat's statistics as released; a token never seen becomes the unknown token.", "dtw_reference"
+)
+def _ms_reference(inputs: MapInputs) -> VocabularyMap:
+    from fusemega.align.make_map import ms_reference_map
+
+    assert inputs.counts is not None
+    return ms_reference_map(*inputs.vocabularies, inputs.counts)
