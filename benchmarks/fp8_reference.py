@@ -36,8 +36,8 @@ from fusemega.config import validate  # noqa: E402
 from fusemega.hf.export import export_hf  # noqa: E402
 from fusemega.models.build import placements  # noqa: E402
 from fusemega.runtime.precision import LOCAL, Kernels, Precision  # noqa: E402
-from fusemega.training.run import TrainRun  # noqa: E402
-from fusemega.training.train import open_trainer  # noqa: E402
+from fusemega.training.assembly import open_trainer  # noqa: E402
+from fusemega.training.run_file import TrainRun  # noqa: E402
 from fusemega.training.trainer import Trainer  # noqa: E402
 
 FP8 = Kernels(transformer_engine=True, fp8=stand_in.REFERENCE_FP8)

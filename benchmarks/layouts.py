@@ -101,8 +101,8 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
     """In a rank: (loss, gradient norm) of each step, for each case."""
     from fusemega.config import validate
     from fusemega.training import optimizer
-    from fusemega.training.run import TrainRun
-    from fusemega.training.train import open_trainer
+    from fusemega.training.assembly import open_trainer
+    from fusemega.training.run_file import TrainRun
 
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
     objective = json.loads((work / "objective.json").read_text())

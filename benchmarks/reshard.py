@@ -62,8 +62,8 @@ PAIRS = (
 def train_part(work: Path, name: str, layout: str, until: int, steps: int) -> list[dict[str, float]]:
     """In a rank: goes on in `layout` until so many steps are done, saves, and returns the rows of these steps."""
     from fusemega.config import validate
-    from fusemega.training.run import TrainRun
-    from fusemega.training.train import open_trainer
+    from fusemega.training.assembly import open_trainer
+    from fusemega.training.run_file import TrainRun
 
     section = {
         "output_dir": str(work / "runs" / name),

@@ -28,9 +28,9 @@ def measured(work: Path, in_background: bool) -> dict[str, float]:
 
     from fusemega.config import validate
     from fusemega.runtime.memory import peak_memory
+    from fusemega.training.assembly import open_trainer
     from fusemega.training.checkpoints import Checkpoints
-    from fusemega.training.run import TrainRun
-    from fusemega.training.train import open_trainer
+    from fusemega.training.run_file import TrainRun
 
     run = {
         "output_dir": str(work / "run"),

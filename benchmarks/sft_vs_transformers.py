@@ -38,7 +38,7 @@ def run_file(work: Path, rows: str, dtype: str) -> Any:
     """The run file of fusemega's side."""
     from fusemega.config import validate
     from fusemega.fixtures.data import smollm2
-    from fusemega.training.run import TrainRun
+    from fusemega.training.run_file import TrainRun
 
     settings = {
         "output_dir": str(work / f"run-{rows}-{dtype}"),
@@ -107,7 +107,7 @@ def write_steps(work: Path, rows: str) -> list[dict[str, int]]:
 
 
 def fusemega_step(work: Path, rows: str, dtype: str) -> Step:
-    from fusemega.training.train import open_trainer
+    from fusemega.training.assembly import open_trainer
 
     trainer, _ = open_trainer(run_file(work, rows, dtype))
     return lambda _: trainer.step()["lm loss"]

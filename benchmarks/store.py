@@ -193,8 +193,8 @@ def step_seconds(work: Path, chat: Path, objectives: Mapping[str, Mapping[str, A
     from fusemega.config import validate
     from fusemega.fixtures.data import smollm2
     from fusemega.losses.registry import build_objective, parse_objective
-    from fusemega.training.run import TrainRun
-    from fusemega.training.train import open_trainer
+    from fusemega.training.assembly import open_trainer
+    from fusemega.training.run_file import TrainRun
 
     settings = {
         "output_dir": str(work / "run"),

@@ -14,7 +14,7 @@ from fusemega.merge.run import read_run
 from fusemega.recipes.fusion import FusionRecipe
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.teach import TeachRun
-from fusemega.training.run import TrainRun
+from fusemega.training.run_file import TrainRun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 KINDS: dict[str, type[Section]] = {

@@ -42,7 +42,7 @@ def config_page() -> str:
     from fusemega.merge.run import MergeRun
     from fusemega.scoring.evaluate import EvalRun
     from fusemega.scoring.teach import TeachRun
-    from fusemega.training.run import TrainRun
+    from fusemega.training.run_file import TrainRun
 
     runs: dict[str, type[Section]] = {
         "train": TrainRun,

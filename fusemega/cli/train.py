@@ -26,15 +26,15 @@ def command(
     a folder that transformers loads. The same file runs under torchrun and srun, where --nproc is left out.
     """
     from fusemega.config import load
-    from fusemega.training.run import TrainRun
+    from fusemega.training.run_file import TrainRun
 
     run = load(TrainRun, run_file, overrides or [])
     if dry_run:
-        from fusemega.training.plan import describe
+        from fusemega.training.dry_run import describe
 
         tell(describe(run, nproc))
     elif not launch_or_continue(nproc, run.parallel):
-        from fusemega.training.train import train
+        from fusemega.training.assembly import train
 
         if number := train(run):
             sys.exit(stopped_status(number))

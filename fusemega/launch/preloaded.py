@@ -28,5 +28,4 @@ import transformers.modeling_utils  # noqa: E402, F401  (AutoTokenizer imports i
 
 import fusemega.scoring.evaluate  # noqa: E402
 import fusemega.scoring.teach  # noqa: E402
-import fusemega.training.metrics  # noqa: E402
-import fusemega.training.train  # noqa: E402, F401
+import fusemega.training.assembly  # noqa: E402, F401

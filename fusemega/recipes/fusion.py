@@ -38,7 +38,7 @@ from fusemega.recipes.stages import Stages  # noqa: E402
 from fusemega.runtime.layout import ParallelConfig  # noqa: E402
 from fusemega.text.tokenizer import Tokenizer  # noqa: E402
 from fusemega.training.optimizer import OptimizerSection  # noqa: E402
-from fusemega.training.run import TrainingSection  # noqa: E402
+from fusemega.training.run_file import TrainingSection  # noqa: E402
 
 
 class TeachSection(Section):

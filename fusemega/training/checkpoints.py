@@ -14,7 +14,7 @@ from fusemega.training.callbacks import Callback
 from fusemega.training.held_out import HeldOut
 from fusemega.training.identity import check_identity, is_same_layout, layout_of, run_identity
 from fusemega.training.optimizer import complete_parameters
-from fusemega.training.run import TrainRun
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 
 

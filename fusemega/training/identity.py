@@ -19,7 +19,7 @@ from fusemega.runtime.console import say
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
 from fusemega.text.dataset import TokenizedDataset
-from fusemega.training.run import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
+from fusemega.training.run_file import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
 
 _SHARDED = "use_distributed_optimizer"
 

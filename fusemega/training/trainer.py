@@ -29,7 +29,7 @@ from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
 from fusemega.training.callbacks import Callback
 from fusemega.training.optimizer import schedule, wrap
-from fusemega.training.run import TrainRun
+from fusemega.training.run_file import TrainRun
 
 C = TypeVar("C", bound=Callback)
 

@@ -25,8 +25,8 @@ from fusemega.config import validate
 from fusemega.convert.convert import import_hf
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.text.tokenizer import Tokenizer
-from fusemega.training.run import TrainRun
-from fusemega.training.train import train
+from fusemega.training.assembly import train
+from fusemega.training.run_file import TrainRun
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": f"{word}, gladly"}]}

@@ -14,7 +14,7 @@ from fusemega.merge.method import find_method, method_names
 from fusemega.merge.run import MergeRun, ModelEntry
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.teach import TeachRun
-from fusemega.training.run import TrainRun
+from fusemega.training.run_file import TrainRun
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 

@@ -54,7 +54,7 @@ def command(mode: str) -> None:
 sys.modules["fusemega.cli.train"] = types.ModuleType("fusemega.cli.train")
 sys.modules["fusemega.cli.train"].command = command
 for unused in ("transformers", "transformers.modeling_utils", "fusemega.scoring.evaluate", "fusemega.scoring.teach",
-               "fusemega.training.metrics", "fusemega.training.train"):
+               "fusemega.training.metrics", "fusemega.training.assembly"):
     sys.modules[unused] = types.ModuleType(unused)  # what the fork server imports takes seconds
 """
 

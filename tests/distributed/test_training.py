@@ -24,8 +24,8 @@ from fusemega.losses.registry import register
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store
 from fusemega.text.tokenizer import Tokenizer
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer
+from fusemega.training.assembly import open_trainer
+from fusemega.training.run_file import TrainRun
 from tests.distributed.launch import run_ranks
 from tests.distributed.workers.training import compared
 from tests.losses.sequence_mean import SequenceMean

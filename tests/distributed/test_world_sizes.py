@@ -11,8 +11,8 @@ import pytest
 from benchmarks import tiny
 from fusemega.config import validate
 from fusemega.fixtures import data as assets
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer
+from fusemega.training.assembly import open_trainer
+from fusemega.training.run_file import TrainRun
 from tests.distributed.launch import run_ranks
 
 TP2_SP_PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}

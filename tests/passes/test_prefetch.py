@@ -14,9 +14,9 @@ import torch
 from fusemega.errors import UserError
 from fusemega.passes.forward import run_schedule
 from fusemega.passes.prefetch import Prefetch
+from fusemega.training.assembly import open_trainer
 from fusemega.training.checkpoints import Checkpoints
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 
 CPU = torch.device("cpu")

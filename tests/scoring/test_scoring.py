@@ -28,8 +28,8 @@ from fusemega.store import Store, StoreWriter
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer
+from fusemega.training.assembly import open_trainer
+from fusemega.training.run_file import TrainRun
 from tests.logits.dense_divergence import dense_divergence
 
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import tiny
 from fusemega.config import validate
 from fusemega.fixtures import data as assets
-from fusemega.training.run import TrainRun
+from fusemega.training.run_file import TrainRun
 
 
 @pytest.fixture(scope="session")

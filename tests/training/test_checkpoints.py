@@ -31,10 +31,10 @@ from fusemega.errors import UserError
 from fusemega.files.integrity import FILE, damaged_files, file_hash, recorded_hashes, write_integrity
 from fusemega.files.owned import mark_scratch
 from fusemega.runtime.parallel import ParallelConfig, initialize
+from fusemega.training.assembly import open_trainer, train
 from fusemega.training.checkpoints import Checkpoints
 from fusemega.training.records import COSTS, read_metrics
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer, train
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 
 MakeRun = Callable[..., TrainRun]

@@ -24,10 +24,10 @@ from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.assembly import open_trainer, train
+from fusemega.training.dry_run import describe
 from fusemega.training.held_out import HeldOut
-from fusemega.training.plan import describe
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer, train
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 
 MakeRun = Callable[..., TrainRun]

@@ -24,9 +24,9 @@ from fusemega.runtime.parallel import initialize
 from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.scoring.evaluation import Evaluation
 from fusemega.training import held_out as held_out_module
+from fusemega.training.assembly import open_trainer, train
 from fusemega.training.export import RECORD
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer, train
+from fusemega.training.run_file import TrainRun
 
 MakeRun = Callable[..., TrainRun]
 EMBEDDING = "model.embed_tokens.weight"

@@ -10,8 +10,8 @@ import pytest
 
 from fusemega.checkpoint.series import latest_checkpoint
 from fusemega.errors import UserError
-from fusemega.training.run import TrainRun
-from fusemega.training.train import train
+from fusemega.training.assembly import train
+from fusemega.training.run_file import TrainRun
 
 
 @pytest.fixture

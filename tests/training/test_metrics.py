@@ -18,9 +18,9 @@ from fusemega.checkpoint import saver as saver_module
 from fusemega.errors import UserError
 from fusemega.runtime.memory import peak_memory
 from fusemega.training import checkpoints as checkpoints_module
+from fusemega.training.assembly import train
 from fusemega.training.records import CPU_MEMORY, THROUGHPUT, TIME, read_metrics
-from fusemega.training.run import TrainRun
-from fusemega.training.train import train
+from fusemega.training.run_file import TrainRun
 
 MakeRun = Callable[..., TrainRun]
 

@@ -16,8 +16,8 @@ from fusemega.errors import UserError
 from fusemega.files.lock import locked
 from fusemega.scoring.evaluate import EvalRun, check_output, evaluate
 from fusemega.scoring.teach import TeachRun, teach
-from fusemega.training.run import TrainRun
-from fusemega.training.train import train
+from fusemega.training.assembly import train
+from fusemega.training.run_file import TrainRun
 
 MakeRun = Callable[..., TrainRun]
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import tiny
 from fusemega.errors import UserError
+from fusemega.training.assembly import open_trainer
 from fusemega.training.checkpoints import Checkpoints
-from fusemega.training.plan import describe
+from fusemega.training.dry_run import describe
 from fusemega.training.records import COSTS
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.logits.dense_divergence import dense_sums
 

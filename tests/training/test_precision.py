@@ -11,8 +11,8 @@ import yaml
 from fusemega import cli
 from fusemega.errors import UserError
 from fusemega.runtime import precision
-from fusemega.training.plan import describe
-from fusemega.training.run import TrainRun
+from fusemega.training.dry_run import describe
+from fusemega.training.run_file import TrainRun
 
 BF16 = {"dtype": "bf16"}
 

@@ -19,9 +19,9 @@ from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.training import optimizer
-from fusemega.training.plan import describe
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer
+from fusemega.training.assembly import open_trainer
+from fusemega.training.dry_run import describe
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.checkpoint.conftest import save_llama
 from tests.models.test_build import CONFIG

@@ -21,9 +21,9 @@ from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.scoring.evaluation import Evaluation
 from fusemega.training import held_out as held_out_module
 from fusemega.training import trainer as trainer_module
+from fusemega.training.assembly import open_trainer, train
 from fusemega.training.records import COSTS, read_evaluations, read_metrics
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer, train
+from fusemega.training.run_file import TrainRun
 
 MakeRun = Callable[..., TrainRun]
 

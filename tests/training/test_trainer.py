@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from fusemega.errors import UserError
 from fusemega.scoring.evaluation import Evaluation
+from fusemega.training.assembly import open_trainer, train
 from fusemega.training.callbacks import Callback
+from fusemega.training.dry_run import describe
 from fusemega.training.metrics import Metrics
-from fusemega.training.plan import describe
 from fusemega.training.records import COSTS, read_metrics
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer, train
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 
 MakeRun = Callable[..., TrainRun]

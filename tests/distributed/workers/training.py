@@ -28,9 +28,9 @@ from fusemega.passes.frozen import OnlineTeacher
 from fusemega.scoring.evaluation import evaluate_model
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.training import optimizer
+from fusemega.training.assembly import open_trainer
 from fusemega.training.optimizer import complete_parameters
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.sequence_mean import SequenceMean

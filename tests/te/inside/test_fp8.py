@@ -21,8 +21,8 @@ from fusemega.runtime import kernel_packages, precision
 from fusemega.runtime.kernel_packages import FP8_RECIPES, recipe_problem
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels, Precision
-from fusemega.training.run import TrainRun
-from fusemega.training.train import open_trainer
+from fusemega.training.assembly import open_trainer
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.checkpoint.conftest import SETTINGS
 from tests.te import stand_in

@@ -1,4 +1,4 @@
-"""`fusemega train`: from a run file to a trained, exported model."""
+"""`fusemega train`: everything a run file names, opened, checked, put together, trained and exported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fusemega.training.held_out import HeldOut
 from fusemega.training.identity import content_of
 from fusemega.training.metrics import Costs, Metrics
 from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
-from fusemega.training.run import TrainRun
+from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
 

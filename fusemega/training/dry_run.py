@@ -11,9 +11,9 @@ from fusemega.checkpoint.series import CHECKPOINTS, latest_checkpoint, read_stat
 from fusemega.models.registry import family_of
 from fusemega.runtime.parallel import environment_rank
 from fusemega.text.data import Source
+from fusemega.training.assembly import Checked, check_output
 from fusemega.training.export import check_export
-from fusemega.training.run import TrainRun
-from fusemega.training.train import Checked, check_output
+from fusemega.training.run_file import TrainRun
 
 
 def describe(run: TrainRun, nproc: int | None) -> str:
