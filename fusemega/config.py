@@ -37,7 +37,7 @@ class Section(BaseModel):
     def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):
-            raise ValueError("yes, no, true and false mean nothing here")
+            raise ValueError("expected a number or text, found a boolean; quote it if text is meant")
         return value
 
 

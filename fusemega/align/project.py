@@ -56,17 +56,23 @@ class ProjectRun(Section):
 
     data: DataConfig
     source: TeacherSide = Field(description="the teacher")
-    target: TargetSide = Field(description="the model to train; its rows stand where nothing of the source's is left")
-    map: str = Field(description="vocabulary map from the source's to the target's, written by `fusemega align`")
-    store: str = Field(description="folder of the new store; an interrupted run goes on where it stopped")
+    target: TargetSide = Field(
+        description="the model to train; its own row is used where nothing of the source's row can be mapped"
+    )
+    map: str = Field(description="vocabulary map from source to target, written by `fusemega align`")
+    store: str = Field(description="folder of the new store; an interrupted run resumes where it stopped")
     rules: Rules = Field(
         "fusechat",
-        description="fusechat, or fusellm: tokens as the vocabularies write them, another order at equal sums, and the "
-        "position's own token for a label instead of the next",
+        description="fusechat, or fusellm: compare raw vocabulary tokens, break cost ties by FuseLLM's order, and"
+        " use the current token as label instead of the next",
     )
-    pad: bool = Field(True, description="pad both sequences to data.seq_length before they are aligned, as FuseChat")
-    on_missing: Literal["error", "skip"] = Field("error", description="for a sample without a row in both stores")
-    workers: int | None = Field(None, ge=1, description="processes; by default as many as there are cores and work for")
+    pad: bool = Field(True, description="pad both sequences to data.seq_length before the alignment, as FuseChat does")
+    on_missing: Literal["error", "skip"] = Field(
+        "error", description="what to do with a sample that lacks a row in a store"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="number of processes; default: one for each core, at most as many as there is work for"
+    )
 
 
 def project(run: ProjectRun) -> dict[str, int]:

@@ -20,19 +20,19 @@ from fusemega.runtime.console import quiet_megatron
 
 # Shown by `fusemega --help`, which therefore imports none of the modules (torch alone takes seconds).
 COMMANDS = {
-    "train": "Train a model as a run file says.",
+    "train": "Train a model with the settings of a run file.",
     "teach": "Store a teacher's top-k distributions for a data set.",
-    "align": "A vocabulary map from one tokenizer's ids to another's.",
-    "project": "Bring a store into another vocabulary as FuseLLM and FuseChat do, for parity.",
-    "merge": "Merge fine-tuned variants of one model, out of core.",
+    "align": "Make a vocabulary map from one tokenizer's ids to another's.",
+    "project": "Map a store to another vocabulary with FuseLLM's and FuseChat's rules.",
+    "merge": "Merge fine-tuned variants of one model without loading them into memory.",
     "transplant": "Move a model onto another tokenizer's vocabulary.",
     "split": "Split long dialogues and texts so that they fit several tokenizers' windows.",
-    "eval": "Perplexity and bits per byte of a model on a data set.",
-    "report": "A page about one or several training runs, with their curves.",
-    "env": "What this machine has, what is missing, and what that costs.",
+    "eval": "Measure perplexity and bits per byte of a model on a data set.",
+    "report": "Write a page about one or several training runs, with their curves.",
+    "env": "Show what this machine has, what is missing, and what that costs.",
 }
 GROUPS = {
-    "convert": "Between Hugging Face folders and Megatron checkpoints: import, export, verify.",
+    "convert": "Convert between Hugging Face folders and Megatron checkpoints: import, export, verify.",
     "store": "Sample stores: inspect, merge, verify.",
 }
 
@@ -60,7 +60,7 @@ def build_app(asked: str | None) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and ends the process: status 0; 2 with one line on stderr where the user can mend it."""
+    """Runs one command and ends the process: status 0; 2 with one line on stderr for a mistake of the user."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     atexit.register(gc.freeze)  # else the process's last act is to look for cycles in all that torch has made: 0.2 s
     quiet_megatron()

@@ -11,51 +11,63 @@ import typer
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="Whose ids are mapped: a teacher's folder or hub id.")],
-    target: Annotated[str, typer.Argument(help="Onto whose ids: the folder or hub id of the model to be trained.")],
-    out: Annotated[Path, typer.Argument(help="The map's file; an older map there, and nothing else, is replaced.")],
+    source: Annotated[str, typer.Argument(help="The tokenizer whose ids are mapped: a teacher's folder or hub id.")],
+    target: Annotated[
+        str, typer.Argument(help="The tokenizer that they are mapped to: folder or hub id of the model to be trained.")
+    ],
+    out: Annotated[Path, typer.Argument(help="File to write; only an older map is replaced.")],
     kind: Annotated[
         str,
         typer.Option(
-            help="first_piece (tokens of the same bytes, else the first of TARGET's pieces of the token), exact (else "
-            "none), mined (else the nearest by edit distance), ms (else the most frequent companion in a corpus) or "
-            "ms_reference (FuseChat's rule as it was released)."
+            help="What a token maps to if TARGET has no token of the same bytes: first_piece (the first piece "
+            "that TARGET writes it with), exact (nothing), mined (the nearest by edit distance), ms (the "
+            "token that most often ends at the same byte in a corpus). ms_reference is FuseChat's rule as"
+            " released."
         ),
     ] = "first_piece",
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Rows to count in, as data.path of a run file; ms and ms_reference need some, and coverage "
-            "is told for them. Can be given several times."
+            help="Corpus to count tokens in, as data.path of a run file. ms and ms_reference need one; "
+            "coverage is also reported for it. May be repeated."
         ),
     ] = None,  # fmt: skip
-    seq_length: Annotated[int, typer.Option(min=2, help="Tokens of the windows that documents are cut into.")] = 2048,
-    on_bad_row: Annotated[str, typer.Option(help="error (stop at an unusable row) or skip (count it).")] = "error",
+    seq_length: Annotated[
+        int, typer.Option(min=2, help="Length in tokens of the windows that documents are cut into.")
+    ] = 2048,
+    on_bad_row: Annotated[
+        str, typer.Option(help="error (stop at an unusable row) or skip (leave it out and count it).")
+    ] = "error",
     unknown_fields: Annotated[
-        str, typer.Option(help="What a field of unknown meaning does in --data: error, or ignore (it is counted).")
+        str,
+        typer.Option(
+            help="What to do with unknown fields in --data: error, or ignore (leave them out and count them)."
+        ),
     ] = "error",
     positions: Annotated[
         str | None,
         typer.Option(
-            help="Which tokens ms and ms_reference count as companions: offsets (that end at the same byte; "
-            "ms's default) or dtw_reference (FuseChat's; ms_reference's default)."
+            help="Which pairs of tokens ms and ms_reference count: offsets (tokens that end at the same byte; "
+            "default of ms) or dtw_reference (FuseChat's warped path; default of ms_reference)."
         ),
     ] = None,  # fmt: skip
     ties: Annotated[
         str | None,
         typer.Option(
-            help="Which of equally near tokens mined takes: lowest_id (default) or cooccurrence (the one with "
-            "the most similar neighbours in --data)."
+            help="How mined chooses among equally near tokens: lowest_id (default) or cooccurrence (the most "
+            "similar neighbours in --data)."
         ),
     ] = None,  # fmt: skip
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads or processes; by default one a core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of threads or processes; default: one for each core.")
+    ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for a page about the map; an older one, and nothing else, is replaced.")
+        Path | None, typer.Option(help="Folder for a page about the map; only an older such page is replaced.")
     ] = None,
 ) -> None:
-    """A vocabulary map: which of TARGET's ids stands for each of SOURCE's. Only tokenizers are read, no weights.
+    """Make a vocabulary map: for each id of SOURCE the corresponding id of TARGET. Reads tokenizers, no weights.
 
-    Prints one JSON object: sizes, the share of SOURCE's tokens that keep an id (coverage), seconds.
+    Prints one JSON object: sizes, the share of SOURCE's tokens that have an id of TARGET (coverage), seconds.
     """
     from fusemega.align.align import align, check
     from fusemega.align.vocabulary_map import VocabularyMap
@@ -75,7 +87,7 @@ def command(
             *(source, target, kind, data or [], seq_length, on_bad_row, positions, ties, workers, unknown_fields)
         )
         if made.map.source == made.map.target:
-            say(f"{source} and {target} are the same tokenizer: rows of the one are rows of the other without any map")
+            say(f"{source} and {target} are the same tokenizer: rows need no map")
         made.map.save(out)
         facts = made.map.statistics
         told = {

@@ -26,17 +26,21 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 WORKERS = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes that copy, on this machine.", show_default="one a core, at most 8"),
+    typer.Option(
+        min=1, help="Number of processes that copy, on this machine.", show_default="one for each core, at most 8"
+    ),
 ]
-RESUME = Annotated[
-    bool, typer.Option("--resume", help="Go on with what an interrupted call has finished (in .OUT.incomplete).")
-]
+RESUME = Annotated[bool, typer.Option("--resume", help="Resume an interrupted call from .OUT.incomplete.")]
 DRY_RUN = Annotated[
     bool,
-    typer.Option("--dry-run", help="Check everything, print what each rank of a run would read of SOURCE, and stop."),
+    typer.Option("--dry-run", help="Check everything, print what each rank of a run would read from SOURCE, and stop."),
 ]
-DRY_TP = Annotated[int, typer.Option("--tensor-model-parallel-size", min=1, help="The layout --dry-run speaks of.")]
-DRY_PP = Annotated[int, typer.Option("--pipeline-model-parallel-size", min=1, help="The layout --dry-run speaks of.")]
+DRY_TP = Annotated[
+    int, typer.Option("--tensor-model-parallel-size", min=1, help="With --dry-run: the layout to plan for.")
+]
+DRY_PP = Annotated[
+    int, typer.Option("--pipeline-model-parallel-size", min=1, help="With --dry-run: the layout to plan for.")
+]
 
 
 @app.command("import")
@@ -49,7 +53,7 @@ def import_(
     tp: DRY_TP = 1,
     pp: DRY_PP = 1,
 ) -> None:
-    """SOURCE (a Hugging Face folder or hub id) to OUT (a Megatron folder, to be loaded in any layout).
+    """Convert SOURCE (a Hugging Face folder or hub id) to OUT (a Megatron folder, which loads in any layout).
 
     Memory does not grow with the model: each process holds a few blocks of 1 MB.
     """
@@ -71,21 +75,21 @@ def export(
     source: Path,
     out: Path,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the weights; by default that of the folder they were loaded from.")
+        str | None, typer.Option(help="Dtype of the written weights; default: that of the folder that the run loaded.")
     ] = None,
     iteration: Annotated[
-        int | None, typer.Option(min=0, help="Which checkpoint of a run's folder; by default the newest.")
+        int | None, typer.Option(min=0, help="Which checkpoint of a run's folder; default: the newest.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file, such as 500MB.")] = "5GB",
     workers: WORKERS = None,
     resume: RESUME = False,
     dry_run: DRY_RUN = False,
     tp: DRY_TP = 1,
     pp: DRY_PP = 1,
 ) -> None:
-    """SOURCE (a Megatron folder, a run, or a checkpoint) to OUT (a Hugging Face folder that transformers loads).
+    """Convert SOURCE (a Megatron folder, a run, or a checkpoint) to OUT (a Hugging Face folder for transformers).
 
-    Of a run's checkpoint the optimizer's fp32 main parameters are written, in --dtype.
+    From a run's checkpoint, the optimizer's fp32 main parameters are written, in --dtype.
     """
     chosen = None if dtype is None else choose("--dtype", dtype, _DTYPES)
     size = parse_size("--max-shard-size", max_shard_size)
@@ -120,11 +124,11 @@ def merge_adapter(
     base: str,
     adapter: str,
     out: Path,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights; by default the base's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the written weights; default: the base's.")] = None,
 ) -> None:
-    """ADAPTER (a LoRA adapter in peft's form: a folder or hub id) added into BASE, written to OUT (Hugging Face).
+    """Add ADAPTER (a LoRA adapter in peft's format: a folder or hub id) to BASE, and write OUT (Hugging Face).
 
-    Sums are in fp32, rounded once. Prints one JSON object.
+    Sums are computed in fp32 and rounded once. Prints one JSON object.
     """
     chosen = None if dtype is None else choose("--dtype", dtype, _DTYPES)
     import torch
@@ -146,28 +150,26 @@ def verify(
     other: Path,
     text: Annotated[
         str | None,
-        typer.Option(help="A text, or a file of text: compare the logits on its first 512 tokens too, in fp32."),
+        typer.Option(help="A text, or a file with a text: also compare the logits on its first 512 tokens, in fp32."),
     ] = None,
     workers: WORKERS = None,
     tp: Annotated[
-        int, typer.Option("--tensor-model-parallel-size", min=1, help="Ranks that share each layer, for --text.")
+        int, typer.Option("--tensor-model-parallel-size", min=1, help="With --text: tensor-parallel ranks.")
     ] = 1,
-    pp: Annotated[
-        int, typer.Option("--pipeline-model-parallel-size", min=1, help="Stages of the layers, for --text.")
-    ] = 1,
+    pp: Annotated[int, typer.Option("--pipeline-model-parallel-size", min=1, help="With --text: pipeline stages.")] = 1,
     nproc: NPROC = None,
 ) -> None:
-    """Compare HF (a folder or hub id) with OTHER (a folder), either of Hugging Face's or of Megatron's form.
+    """Compare HF (a folder or hub id) with OTHER (a Hugging Face or Megatron folder).
 
-    Every bit of every tensor, and the files of a Megatron folder against its integrity manifest, in little memory;
-    with --text both models are loaded whole, a Megatron folder's by --nproc processes where a layout is given. Prints
-    one JSON object; exit status 1 when they differ.
+    Compares every bit of every tensor, and the files of a Megatron folder with its integrity manifest, in little
+    memory. With --text both models are loaded completely; a Megatron folder is loaded by --nproc processes if a layout
+    is given. Prints one JSON object; exit status 1 if they differ.
     """
     if text is None and (nproc, tp, pp) != (None, 1, 1):
-        raise UserError("--nproc and the layout of `convert verify` belong to --text: files are compared by --workers")
+        raise UserError("convert verify: --nproc and the layout need --text; files are compared by --workers processes")
     launched = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if text is not None and nproc is None and tp * pp > 1 and launched == 1:
-        raise UserError(f"this layout takes {tp * pp} processes: give --nproc {tp * pp}")
+        raise UserError(f"this layout needs {tp * pp} processes; give --nproc {tp * pp}")
     if launch_or_continue(nproc, _layout(tp, pp)):
         return
     from fusemega.convert import verify as verification
@@ -201,13 +203,13 @@ def _layout(tp: int, pp: int) -> ParallelConfig:
 def _check_no_layout(tp: int, pp: int) -> None:
     if (tp, pp) != (1, 1):
         raise UserError(
-            "--tensor-model-parallel-size and --pipeline-model-parallel-size belong to --dry-run: a conversion writes "
-            "the same files for every layout, and --workers says how many processes do it"
+            "--tensor-model-parallel-size and --pipeline-model-parallel-size need --dry-run: a conversion writes the "
+            "same files for every layout; --workers sets the number of processes"
         )
 
 
 def _once(out: Path, conversion: Callable[[], Report]) -> None:
-    """A conversion starts its own processes: under torchrun or srun, one rank does it and the others have nothing."""
+    """Runs a conversion on rank 0 alone: it starts its own processes, so the other ranks have nothing to do."""
     if global_rank() == 0:
         tell(f"wrote {out}: {conversion()}")
 

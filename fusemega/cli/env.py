@@ -12,7 +12,7 @@ import typer
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")] = False,
 ) -> None:
-    """What this machine has, what is missing, what that costs, and what would break.
+    """Show what this machine has, what is missing, what that costs, and what would break.
 
     Exits with status 1 if something that is required is missing or broken.
     """

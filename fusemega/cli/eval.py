@@ -9,12 +9,12 @@ from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_conti
 
 
 def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None) -> None:
-    """Perplexity and bits per byte of a model over the supervised tokens of a data set; its distance from another.
+    """Measure perplexity and bits per byte of a model over the supervised tokens of a data set.
 
-    Prints one JSON object on stdout, and writes it to the run file's `output` when that is set. Bits per byte compare
-    models with different tokenizers; perplexities do not. With a `reference` model of the same tokenizer the result
-    also has KL(reference || model) in nats a token, and the share of tokens at which both find the same one most
-    probable.
+    Prints one JSON object on stdout, and writes it to the run file's `output` if that is set. Bits per byte are
+    comparable between models with different tokenizers; perplexities are not. With a `reference` model of the same
+    tokenizer, the result also has KL(reference || model) in nats a token, and the share of tokens at which both models
+    have the same most probable token.
     """
     from fusemega.config import load
     from fusemega.files.output import disk_errors, write_durably

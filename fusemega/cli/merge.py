@@ -52,24 +52,34 @@ def command(
         list[str],
         typer.Argument(
             metavar="[RUN_FILE] OUT [KEY=VALUE]...",
-            help="YAML run file (mergekit's are read as they are) unless --method is given; the folder to write; and "
+            help="YAML run file (mergekit's format), left out if --method is given; the folder to write; and "
             "values of the run file to replace or add, such as parameters.density=0.6.",
             show_default=False,
         ),
     ],
-    method: Annotated[str | None, typer.Option(help="Instead of a run file: the method, such as sce.")] = None,
-    base: Annotated[str | None, typer.Option(help="The model that deltas are taken from.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method, such as sce; replaces the run file.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that deltas are computed against.")] = None,
     models: Annotated[list[str] | None, typer.Option(metavar="A B ...", help="The models to merge.")] = None,
-    weights: Annotated[list[float] | None, typer.Option(metavar="W W ...", help="One a model.")] = None,
+    weights: Annotated[
+        list[float] | None, typer.Option(metavar="W W ...", help="Weights of the models, one for each.")
+    ] = None,
     vocabulary: Annotated[
         str | None,
-        typer.Option(help="Where vocabularies differ: crop (to the base's), pad, position or union (by string)."),
+        typer.Option(
+            help="What to do if vocabularies differ: crop (to the base's), pad (to the longest), position, or "
+            "union (by token string)."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan with its memory and bytes, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, print the plan with its memory and bytes to read and write, and stop."
+        ),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge to the same OUT.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one a core, at most 8.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted merge to the same OUT.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes; default: one for each core, at most 8.")
+    ] = None,
     block_elements: Annotated[
         int | None, typer.Option(min=1, help="Elements of a tensor that a process works on at a time.")
     ] = None,
@@ -80,8 +90,8 @@ def command(
 
         fusemega merge OUT --method sce --base B --models A B C parameters.select_topk=0.1
 
-    Memory hardly depends on the models' size and number (--dry-run tells it). OUT appears whole or not at all, with
-    merge_report.json and merge_report.html beside the weights. Prints one JSON object.
+    Memory hardly depends on the size and number of the models (--dry-run prints it). OUT appears complete or not at
+    all, with merge_report.json and merge_report.html beside the weights. Prints one JSON object.
     """
     gc.disable()  # importing torch makes objects by the hundred thousand, and no garbage
     from fusemega.files.output import refuse_existing

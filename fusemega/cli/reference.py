@@ -54,9 +54,9 @@ def config_page() -> str:
     lines = [
         "# Run files\n",
         _WRITTEN,
-        "YAML, read by `fusemega train`, `teach`, `project`, `eval` and `merge`; any value can be replaced on the",
+        "YAML, read by `fusemega train`, `teach`, `project`, `eval` and `merge`. Any value can be replaced on the",
         "command line, as in `optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys that are not",
-        "listed here are refused, and so is a key that stands twice.\n",
+        "listed here are refused, and so is a key that occurs twice.\n",
     ]
     sections: dict[type[Section], str] = {}
     for verb, run in runs.items():
@@ -82,7 +82,7 @@ def config_page() -> str:
         lines += [f"### `{name}`\n", f"{_first_paragraph(objective)}\n", *(settings if has_any else ["No settings.\n"])]
     for section, name in own.items():
         lines += [f"### `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
-    lines += ["## `merge_method`\n", "What may stand below `parameters`, of a merge and of one of its models.\n"]
+    lines += ["## `merge_method`\n", "The keys of `parameters`, of a merge and of each of its models.\n"]
     for name in method_names():
         method = find_method(name)
         rows = [row for settings in (method.Settings, method.ModelSettings) for row in _table(settings)[2:] if row]
@@ -93,7 +93,9 @@ def config_page() -> str:
 def cli_page() -> str:
     """Every command with its arguments and options."""
     lines = ["# Commands\n", _WRITTEN]
-    lines += ["Exit status: 0; 2 for what the user can mend, with one line on stderr; 1 for any other failure.\n"]
+    lines += [
+        "Exit status: 0; 2 for a mistake that the user can correct, with one line on stderr; 1 for any other failure.\n"
+    ]
     for name in cli.COMMANDS:
         lines += _command(f"fusemega {name}", _asked(name).commands[name])
     for name in cli.GROUPS:

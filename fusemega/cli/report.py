@@ -12,14 +12,12 @@ from fusemega.runtime.console import tell
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of training runs.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder to write; an older report there, and nothing else, is replaced.")
-    ] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder to write; only an older report is replaced.")] = Path("report"),
 ) -> None:
-    """One page about one or several training runs: curves, settings, throughput, memory, evaluations.
+    """Write one page about one or several training runs: curves, settings, throughput, memory, evaluations.
 
-    Writes report.html, which needs no other file, and each curve as a PNG. A quickstart's folder stands for its arms.
-    Results of `fusemega eval` are shown where their output lies in a run's folder.
+    Writes report.html, which needs no other file, and each curve as a PNG. The folder of a quickstart stands for all
+    its runs. Results of `fusemega eval` are shown if their output is in a run's folder.
     """
     from fusemega.report.page import check_out, write_report
     from fusemega.report.runs import open_runs

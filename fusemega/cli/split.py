@@ -22,15 +22,20 @@ def command(
         list[str],
         typer.Option(metavar="A B ...", help="Folders or hub ids: the target's tokenizer and every teacher's."),
     ],
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window: the run files' data.seq_length.")] = 2048,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Length of a window in tokens: the data.seq_length of the run files.")
+    ] = 2048,
     on_long: Annotated[
-        str, typer.Option(help="A turn (or word) that alone is too long: error, or skip (count it and leave it out).")
+        str,
+        typer.Option(
+            help="What to do with a single turn (or word) that is too long: error, or skip (leave it out and count it)."
+        ),
     ] = "error",
 ) -> None:
     """Split long dialogues at turns, and texts at white space, so that every part fits every tokenizer's window.
 
     Each part of a dialogue keeps the system message and has an assistant turn; nothing else is repeated, and nothing
-    is lost. Rows that fit are passed on as they are. OUT appears whole or not at all. Prints one JSON object.
+    is lost. Rows that fit are copied unchanged. OUT appears complete or not at all. Prints one JSON object.
     """
     import json
 

@@ -1,4 +1,4 @@
-"""`fusemega store`: what sample stores hold, whether they are sound, and several made one."""
+"""`fusemega store`: inspect, verify and merge sample stores."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from fusemega.store import Store
     from fusemega.text.dataset import TokenizedDataset
 
-app = typer.Typer(no_args_is_help=True, help="Sample stores: what they hold, whether they are sound, several made one.")
+app = typer.Typer(no_args_is_help=True, help="Sample stores: inspect, verify, merge.")
 
 
 @app.command("inspect")
 def inspect(
     path: Path, as_json: Annotated[bool, typer.Option("--json", help="One JSON object, on one line.")] = False
 ) -> None:
-    """Whose rows the store PATH holds, how many, their size, and how well the scorer predicts the samples.
+    """Show whose rows the store PATH holds, how many, their size, and how well the scorer predicts the samples.
 
-    Cross-entropies are means in nats at temperature 1: a token of the scorer's own tokenizer, and a byte of text, by
-    which scorers with different tokenizers compare. Rows are not read: see `verify`.
+    Cross-entropies are means in nats at temperature 1, for each token of the scorer's own tokenizer and for each byte
+    of text. Those for a byte are comparable between tokenizers. Rows are not read; use `verify` for that.
     """
     from fusemega.store.inspect import describe
 
@@ -42,10 +42,10 @@ def inspect(
 
 @app.command("merge")
 def merge(out: Path, sources: list[Path]) -> None:
-    """All rows of the stores SOURCES into a new store OUT, which appears whole or not at all.
+    """Write all rows of the stores SOURCES to a new store OUT, which appears complete or not at all.
 
     The stores must be of one scorer: the same weights, tokenizer, template, windows, temperature and kind of rows. A
-    sample that several have must have the same row in each.
+    sample that is in several stores must have the same row in each.
     """
     from fusemega.files.output import new_folder, refuse_existing
     from fusemega.store import merge as merging
@@ -54,23 +54,28 @@ def merge(out: Path, sources: list[Path]) -> None:
     refuse_existing(out)
     with new_folder(out) as temporary:
         written, repeated = merging.merge(stores, temporary)
-    tell(f"wrote {out}: {written} samples of {len(stores)} stores; {repeated} repetitions left out")
+    tell(f"wrote {out}: {written} samples of {len(stores)} stores; {repeated} repeated samples left out")
 
 
 @app.command("verify")
 def verify(
     path: Path,
     data: Annotated[
-        str | None, typer.Option(help="File, folder or glob: must every sample of it have its row?")
+        str | None, typer.Option(help="File, folder or glob of rows: check that each sample has its row in the store.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="The scorer's folder or hub id, to read --data with.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the scorer, whose tokenizer reads --data.")
+    ] = None,
     unknown_fields: Annotated[
-        str, typer.Option(help="What a field of unknown meaning does in --data: error, or ignore (it is counted).")
+        str,
+        typer.Option(
+            help="What to do with unknown fields in --data: error, or ignore (leave them out and count them)."
+        ),
     ] = "error",
 ) -> None:
-    """Read every row of the store PATH: checksums, and whether it is a distribution over the scorer's vocabulary.
+    """Read every row of the store PATH; check its checksum and that it is a distribution over the scorer's vocabulary.
 
-    Prints one JSON object. Exit status 1 where a sample of --data has no row, or one of other token ids.
+    Prints one JSON object. Exit status 1 if a sample of --data has no row, or a row of other token ids.
     """
     if (data is None) != (tokenizer is None):
         raise UserError("store verify: --data and --tokenizer belong together")

@@ -6,10 +6,10 @@ from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_conti
 
 
 def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None) -> None:
-    """Store a teacher's top-k log-probabilities, with the log of the rest, for every supervised token of a data set.
+    """Store a teacher's top-k log-probabilities and the log of the remaining mass, for every supervised token.
 
-    Rows are kept whole shards at a time: run it again to go on after an interruption. The store can be read under any
-    layout, micro-batch size and order.
+    Whole shards of rows are written: run the same command again to resume after an interruption. The store can be read
+    under any layout, micro-batch size and order.
     """
     from fusemega.config import load
     from fusemega.scoring.teach import TeachRun, teach

@@ -20,7 +20,7 @@ def command(
         bool, typer.Option("--dry-run", help="Check everything the run names, print what it would do, and stop.")
     ] = False,
 ) -> None:
-    """Train a model as RUN_FILE says; run it again to go on after an interruption.
+    """Train a model with the settings of RUN_FILE. Run the same command again to resume after an interruption.
 
     Everything is written below the run's output_dir: metrics.jsonl, tensorboard/, checkpoints/ and, at the end, hf/,
     a folder that transformers loads. The same file runs under torchrun and srun, where --nproc is left out.

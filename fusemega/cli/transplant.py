@@ -16,18 +16,18 @@ def command(
         Path | None,
         typer.Option(
             "--map",
-            help="Vocabulary map with the new tokenizer as its source and MODEL's as its target: which old id stands "
-            "for each new one.",
-            show_default="the exact one, made on the spot",
+            help="Vocabulary map whose source is the new tokenizer and whose target is MODEL's: the old id for"
+            " each new id.",
+            show_default="an exact map, made for this call",
         ),
     ] = None,
 ) -> None:
-    """Move a model onto another tokenizer's vocabulary: new rows for its embedding and head, all else bit for bit.
+    """Move a model to another tokenizer's vocabulary: new rows in embedding and head, everything else bit for bit.
 
-    A new id takes the old row of the id with the same content; without one, the mean of the old rows of the pieces
-    that the old tokenizer cuts its content into; without pieces, or where no text becomes it, the mean of all old
-    rows. Tokens of a role (bos, eos, the one that closes an assistant's turn, pad, unk) take their counterpart's row.
-    The model needs training afterwards. Prints one JSON object, which is transplant.json in OUT too.
+    A new id gets the row of the old id with the same content; without one, the mean of the old rows of the pieces into
+    which the old tokenizer cuts the content; without pieces, or if no text becomes this id, the mean of all old rows.
+    Tokens with a role (bos, eos, the token that closes an assistant's turn, pad, unk) get the row of the token with the
+    same role. The model needs training afterwards. Prints one JSON object, which is also OUT/transplant.json.
     """
     import json
 
@@ -39,7 +39,7 @@ def command(
     shares = (f"{record[kind] / record['ids']:.1%} {what}" for kind, what in _KINDS.items())
     say(f"{record['ids']} ids: {', '.join(shares)}")
     if record["dropped_settings"]:
-        say(f"left out, as ids of the old vocabulary: {', '.join(record['dropped_settings'])}")
+        say(f"settings left out, because they are ids of the old vocabulary: {', '.join(record['dropped_settings'])}")
     print(json.dumps({"wrote": str(out)} | record))
 
 

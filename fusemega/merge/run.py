@@ -20,36 +20,41 @@ class ModelEntry(Section):
     model: str = Field(
         description="Hugging Face folder, hub id, a folder made by `fusemega convert import`, or BASE+ADAPTER (LoRA)"
     )
-    parameters: dict[str, Any] = Field({}, description="settings of this model; they go before the run's")
+    parameters: dict[str, Any] = Field({}, description="settings of this model; they override those of the run")
 
 
 class MergeRun(Section):
     """A merge."""
 
     merge_method: str = Field(description="picks the method; see [`merge_method`](#merge_method)")
-    base_model: str | None = Field(None, description="what deltas are taken from; not merged itself")
-    models: list[ModelEntry] = Field(min_length=1, description="what is merged")
-    parameters: dict[str, Any] = Field({}, description="the method's settings: values, gradients, or by filter")
-    dtype: DtypeName | None = Field(None, description="of the written weights; by default what all models have")
+    base_model: str | None = Field(None, description="the model that deltas are computed against; not merged itself")
+    models: list[ModelEntry] = Field(min_length=1, description="the models to merge")
+    parameters: dict[str, Any] = Field(
+        {}, description="the method's settings: values, gradients over the layers, or a list of filters"
+    )
+    dtype: DtypeName | None = Field(
+        None, description="dtype of the written weights; default: the one that all models have"
+    )
     vocabulary: Literal["crop", "pad", "position", "union"] | None = Field(
         None,
-        description="what to do where vocabularies differ: the base's rows, the longest, the same rows whatever their "
-        "names, or by token string",
+        description="what to do if vocabularies differ: crop (the base's rows), pad (the longest model's rows), "
+        "position (match rows by position), union (match rows by token string)",
     )
     tokenizer_source: str | None = Field(
-        None, description="the model whose tokenizer the merge carries; by default the base's, where it has all tokens"
+        None, description="the model whose tokenizer the output gets; default: the base, if it has all tokens"
     )
     chat_template: str | None = Field(
         None,
-        description="of the merge: `auto` (what most of the models have), a model whose to take, or the template "
-        "itself; by default the base's, or, where it has none, the one that the models have in common",
+        description="chat template of the output: `auto` (the one that most models have), a model (to take its "
+        "template), or the template itself; default: the base's, or the models' common template if "
+        "the base has none",
     )
-    seed: int = Field(0, ge=0, description="of random masks")
-    max_shard_size: str = Field("5GB", description="largest weight file")
+    seed: int = Field(0, ge=0, description="seed of random masks")
+    max_shard_size: str = Field("5GB", description="largest size of a weight file")
     output_format: Literal["hf", "megatron"] = Field(
-        "hf", description="a Hugging Face folder, or one like those of `fusemega convert import`"
+        "hf", description="a Hugging Face folder, or a Megatron folder as `fusemega convert import` writes it"
     )
-    layer_range: tuple[int, int] | None = Field(None, description="of mergekit's slices: all layers, as it must be")
+    layer_range: tuple[int, int] | None = Field(None, description="from mergekit's slices; must be all layers")
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[MergeRun, list[str]]:

@@ -13,19 +13,25 @@ from fusemega.errors import UserError
 class ParallelConfig(Section):
     """How the model is spread over processes. What is left of the world is data parallel."""
 
-    tensor_model_parallel_size: int = Field(1, ge=1, description="ranks that share each layer's matrices")
-    sequence_parallel: bool = Field(False, description="also split norms and residuals over the tensor-parallel ranks")
-    context_parallel_size: int = Field(1, ge=1, description="ranks that share the tokens of each row")
-    pipeline_model_parallel_size: int = Field(1, ge=1, description="stages the layers are spread over")
-    virtual_pipeline_model_parallel_size: int | None = Field(
-        None, ge=2, description="pieces of each stage, for the interleaved schedule"
+    tensor_model_parallel_size: int = Field(
+        1, ge=1, description="number of ranks over which each layer's matrices are split"
     )
-    overlap_p2p_comm: bool = Field(False, description="interleaved schedule: send to the next stage during computation")
+    sequence_parallel: bool = Field(False, description="also split norms and residuals over the tensor-parallel ranks")
+    context_parallel_size: int = Field(
+        1, ge=1, description="number of ranks over which the tokens of each row are split"
+    )
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="number of pipeline stages")
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, ge=2, description="pieces of each stage in the interleaved schedule"
+    )
+    overlap_p2p_comm: bool = Field(
+        False, description="interleaved schedule: overlap sends to the next stage with computation"
+    )
     num_layers_in_first_pipeline_stage: int | None = Field(
-        None, ge=1, description="layers of the first stage, where it is not to have its even share"
+        None, ge=1, description="number of layers in the first stage; default: an even share"
     )
     num_layers_in_last_pipeline_stage: int | None = Field(
-        None, ge=1, description="layers of the last stage, where it is not to have its even share"
+        None, ge=1, description="number of layers in the last stage; default: an even share"
     )
 
     @model_validator(mode="after")

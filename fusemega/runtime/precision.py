@@ -53,20 +53,26 @@ LOCAL = Kernels()
 class Precision(Section):
     """The part of a run file's `model` that decides how its layers compute. Names are Megatron's."""
 
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of parameters and activations; gradients are fp32")
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="dtype of parameters and activations; gradients are fp32"
+    )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
-        "auto", description="whose layers; auto is Transformer Engine's where it works and dtype is bf16, else local"
+        "auto",
+        description="implementation of the layers; auto: Transformer Engine if it works here and dtype is bf16, "
+        "otherwise local",
     )
     fp8: Literal["hybrid", "e4m3"] | None = Field(
-        None, description="run the layers' products in FP8; hybrid takes e5m2 for gradients"
+        None, description="run the layers' matrix products in FP8; hybrid uses e5m2 for gradients"
     )
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
-        None, description="how FP8 scales are found; delayed where fp8 is set and this is not"
+        None, description="how FP8 scales are computed; default with fp8: delayed"
     )
-    fp8_margin: int | None = Field(None, ge=0, description="delayed: scales are divided by 2 ** margin; 0 if not given")
-    fp8_amax_history_len: int | None = Field(None, ge=1, description="delayed: steps remembered; 1 if not given")
+    fp8_margin: int | None = Field(None, ge=0, description="delayed: scales are divided by 2 ** margin; default 0")
+    fp8_amax_history_len: int | None = Field(
+        None, ge=1, description="delayed: length of the history of maxima, in steps; default 1"
+    )
     fp8_amax_compute_algo: Literal["most_recent", "max"] | None = Field(
-        None, description="delayed: which of the remembered maxima counts; most_recent if not given"
+        None, description="delayed: which maximum of the history is used; default most_recent"
     )
 
     @model_validator(mode="after")
@@ -80,7 +86,7 @@ class Precision(Section):
         if self.fp8 is not None and self.transformer_impl == "local":
             raise ValueError("fp8 needs transformer_impl transformer_engine or auto; local layers would ignore it")
         if self.fp8 is not None and self.dtype == "fp32":
-            raise ValueError("fp8 needs dtype bf16; with fp32 its products would be the only thing narrower")
+            raise ValueError("fp8 needs dtype bf16; found fp32")
         if self.transformer_impl == "transformer_engine" and self.dtype == "fp32":
             raise ValueError("transformer_impl transformer_engine multiplies fp32 in TF32; fp32 needs local or auto")
         return self

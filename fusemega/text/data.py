@@ -46,24 +46,27 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class DataConfig(Section):
-    """Which rows, and the windows they are cut into."""
+    """The rows, and the windows that they are cut into."""
 
     path: str | list[str] = Field(description="file, folder, glob or `datasets` hub name; or a list of the first three")
-    name: str | None = Field(None, description="the hub data set's configuration, where it has several")
+    name: str | None = Field(None, description="the hub data set's configuration, if it has several")
     split: str | None = Field(
         None,
-        description="of a hub or saved data set, or of a folder or glob whose files' names say theirs (left out: "
-        "train, and of a glob all, if that is one); files that are named are read whole",
+        description="which split of a hub data set, a saved data set, a folder or a glob; for the last two it is "
+        "taken from the files' names; default: train, and for a glob the only split; files given by "
+        "name are read completely",
     )
-    seq_length: int = Field(2048, ge=2, description="tokens in a row; longer documents are cut into windows of it")
+    seq_length: int = Field(
+        2048, ge=2, description="tokens in a row; longer documents are cut into windows of this length"
+    )
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip and count it")
     unknown_fields: Literal["error", "ignore"] = Field(
-        "error", description="a field of unknown meaning makes a row unusable, or is left out and counted"
+        "error", description="an unknown field is an error, or is left out and counted"
     )
     chat_template: str | None = Field(
-        None, description="file of a jinja chat template that takes the place of the tokenizer's, in the export too"
+        None, description="file with a jinja chat template that replaces the tokenizer's, also in the export"
     )
-    limit: int | None = Field(None, ge=1, description="use the first rows only")
+    limit: int | None = Field(None, ge=1, description="use only this many rows, the first ones")
 
 
 @dataclass(frozen=True)

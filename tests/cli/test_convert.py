@@ -50,9 +50,9 @@ def test_verify_on_a_text(runner: CliRunner, tmp_path: Path, smollm2_folder: Pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--text", "Paris", "--tensor-model-parallel-size", "2"], "this layout takes 2 processes: give --nproc 2"),
-        (["--tensor-model-parallel-size", "2"], "belong to --text: files are compared by --workers"),
-        (["--nproc", "2"], "belong to --text: files are compared by --workers"),
+        (["--text", "Paris", "--tensor-model-parallel-size", "2"], "this layout needs 2 processes; give --nproc 2"),
+        (["--tensor-model-parallel-size", "2"], "need --text; files are compared by --workers"),
+        (["--nproc", "2"], "need --text; files are compared by --workers"),
     ],
 )
 def test_verify_names_nproc(runner: CliRunner, tmp_path: Path, options: list[str], words: str) -> None:
@@ -94,7 +94,7 @@ def test_dry_runs_print_what_each_rank_would_read_and_write_nothing(runner: CliR
         (["export", "m", "o", "--max-shard-size", "0GB"], "--max-shard-size: found '0GB'; expected"),
         (["import", "./m", "o"], "m: no such model folder"),
         (["export", "./m", "o"], "m/manifest.json: cannot read: No such file"),
-        (["import", "./m", "o", "--tensor-model-parallel-size", "2"], "belong to --dry-run"),
+        (["import", "./m", "o", "--tensor-model-parallel-size", "2"], "need --dry-run"),
     ],
 )
 def test_mistakes(runner: CliRunner, arguments: list[str], message: str) -> None:

@@ -36,7 +36,7 @@ def uniform(seed: int, tensor: TensorSpec, model: int, start: int, count: int) -
 class DareSettings(ArithmeticSettings):
     """Of a tensor."""
 
-    rescale: bool = Field(True, description="divide what is kept by the density, so that the mean stays")
+    rescale: bool = Field(True, description="divide the kept deltas by the density, so that the mean stays the same")
 
 
 @register

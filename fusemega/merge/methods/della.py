@@ -16,13 +16,17 @@ from fusemega.merge.methods.ties import DensitySettings, merge_by_sign
 class DellaSettings(DareSettings):
     """Of a tensor."""
 
-    normalize: bool = Field(True, description="divide each element by the sum of the weights that take part in it")
+    normalize: bool = Field(
+        True, description="divide each element by the sum of the weights of the models that take part in it"
+    )
 
 
 class WindowSettings(DensitySettings):
     """Of a model."""
 
-    epsilon: float = Field(0.15, ge=0, lt=0.5, description="keep probabilities are density - epsilon to + epsilon")
+    epsilon: float = Field(
+        0.15, ge=0, lt=0.5, description="probabilities of being kept range from density - epsilon to density + epsilon"
+    )
 
 
 @register

@@ -22,7 +22,7 @@ class LinearSettings(Section):
 class EqualWeightSettings(Section):
     """Of a model."""
 
-    weight: float = Field(1.0, allow_inf_nan=False, description="what the model counts")
+    weight: float = Field(1.0, allow_inf_nan=False, description="weight of the model")
 
 
 @register

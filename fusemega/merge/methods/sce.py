@@ -21,7 +21,7 @@ LEAST_VARIANCE = 2.0**-100
 class SceSettings(Section):
     """Of a tensor."""
 
-    select_topk: float = Field(1.0, ge=0, le=1, description="tau: share of the elements that differ which is selected")
+    select_topk: float = Field(1.0, ge=0, le=1, description="tau: share of the differing elements that is selected")
 
 
 @register

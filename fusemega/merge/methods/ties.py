@@ -16,7 +16,9 @@ from fusemega.merge.signs import agreeing_sums, elect, ratio
 class TiesSettings(ArithmeticSettings):
     """Of a tensor."""
 
-    normalize: bool = Field(True, description="divide each element by the sum of the weights that take part in it")
+    normalize: bool = Field(
+        True, description="divide each element by the sum of the weights of the models that take part in it"
+    )
 
 
 class DensitySettings(WeightSettings):

@@ -20,7 +20,9 @@ _LAYER = re.compile(r".*\blayers\.\d+\.")
 class VarmSettings(Section):
     """Of a tensor."""
 
-    granularity: Literal["matrix", "layer", "model", "parameter"] = Field("matrix", description="what a W_j is for")
+    granularity: Literal["matrix", "layer", "model", "parameter"] = Field(
+        "matrix", description="what shares one weight W_j"
+    )
 
 
 @register
