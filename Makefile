@@ -2,6 +2,7 @@
 #   make quickstart [ARGS=--smoke]    fuse a real teacher into a real target
 #   make quickstart-xtok [ARGS=...]   the same across tokenizers
 #   make test [WORKERS=2]             ruff, mypy and the whole test suite, that many test files at a time
+#   make test-fast [ARGS=-x]          the tests of one process, in under two minutes; CONTRIBUTING.md says what is left out
 #   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
 
@@ -11,7 +12,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart quickstart-xtok test test-te lint assets setup
+.PHONY: quickstart quickstart-xtok test test-fast test-te lint assets setup
 
 quickstart: setup
 	$(BIN)/python -m fusemega.recipes.quickstart $(ARGS)
@@ -23,6 +24,16 @@ quickstart-xtok: setup
 test: lint
 	-$(BIN)/python -m fusemega.fixtures
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# No launches, no training, no whole commands, no real weights.
+FAST := tests/test_config.py tests/test_examples.py tests/test_extending.py tests/files tests/text tests/fusion/test_fusion.py \
+	tests/fusion/test_cross_tokenizer.py tests/losses tests/logits tests/store tests/hf tests/report tests/cli/test_main.py \
+	tests/cli/test_reference.py tests/models/test_rules.py tests/models/test_stages.py tests/models/test_llama.py \
+	tests/merge/test_vocabulary.py tests/merge/test_rounding.py tests/merge/test_folders.py tests/align/test_maps.py \
+	tests/align/test_positions.py tests/align/test_projection.py tests/align/test_mined.py tests/align/test_vocabulary.py
+
+test-fast: setup
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(FAST) --ignore tests/text/test_qwen3.py $(ARGS)
 
 test-te: setup
 	$(BIN)/python -m tests.te.environment
