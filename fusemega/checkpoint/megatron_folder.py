@@ -109,7 +109,7 @@ class MegatronFolder:
 
         found = world.from_all(damaged_files(self.path, share=(world.rank, world.world_size)))
         for name in sorted(sum(found, [])):
-            raise UserError(f"{self.path / name}: damaged: its hash is not the one that {INTEGRITY} has")
+            raise UserError(f"{self.path / name}: damaged: its hash differs from the one in {INTEGRITY}")
         model = build_model(self.config, world, dtype or self.dtype, kernels or LOCAL, recompute)
         load_model(model, self.weights)
         return model

@@ -305,7 +305,7 @@ def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, 
         say(f"{what}: {len(finished)} of {len(items)} parts are finished already")
     for item in begun:
         if item.name not in finished:
-            say(f"{unfinished.folder / item.file}: part {item.name} is not as it was written, and is made again")
+            say(f"{unfinished.folder / item.file}: part {item.name} was changed after it was written; making it again")
     left.sort(key=lambda item: -item.nbytes)
     byte_count = sum(item.nbytes for item in left)
     with meter(what, byte_count) as done:

@@ -72,10 +72,10 @@ def check_sizes(folder: Path) -> None:
         try:
             status = (folder / name).stat()
         except OSError as error:
-            raise UserError(f"{folder / name}: {FILE} lists it, and it cannot be read: {error.strerror}") from None
+            raise UserError(f"{folder / name}: listed in {FILE}, but cannot be read: {error.strerror}") from None
         found = status.st_size
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{folder / name}: {FILE} lists it, and it is no regular file")
+            raise UserError(f"{folder / name}: listed in {FILE}, but not a regular file")
         if found != size:
             state = "truncated" if found < size else "too long"
             raise UserError(f"{folder / name}: {state}: {found} bytes, and {FILE} says {size}")
@@ -115,7 +115,7 @@ def check_contents(folder: Path, threads: int = 4) -> None:
         UserError: as `check_sizes`; or names a file that is damaged.
     """
     for name in damaged_files(folder, threads):
-        raise UserError(f"{folder / name}: damaged: its hash is not the one that {FILE} has")
+        raise UserError(f"{folder / name}: damaged: its hash differs from the one in {FILE}")
 
 
 def unlisted(folder: Path) -> list[str]:

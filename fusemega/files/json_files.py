@@ -114,7 +114,7 @@ def _decoder(digits: int, finite: bool) -> json.JSONDecoder:
         value = float(text)
         if len(text) > FLOAT_CHARACTERS or (finite and not math.isfinite(value)):
             shown = text if len(text) <= 40 else f"{text[:40]}..."
-            raise MalformedError(f"malformed JSON: {shown} is no finite number, or too long")
+            raise MalformedError(f"malformed JSON: {shown} is not a finite number, or too long")
         return value
 
     return json.JSONDecoder(
@@ -128,7 +128,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise MalformedError(f"malformed JSON: the key {name!r} stands twice")
+                raise MalformedError(f"malformed JSON: the key {name!r} occurs twice")
             seen.add(name)
     return found
 

@@ -42,7 +42,7 @@ def open_regular(path: str | Path, what: str = "") -> BufferedReader:
     except OSError as error:
         # A socket, or the far end of a FIFO, cannot be opened at all.
         kind = "a socket or device" if error.errno == errno.ENXIO else None
-        raise UserError(f"{doing}: {f'{kind}, and no regular file' if kind else error.strerror}") from None
+        raise UserError(f"{doing}: {f'{kind}, not a regular file' if kind else error.strerror}") from None
     except ValueError:
         raise UserError(f"{doing}: the path holds a character that no file's name can have") from None
     mode = os.fstat(descriptor).st_mode
@@ -51,7 +51,7 @@ def open_regular(path: str | Path, what: str = "") -> BufferedReader:
         if stat.S_ISDIR(mode):
             raise UserError(f"{doing}: {os.strerror(errno.EISDIR)}")
         kind = next((name for name, holds in _KINDS.items() if holds(mode)), "something else")
-        raise UserError(f"{doing}: {kind}, and no regular file")
+        raise UserError(f"{doing}: {kind}, not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -74,7 +74,7 @@ def refuse_special_files(folder: Path) -> None:
             continue  # a link to nowhere: whoever needs it says so
         kind = next((name for name, holds in _KINDS.items() if holds(mode)), None)
         if kind is not None:
-            raise UserError(f"{path}: {kind}, and no regular file")
+            raise UserError(f"{path}: {kind}, not a regular file")
 
 
 def read_bytes(path: str | Path, limit: int = TEXT_BYTES, what: str = "") -> bytes:
@@ -90,7 +90,7 @@ def read_bytes(path: str | Path, limit: int = TEXT_BYTES, what: str = "") -> byt
         except OSError as error:
             raise UserError(f"{path}: cannot read{f' {what}' if what else ''}: {error.strerror}") from None
     if max(size, len(content)) > limit:
-        raise UserError(f"{path}: {max(size, len(content))} bytes, and such a file may have {limit}")
+        raise UserError(f"{path}: {max(size, len(content))} bytes; allowed: {limit}")
     return content
 
 

@@ -119,7 +119,7 @@ class _Builder:
         for key, value in node.value:
             name = self._key(key)
             if name in seen:
-                raise self._wrong(key, f"the key {name!r} stands twice")
+                raise self._wrong(key, f"the key {name!r} occurs twice")
             seen.add(name)
             if key.tag != _TAG + "merge":
                 own[name] = self.value(value, depth + 1)
@@ -155,7 +155,7 @@ class _Builder:
                 raise self._wrong(node, f"a number of {len(text)} digits; allowed: {DIGITS}")
             number = int(text.replace("_", ""), 16 if text.startswith("0x") else 10)
             if not -(1 << 63) <= number < 1 << 63:
-                raise self._wrong(node, f"{text} is no number of 64 bits")
+                raise self._wrong(node, f"{text} is not a 64-bit integer")
             return number
         if kind == "float" and _NOT_FINITE.fullmatch(text):
             return float(text.replace(".", "").lower())

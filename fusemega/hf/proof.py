@@ -24,7 +24,7 @@ def check_written(folder: HFFolder) -> None:
         return
     for name in damaged_weights(folder):
         raise UserError(
-            f"{folder.path / name}: damaged, or written by another program: its hash is not the one that {FILE} has "
+            f"{folder.path / name}: damaged, or written by another program: its hash differs from the one in {FILE} "
             f"(delete {FILE} if these weights are to be used)"
         )
     if others := changed_files(folder):

@@ -71,7 +71,7 @@ class Fuse(Taught):
             stores = [teacher.store for teacher in teachers]
             for store in stores:
                 if stores.count(store) > 1:
-                    raise ValueError(f"the store {store} stands twice")
+                    raise ValueError(f"the store {store} is given twice")
             return teachers
 
     def __init__(self, settings: Fuse.Settings, teachers: list[Teacher]) -> None:

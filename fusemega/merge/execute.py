@@ -65,7 +65,7 @@ def execute(
                 if found == journal.done[name].hash:
                     done[name] = journal.done[name]
                 else:
-                    say(f"{journal.path}: {name} is not as it was written, and is merged again")
+                    say(f"{journal.path}: {name} was changed after it was written; merging it again")
             progress(sum(jobs[name].elements for name in done))
             left = sorted((name for name in jobs if name not in done), key=lambda name: -jobs[name].elements)
             saved_at = time.monotonic()

@@ -377,7 +377,7 @@ def _not_heeded(name: str, where: str, ignored: Counter[str] | None) -> None:
     if ignored is None:
         raise BadRow(
             "template ignores field",
-            f"{where} has {name}, of which the chat template takes no notice; data.chat_template takes one that does "
+            f"{where} has {name}, which the chat template ignores; data.chat_template takes one that does "
             "(data.unknown_fields: ignore would leave out and count such fields, unless they are to be learnt)",
         )
     ignored[name] += 1

@@ -268,7 +268,7 @@ def test_a_journaled_part_that_was_changed_is_made_again(tmp_path: Path, capsys:
     part = next((tmp_path / ".out.incomplete" / "out" / "weights").glob("__0_*.distcp"))
     part.write_bytes(bytes(part.stat().st_size))
     import_hf(source, out, resume=True)
-    assert f"part weights/{part.name}@0 is not as it was written, and is made again" in capsys.readouterr().err
+    assert f"part weights/{part.name}@0 was changed after it was written; making it again" in capsys.readouterr().err
     assert verify(source, out).identical
 
 

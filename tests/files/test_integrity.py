@@ -63,7 +63,7 @@ def test_another_size_is_refused(folder: Path, size: int, state: str) -> None:
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "empty").unlink()
-    with pytest.raises(UserError, match="empty: integrity.json lists it, and it cannot be read: No such file"):
+    with pytest.raises(UserError, match="empty: listed in integrity.json, but cannot be read: No such file"):
         integrity.check_sizes(folder)
 
 

@@ -217,7 +217,7 @@ def test_a_sample_that_some_teacher_never_saw(tmp_path: Path) -> None:
     [
         ({}, "objective.teachers: required"),
         ({"teachers": []}, "objective.teachers: .*at least 1"),
-        ({"teachers": [{"store": "a"}, {"store": "a"}]}, "objective.teachers: .*the store a stands twice"),
+        ({"teachers": [{"store": "a"}, {"store": "a"}]}, "objective.teachers: .*the store a is given twice"),
         ({"teachers": [{"stores": "a"}]}, "objective.teachers.0.stores: unknown key .*'store'"),
         ({"teachers": [{"store": "a"}], "fusion": {"function": "min"}}, "fusion.function: .*min_ce"),
         ({"teachers": [{"store": "a"}], "fusion": {"function": "blend", "ce_per": "byte"}}, "ce_per has no effect"),

@@ -241,7 +241,7 @@ def test_finished_jobs_are_proved_before_they_are_kept(
     capfd.readouterr()
     run_merge(out, Options(resume=True), **run)
     told = [line for line in capfd.readouterr().err.splitlines() if "merged again" in line]
-    assert told == [f"{journal}: {first['job']} is not as it was written, and is merged again"]
+    assert told == [f"{journal}: {first['job']} was changed after it was written; merging it again"]
     run_merge(whole, **run)
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in out.iterdir()}
 

@@ -136,7 +136,7 @@ def test_unknown_fields_are_counted_where_asked(tmp_path: Path) -> None:
         assert len(dataset) == 2 and dataset.ignored == {"name": 1, "question": 1} and dataset.skipped == {}
         assert dataset.notes == ["fields that change nothing of what is learnt: id, prompt"]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [USER, ASSISTANT | {"tool_calls": CALLS}]}) + "\n")
-    with pytest.raises(UserError, match="message 1 has tool_calls, of which the chat template takes no notice"):
+    with pytest.raises(UserError, match="message 1 has tool_calls, which the chat template ignores"):
         prepare(config, byte_level(), tmp_path / "cache")
 
 

@@ -138,7 +138,7 @@ def test_what_the_row_tells_the_template() -> None:
     assert texts[2] == "<|im_start|>system\nbe kind<|im_end|>\n" + texts[0] and texts[3] == texts[0]
     assert len({canonical(document) for document in [plain, *(parse({"messages": turns} | row) for row in rows)]}) == 4
     document = parse({"messages": turns, "chat_template_kwargs": {"other": 1}})
-    with pytest.raises(BadRow, match="the row has other, of which the chat template takes no notice"):
+    with pytest.raises(BadRow, match="the row has other, which the chat template ignores"):
         ChatRenderer(tokenizer).render(document)
 
 
