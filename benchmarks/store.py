@@ -214,7 +214,7 @@ def step_seconds(work: Path, chat: Path, objectives: Mapping[str, Mapping[str, A
         for name, objective in built.items():
             objective.check_data(trainer.data.dataset)
             trainer.objective, trainer.iteration = objective, step
-            trainer.data = dataclasses.replace(trainer.data, fields=objective.sample_fields)
+            trainer.data = dataclasses.replace(trainer.data, fields=objective)
             started = time.perf_counter()
             trainer.step()
             if step:

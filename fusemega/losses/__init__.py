@@ -1,6 +1,7 @@
 """Objectives: what a run is trained on, one file each. Importing the package registers all of them.
 
 * `registry.py`: the contract, and objectives by name
+* `apply.py`: an objective applied to what a model gives for a micro-batch
 * `sft.py`, `distill.py`, `fuse.py`, `online_distill.py`: one objective a file
 """
 

@@ -20,8 +20,8 @@ Where a teacher has another tokenizer, some positions of the target end inside o
 there p is the label alone, as in FuseChat; so with a small lambda the target still learns how its own tokens go on.
 `nothing`, and samples without any row: such positions have the label's term only.
 
-Shape suffixes: N supervised positions of a micro-batch, P of one sample, K ids of a row, H hidden size, V this rank's
-vocabulary rows, C rows of a chunk.
+Shape suffixes: N supervised positions of a micro-batch, P of one sample, K ids of a row, H hidden size, C positions of
+a chunk, M sums that metrics are made of.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from fusemega.errors import UserError
 from fusemega.fusion.targets import Tail, Targets, or_label
 from fusemega.fusion.teacher import Teacher, TeacherConfig
 from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
-from fusemega.losses.registry import ObjectiveSettings, TokenObjective, register
+from fusemega.losses.registry import Objective, ObjectiveSettings, register
+from fusemega.passes.answers import HiddenStates
+from fusemega.passes.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
     from fusemega.text.dataset import TokenizedDataset
@@ -61,7 +63,7 @@ class TaughtSettings(ObjectiveSettings):
     )
 
 
-class Taught(TokenObjective):
+class Taught(Objective[HiddenStates]):
     """lambda * cross-entropy on labels + (1 - lambda) * T^2 * cross-entropy on `targets`: the loss of this module.
 
     Args:
@@ -70,6 +72,7 @@ class Taught(TokenObjective):
     """
 
     terms = ("lm", "distill")
+    unit = "token"
 
     def __init__(self, settings: TaughtSettings, k: int) -> None:
         self.settings, self._k = settings, k
@@ -82,7 +85,7 @@ class Taught(TokenObjective):
             UserError: nothing is known and `on_missing` is error, or what there is does not fit the sample.
         """
 
-    def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
+    def position_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         """teacher_ids int64 [P, K] (-1: none), teacher_logp fp32 [P, K], teacher_log_residual fp32 [P], teacher_mask.
 
         Raises:
@@ -101,19 +104,14 @@ class Taught(TokenObjective):
             "teacher_mask": targets.mask_P,
         }
 
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
-        return {"lm": len(batch["labels"]), "distill": int(batch["teacher_mask"].sum())}
+    def counts(self, batch: MicroBatch) -> dict[str, int]:
+        return {"lm": len(batch.labels), "distill": int(batch.position_fields["teacher_mask"].sum())}
 
     def loss(
-        self,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        batch: Mapping[str, Any],
-        denominators: Mapping[str, Tensor | float],
-        head_kwargs: Mapping[str, Any],
+        self, output: HiddenStates, batch: MicroBatch, denominators: Mapping[str, Tensor | float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        settings = self.settings
-        p_NK, p_other_N = self._teacher(batch, torch.promote_types(hidden_NH.dtype, torch.float32))
+        settings, fields = self.settings, batch.position_fields
+        p_NK, p_other_N = self._teacher(fields, torch.promote_types(output.hidden_NH.dtype, torch.float32))
         lm_weight = settings.lambda_ / denominators["lm"]
         distill_weight = (1.0 - settings.lambda_) * settings.temperature**2 / denominators["distill"]
 
@@ -128,20 +126,20 @@ class Taught(TokenObjective):
             return lm_weight * ce_C + distill_weight * kd_C, torch.stack([ce_C, kd_C], dim=1)
 
         queries = [
-            Query(batch["labels"][:, None]),
-            Query(batch["teacher_ids"], settings.temperature, residual=p_other_N is not None),
+            Query(batch.labels[:, None]),
+            Query(fields["teacher_ids"], settings.temperature, residual=p_other_N is not None),
         ]
-        loss, sums_M = fused_token_loss(hidden_NH, weight_VH, queries, token_loss, **head_kwargs)
+        loss, sums_M = fused_token_loss(output.hidden_NH, output.weight_VH, queries, token_loss, **output.head)
         return loss, {"lm": sums_M[0], "distill": sums_M[1]}
 
-    def _teacher(self, batch: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    def _teacher(self, fields: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The row as probabilities [N, K], and that of all other ids [N] if it is kept; 0 where there is no row."""
-        mask_N = batch["teacher_mask"]
-        listed_NK = (batch["teacher_ids"] >= 0) & mask_N[:, None]
-        p_NK = torch.where(listed_NK, batch["teacher_logp"].to(dtype).exp(), 0.0)
+        mask_N = fields["teacher_mask"]
+        listed_NK = (fields["teacher_ids"] >= 0) & mask_N[:, None]
+        p_NK = torch.where(listed_NK, fields["teacher_logp"].to(dtype).exp(), 0.0)
         if self.settings.tail == "renormalise":
             return p_NK, None
-        return p_NK, torch.where(mask_N, batch["teacher_log_residual"].to(dtype).exp(), 0.0)
+        return p_NK, torch.where(mask_N, fields["teacher_log_residual"].to(dtype).exp(), 0.0)
 
 
 @register("distill")

@@ -6,7 +6,7 @@ FuseLLM (arXiv:2401.10491) and FuseChat (arXiv:2402.16107). The target's own ini
 others: a store that `fusemega teach` wrote with the model that training starts from. Which teacher counts how much is
 decided from the stores' own figures, outside the training step.
 
-Shapes: P supervised positions of a sample, J teachers.
+Shape suffixes: P supervised positions of a sample, J teachers.
 """
 
 from __future__ import annotations

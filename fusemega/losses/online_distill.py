@@ -10,7 +10,8 @@ of D itself, without lambda and without T^2. Forward KL has the gradient of `dis
 A teacher may have more vocabulary rows than the student, as models of one tokenizer pad differently: those rows name no
 token, and count nothing in p.
 
-Shape suffixes: N supervised positions of a micro-batch, H hidden size, V this rank's vocabulary rows.
+Shape suffixes: N supervised positions of a micro-batch, H a model's hidden size, V this rank's vocabulary rows, M sums
+that metrics are made of.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor
 
 from fusemega.checkpoint.open_model import ModelConfig, weights_hash
 from fusemega.logits.divergence import fused_divergence_loss
-from fusemega.losses.registry import ObjectiveSettings, OnlineObjective, TeacherOutput, register
+from fusemega.losses.registry import Objective, ObjectiveSettings, register
+from fusemega.passes.answers import HiddenStates
+from fusemega.passes.frozen import Request
+from fusemega.passes.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
     from fusemega.text.dataset import TokenizedDataset
-    from fusemega.text.sample import Sample
     from fusemega.text.tokenizer import Tokenizer
 
 
 @register("online_distill")
-class OnlineDistill(OnlineObjective):
+class OnlineDistill(Objective[HiddenStates]):
     """lambda * cross-entropy on labels + (1 - lambda) * T^2 * divergence from a teacher that runs in the same job."""
 
     class Settings(ObjectiveSettings):
@@ -55,45 +57,40 @@ class OnlineDistill(OnlineObjective):
             return teacher
 
     terms = ("lm", "distill")
+    unit = "token"
 
     def __init__(self, settings: OnlineDistill.Settings) -> None:
-        self.settings, self.teacher = settings, settings.teacher
+        self.settings = settings
+        self.frozen = {"teacher": Request(settings.teacher, "hidden")}
 
     @classmethod
     def build(cls, settings: OnlineDistill.Settings, tokenizer: Tokenizer, vocab_size: int) -> OnlineDistill:
         return cls(settings)
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
-        precision = self.teacher.model_dump(mode="json", exclude={"load", "trust_remote_code"})
-        return {"teacher": {"weights": weights_hash(self.teacher.load), **precision}}
+        teacher = self.settings.teacher
+        precision = teacher.model_dump(mode="json", exclude={"load", "trust_remote_code"})
+        return {"teacher": {"weights": weights_hash(teacher.load), **precision}}
 
-    def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
-        return {}
-
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
-        return dict.fromkeys(self.terms, len(batch["labels"]))
+    def counts(self, batch: MicroBatch) -> dict[str, int]:
+        return dict.fromkeys(self.terms, len(batch.labels))
 
     def loss(
-        self,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        teacher: TeacherOutput,
-        batch: Mapping[str, Any],
-        denominators: Mapping[str, Tensor | float],
-        head_kwargs: Mapping[str, Any],
+        self, output: HiddenStates, batch: MicroBatch, denominators: Mapping[str, Tensor | float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        settings = self.settings
+        settings, teacher = self.settings, batch.answers["teacher"]
+        assert isinstance(teacher, HiddenStates)
         loss, sums_M = fused_divergence_loss(
-            hidden_NH,
-            weight_VH,
-            teacher.hidden_NG,
-            teacher.weight_VG,
-            batch["labels"],
+            output.hidden_NH,
+            output.weight_VH,
+            teacher.hidden_NH,
+            teacher.weight_VH,
+            batch.labels,
             settings.divergence,
             temperature=settings.temperature,
             label_weight=settings.lambda_ / denominators["lm"],
             divergence_weight=(1.0 - settings.lambda_) * settings.temperature**2 / denominators["distill"],
-            teacher_softcap=teacher.softcap,
-            **head_kwargs,
+            teacher_softcap=teacher.head.get("softcap"),
+            **output.head,
         )
         return loss, {"lm": sums_M[0], "distill": sums_M[1]}

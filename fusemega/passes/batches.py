@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fusemega.files.output import on_main
-from fusemega.passes.forward import Batch
+from fusemega.passes.micro_batch import Fields, FieldShapes, MicroBatch, collate
 from fusemega.runtime.parallel import World
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import collate, context_part, deal, micro_batch_tokens, pack, padded
+from fusemega.text.packing import deal, micro_batch_tokens, pack, padded
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
-
-# An objective's arrays of one sample, one entry a supervised position.
-SampleFields = Callable[[Sample], Mapping[str, np.ndarray]]
-
-
-def no_fields(sample: Sample) -> Mapping[str, np.ndarray]:
-    """For passes that need tokens and labels only."""
-    return {}
 
 
 @dataclass(frozen=True)
@@ -61,18 +52,17 @@ class GlobalBatch:
         num_tokens: tokens of all samples on all ranks, padding not counted.
     """
 
-    micro_batches: list[Batch]
+    micro_batches: list[MicroBatch]
     samples: list[list[Sample]]
     num_tokens: int
 
     def on(self, device: torch.device) -> GlobalBatch:
         """The same with its tensors on `device`; the host does not wait for the copies."""
-        moved = [{name: _on(value, device) for name, value in batch.items()} for batch in self.micro_batches]
-        return replace(self, micro_batches=moved)
+        return replace(self, micro_batches=[batch.to(device) for batch in self.micro_batches])
 
 
 def global_batch(
-    dataset: TokenizedDataset, ids: Sequence[int] | np.ndarray, fields: SampleFields, shape: RowShape, world: World
+    dataset: TokenizedDataset, ids: Sequence[int] | np.ndarray, fields: Fields, shape: RowShape, world: World
 ) -> GlobalBatch:
     """Pack the samples `ids`, deal the rows over data parallelism and collate this rank's part.
 
@@ -83,15 +73,15 @@ def global_batch(
     bins = pack(places, shape.seq_length, shape.packing)
     hands = deal(bins, lengths, world.dp_size, shape.micro_batch_size, world.layout.micro_batch_multiple)
     micro_batches, samples = [], []
-    like = fields(dataset[0])
+    like = FieldShapes.of(fields, [dataset[0]])
     hand = hands[world.dp_rank]
     for bins, tokens in zip(hand, micro_batch_tokens(hand, places, shape.unit, world.pp_size > 1), strict=True):
-        rows = [[dataset[int(ids[i])] for i in row] for row in bins]
-        batch = collate(rows, fields, tokens, shape.pad_id, like, multiple)
+        groups = [[dataset[int(ids[i])]] for row in bins for i in row]
+        batch = collate(groups, fields, tokens, shape.pad_id, like, multiple)
         if world.cp_size > 1:
-            batch = context_part(batch, like, world.cp_rank, world.cp_size)
-        micro_batches.append(_pinned(batch) if world.device.type == "cuda" else batch)
-        samples.append([sample for row in rows for sample in row])
+            batch = batch.context_part(world.cp_rank, world.cp_size)
+        micro_batches.append(batch.pinned() if world.device.type == "cuda" else batch)
+        samples.append([sample for group in groups for sample in group])
     return GlobalBatch(micro_batches, samples, int(lengths.sum()))
 
 
@@ -100,7 +90,7 @@ class TrainingData:
     """The batches of a training run, by iteration: a pure function of the data, the seed and the iteration."""
 
     dataset: TokenizedDataset
-    fields: SampleFields
+    fields: Fields
     shape: RowShape
     global_batch_size: int
     seed: int
@@ -130,11 +120,3 @@ def prepare_together(
 
     on_main(world, build)
     return prepare(config, tokenizer, cache, vocab_size=vocab_size)
-
-
-def _pinned(batch: Batch) -> Batch:
-    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

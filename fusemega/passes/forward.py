@@ -1,12 +1,12 @@
-"""One micro-batch through a Megatron model, up to the rows of hidden states that a loss asks for.
+"""One micro-batch through a Megatron model, up to the hidden states or log-probabilities that a loss asks for.
 
-Shapes: T tokens of the packed row, N positions whose next token is supervised, H hidden size. Under context parallelism
-both are this rank's, except where said.
+Shape suffixes: T tokens of the packed row, N supervised positions, S sequences, H hidden size. Under context
+parallelism T and N are this rank's, except where said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,34 +19,34 @@ from megatron.core.tensor_parallel import (
 )
 
 from fusemega.logits.vocab import Query, sparse_log_probs
-from fusemega.losses.registry import Objective, OnlineObjective, SequenceObjective, TokenObjective
 from fusemega.models.build import GPT
+from fusemega.passes.answers import HiddenStates
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.runtime.context_parallel import sum_over_context
 from fusemega.runtime.parallel import World
 from fusemega.runtime.segments import known
 
-Batch = dict[str, Any]
 # (hidden_NH, batch) -> (scalar loss, what the schedule collects for this micro-batch)
-LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, Any]]
+LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, Any]]
 
 
-def supervised_hidden(hidden_S1H: torch.Tensor, positions_N: torch.Tensor, world: World) -> torch.Tensor:
+def supervised_hidden(hidden_T1H: torch.Tensor, positions_N: torch.Tensor, world: World) -> torch.Tensor:
     """Rows of the last stage's output that predict supervised tokens, [N, H], the same on each TP rank.
 
     Backward sums the TP ranks' partial gradients (reduce-scatters them under sequence parallelism), as the
     vocabulary kernel expects. Rows are picked first, so only they travel, except under sequence parallelism.
     """
     if world.sequence_parallel:
-        hidden_S1H = gather_from_sequence_parallel_region(
-            hidden_S1H, tensor_parallel_output_grad=True, group=world.tp_group
+        hidden_T1H = gather_from_sequence_parallel_region(
+            hidden_T1H, tensor_parallel_output_grad=True, group=world.tp_group
         )
-        return hidden_S1H[positions_N, 0]
-    return copy_to_tensor_model_parallel_region(hidden_S1H[positions_N, 0], group=world.tp_group)
+        return hidden_T1H[positions_N, 0]
+    return copy_to_tensor_model_parallel_region(hidden_T1H[positions_N, 0], group=world.tp_group)
 
 
 def run_schedule(
     chunks: Sequence[torch.nn.Module],
-    micro_batches: Sequence[Batch],
+    micro_batches: Sequence[MicroBatch],
     loss_function: LossFunction,
     world: World,
     *,
@@ -65,12 +65,12 @@ def run_schedule(
         What `loss_function` collected, a list over micro-batches; empty except on the last stage.
     """
 
-    def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        output = chunk(batch["tokens"], batch["position_ids"], None, packed_seq_params=_packed(batch))
+        output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=_packed(batch))
 
-        def loss(hidden_S1H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-            value, collected = loss_function(supervised_hidden(hidden_S1H, batch["positions"], world), batch)
+        def loss(hidden_T1H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            value, collected = loss_function(supervised_hidden(hidden_T1H, batch.positions, world), batch)
             # The middle value is Megatron's token count; ours are in the loss already.
             return value, torch.zeros((), dtype=torch.int, device=world.device), collected
 
@@ -81,7 +81,7 @@ def run_schedule(
         data_iterator=[iter(micro_batches) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0]["tokens"].size(1) * world.cp_size,
+        seq_length=micro_batches[0].tokens.size(1) * world.cp_size,
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -93,31 +93,21 @@ def head_settings(gpt: GPT, world: World) -> dict[str, Any]:
     return {"group": world.tp_group, "vocab_size": gpt.vocab_size}
 
 
-def objective_loss(
-    objective: Objective,
-    gpt: GPT,
-    hidden_NH: torch.Tensor,
-    batch: Batch,
-    denominators: Mapping[str, torch.Tensor | float],
-    world: World,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A micro-batch's part of the loss, and of each term's sum: see `TokenObjective.loss`. Only on the last stage.
+def hidden_states(gpt: GPT, hidden_NH: torch.Tensor, world: World) -> HiddenStates:
+    """A model's final hidden states with its own head. Only on the last stage."""
+    return HiddenStates(hidden_NH, gpt.head_weight(), head_settings(gpt, world))
 
-    For an online objective the batch holds what `OnlineTeacher.teach` adds to it.
-    For a sequence objective, collective over context parallelism: each of its ranks gets the whole value.
+
+def sequence_log_probs(states: HiddenStates, batch: MicroBatch, world: World) -> torch.Tensor:
+    """[S]: the log-probability of each sequence's supervised tokens, summed; differentiable.
+
+    Collective over context parallelism: each of its ranks gets the sums over all tokens, and passes the gradient to
+    its own tokens alone.
     """
-    if isinstance(objective, TokenObjective):
-        return objective.loss(hidden_NH, gpt.head_weight(), batch, denominators, head_settings(gpt, world))
-    if isinstance(objective, OnlineObjective):
-        teacher, head = batch["teacher"], head_settings(gpt, world)
-        return objective.loss(hidden_NH, gpt.head_weight(), teacher, batch, denominators, head)
-    assert isinstance(objective, SequenceObjective)
-    labels = Query(batch["labels"][:, None])
-    logp_N = sparse_log_probs(hidden_NH, gpt.head_weight(), labels, **head_settings(gpt, world)).logp_TK[:, 0]
-    logp_S = logp_N.new_zeros(len(batch["sequence_tokens"])).index_add(0, batch["sequences"], logp_N)
-    if world.cp_size > 1:
-        logp_S = sum_over_context(logp_S, world.cp_group)
-    return objective.loss(logp_S, batch, denominators)
+    query = Query(batch.labels[:, None])
+    logp_N = sparse_log_probs(states.hidden_NH, states.weight_VH, query, **states.head).logp_TK[:, 0]
+    logp_S = logp_N.new_zeros(len(batch.sequence_tokens)).index_add(0, batch.sequences, logp_N)
+    return sum_over_context(logp_S, world.cp_group) if world.cp_size > 1 else logp_S
 
 
 def total_over_ranks(
@@ -137,25 +127,25 @@ def total_over_ranks(
     return total
 
 
-def whole_positions(part: torch.Tensor, batch: Batch, world: World) -> torch.Tensor:
+def whole_positions(part: torch.Tensor, batch: MicroBatch, world: World) -> torch.Tensor:
     """Values of all supervised positions [N of the whole micro-batch, ...] from each rank's own. Collective over CP."""
-    if world.cp_size == 1:
+    if batch.kept is None:
         return part
-    whole = part.new_zeros(batch["num_positions"], *part.shape[1:])
-    whole[batch["kept"]] = part
+    whole = part.new_zeros(batch.num_positions, *part.shape[1:])
+    whole[batch.kept] = part
     dist.all_reduce(whole, group=world.cp_group)  # every position is one rank's; the others add 0
     return whole
 
 
-def _packed(batch: Batch) -> PackedSeqParams:
-    bounds, longest = known(batch["cu_seqlens"], batch["bounds"]), batch["max_seqlen"]
+def _packed(batch: MicroBatch) -> PackedSeqParams:
+    bounds, longest, is_part = known(batch.cu_seqlens, batch.bounds), batch.max_seqlen, batch.kept is not None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
         # Transformer Engine asks for these under context parallelism; here padding is part of its segment.
-        cu_seqlens_q_padded=bounds if "kept" in batch else None,
-        cu_seqlens_kv_padded=bounds if "kept" in batch else None,
+        cu_seqlens_q_padded=bounds if is_part else None,
+        cu_seqlens_kv_padded=bounds if is_part else None,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

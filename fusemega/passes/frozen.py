@@ -1,32 +1,48 @@
-"""A frozen model beside the one in training, in the same layout: opened, built, and run before each step.
+"""Frozen models beside the one in training, in the same layout: opened, built, and asked before each step.
 
-It has no optimizer and no gradients, takes no part in checkpoints or exports, and is read from its folder again when a
-run resumes. Of each micro-batch the last stage keeps the hidden states of supervised positions, until the step ends.
+They have no optimizer and no gradients, take no part in checkpoints or exports, and are read from their folders again
+when a run resumes. Of each micro-batch the last stage keeps what was asked for until the step ends: hidden states of
+supervised positions, or one number a sequence.
 
-Shapes: N supervised positions of a micro-batch, G the teacher's hidden size, V this rank's vocabulary rows.
+Shape suffixes: N supervised positions of a micro-batch, S sequences, H the frozen model's hidden size, V this rank's
+rows of an output weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from fusemega.checkpoint.open_model import ModelConfig, ModelSource
 from fusemega.errors import UserError
-from fusemega.losses.registry import TeacherOutput
 from fusemega.models.build import GPT
-from fusemega.passes.forward import Batch, head_settings, run_schedule
+from fusemega.passes.answers import Answer, HiddenStates, Wants
+from fusemega.passes.forward import head_settings, run_schedule, sequence_log_probs
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
 
 
-def open_teacher(
-    config: ModelConfig, parallel: ParallelConfig, world_size: int, student: ModelSource, key: str = "objective.teacher"
+@dataclass(frozen=True)
+class Request:
+    """A frozen model that an objective asks.
+
+    Attributes:
+        model: which; of the tokenizer of the model in training, and of its vocabulary or a larger one.
+        wants: what of it.
+    """
+
+    model: ModelConfig
+    wants: Wants
+
+
+def open_frozen(
+    config: ModelConfig, parallel: ParallelConfig, world_size: int, trained: ModelSource, key: str
 ) -> ModelSource:
-    """The teacher of `student`, checked; nothing is allocated yet.
+    """A frozen model beside `trained`, checked; nothing is allocated yet.
 
     Args:
         key: what names it in the run file.
@@ -38,57 +54,75 @@ def open_teacher(
         source = ModelSource(config, parallel, world_size)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    found, wanted = source.tokenizer.content_hash, student.tokenizer.content_hash
+    found, wanted = source.tokenizer.content_hash, trained.tokenizer.content_hash
     if found != wanted:
         raise UserError(
-            f"{key}: {config.load} has another tokenizer than {student.config.load} ({found[:12]}, {wanted[:12]}); "
+            f"{key}: {config.load} has another tokenizer than {trained.config.load} ({found[:12]}, {wanted[:12]}); "
             "allowed: a model of the same one"
         )
-    if source.vocab_size < student.vocab_size:
+    if source.vocab_size < trained.vocab_size:
         raise UserError(
-            f"{key}: {config.load} has a vocabulary of {source.vocab_size}, and {student.config.load} one of "
-            f"{student.vocab_size}: its last ids would have no probability; allowed: as many, or more"
+            f"{key}: {config.load} has a vocabulary of {source.vocab_size}, and {trained.config.load} one of "
+            f"{trained.vocab_size}: its last ids would have no probability; allowed: as many, or more"
         )
     return source
 
 
 @dataclass(frozen=True)
-class OnlineTeacher:
-    """What one process holds of it. `weight_VG` is on the last stage: the rows of the student's ids there."""
+class FrozenModel:
+    """What one process holds of a frozen model.
+
+    Attributes:
+        wants: what is asked of it.
+        weight_VH: on the last stage: its output weight's rows for the ids that the trained model has on this rank.
+        vocab_size: the trained model's: rows beyond it name no token, and count nothing.
+    """
 
     gpt: GPT
     world: World
-    weight_VG: torch.Tensor | None
+    wants: Wants
+    weight_VH: torch.Tensor | None
+    vocab_size: int
 
     @classmethod
-    def build(cls, source: ModelSource, student: GPT, world: World) -> OnlineTeacher:
-        """With its weights, in the student's layout. Collective."""
+    def build(cls, source: ModelSource, wants: Wants, trained: GPT, world: World) -> FrozenModel:
+        """With its weights, in the layout of `trained`. Collective."""
         gpt = source.build(world).requires_grad_(False).eval()
-        weight_VG = _same_rows(gpt.head_weight(), student.head_weight(), world) if world.is_last_stage else None
-        return cls(gpt, world, weight_VG)
+        weight_VH = _same_rows(gpt.head_weight(), trained.head_weight(), world) if world.is_last_stage else None
+        return cls(gpt, world, wants, weight_VH, trained.vocab_size)
 
     @torch.no_grad()
-    def teach(self, micro_batches: Sequence[Batch]) -> list[Batch]:
-        """The micro-batches, with `TeacherOutput` under "teacher" on the last stage. Collective."""
+    def ask(self, micro_batches: Sequence[MicroBatch]) -> list[Answer]:
+        """What it says of each micro-batch; empty except on the last stage. Collective."""
 
-        def keep(hidden_NG: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            return hidden_NG.new_zeros(()), hidden_NG
+        def keep(hidden_NH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Answer]:
+            assert self.weight_VH is not None
+            head = {**head_settings(self.gpt, self.world), "vocab_size": self.vocab_size}
+            states = HiddenStates(hidden_NH, self.weight_VH, head)
+            kept = states if self.wants == "hidden" else sequence_log_probs(states, batch, self.world)
+            return hidden_NH.new_zeros(()), kept
 
-        hidden = run_schedule(list(self.gpt.chunks), micro_batches, keep, self.world, forward_only=True)
-        if self.weight_VG is None:
-            return list(micro_batches)
-        softcap = head_settings(self.gpt, self.world).get("softcap")
-        return [
-            {**batch, "teacher": TeacherOutput(hidden_NG, self.weight_VG, softcap)}
-            for batch, hidden_NG in zip(micro_batches, hidden, strict=True)
-        ]
+        return run_schedule(list(self.gpt.chunks), micro_batches, keep, self.world, forward_only=True)
 
 
-def _same_rows(weight_VG: torch.Tensor, student_VH: torch.Tensor, world: World) -> torch.Tensor:
-    """The teacher's head, cut over the tensor-parallel ranks as the student's is. Collective over them."""
-    rows = len(student_VH)
-    if world.tp_size == 1 or len(weight_VG) == rows:
-        return weight_VG.detach()[:rows]
-    parts = [torch.empty_like(weight_VG) for _ in range(world.tp_size)]
-    dist.all_gather(parts, weight_VG.detach(), group=world.tp_group)
+def ask_all(models: Mapping[str, FrozenModel], micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The micro-batches, on the last stage with what each of the models says in `answers`. Collective."""
+    asked = list(micro_batches)
+    for name, model in models.items():
+        answers = model.ask(micro_batches)
+        if answers:
+            asked = [
+                replace(batch, answers={**batch.answers, name: answer})
+                for batch, answer in zip(asked, answers, strict=True)
+            ]
+    return asked
+
+
+def _same_rows(weight_VH: torch.Tensor, trained_VH: torch.Tensor, world: World) -> torch.Tensor:
+    """The frozen model's head, cut over the tensor-parallel ranks as the trained one's. Collective over them."""
+    rows = len(trained_VH)
+    if world.tp_size == 1 or len(weight_VH) == rows:
+        return weight_VH.detach()[:rows]
+    parts = [torch.empty_like(weight_VH) for _ in range(world.tp_size)]
+    dist.all_gather(parts, weight_VH.detach(), group=world.tp_group)
     return torch.cat(parts)[world.tp_rank * rows :][:rows].clone()

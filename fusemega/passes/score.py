@@ -1,19 +1,21 @@
 """A model over a data set, forward only: what evaluation during training, `eval` and `teach` share.
 
-Shapes: N supervised positions of a micro-batch, H hidden size.
+Shape suffixes: N supervised positions of a micro-batch, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fusemega.models.build import GPT
-from fusemega.passes.batches import GlobalBatch, RowShape, global_batch, no_fields
-from fusemega.passes.forward import Batch, run_schedule
-from fusemega.passes.frozen import OnlineTeacher
+from fusemega.passes.batches import GlobalBatch, RowShape, global_batch
+from fusemega.passes.forward import run_schedule
+from fusemega.passes.frozen import FrozenModel, ask_all
+from fusemega.passes.micro_batch import Fields, MicroBatch
 from fusemega.passes.prefetch import Prefetch
 from fusemega.runtime.parallel import World
 from fusemega.text.dataset import TokenizedDataset
@@ -23,7 +25,7 @@ from fusemega.text.sample import Sample
 ROWS_PER_PASS = 16
 
 # (hidden_NH, batch, samples) -> whatever the pass collects on the last stage
-ScoreFunction = Callable[[torch.Tensor, Batch, Sequence[Sample]], Any]
+ScoreFunction = Callable[[torch.Tensor, MicroBatch, Sequence[Sample]], Any]
 
 
 @torch.no_grad()
@@ -35,14 +37,14 @@ def score_samples(
     score: ScoreFunction,
     world: World,
     advance: Callable[[int], None] | None = None,
-    teacher: OnlineTeacher | None = None,
+    frozen: Mapping[str, FrozenModel] = MappingProxyType({}),
 ) -> Iterator[tuple[int, list[Any]]]:
     """`score` of every micro-batch of the samples `ids`, pass by pass.
 
     Args:
         advance: told on every rank, as this rank takes up a micro-batch, of about how many tokens the one before it
             was on all data-parallel ranks; and at a pass's end of the rest, so that all calls add up to all tokens.
-        teacher: runs over each pass's micro-batches first; `score` finds its `TeacherOutput` under "teacher".
+        frozen: run over each pass's micro-batches first; `score` finds what they say in the batch's `answers`.
 
     Yields:
         (samples done so far on all ranks, what `score` returned for this rank's micro-batches of the pass; empty except
@@ -55,7 +57,7 @@ def score_samples(
     parts = [ordered[start : start + per_pass] for start in range(0, len(ordered), per_pass)]
 
     def build(number: int) -> GlobalBatch:
-        return global_batch(dataset, parts[number], no_fields, shape, world)
+        return global_batch(dataset, parts[number], Fields(), shape, world)
 
     done = 0
     with Prefetch(build, world.device, len(parts)) as batches:
@@ -64,12 +66,12 @@ def score_samples(
             samples = iter(batch.samples)
 
             def loss(
-                hidden_NH: torch.Tensor, micro: Batch, samples: Iterator[list[Sample]] = samples
+                hidden_NH: torch.Tensor, micro: MicroBatch, samples: Iterator[list[Sample]] = samples
             ) -> tuple[torch.Tensor, Any]:
                 return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
 
             done += len(part)
-            micro_batches = batch.micro_batches if teacher is None else teacher.teach(batch.micro_batches)
+            micro_batches = ask_all(frozen, batch.micro_batches)
             if advance is not None:
                 micro_batches = _Counted(micro_batches, int(dataset.lengths[part].sum()), advance)
             collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True)
@@ -78,14 +80,14 @@ def score_samples(
             yield done, collected
 
 
-class _Counted(list[Batch]):
+class _Counted(list[MicroBatch]):
     """Micro-batches that tell how far a pass is as they are taken, in equal shares of its tokens."""
 
-    def __init__(self, micro_batches: Sequence[Batch], tokens: int, advance: Callable[[int], None]) -> None:
+    def __init__(self, micro_batches: Sequence[MicroBatch], tokens: int, advance: Callable[[int], None]) -> None:
         super().__init__(micro_batches)
         self._tokens, self._told, self._taken, self._advance = tokens, 0, 0, advance
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         """For each chunk of layers that the rank holds, the schedule takes all of them."""
         for number, batch in enumerate(super().__iter__()):
             if number > self._taken:

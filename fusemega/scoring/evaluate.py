@@ -17,7 +17,7 @@ from fusemega.files.lock import locked
 from fusemega.files.output import check_output_file, on_main
 from fusemega.models.build import GPT
 from fusemega.passes.batches import prepare_together
-from fusemega.passes.frozen import OnlineTeacher, open_teacher
+from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.parallel import World, environment_rank, initialize
 from fusemega.scoring.evaluation import Evaluation, evaluate_model
 from fusemega.scoring.run import PassRun
@@ -52,11 +52,11 @@ class Scorer:
         reference = None
         if run.reference is not None:
             ranks = environment_rank()[1]
-            reference = open_teacher(run.reference, run.parallel, ranks, self._source, key="reference")
+            reference = open_frozen(run.reference, run.parallel, ranks, self._source, key="reference")
         self.world = initialize(run.parallel)
         self._run, self._reference_source = run, reference
         self._gpt: GPT | None = None
-        self._reference: OnlineTeacher | None = None
+        self._reference: FrozenModel | None = None
 
     def score(self, data: DataConfig) -> Evaluation:
         """Of `data`; a `Comparison` where there is a reference. Every rank gets it.
@@ -69,7 +69,7 @@ class Scorer:
         if self._gpt is None:
             self._gpt = source.build(world)
             if self._reference_source is not None:
-                self._reference = OnlineTeacher.build(self._reference_source, self._gpt, world)
+                self._reference = FrozenModel.build(self._reference_source, "hidden", self._gpt, world)
         return evaluate_model(self._gpt, dataset, self._run.row_shape(source), world, self._reference)
 
 

@@ -3,7 +3,7 @@
 And how far it is from another model of its tokenizer, over the whole vocabulary: labels say what one author wrote, and
 not what else would have done.
 
-Shapes: N supervised positions of a micro-batch, H hidden size.
+Shape suffixes: N supervised positions of a micro-batch, H hidden size.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from fusemega.config import Section
 from fusemega.logits.divergence import compared_sums
 from fusemega.logits.vocab import Query, sparse_log_probs
-from fusemega.losses.registry import TeacherOutput
 from fusemega.models.build import GPT
+from fusemega.passes.answers import HiddenStates
 from fusemega.passes.batches import RowShape
-from fusemega.passes.forward import Batch, head_settings, total_over_ranks
-from fusemega.passes.frozen import OnlineTeacher
+from fusemega.passes.forward import hidden_states, total_over_ranks
+from fusemega.passes.frozen import FrozenModel
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.passes.score import score_samples
 from fusemega.runtime.parallel import World
 from fusemega.text.data import DataConfig
@@ -75,32 +76,33 @@ class Comparison(Evaluation):
 
 
 def evaluate_model(
-    gpt: GPT, dataset: TokenizedDataset, shape: RowShape, world: World, reference: OnlineTeacher | None = None
+    gpt: GPT, dataset: TokenizedDataset, shape: RowShape, world: World, reference: FrozenModel | None = None
 ) -> Evaluation:
     """Score every sample. Leaves the model in evaluation mode. Collective; every rank gets the result.
 
     Args:
-        reference: then the result is a `Comparison` with it.
+        reference: of which hidden states are wanted; then the result is a `Comparison` with it.
     """
 
-    def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> torch.Tensor:
+    def score(hidden_NH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample]) -> torch.Tensor:
         # Of a sample that context-parallel ranks share, each has its own tokens, and one counts the bytes.
         num_bytes = sum(sample.num_bytes for sample in samples) if world.cp_rank == 0 else 0
+        own = hidden_states(gpt, hidden_NH, world)
         if reference is None:
-            rows = sparse_log_probs(
-                hidden_NH, gpt.head_weight(), Query(batch["labels"][:, None]), **head_settings(gpt, world)
-            )
+            rows = sparse_log_probs(own.hidden_NH, own.weight_VH, Query(batch.labels[:, None]), **own.head)
             sums = rows.logp_TK.double().sum()[None]
         else:
-            other: TeacherOutput = batch["teacher"]
+            other = batch.answers["reference"]
+            assert isinstance(other, HiddenStates)
             sums = compared_sums(
-                *(hidden_NH, gpt.head_weight(), other.hidden_NG, other.weight_VG, batch["labels"]),
-                teacher_softcap=other.softcap,
-                **head_settings(gpt, world),
+                *(own.hidden_NH, own.weight_VH, other.hidden_NH, other.weight_VH, batch.labels),
+                teacher_softcap=other.head.get("softcap"),
+                **own.head,
             )
-        return torch.cat([sums.new_tensor([len(batch["labels"]), num_bytes]), sums])
+        return torch.cat([sums.new_tensor([len(batch.labels), num_bytes]), sums])
 
-    passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world, teacher=reference)
+    frozen = {} if reference is None else {"reference": reference}
+    passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world, frozen=frozen)
     collected = [values for _, part in passes for values in part]
     size = 3 if reference is None else 5
     total = total_over_ranks(collected, size, world, world.dp_cp_group).tolist()

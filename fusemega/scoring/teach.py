@@ -1,8 +1,8 @@
 """`fusemega teach`: a teacher's distribution at every supervised position, as its k most probable tokens or as draws
 from it, into a sample store.
 
-Shapes: N supervised positions of a micro-batch, M of this rank's under context parallelism, P of one sample, H hidden
-size, K ids kept a position, S draws.
+Shape suffixes: N supervised positions of a micro-batch, M of this rank's under context parallelism, P of one sample,
+H hidden size, K ids kept a position, S draws.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from fusemega.logits.sampled import count_draws, sample_ids, uniforms
 from fusemega.logits.topk import top_k_log_probs
 from fusemega.models.build import GPT
 from fusemega.passes.batches import prepare_together
-from fusemega.passes.forward import Batch, head_settings, whole_positions
+from fusemega.passes.forward import head_settings, whole_positions
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.passes.progress import progress
 from fusemega.passes.score import score_samples
 from fusemega.runtime.console import say
@@ -105,7 +106,7 @@ def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
             say(f"teaching {len(missing)} samples; {len(first) - len(missing)} are in {folder} already{repeated}")
         writes = world.tp_rank == 0 and world.cp_rank == 0 and world.is_last_stage
 
-        def score(hidden_NH: torch.Tensor, batch: Batch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
+        def score(hidden_NH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
             rows = _top_k_rows if run.rows == "top_k" else _sampled_rows
             columns_N = rows(run, gpt, hidden_NH, batch, samples, world)
             whole = [whole_positions(column, batch, world) for column in columns_N]
@@ -128,23 +129,23 @@ Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # as `t
 
 
 def _top_k_rows(
-    run: TeachRun, gpt: GPT, hidden_MH: torch.Tensor, batch: Batch, samples: Sequence[Sample], world: World
+    run: TeachRun, gpt: GPT, hidden_MH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample], world: World
 ) -> Columns:
     head, settings = gpt.head_weight(), head_settings(gpt, world)
-    return top_k_log_probs(hidden_MH, head, run.top_k, batch["labels"], temperature=run.temperature, **settings)
+    return top_k_log_probs(hidden_MH, head, run.top_k, batch.labels, temperature=run.temperature, **settings)
 
 
 def _sampled_rows(
-    run: TeachRun, gpt: GPT, hidden_MH: torch.Tensor, batch: Batch, samples: Sequence[Sample], world: World
+    run: TeachRun, gpt: GPT, hidden_MH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample], world: World
 ) -> Columns:
     parts = [uniforms(run.seed, sample.key, len(sample.positions), run.num_samples) for sample in samples]
     uniforms_NS = np.concatenate([np.empty((0, run.num_samples)), *parts])
-    uniforms_MS = torch.from_numpy(uniforms_NS).to(hidden_MH.device)[batch.get("kept", slice(None))]
+    uniforms_MS = torch.from_numpy(uniforms_NS).to(hidden_MH.device)[slice(None) if batch.kept is None else batch.kept]
     draws_MS, label_logp_M = sample_ids(
         hidden_MH,
         gpt.head_weight(),
         uniforms_MS,
-        batch["labels"],
+        batch.labels,
         temperature=run.temperature,
         **head_settings(gpt, world),
     )

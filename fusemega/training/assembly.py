@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fusemega import __version__
 from fusemega.checkpoint.megatron_folder import RunCheckpoint, describe_run
@@ -17,9 +18,9 @@ from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import check_writable, on_main, write_durably
 from fusemega.hf.loadable import closing_id, settle
-from fusemega.losses.registry import Objective, OnlineObjective, build_objective
+from fusemega.losses.registry import Objective, build_objective
 from fusemega.passes.batches import RowShape, TrainingData, prepare_together
-from fusemega.passes.frozen import OnlineTeacher, open_teacher
+from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
@@ -46,8 +47,8 @@ class Checked:
 
     run: TrainRun
     source: ModelSource
-    objective: Objective
-    teacher: ModelSource | None
+    objective: Objective[Any]
+    frozen: dict[str, ModelSource]
 
     @classmethod
     def of(cls, run: TrainRun, world_size: int) -> Checked:
@@ -62,11 +63,11 @@ class Checked:
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
-        teacher = None
-        if isinstance(objective, OnlineObjective):
-            teacher = open_teacher(objective.teacher, run.parallel, world_size, source)
-            teacher.note_length(run.data.seq_length)
-        return cls(run, source, objective, teacher)
+        frozen = {}
+        for name, request in objective.frozen.items():
+            frozen[name] = open_frozen(request.model, run.parallel, world_size, source, f"objective.{name}")
+            frozen[name].note_length(run.data.seq_length)
+        return cls(run, source, objective, frozen)
 
     def prepared(self, data: DataConfig) -> TokenizedDataset:
         """Text as samples for this run, from the cache or tokenized into it. One process.
@@ -100,16 +101,17 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     checked.objective.check_data(dataset)
     training, unit = run.training, run.model.row_unit(run.parallel)
     shape = RowShape(run.data.seq_length, training.micro_batch_size, training.packing, checked.source.pad_id, unit)
-    data = TrainingData(
-        dataset, checked.objective.sample_fields, shape, run.training.global_batch_size, run.training.seed, world
-    )
+    data = TrainingData(dataset, checked.objective, shape, run.training.global_batch_size, run.training.seed, world)
     held_out = None
     if run.evaluation is not None:
         held_out = prepare_together(
             run.evaluation.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world
         )
     gpt = checked.source.build(world, run.training.recompute())
-    teacher = None if checked.teacher is None else OnlineTeacher.build(checked.teacher, gpt, world)
+    frozen = {
+        name: FrozenModel.build(source, checked.objective.frozen[name].wants, gpt, world)
+        for name, source in checked.frozen.items()
+    }
     content = content_of(checked.source, checked.objective, dataset, held_out, world)
     chats = _closes_turns(tokenizer, dataset)
     describe = partial(
@@ -120,7 +122,7 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
         chats=chats,
         chat_template=None if run.data.chat_template is None else tokenizer.chat_template,
     )
-    trainer = Trainer.create(run, world, gpt, checked.objective, data, teacher)
+    trainer = Trainer.create(run, world, gpt, checked.objective, data, frozen)
     scored = HeldOut(run.evaluation, held_out, str(content["held_out"]))
     checkpoints = Checkpoints(run, world, scored, content=content, describe=describe)
     # A new one is added here. Metrics come after what adds to them, and before what may take long.

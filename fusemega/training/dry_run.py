@@ -47,7 +47,7 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     start = f"resumes after iteration {read_state(newest)['iteration']}" if newest else "starts from the loaded weights"
     lines = {
         "model": _in_words(checked.source),
-        **({} if checked.teacher is None else {"teacher": _in_words(checked.teacher)}),
+        **{name: _in_words(source) for name, source in checked.frozen.items()},
         "layout": f"{world_size} process(es): {parallel} x DP {dp}",
         "data": f"{named}; {dataset.in_words()}",
         **({} if held_out is None else {"held out": held_out.in_words()}),
@@ -60,8 +60,7 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     summary = "\n".join(f"{name:<10} {value}" for name, value in lines.items())
     reads = "\n\n".join(
         f"weights of {source.config.load}, read by each of {dp} data-parallel replica(s):\n{table(source.plan_reads())}"
-        for source in (checked.source, checked.teacher)
-        if source is not None
+        for source in (checked.source, *checked.frozen.values())
     )
     return f"{summary}\n\n{reads}\n{NOTHING_DONE} but the cache of tokenized data"
 

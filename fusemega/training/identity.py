@@ -26,7 +26,7 @@ _SHARDED = "use_distributed_optimizer"
 
 def content_of(
     source: ModelSource,
-    objective: Objective,
+    objective: Objective[Any],
     dataset: TokenizedDataset,
     held_out: TokenizedDataset | None,
     world: World,

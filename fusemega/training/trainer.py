@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
+from types import MappingProxyType, TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fusemega.errors import UserError
 from fusemega.files.output import disk_errors
+from fusemega.losses.apply import objective_loss
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
 from fusemega.passes.batches import GlobalBatch, TrainingData
-from fusemega.passes.forward import Batch, objective_loss, run_schedule, total_over_ranks
-from fusemega.passes.frozen import OnlineTeacher
+from fusemega.passes.forward import run_schedule, total_over_ranks
+from fusemega.passes.frozen import FrozenModel, ask_all
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.passes.prefetch import Prefetch
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
@@ -51,10 +53,10 @@ class Trainer:
     ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    objective: Objective
+    objective: Objective[Any]
     data: TrainingData
     train_iters: int
-    teacher: OnlineTeacher | None = None
+    frozen: Mapping[str, FrozenModel] = field(default_factory=dict)
     iteration: int = 0
     callbacks: list[Callback] = field(default_factory=list)
     batches: Prefetch[GlobalBatch] = field(init=False, repr=False)
@@ -69,15 +71,15 @@ class Trainer:
         run: TrainRun,
         world: World,
         gpt: GPT,
-        objective: Objective,
+        objective: Objective[Any],
         data: TrainingData,
-        teacher: OnlineTeacher | None = None,
+        frozen: Mapping[str, FrozenModel] = MappingProxyType({}),
     ) -> Trainer:
         """Wrap the model; nothing hangs on its steps yet."""
         train_iters = run.training.iterations(len(data.dataset))
         ddp, optimizer = wrap(gpt, run.optimizer)
         scheduler = schedule(optimizer, run.optimizer, train_iters)
-        return cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, teacher)
+        return cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, frozen)
 
     def fit(self) -> int:
         """Train to the last iteration, or until a callback ends the run, with checkpoints on the way and at the end.
@@ -131,11 +133,9 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        micro_batches = batches.micro_batches
-        if self.teacher is not None:
-            micro_batches = self.teacher.teach(micro_batches)
+        micro_batches = ask_all(self.frozen, batches.micro_batches)
 
-        def loss_function(hidden_NH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        def loss_function(hidden_NH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
             loss, sums = objective_loss(self.objective, self.gpt, hidden_NH, batch, denominators, self.world)
             return loss, torch.stack([loss.detach().double(), *(sums[term].double() for term in self.objective.terms)])
 
@@ -157,7 +157,7 @@ class Trainer:
         if not math.isfinite(grad_norm):
             raise UserError(
                 f"iteration {self.iteration + 1}: the gradient norm is {grad_norm}, though the loss is {loss:.4g}; "
-                f"samples: {_listed([key.hex() for batch in micro_batches for key in batch['keys']])}"
+                f"samples: {_listed([key.hex() for batch in micro_batches for key in batch.keys])}"
             )
         self.scheduler.step(increment=1)
         self.iteration += 1
@@ -179,7 +179,7 @@ class Trainer:
         """Those whose parts of the loss add up: context-parallel ranks have other tokens, but the same samples."""
         return self.world.dp_cp_group if self.objective.unit == "token" else self.world.dp_group
 
-    def _denominators(self, micro_batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+    def _denominators(self, micro_batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
         """Global count of each term of the loss, at least 1: what this rank has, summed over the ranks.
 
         Args:
@@ -192,10 +192,10 @@ class Trainer:
         dist.all_reduce(totals, group=self._adding_ranks)
         return dict(zip(self.objective.terms, totals.clamp(min=1), strict=True))
 
-    def _refuse_unsound(self, micro_batches: Sequence[Batch], collected: Sequence[torch.Tensor]) -> None:
+    def _refuse_unsound(self, micro_batches: Sequence[MicroBatch], collected: Sequence[torch.Tensor]) -> None:
         """`collected`: the schedule's, loss first; of each micro-batch on the last stage, and empty elsewhere."""
         found = zip(micro_batches, collected, strict=False)
-        keys = [key.hex() for batch, values in found if not math.isfinite(float(values[0])) for key in batch["keys"]]
+        keys = [key.hex() for batch, values in found if not math.isfinite(float(values[0])) for key in batch.keys]
         unsound = sorted({key for part in self.world.from_all(keys) for key in part})
         raise UserError(
             f"iteration {self.iteration + 1}: the loss is not finite; stopped before the update; "

@@ -118,7 +118,7 @@ def test_every_row_is_what_the_reference_makes(place: Place, pad: bool, monkeypa
         np.testing.assert_allclose(np.exp(got.logp_PK), np.exp(expected.logp_PK), atol=2e-2)  # as stores code them
         assert got.cross_entropy == pytest.approx(9.0 / len(s.positions))  # a token of the source's own
         total += len(t.positions)
-        distill.sample_fields(t)
+        distill.position_fields(t)
     counts = {name: first.get(name, 0) + rest.get(name, 0) for name in ("row", "label", "own")}
     assert sum(counts.values()) == total and counts["row"] > 0 and counts["label"] > 0
 

@@ -160,7 +160,7 @@ def test_rows_in_the_targets_ids(source_template: str, target_template: str, fli
                 assert label in got  # where both spell the next token alike, the target is taught its own label
         labels = sample.ids[sample.positions + 1]
         for unaligned, rows_of in ((objective, True), (without, False)):
-            fields = unaligned.sample_fields(sample)
+            fields = unaligned.position_fields(sample)
             np.testing.assert_array_equal(fields["teacher_mask"], targets.mask_P | rows_of)
             for p in np.flatnonzero(targets.mask_P):
                 np.testing.assert_array_equal(fields["teacher_logp"][p], targets.logp_PK[p])

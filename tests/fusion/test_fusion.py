@@ -164,7 +164,7 @@ def fuse(section: dict[str, Any]) -> Fuse:
 @pytest.mark.parametrize(("fusion", "chosen"), [({}, 1), ({"ce_per": "byte"}, 1), ({"ce_per": "token"}, 0)], ids=str)
 def test_min_ce_takes_one_teacher_a_sample(fusion: dict[str, Any], chosen: int, tmp_path: Path) -> None:
     objective = fuse({"teachers": two_stores(tmp_path), "fusion": fusion})
-    fields = objective.sample_fields(SAMPLE)
+    fields = objective.position_fields(SAMPLE)
     assert fields["teacher_ids"].shape == (P, 6)
     wanted = random_targets((4, 6)[chosen], chosen + 1)
     assert fields["teacher_ids"][:, : wanted.ids_PK.shape[1]].tolist() == wanted.ids_PK.tolist()
@@ -177,7 +177,7 @@ def test_near_ties_are_decided_in_fp32(tmp_path: Path) -> None:
         {"store": write_store(tmp_path / "b", random_targets(4, 2), -7.0, 7)},
     ]
     for decide_in, seed in (("fp32", 2), ("bf16", 1)):
-        fields = fuse({"teachers": stores, "fusion": {"decide_in": decide_in}}).sample_fields(SAMPLE)
+        fields = fuse({"teachers": stores, "fusion": {"decide_in": decide_in}}).position_fields(SAMPLE)
         assert fields["teacher_ids"].tolist() == random_targets(4, seed).ids_PK.tolist()
 
 
@@ -185,7 +185,7 @@ def test_near_ties_are_decided_in_fp32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", ["residual", "renormalise"])
 def test_mixtures_reach_the_batch(function: str, tail: str, tmp_path: Path) -> None:
     objective = fuse({"teachers": two_stores(tmp_path), "fusion": {"function": function}, "tail": tail})
-    fields = objective.sample_fields(SAMPLE)
+    fields = objective.position_fields(SAMPLE)
     assert fields["teacher_ids"].shape == (P, 10) and fields["teacher_mask"].all()
     parts = [objective.teachers[j].targets(objective.teachers[j].store.get(SAMPLE.key), SAMPLE) for j in (0, 1)]
     ce = np.array([0.7, 0.4])
@@ -200,14 +200,14 @@ def test_mixtures_reach_the_batch(function: str, tail: str, tmp_path: Path) -> N
 def test_a_sample_that_some_teacher_never_saw(tmp_path: Path) -> None:
     stores = two_stores(tmp_path)
     with pytest.raises(UserError, match=r"chat.jsonl:3: no row in the store .*/a"):
-        fuse({"teachers": stores}).sample_fields(MISSING)
-    nothing = fuse({"teachers": stores, "on_missing": "skip"}).sample_fields(MISSING)
+        fuse({"teachers": stores}).position_fields(MISSING)
+    nothing = fuse({"teachers": stores, "on_missing": "skip"}).position_fields(MISSING)
     assert not nothing["teacher_mask"].any() and nothing["teacher_ids"].shape == (P, 6)
     with StoreWriter(tmp_path / "b", fuse({"teachers": stores}).teachers[1].store.manifest) as writer:
         row = fuse({"teachers": stores}).teachers[1].store.get(SAMPLE.key)
         assert row is not None
         writer.add(MISSING.key, row)
-    fields = fuse({"teachers": stores, "on_missing": "skip", "fusion": {"function": "avg_ce"}}).sample_fields(MISSING)
+    fields = fuse({"teachers": stores, "on_missing": "skip", "fusion": {"function": "avg_ce"}}).position_fields(MISSING)
     # As sets: near ties are stored as ties.
     assert np.array_equal(np.sort(fields["teacher_ids"][:, :6]), np.sort(random_targets(6, 2).ids_PK))
 

@@ -7,6 +7,7 @@ raises, and so does most of what mixes devices; `Spy` sees the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,13 @@ from fusemega.logits import _head, _products
 from fusemega.logits.divergence import fused_divergence_loss
 from fusemega.logits.topk import top_k_log_probs
 from fusemega.logits.vocab import Query, sparse_log_probs
-from fusemega.losses.registry import Objective, OnlineObjective, build_objective, parse_objective
+from fusemega.losses.registry import Objective, build_objective, parse_objective
+from fusemega.passes.answers import HiddenStates
 from fusemega.passes.batches import GlobalBatch
 from fusemega.training.trainer import Trainer
 from tests.logits.loops import make_head, make_ids
 from tests.losses.test_objectives import TOKENIZER, VOCAB, N, row_of, sample_of, store_of
+from tests.passes.bare import bare_batch
 
 GPU = torch.device("meta")
 
@@ -50,7 +53,7 @@ class Spy(TorchDispatchMode):
         return out
 
 
-def objective_named(name: str, folder: Path) -> Objective:
+def objective_named(name: str, folder: Path) -> Objective[Any]:
     sample = sample_of()
     store = str(store_of(folder / "store", sample, row_of(sample)).path)
     other = str(store_of(folder / "other", sample, row_of(sample)).path)
@@ -74,21 +77,20 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.mark.parametrize("name", ["sft", "distill", "renormalise", "fuse", "online_distill"])
 def test_a_step_of_each_objective_stays_on_the_device(name: str, tmp_path: Path, alone: SimpleNamespace) -> None:
     objective = objective_named(name, tmp_path)
-    fields = {name: torch.from_numpy(array.copy()) for name, array in objective.sample_fields(sample_of()).items()}
-    host = GlobalBatch([{"labels": torch.arange(N), "keys": [b"k"], **fields}], [], N)
+    fields = {name: torch.from_numpy(array.copy()) for name, array in objective.position_fields(sample_of()).items()}
+    host = GlobalBatch([bare_batch(torch.arange(N), fields)], [], N)
     trainer: Any = SimpleNamespace(objective=objective, world=alone, _adding_ranks=None)
     _products.operand_dtype(torch.bfloat16, GPU)  # tries once
     with Spy() as spy:
         denominators = Trainer._denominators(trainer, host.micro_batches)
         (batch,) = host.on(GPU).micro_batches
-        assert {value.device for value in batch.values() if isinstance(value, Tensor)} == {GPU}
+        moved = {**vars(batch), **batch.position_fields}.values()
+        assert {value.device for value in moved if isinstance(value, Tensor)} == {GPU}
         hidden, weight = (t.detach().bfloat16().to(GPU).requires_grad_() for t in make_head(tokens=N))
         head = {"group": None, "vocab_size": VOCAB}
-        if isinstance(objective, OnlineObjective):
-            teacher: Any = SimpleNamespace(hidden_NG=hidden.detach(), weight_VG=weight.detach(), softcap=None)
-            loss, sums = objective.loss(hidden, weight, teacher, batch, denominators, head)
-        else:
-            loss, sums = objective.loss(hidden, weight, batch, denominators, head)  # type: ignore[attr-defined]
+        answers = {asked: HiddenStates(hidden.detach(), weight.detach(), head) for asked in objective.frozen}
+        output = HiddenStates(hidden, weight, head)
+        loss, sums = objective.loss(output, replace(batch, answers=answers), denominators)
         loss.backward()
     assert all(
         value.device == GPU for value in (loss, *sums.values(), *denominators.values(), hidden.grad, weight.grad)

@@ -10,37 +10,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fusemega.losses.registry import ObjectiveSettings, SequenceObjective
-from fusemega.text.sample import Sample
+from fusemega.losses.registry import Objective, ObjectiveSettings
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.tokenizer import Tokenizer
 
 
-class SequenceMean(SequenceObjective):
+class SequenceMean(Objective[Tensor]):
     """To be given to `register` by the tests that run it."""
 
     class Settings(ObjectiveSettings):
         name: Literal["sequence_mean"] = "sequence_mean"
 
     terms = ("sequence",)
+    unit = "sequence"
 
     @classmethod
     def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> SequenceMean:
         return cls()
 
-    def sample_fields(self, sample: Sample) -> dict[str, np.ndarray]:
-        return {}
-
-    def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
-        return {"sequence": len(batch["sequence_tokens"])}
+    def counts(self, batch: MicroBatch) -> dict[str, int]:
+        return {"sequence": len(batch.sequence_tokens)}
 
     def loss(
-        self, logp_S: Tensor, batch: Mapping[str, Any], denominators: Mapping[str, Tensor | float]
+        self, output: Tensor, batch: MicroBatch, denominators: Mapping[str, Tensor | float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        total = sequence_mean_loss(logp_S, batch["sequence_tokens"])
+        total = sequence_mean_loss(output, batch.sequence_tokens)
         return total / denominators["sequence"], {"sequence": total.detach()}
 
 

@@ -17,10 +17,13 @@ from fusemega.logits.vocab import Query
 from fusemega.losses.distill import Distill
 from fusemega.losses.registry import build_objective, objective_names, parse_objective
 from fusemega.losses.sft import SFT
+from fusemega.passes.answers import HiddenStates
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.store import Manifest, Row, Store, StoreWriter
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
 from tests.logits.loops import loops, make_head, make_ids
+from tests.passes.bare import bare_batch
 
 VOCAB, K, N = 141, 6, 4
 TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None)
@@ -86,33 +89,37 @@ def built(section: dict[str, Any], vocab_size: int) -> Distill:
     return objective
 
 
-def batch_of(objective: Distill, without_row: tuple[int, ...] = ()) -> dict[str, Tensor]:
-    fields = objective.sample_fields(sample_of())
-    batch = {name: torch.from_numpy(array.copy()) for name, array in fields.items()}
-    batch["labels"] = make_ids(tokens=N, listed=1, seed=4)[:, 0].clamp(min=0)
+def batch_of(objective: Distill, without_row: tuple[int, ...] = ()) -> MicroBatch:
+    arrays = objective.position_fields(sample_of())
+    fields = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     for n in without_row:
-        batch["teacher_mask"][n] = False
-        batch["teacher_ids"][n] = -1
-        batch["teacher_logp"][n] = 0.0
-        batch["teacher_log_residual"][n] = 0.0
-    return batch
+        fields["teacher_mask"][n] = False
+        fields["teacher_ids"][n] = -1
+        fields["teacher_logp"][n] = 0.0
+        fields["teacher_log_residual"][n] = 0.0
+    return bare_batch(make_ids(tokens=N, listed=1, seed=4)[:, 0].clamp(min=0), fields)
 
 
-def by_hand(
-    objective: Distill, batch: dict[str, Tensor], hidden: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def loss_of(
+    objective: Any, hidden: Tensor, weight: Tensor, batch: MicroBatch, denominators: Any, head: Any = HEAD
+) -> tuple[Tensor, dict[str, Tensor]]:
+    found: tuple[Tensor, dict[str, Tensor]] = objective.loss(HiddenStates(hidden, weight, head), batch, denominators)
+    return found
+
+
+def by_hand(objective: Distill, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, sum of CE, sum of KD) from the formulas, position by position."""
     s, store = objective.settings, objective.teacher.store
     row = store.get(sample_of().key)
     assert row is not None
-    label = loops(hidden, weight[:VOCAB], Query(batch["labels"][:, None]))
-    taught = loops(hidden, weight[:VOCAB], Query(batch["teacher_ids"], s.temperature, True))
+    label = loops(hidden, weight[:VOCAB], Query(batch.labels[:, None]))
+    taught = loops(hidden, weight[:VOCAB], Query(batch.position_fields["teacher_ids"], s.temperature, True))
     assert taught.log_residual_T is not None
     ce = kd = torch.zeros((), dtype=torch.float64)
     rows = 0
     for n in range(N):
         ce = ce - label.logp_TK[n, 0]
-        if not batch["teacher_mask"][n]:
+        if not batch.position_fields["teacher_mask"][n]:
             continue
         rows += 1
         stored = [float(x) for x in row.logp_PK[n]]
@@ -149,7 +156,7 @@ def test_distill_equals_the_formula(case: dict[str, Any], without_row: tuple[int
     counts = objective.counts(batch)
     assert counts == {"lm": N, "distill": N - len(without_row)}
     denominators = {name: torch.tensor(max(count, 1), dtype=torch.float64) for name, count in counts.items()}
-    loss, sums = objective.loss(hidden, weight, batch, denominators, HEAD | {"chunk_tokens": 3})
+    loss, sums = loss_of(objective, hidden, weight, batch, denominators, HEAD | {"chunk_tokens": 3})
     wanted, ce, kd = by_hand(objective, batch, hidden, weight)
     torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(sums["lm"], ce, rtol=0, atol=1e-11)
@@ -163,11 +170,11 @@ def test_global_denominators_make_micro_batches_add_up(tmp_path: Path) -> None:
     batch = batch_of(objective, without_row=(1,))
     hidden, weight = make_head()
     denominators = {"lm": torch.tensor(float(N)), "distill": torch.tensor(3.0)}
-    whole, _ = objective.loss(hidden, weight, batch, denominators, HEAD)
+    whole, _ = loss_of(objective, hidden, weight, batch, denominators)
     parts = torch.zeros((), dtype=torch.float64)
     for rows in (slice(0, 1), slice(1, 4), slice(4, 4)):
-        part = {name: tensor[rows] for name, tensor in batch.items()}
-        parts = parts + objective.loss(hidden[rows], weight, part, denominators, HEAD)[0]
+        part = bare_batch(batch.labels[rows], {name: values[rows] for name, values in batch.position_fields.items()})
+        parts = parts + loss_of(objective, hidden[rows], weight, part, denominators)[0]
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
     got = torch.autograd.grad(parts, (hidden, weight))
     torch.testing.assert_close(got, torch.autograd.grad(whole, (hidden, weight)), rtol=0, atol=1e-12)
@@ -177,13 +184,12 @@ def test_every_id_listed_with_residual(tmp_path: Path) -> None:
     """k = vocabulary: teacher's and student's residuals are both probability 0, and neither makes a nan."""
     objective = distill(tmp_path, lambda_=0.0, tail="residual")
     batch = batch_of(objective)
-    batch["labels"] %= K
-    batch["teacher_ids"] = torch.arange(K).repeat(N, 1)
-    batch["teacher_log_residual"] = torch.full((N,), -torch.inf)
+    changed = {"teacher_ids": torch.arange(K).repeat(N, 1), "teacher_log_residual": torch.full((N,), -torch.inf)}
+    batch = bare_batch(batch.labels % K, {**batch.position_fields, **changed})
     hidden, weight = make_head(rows=K)
-    loss, _ = objective.loss(hidden, weight, batch, {"lm": N, "distill": N}, {"group": None, "vocab_size": K})
+    loss, _ = loss_of(objective, hidden, weight, batch, {"lm": N, "distill": N}, {"group": None, "vocab_size": K})
     logp = (hidden @ weight.t()).log_softmax(1)
-    wanted = -(batch["teacher_logp"].double().exp() * logp).sum() / N
+    wanted = -(batch.position_fields["teacher_logp"].double().exp() * logp).sum() / N
     torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-12)
     got = torch.autograd.grad(loss, (hidden, weight))
     torch.testing.assert_close(got, torch.autograd.grad(wanted, (hidden, weight)), rtol=0, atol=1e-11)
@@ -191,12 +197,12 @@ def test_every_id_listed_with_residual(tmp_path: Path) -> None:
 
 def test_sft_is_mean_cross_entropy() -> None:
     objective = build_objective(parse_objective({"name": "sft"}), SimpleNamespace(), VOCAB)  # type: ignore[arg-type]
-    assert isinstance(objective, SFT) and objective.sample_fields(sample_of()) == {}
+    assert isinstance(objective, SFT) and objective.position_fields(sample_of()) == {}
     hidden, weight = make_head()
-    batch = {"labels": torch.tensor([3, 140, 0, 7])}
+    batch = bare_batch(torch.tensor([3, 140, 0, 7]))
     assert objective.counts(batch) == {"lm": 4}
-    loss, sums = objective.loss(hidden, weight, batch, {"lm": torch.tensor(10.0)}, HEAD)
-    wanted = -loops(hidden, weight[:VOCAB], Query(batch["labels"][:, None])).logp_TK.sum()
+    loss, sums = loss_of(objective, hidden, weight, batch, {"lm": torch.tensor(10.0)})
+    wanted = -loops(hidden, weight[:VOCAB], Query(batch.labels[:, None])).logp_TK.sum()
     torch.testing.assert_close(loss, wanted / 10, rtol=0, atol=1e-12)
     torch.testing.assert_close(sums["lm"], wanted.detach(), rtol=0, atol=1e-12)
     got = torch.autograd.grad(loss, (hidden, weight))
@@ -206,7 +212,7 @@ def test_sft_is_mean_cross_entropy() -> None:
 def test_sample_fields_are_the_stored_row(tmp_path: Path) -> None:
     objective = distill(tmp_path)
     sample, row = sample_of(), row_of(sample_of())
-    fields = objective.sample_fields(sample)
+    fields = objective.position_fields(sample)
     assert fields["teacher_ids"].dtype == np.int64 and fields["teacher_ids"].tolist() == row.ids_PK.tolist()
     assert fields["teacher_logp"].dtype == np.float32 and fields["teacher_mask"].all()
     np.testing.assert_allclose(fields["teacher_logp"], row.logp_PK, atol=0.1)  # coded: see tests/store/test_coding
@@ -216,10 +222,10 @@ def test_sample_fields_are_the_stored_row(tmp_path: Path) -> None:
 def test_a_missing_row(tmp_path: Path) -> None:
     other = Sample(**(vars(sample_of()) | {"key": bytes(16)}))
     with pytest.raises(UserError, match=r"chat.jsonl:3: no row in the store .*on_missing: skip"):
-        distill(tmp_path / "a").sample_fields(other)
-    fields = distill(tmp_path / "b", on_missing="skip").sample_fields(other)
+        distill(tmp_path / "a").position_fields(other)
+    fields = distill(tmp_path / "b", on_missing="skip").position_fields(other)
     assert not fields["teacher_mask"].any() and (fields["teacher_ids"] == -1).all()
-    present = distill(tmp_path / "c").sample_fields(sample_of())
+    present = distill(tmp_path / "c").position_fields(sample_of())
     assert {n: (a.shape, a.dtype) for n, a in fields.items()} == {n: (a.shape, a.dtype) for n, a in present.items()}
 
 
@@ -227,16 +233,16 @@ def test_a_row_that_does_not_fit_the_sample(tmp_path: Path) -> None:
     sample = sample_of()
     store = store_of(tmp_path / "ids", sample, row_of(sample, ids_hash=b"12345678"))
     with pytest.raises(UserError, match="chat.jsonl:3: .*other token ids"):
-        built({"name": "distill", "store": str(store.path)}, VOCAB).sample_fields(sample)
+        built({"name": "distill", "store": str(store.path)}, VOCAB).position_fields(sample)
     store = store_of(tmp_path / "mask", sample, row_of(sample_of(supervised=3), ids_hash=sample.ids_hash))
     with pytest.raises(UserError, match="has 3 positions, the sample 4"):
-        built({"name": "distill", "store": str(store.path)}, VOCAB).sample_fields(sample)
+        built({"name": "distill", "store": str(store.path)}, VOCAB).position_fields(sample)
     store = store_of(tmp_path / "vocabulary", sample, row_of(sample))
     largest = int(row_of(sample).ids_PK.max())
-    fields = built({"name": "distill", "store": str(store.path)}, largest + 1).sample_fields(sample)
+    fields = built({"name": "distill", "store": str(store.path)}, largest + 1).position_fields(sample)
     assert fields["teacher_ids"].max() == largest
     with pytest.raises(UserError, match=f"chat.jsonl:3: .*lists id {largest}, .*a vocabulary of {largest}"):
-        built({"name": "distill", "store": str(store.path)}, largest).sample_fields(sample)
+        built({"name": "distill", "store": str(store.path)}, largest).position_fields(sample)
 
 
 def test_residual_at_another_temperature_is_refused(tmp_path: Path) -> None:
@@ -261,7 +267,7 @@ def test_draws_are_the_target_as_they_are(tmp_path: Path) -> None:
     store = sampled_store(tmp_path, 2.0)
     objective = built({"name": "distill", "store": str(store.path), "lambda": 0.0, "temperature": 2.0}, VOCAB)
     hidden, weight = make_head()
-    loss, _ = objective.loss(hidden, weight, batch_of(objective), {"lm": N, "distill": N}, HEAD)
+    loss, _ = loss_of(objective, hidden, weight, batch_of(objective), {"lm": N, "distill": N})
     logq = (hidden @ weight[:VOCAB].t() / 2.0).log_softmax(1)
     wanted = -(logq[0, 7] + 0.75 * logq[1, 3] + 0.25 * logq[1, 50] + logq[2, 100])
     wanted = wanted - 0.75 * logq[3, 140] - 0.25 * logq[3, 50]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
+from fusemega.passes.micro_batch import Fields, FieldShapes, MicroBatch, collate
 from fusemega.runtime.context_parallel import zigzag
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import collate, context_part, deal, micro_batch_tokens, pack, padded
+from fusemega.text.packing import deal, micro_batch_tokens, pack, padded
 from fusemega.text.sample import Sample
 
 
@@ -41,10 +43,25 @@ def make(rng: random.Random, n: int, longest: int) -> list[Sample]:
     return samples
 
 
-def fields(sample: Sample) -> dict[str, np.ndarray]:
-    """Says for each supervised position which it is: checks that entries follow their positions."""
-    tags = np.array([[int.from_bytes(sample.key, "big"), t] for t in sample.positions], dtype=np.int64)
-    return {"tag": tags, "weight": sample.ids[sample.positions].astype(np.float32)}
+class Tags(Fields):
+    """Says of each supervised position, sequence and group which it is: checks that entries follow what they are of."""
+
+    def position_fields(self, sample: Sample) -> dict[str, np.ndarray]:
+        tags = np.array([[number_of(sample), t] for t in sample.positions], dtype=np.int64)
+        return {"tag": tags, "weight": sample.ids[sample.positions].astype(np.float32)}
+
+    def sequence_fields(self, sample: Sample) -> dict[str, np.ndarray]:
+        return {"number": np.array(number_of(sample))}
+
+    def group_fields(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        return {"first": np.array([number_of(samples[0]), len(samples)])}
+
+
+def number_of(sample: Sample) -> int:
+    return int.from_bytes(sample.key, "big")
+
+
+TAGS = Tags()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -72,13 +89,18 @@ def test_every_layout_trains_on_the_same_positions(seed: int) -> None:
                         assert size % unit == 0 and size >= max(content, 1) and size <= seq_length * mbs
                         assert alike or size < max(content, 1) + unit
                         held = [[samples[i] for i in b] for b in micro_batch]
-                        batch = collate(held, fields, size, 0, fields(samples[0]))
+                        batch = collate(alone(held), TAGS, size, 0, FieldShapes.of(TAGS, samples[:1]))
                         check(batch, held, size)
-                        seen += [tuple(tag) for tag in batch["tag"].tolist()]
+                        seen += [tuple(tag) for tag in batch.position_fields["tag"].tolist()]
                 assert sorted(seen) == expected
 
 
-def check(batch: dict, rows: list[list[Sample]], num_tokens: int) -> None:
+def alone(rows: list[list[Sample]]) -> list[list[Sample]]:
+    """Each sample a group of its own."""
+    return [[sample] for row in rows for sample in row]
+
+
+def check(batch: MicroBatch, rows: list[list[Sample]], num_tokens: int) -> None:
     """One micro-batch, token by token."""
     tokens: list[int] = []
     places: list[int] = []
@@ -98,15 +120,15 @@ def check(batch: dict, rows: list[list[Sample]], num_tokens: int) -> None:
     places += range(pad)
     if pad:
         bounds.append(len(tokens))
-    assert batch["tokens"].tolist() == [tokens] and batch["tokens"].dtype == torch.int64
-    assert batch["position_ids"].tolist() == [places] and batch["position_ids"].dtype == torch.int64
-    assert batch["cu_seqlens"].tolist() == bounds and batch["cu_seqlens"].dtype == torch.int32
-    assert batch["max_seqlen"] == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-    assert batch["positions"].tolist() == positions and batch["labels"].tolist() == labels
-    assert batch["positions"].dtype == batch["labels"].dtype == torch.int64
-    assert batch["weight"].tolist() == [float(tokens[p]) for p in positions]
-    assert batch["keys"] == [sample.key for row in rows for sample in row]
-    assert len(batch["sequences"]) == len(labels) and batch["sequence_tokens"].sum() == len(labels)
+    assert batch.tokens.tolist() == [tokens] and batch.tokens.dtype == torch.int64
+    assert batch.position_ids.tolist() == [places] and batch.position_ids.dtype == torch.int64
+    assert batch.cu_seqlens.tolist() == bounds and batch.cu_seqlens.dtype == torch.int32
+    assert batch.max_seqlen == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    assert batch.positions.tolist() == positions and batch.labels.tolist() == labels
+    assert batch.positions.dtype == batch.labels.dtype == torch.int64
+    assert batch.position_fields["weight"].tolist() == [float(tokens[p]) for p in positions]
+    assert batch.keys == tuple(sample.key for row in rows for sample in row)
+    assert len(batch.sequences) == len(labels) and batch.sequence_tokens.sum() == len(labels)
 
 
 @pytest.mark.parametrize(("seed", "size"), [(0, 2), (1, 2), (2, 3)])
@@ -122,25 +144,25 @@ def test_context_ranks_share_every_sample(seed: int, size: int) -> None:
     hand = deal(bins, lengths, 1, 2)[0]
     for micro_batch, tokens in zip(hand, micro_batch_tokens(hand, places, multiple, alike=False), strict=True):
         held = [[samples[i] for i in b] for b in micro_batch]
-        whole = collate(held, fields, tokens, 0, fields(samples[0]), multiple)
-        assert not (whole["cu_seqlens"] % multiple).any()
+        whole = collate(alone(held), TAGS, tokens, 0, FieldShapes.of(TAGS, samples[:1]), multiple)
+        assert not (whole.cu_seqlens % multiple).any()
         flat = [sample for row in held for sample in row]
-        assert whole["sequence_tokens"].tolist() == [len(sample.positions) for sample in flat]
-        owner = [int.from_bytes(flat[i].key, "big") for i in whole["sequences"].tolist()]
-        assert owner == whole["tag"][:, 0].tolist()
-        collected = torch.full((len(whole["labels"]), 2), -1)
+        assert whole.sequence_tokens.tolist() == [len(sample.positions) for sample in flat]
+        owner = [number_of(flat[i]) for i in whole.sequences.tolist()]
+        assert owner == whole.position_fields["tag"][:, 0].tolist()
+        collected = torch.full((len(whole.labels), 2), -1)
         for rank in range(size):
-            part = context_part(whole, ("tag", "weight"), rank, size)
-            mine = zigzag(whole["cu_seqlens"], rank, size)
-            assert part["tokens"].tolist() == whole["tokens"][:, mine].tolist()
-            assert part["position_ids"].tolist() == whole["position_ids"][:, mine].tolist()
-            assert part["weight"].tolist() == part["tokens"][0, part["positions"]].tolist()
-            assert torch.equal(part["labels"], whole["labels"][part["kept"]])
-            assert torch.equal(part["sequences"], whole["sequences"][part["kept"]])
-            assert part["num_positions"] == len(whole["labels"]) and part["cu_seqlens"] is whole["cu_seqlens"]
-            collected[part["kept"]] = part["tag"]
-            seen += [tuple(tag) for tag in part["tag"].tolist()]
-        assert torch.equal(collected, whole["tag"])
+            part = whole.context_part(rank, size)
+            mine = zigzag(whole.cu_seqlens, rank, size)
+            assert part.tokens.tolist() == whole.tokens[:, mine].tolist()
+            assert part.position_ids.tolist() == whole.position_ids[:, mine].tolist()
+            assert part.position_fields["weight"].tolist() == part.tokens[0, part.positions].tolist()
+            assert torch.equal(part.labels, whole.labels[part.kept])
+            assert torch.equal(part.sequences, whole.sequences[part.kept])
+            assert part.num_positions == len(whole.labels) and part.cu_seqlens is whole.cu_seqlens
+            collected[part.kept] = part.position_fields["tag"]
+            seen += [tuple(tag) for tag in part.position_fields["tag"].tolist()]
+        assert torch.equal(collected, whole.position_fields["tag"])
     assert sorted(seen) == expected
 
 
@@ -156,12 +178,12 @@ def test_the_interleaved_schedule_gets_whole_groups_of_micro_batches() -> None:
 def test_a_filler_micro_batch_has_fields_without_entries() -> None:
     sample = make(random.Random(0), 1, 8)[0]
     assert micro_batch_tokens([[[0]], [[]]], [8], 4, alike=False) == [8, 4]
-    batch = collate([[], []], fields, 8, 9, fields(sample))
-    assert batch["tag"].shape == (0, 2) and batch["tag"].dtype == torch.int64
-    assert batch["cu_seqlens"].tolist() == [0, 8] and batch["max_seqlen"] == 8
-    assert batch["tokens"].unique().tolist() == [9]
-    assert batch["positions"].shape == batch["labels"].shape == (0,) and batch["keys"] == []
-    assert batch["sequences"].shape == batch["sequence_tokens"].shape == (0,)
+    batch = collate([], TAGS, 8, 9, FieldShapes.of(TAGS, [sample]))
+    assert batch.position_fields["tag"].shape == (0, 2) and batch.position_fields["tag"].dtype == torch.int64
+    assert batch.cu_seqlens.tolist() == [0, 8] and batch.max_seqlen == 8
+    assert batch.tokens.unique().tolist() == [9]
+    assert batch.positions.shape == batch.labels.shape == (0,) and batch.keys == ()
+    assert batch.sequences.shape == batch.sequence_tokens.shape == (0,)
 
 
 def test_packing_is_tight_and_dealing_is_even() -> None:
@@ -181,6 +203,11 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         pack([3, 17], 16, packed=True)
     with pytest.raises(ValueError, match="exceed"):
-        collate([[samples[0]] * 20], fields, 16, 0, fields(samples[0]))
+        collate([[samples[0]]] * 20, TAGS, 16, 0, FieldShapes.of(TAGS, samples[:1]))
+
+    class Wrong(Fields):
+        def position_fields(self, sample: Sample) -> dict[str, np.ndarray]:
+            return {"x": np.zeros(0)}
+
     with pytest.raises(ValueError, match="field 'x' has 0 entries"):
-        collate([[samples[0]]], lambda sample: {"x": np.zeros(0)}, 16, 0, {"x": np.zeros(0)})
+        collate([samples[:1]], Wrong(), 16, 0, FieldShapes.of(Wrong(), samples[:1]))

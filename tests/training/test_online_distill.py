@@ -127,13 +127,13 @@ def test_rows_do_not_change_the_curve(online: MakeRun, change: dict[str, Any]) -
 
 def test_resumed_with_the_same_teacher_only(online: MakeRun, make_run: MakeRun, tmp_path: Path) -> None:
     trainer = opened(online())
-    assert trainer.teacher is not None
-    before = [parameter.clone() for parameter in trainer.teacher.gpt.parameters()]
+    teacher = trainer.frozen["teacher"].gpt
+    before = [parameter.clone() for parameter in teacher.parameters()]
     rows = take(trainer, 2)
     folder = trainer.callback(Checkpoints).save(trainer)
     rows += take(trainer, 2)
-    assert not any(parameter.requires_grad for parameter in trainer.teacher.gpt.parameters())
-    assert all(map(torch.equal, before, trainer.teacher.gpt.parameters()))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(map(torch.equal, before, teacher.parameters()))
     sft = opened(make_run(output_dir=str(tmp_path / "sft")))
     sft.step()
     assert size(folder) == pytest.approx(size(sft.callback(Checkpoints).save(sft)), rel=0.01), (

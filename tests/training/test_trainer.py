@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_run: MakeRun, work: Path, 
     weights["model.norm.weight"][3] = math.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     run = make_run(model={"load": str(broken)})
-    keys = {key.hex() for batch in opened(run).data.step(0).micro_batches for key in batch["keys"]}
+    keys = {key.hex() for batch in opened(run).data.step(0).micro_batches for key in batch.keys}
     with pytest.raises(UserError, match="iteration 1: the loss is not finite; stopped before the update") as caught:
         train(run)
     assert any(key in str(caught.value) for key in keys)

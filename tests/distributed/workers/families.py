@@ -20,13 +20,15 @@ import torch.distributed as dist
 from fusemega.hf.export import export_hf
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.load import load_hf
+from fusemega.losses.apply import objective_loss
 from fusemega.losses.registry import Objective
 from fusemega.losses.sft import SFT
 from fusemega.models.build import build_model, placements
 from fusemega.models.dense_logits import dense_logits
-from fusemega.passes.forward import Batch, objective_loss, run_schedule
+from fusemega.passes.forward import run_schedule
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
-from fusemega.text.packing import context_part, padded
+from fusemega.text.packing import padded
 from fusemega.training.optimizer import OptimizerSection, wrap
 from tests.distributed.launch import report
 from tests.losses.sequence_mean import SequenceMean
@@ -50,7 +52,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 SEQUENCES = ("qwen2-windowed-tied", "qwen3-windowed")
 
 
-def row_of(texts: list[list[int]], multiple: int) -> Batch:
+def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
     """One packed row in which every token but the first of a text is predicted; segments are padded to a multiple."""
     lengths = [len(text) for text in texts]
     sizes = padded(lengths, multiple).tolist()
@@ -58,17 +60,22 @@ def row_of(texts: list[list[int]], multiple: int) -> Batch:
     ids = torch.tensor([token for text, n in zip(texts, sizes, strict=True) for token in text + [0] * (n - len(text))])
     positions = torch.cat([torch.arange(s, s + n - 1) for s, n in zip(starts, lengths, strict=True)])
     counts = torch.tensor(lengths) - 1
-    return {
-        "tokens": ids[None],
-        "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
-        "cu_seqlens": torch.tensor([*starts, len(ids)]).int(),
-        "bounds": (*starts, len(ids)),
-        "max_seqlen": max(sizes),
-        "positions": positions,
-        "labels": ids[positions + 1],
-        "sequences": torch.arange(len(texts)).repeat_interleave(counts),
-        "sequence_tokens": counts,
-    }
+    return MicroBatch(
+        tokens=ids[None],
+        position_ids=torch.cat([torch.arange(size) for size in sizes])[None],
+        cu_seqlens=torch.tensor([*starts, len(ids)]).int(),
+        bounds=(*starts, len(ids)),
+        max_seqlen=max(sizes),
+        positions=positions,
+        labels=ids[positions + 1],
+        sequences=torch.arange(len(texts)).repeat_interleave(counts),
+        sequence_tokens=counts,
+        last_tokens=torch.tensor(starts) + torch.tensor(lengths) - 1,
+        groups=torch.arange(len(texts)),
+        group_sizes=torch.ones(len(texts), dtype=torch.int64),
+        keys=(b"",) * len(texts),
+        num_positions=len(positions),
+    )
 
 
 def one_model(folder: Path, label: str, texts: list[list[int]], world: World) -> dict[str, Any]:
@@ -87,11 +94,11 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
     batch = row_of(texts, world.layout.segment_multiple)
     # Each data-parallel rank brings the same row, several times where the schedule wants several.
     times = world.dp_size * world.layout.micro_batch_multiple
-    denominators: dict[str, torch.Tensor | float] = {"lm": len(batch["labels"]) * times, "sequence": len(texts) * times}
-    part = context_part(batch, (), world.cp_rank, world.cp_size) if world.cp_size > 1 else batch
+    denominators: dict[str, torch.Tensor | float] = {"lm": len(batch.labels) * times, "sequence": len(texts) * times}
+    part = batch.context_part(world.cp_rank, world.cp_size) if world.cp_size > 1 else batch
 
-    def backward(objective: Objective) -> None:
-        def loss_function(hidden_NH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(objective: Objective[Any]) -> None:
+        def loss_function(hidden_NH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
             loss, _ = objective_loss(objective, model, hidden_NH, batch, denominators, world)
             return loss, loss.detach()
 

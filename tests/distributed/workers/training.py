@@ -24,7 +24,7 @@ from fusemega.checkpoint.training_state import training_state
 from fusemega.config import validate
 from fusemega.hf.export import export_hf
 from fusemega.losses.registry import register
-from fusemega.passes.frozen import OnlineTeacher
+from fusemega.passes.frozen import FrozenModel
 from fusemega.scoring.evaluation import evaluate_model
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.training import optimizer
@@ -40,7 +40,7 @@ def compared(trainer: Trainer, reference: dict[str, Any]) -> dict[str, float]:
     """What an evaluation finds of the trained model beside `reference`, a run file's section."""
     world, data = trainer.world, trainer.data
     source = ModelSource(validate(ModelConfig, reference, "reference"), trainer.run.parallel, dist.get_world_size())
-    teacher = OnlineTeacher.build(source, trainer.gpt, world)
+    teacher = FrozenModel.build(source, "hidden", trainer.gpt, world)
     return evaluate_model(trainer.gpt, data.dataset, data.shape, world, teacher).model_dump()
 
 

@@ -1,0 +1,214 @@
+"""A micro-batch: one packed row of samples, with what a model reads of it and what an objective does.
+
+Everything in it belongs to one of three things: a supervised position, a sequence (a sample), or a group of sequences
+(a pair, or the responses to one prompt). A sequence that is in no group is a group of its own.
+
+Shape suffixes: T tokens of the row (R of them on this context-parallel rank), N supervised positions, S sequences,
+B groups, L tokens of a sequence, P supervised positions of one. N, S and B may be 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusemega.passes.answers import Answer
+from fusemega.runtime.context_parallel import zigzag
+from fusemega.text.packing import padded
+from fusemega.text.sample import Sample
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Fields:
+    """What a micro-batch carries besides tokens, labels and bounds: nothing, unless a subclass says otherwise.
+
+    Arrays of one name have the same shape (but for P) and dtype for every sample or group.
+    """
+
+    def position_fields(self, sample: Sample) -> Arrays:
+        """Arrays [P, ...] of one sample; the micro-batch has them as tensors [N, ...]."""
+        return {}
+
+    def sequence_fields(self, sample: Sample) -> Arrays:
+        """Arrays [...] of one sample; the micro-batch has them as tensors [S, ...]."""
+        return {}
+
+    def group_fields(self, samples: Sequence[Sample]) -> Arrays:
+        """Arrays [...] of the samples of one group; the micro-batch has them as tensors [B, ...]."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One packed row, or this context-parallel rank's part of it.
+
+    Attributes:
+        tokens, position_ids: int64 [1, T]; positions restart at each segment. Under context parallelism [1, R].
+        cu_seqlens: int32 [segments + 1], where the segments of the whole row begin and end: the sequences, each padded
+            inside its own segment where the layout asks for it, and the padding at the row's end.
+        bounds: the same numbers, on the host.
+        max_seqlen: tokens of the longest segment.
+        positions: int64 [N], indices into T (into R) of the tokens whose next token is supervised.
+        labels: int64 [N], those next tokens.
+        sequences: int64 [N], the sequence that each position belongs to.
+        sequence_tokens: int64 [S], how many supervised positions each sequence has, on all context-parallel ranks.
+        last_tokens: int64 [S], index into T (into R) of each sequence's last token; -1 where another context-parallel
+            rank has it.
+        groups: int64 [S], the group that each sequence belongs to, in ascending order.
+        group_sizes: int64 [B], how many sequences each group has.
+        keys: the sequences' keys.
+        position_fields, sequence_fields, group_fields: the objective's, by name: tensors [N, ...], [S, ...], [B, ...].
+        kept: int64 [N], under context parallelism: which of the whole row's positions these are; else None.
+        num_positions: supervised positions of the whole row.
+        answers: what each frozen model said of the row, by name, on the last pipeline stage.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    bounds: tuple[int, ...]
+    max_seqlen: int
+    positions: Tensor
+    labels: Tensor
+    sequences: Tensor
+    sequence_tokens: Tensor
+    last_tokens: Tensor
+    groups: Tensor
+    group_sizes: Tensor
+    keys: tuple[bytes, ...]
+    position_fields: Mapping[str, Tensor] = field(default_factory=dict)
+    sequence_fields: Mapping[str, Tensor] = field(default_factory=dict)
+    group_fields: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Tensor | None = None
+    num_positions: int = 0
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on `device`; the host does not wait for the copies."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The same in pinned memory, from which copies to a GPU need no wait."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            return {name: changed(each) for name, each in value.items()} if isinstance(value, Mapping) else value
+
+        return replace(self, **{each.name: changed(getattr(self, each.name)) for each in fields(self)})
+
+    def context_part(self, rank: int, size: int) -> MicroBatch:
+        """What context-parallel rank `rank` of `size` takes of a whole row, whose segments are multiples of 2 x size.
+
+        Tokens in zigzag order, the positions among them, and what belongs to those. What belongs to sequences and
+        groups stays whole: each of the ranks computes the same loss of them.
+        """
+        mine = zigzag(self.cu_seqlens, rank, size)
+        place = torch.full((self.tokens.size(1),), -1, dtype=torch.int64)
+        place[mine] = torch.arange(len(mine))
+        positions = place[self.positions]
+        kept = (positions >= 0).nonzero().flatten()
+        return replace(
+            self,
+            tokens=self.tokens[:, mine],
+            position_ids=self.position_ids[:, mine],
+            positions=positions[kept],
+            labels=self.labels[kept],
+            sequences=self.sequences[kept],
+            last_tokens=place[self.last_tokens],
+            position_fields={name: values[kept] for name, values in self.position_fields.items()},
+            kept=kept,
+        )
+
+
+@dataclass(frozen=True)
+class FieldShapes:
+    """Shapes and types of an objective's fields, for micro-batches without a sample: those of any group's."""
+
+    position: Arrays
+    sequence: Arrays
+    group: Arrays
+
+    @classmethod
+    def of(cls, fields: Fields, group: Sequence[Sample]) -> FieldShapes:
+        """Those that the fields of this group have."""
+        return cls(fields.position_fields(group[0]), fields.sequence_fields(group[0]), fields.group_fields(group))
+
+
+def collate(
+    groups: Sequence[Sequence[Sample]],
+    fields: Fields,
+    num_tokens: int,
+    pad_id: int,
+    like: FieldShapes,
+    multiple: int = 1,
+) -> MicroBatch:
+    """One micro-batch, whole and in host memory: its samples one after the other, then padding up to T = `num_tokens`.
+
+    Args:
+        groups: the samples of each group.
+        multiple: of which each sample's segment is.
+
+    Raises:
+        ValueError: the samples do not fit; a field has not one entry a supervised position, or not one shape.
+    """
+    tokens = np.full(num_tokens, pad_id, dtype=np.int64)
+    bounds = [0]
+    samples = [sample for group in groups for sample in group]
+    positions: list[np.ndarray] = []
+    last_tokens: list[int] = []
+    for sample in samples:
+        place, end = bounds[-1], bounds[-1] + int(padded(len(sample.ids), multiple))
+        if end > num_tokens:
+            raise ValueError(f"{sample.source}: the samples of a micro-batch exceed {num_tokens} tokens")
+        tokens[place : place + len(sample.ids)] = sample.ids
+        positions.append(place + sample.positions)
+        last_tokens.append(place + len(sample.ids) - 1)
+        bounds.append(end)
+    if bounds[-1] < num_tokens:
+        bounds.append(num_tokens)
+    segments = np.diff(bounds)
+    where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
+    counts = np.array([len(part) for part in positions], dtype=np.int64)
+    sizes = np.array([len(group) for group in groups], dtype=np.int64)
+    position_fields = _joined([fields.position_fields(sample) for sample in samples], like.position, np.concatenate)
+    for name, values in position_fields.items():
+        if len(values) != len(where):
+            raise ValueError(f"field {name!r} has {len(values)} entries for {len(where)} supervised positions")
+    return MicroBatch(
+        tokens=torch.from_numpy(tokens)[None],
+        position_ids=torch.from_numpy(np.arange(len(tokens)) - np.repeat(bounds[:-1], segments))[None],
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        bounds=tuple(bounds),
+        max_seqlen=int(segments.max()),
+        positions=torch.from_numpy(where),
+        labels=torch.from_numpy(tokens[where + 1]),
+        sequences=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
+        sequence_tokens=torch.from_numpy(counts),
+        last_tokens=torch.tensor(last_tokens, dtype=torch.int64),
+        groups=torch.from_numpy(np.repeat(np.arange(len(groups)), sizes)),
+        group_sizes=torch.from_numpy(sizes),
+        keys=tuple(sample.key for sample in samples),
+        position_fields=position_fields,
+        sequence_fields=_joined([fields.sequence_fields(sample) for sample in samples], like.sequence, np.stack),
+        group_fields=_joined([fields.group_fields(group) for group in groups], like.group, np.stack),
+        num_positions=len(where),
+    )
+
+
+def _joined(parts: Sequence[Arrays], like: Arrays, join: Callable[[list[np.ndarray]], np.ndarray]) -> dict[str, Tensor]:
+    """The fields of all samples or groups; of none of them, the right shape without entries."""
+    if parts:
+        return {name: torch.from_numpy(join([np.asarray(part[name]) for part in parts])) for name in like}
+    return {
+        name: torch.from_numpy((np.asarray(array) if join is np.concatenate else np.asarray(array)[None])[:0])
+        for name, array in like.items()
+    }
