@@ -34,7 +34,7 @@ import torch
 
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
-from fusemega.models.registry import family_of
+from fusemega.models.registry import architecture_of
 from fusemega.runtime.workers import default_workers
 
 MODELS: dict[str, dict[str, int]] = {
@@ -63,7 +63,7 @@ def write_source(folder: Path, model: str) -> None:
     config = {"model_type": "llama", "dtype": "bfloat16", "rms_norm_eps": 1e-5, **MODELS[model]}
     tensors = [
         TensorInfo(name, torch.bfloat16, shape)
-        for rule in family_of(config).rules(config)
+        for rule in architecture_of(config).rules()
         for name, shape in rule.hf_shapes().items()
     ]
     folder.mkdir(parents=True)

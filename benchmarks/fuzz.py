@@ -112,7 +112,7 @@ def _index(place: Path) -> tuple[Target, list[bytes]]:
 
 def _config(place: Path) -> tuple[Target, list[bytes]]:
     from fusemega.files.json_files import read_json
-    from fusemega.models.registry import family_of
+    from fusemega.models.registry import architecture_of
 
     sizes = {
         "hidden_size": 8,
@@ -123,7 +123,7 @@ def _config(place: Path) -> tuple[Target, list[bytes]]:
     }
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
     seeds = [{"model_type": name, **sizes, "rope_scaling": rope} for name in ("llama", "qwen2", "qwen3", "mistral")]
-    read = _file(place / "config.json", lambda path: family_of(read_json(path)))
+    read = _file(place / "config.json", lambda path: architecture_of(read_json(path)))
     return read, [json.dumps(seed).encode() for seed in seeds]
 
 

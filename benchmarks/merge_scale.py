@@ -30,7 +30,7 @@ from fusemega.files.lock import locked
 from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
 from fusemega.hf.ranges import RangeWriter
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_index
-from fusemega.models.registry import family_of
+from fusemega.models.registry import architecture_of
 
 CHUNK = 16 << 20
 
@@ -55,8 +55,7 @@ def write_model(folder: Path, layers: int, seed: int, sparse: bool) -> int:
     """Returns the bytes of its weights. Models differ from seed 0 by noise of an rms of 1e-3."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config(layers)))
-    family = family_of(config(layers))
-    shapes = {name: shape for rule in family.rules(config(layers)) for name, shape in rule.hf_shapes().items()}
+    shapes = architecture_of(config(layers)).hf_shapes()
     shards = plan_shards([TensorInfo(name, torch.bfloat16, shape) for name, shape in shapes.items()], MAX_SHARD_SIZE)
     writer = RangeWriter(folder, shards)
     write_index(folder, shards)

@@ -135,7 +135,7 @@ def worker(work: Path, names: list[str]) -> None:
         world = initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
         for name in names:
             reference = torch.load(work / f"{name}.reference.pt")
-            model = build_model(HFFolder(work / name).config, world, torch.float32)
+            model = build_model(HFFolder(work / name).architecture, world, torch.float32)
             load_hf(model, work / name, world)
             logits_SV = dense_logits(model, world, reference["texts"])
             difference = 0.0 if logits_SV is None else float((logits_SV.cpu() - reference["logits_SV"]).abs().max())

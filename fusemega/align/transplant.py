@@ -38,7 +38,6 @@ from fusemega.hf.loadable import settle
 from fusemega.hf.proof import check_written
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
 from fusemega.hf.side_files import copy_side_files
-from fusemega.models.registry import family_of
 from fusemega.models.rules import VocabRows
 from fusemega.runtime.console import say
 from fusemega.runtime.meter import meter
@@ -123,7 +122,7 @@ def transplant(model: Path, out: Path, tokenizer_folder: Path, map_file: Path | 
     """
     refuse_existing(out)
     source = HFFolder(model)
-    check_tensors(source, source.config)
+    check_tensors(source)
     check_written(source)
     check_copies(source)
     old_tokenizer, new_tokenizer = Tokenizer.load(model), Tokenizer.load(tokenizer_folder)
@@ -205,9 +204,9 @@ def _write(
     num_old: int,
     files: Mapping[str, dict[str, Any]],
 ) -> None:
-    family = family_of(source.config)
-    by_rows = {n for rule in family.rules(source.config) if isinstance(rule, VocabRows) for n in rule.hf_shapes()}
-    copies = family.copies(source.config)  # a tied model's head is left out: the configuration says it
+    rules = source.architecture.rules()
+    by_rows = {name for rule in rules if isinstance(rule, VocabRows) for name in rule.hf_shapes()}
+    copies = source.architecture.copies()  # a tied model's head is left out: the configuration says it
     infos = []
     for name in source:
         shape = source.shape(name)
@@ -234,5 +233,5 @@ def _write(
         for note in settle(temporary, tokenizer_folder, chats=True):
             say(note)
         made = HFFolder(temporary)
-        check_tensors(made, made.config)
+        check_tensors(made)
         write_integrity(temporary)

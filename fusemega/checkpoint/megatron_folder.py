@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +30,8 @@ from fusemega.files.integrity import check_sizes, damaged_files, recorded_hashes
 from fusemega.files.json_files import read_json
 from fusemega.hf.folder import DTYPES, HFFolder
 from fusemega.hf.side_files import copy_side_files, write_template
+from fusemega.models.architecture import Architecture
+from fusemega.models.registry import architecture_of
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
     from fusemega.models.build import GPT
@@ -67,6 +70,15 @@ class MegatronFolder:
         self.dtypes = self._dtypes()
         self.content_hash = self._content_hash()
         check_sizes(self.path)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What its configuration says of the model, read when it is first asked for.
+
+        Raises:
+            UserError: the configuration is refused.
+        """
+        return architecture_of(self.config)
 
     def _weights(self) -> Path:
         return self.path / "weights"
@@ -110,7 +122,7 @@ class MegatronFolder:
         found = world.from_all(damaged_files(self.path, share=(world.rank, world.world_size)))
         for name in sorted(sum(found, [])):
             raise UserError(f"{self.path / name}: damaged: its hash differs from the one in {INTEGRITY}")
-        model = build_model(self.config, world, dtype or self.dtype, kernels or LOCAL, recompute)
+        model = build_model(self.architecture, world, dtype or self.dtype, kernels or LOCAL, recompute)
         load_model(model, self.weights)
         return model
 

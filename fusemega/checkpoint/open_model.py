@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from fusemega.hf.hub import resolve
 from fusemega.hf.load import load_hf
 from fusemega.hf.proof import check_written
 from fusemega.models.build import GPT, build_model
-from fusemega.models.registry import family_of
+from fusemega.models.heads import HeadKind
 from fusemega.models.rope import longest_text
 from fusemega.models.stages import check_layout, stage_layers
 from fusemega.runtime.console import global_rank, say
@@ -45,24 +45,31 @@ class ModelSource:
 
     Args:
         chat_template: a file in place of the tokenizer's template.
+        heads: kinds that will do.
 
     Attributes:
         config: the section it was opened from.
         hf: the folder with the configuration and the tokenizer (and, for Hugging Face folders, the weights).
-        hf_config: its `config.json`.
+        architecture: what its `config.json` says of the model.
+        hf_config: the file itself.
         tokenizer: the folder's.
         vocab_size: the model's, without padding.
         chunk_sizes: how many layers pipeline stages, or their pieces, have.
         pad_id: what fills up rows, inside that vocabulary; nothing is computed from it.
 
     Raises:
-        UserError: the folder is damaged, of an unknown architecture, or the layout does not divide it or
-            the world; no tokenizer; FP8 or Transformer Engine is asked for and cannot be had; sliding windows under
-            context parallelism and Transformer Engine.
+        UserError: the folder is damaged, of an unknown architecture, or with another head; the layout does not divide
+            it or the world; no tokenizer; FP8 or Transformer Engine is asked for and cannot be had; sliding windows
+            under context parallelism and Transformer Engine.
     """
 
     def __init__(
-        self, config: ModelConfig, parallel: ParallelConfig, world_size: int, chat_template: str | None = None
+        self,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        world_size: int,
+        chat_template: str | None = None,
+        heads: Sequence[HeadKind] = ("vocabulary",),
     ) -> None:
         parallel.data_parallel_size(world_size)
         self.config = config
@@ -70,9 +77,11 @@ class ModelSource:
         self.dtype = DTYPES[config.dtype]
         self._source = _opened(config.load)
         self.hf = self._source.hf if isinstance(self._source, MegatronFolder) else self._source.path
+        self.architecture = self._source.architecture
+        self.architecture.require_head(heads, str(self.hf))
         self.hf_config = self._source.config
-        check_layout(self.hf_config, parallel)
-        layers = family_of(self.hf_config).transformer_config(self.hf_config)
+        check_layout(self.architecture, parallel)
+        layers = self.architecture.transformer_config
         config.check_layers(layers, parallel)
         self.chunk_sizes = {len(chunk) for stage in stage_layers(layers["num_layers"], parallel) for chunk in stage}
         self.kernels = config.kernels()
@@ -84,7 +93,7 @@ class ModelSource:
             )
         tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
         self.tokenizer = tokenizer.with_template(chat_template)
-        self.vocab_size = int(self.hf_config["vocab_size"])
+        self.vocab_size = self.architecture.vocab_size
         # A pad token added to the tokenizer alone is common, and the model has no row for it.
         self.pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id < self.vocab_size else 0
 
@@ -123,7 +132,7 @@ class ModelSource:
             return self._source.load(world, self.dtype, self.kernels, recompute)
         source = self._source
         on_main(world, lambda: check_written(source))
-        model = build_model(self.hf_config, world, self.dtype, self.kernels, recompute)
+        model = build_model(self.architecture, world, self.dtype, self.kernels, recompute)
         load_hf(model, self.hf, world)
         return model
 
@@ -148,7 +157,7 @@ def _opened(load: str) -> MegatronFolder | HFFolder:
             say(f"{load}: a run; its newest checkpoint, of iteration {opened.iteration}, is taken")
         return opened
     source = HFFolder(folder)
-    check_tensors(source, source.config)
+    check_tensors(source)
     return source
 
 

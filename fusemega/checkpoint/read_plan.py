@@ -19,7 +19,6 @@ from fusemega.files.output import refuse_existing
 from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.safetensors_writer import TensorInfo, plan_shards
-from fusemega.models.registry import family_of
 from fusemega.models.rules import WeightRanks
 from fusemega.models.stages import check_layout, stage_rules
 from fusemega.runtime.layout import ParallelConfig
@@ -51,7 +50,7 @@ def plan_reads(source: HFFolder | MegatronFolder, layout: ParallelConfig) -> lis
     Raises:
         UserError: the layout does not divide the model.
     """
-    check_layout(source.config, layout)
+    check_layout(source.architecture, layout)
     rank_reads = _hf_reads if isinstance(source, HFFolder) else _megatron_reads
     return [
         rank_reads(source, pp_rank, tp_rank, layout)  # type: ignore[arg-type]
@@ -61,7 +60,10 @@ def plan_reads(source: HFFolder | MegatronFolder, layout: ParallelConfig) -> lis
 
 
 def _hf_reads(folder: HFFolder, pp_rank: int, tp_rank: int, layout: ParallelConfig) -> RankReads:
-    rules, ranks = stage_rules(folder.config, layout, pp_rank), WeightRanks(layout.tensor_model_parallel_size, tp_rank)
+    rules, ranks = (
+        stage_rules(folder.architecture, layout, pp_rank),
+        WeightRanks(layout.tensor_model_parallel_size, tp_rank),
+    )
     pieces = [piece for rule in rules for piece in rule.pieces(ranks)]
     names = {piece.hf for piece in pieces}
     nbytes = sum(volume(piece.hf_box) * folder.dtype(piece.hf).itemsize for piece in pieces)
@@ -69,7 +71,10 @@ def _hf_reads(folder: HFFolder, pp_rank: int, tp_rank: int, layout: ParallelConf
 
 
 def _megatron_reads(folder: MegatronFolder, pp_rank: int, tp_rank: int, layout: ParallelConfig) -> RankReads:
-    rules, ranks = stage_rules(folder.config, layout, pp_rank), WeightRanks(layout.tensor_model_parallel_size, tp_rank)
+    rules, ranks = (
+        stage_rules(folder.architecture, layout, pp_rank),
+        WeightRanks(layout.tensor_model_parallel_size, tp_rank),
+    )
     elements = sum(volume(piece.local_box) for rule in rules for piece in rule.pieces(ranks))
     return RankReads(pp_rank, tp_rank, len(rules), len(rules), elements * folder.dtype.itemsize, 0)
 
@@ -103,9 +108,9 @@ def describe_import(source: str | Path, out: Path, layout: ParallelConfig) -> st
     """
     refuse_existing(out)
     folder = HFFolder(source)
-    check_tensors(folder, folder.config)
+    check_tensors(folder)
     reads = table(plan_reads(folder, layout))
-    names = {name for rule in family_of(folder.config).rules(folder.config) for name in rule.hf_shapes()}
+    names = folder.architecture.hf_shapes()
     nbytes = sum(prod(folder.shape(name)) * folder.dtype(name).itemsize for name in names)
     return f"{reads}\nwould write {size(nbytes)} of weights to {out}\n{NOTHING_DONE}"
 
@@ -128,10 +133,7 @@ def describe_export(
     folder = open_megatron(source, iteration)
     reads = table(plan_reads(folder, layout))
     infos = [
-        TensorInfo(name, dtype or folder.dtypes[name], shape)
-        for rule in family_of(folder.config).rules(folder.config)
-        if not rule.duplicate
-        for name, shape in rule.hf_shapes().items()
+        TensorInfo(name, dtype or folder.dtypes[name], shape) for name, shape in folder.architecture.hf_shapes().items()
     ]
     files, nbytes = len(plan_shards(infos, max_shard_size)), sum(info.nbytes for info in infos)
     return f"{reads}\nwould write {len(infos)} tensors, {size(nbytes)} in {files} file(s), to {out}\n{NOTHING_DONE}"

@@ -5,7 +5,7 @@
     .metadata       torch.distributed.checkpoint's index, a pickle: global shapes, chunks, and where each chunk lies
     *.distcp        chunks, each a `torch.save` of one box of one global tensor
 
-Megatron stacks the layers: `decoder.layers.3.mlp.linear_fc2.weight` [H, F] is element 3 of the global tensor
+Megatron stacks layers that are alike: `decoder.layers.3.mlp.linear_fc2.weight` [H, F] is element 3 of the global tensor
 `decoder.layers.mlp.linear_fc2.weight` [layers, H, F]. Its keys are those of Transformer Engine's layer spec, whatever
 the spec of the model that is saved. Each linear layer of a block also has an `_extra_state` object, empty without FP8.
 The tests hold keys, shapes and objects against megatron-core's own `sharded_state_dict`.
@@ -31,9 +31,8 @@ from fusemega.files.boxes import whole
 from fusemega.files.moves import Assembled, Move, Stored, window
 from fusemega.files.opening import open_regular
 from fusemega.files.pickles import first_line, load_torch
-from fusemega.models.family import TRANSFORMER_ENGINE_NAMES, HFConfig
-from fusemega.models.registry import family_of
-from fusemega.models.rules import WHOLE, Rule
+from fusemega.models.architecture import Architecture
+from fusemega.models.rules import WHOLE, Rule, VocabRows
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 # Where the optimizers of megatron-core 0.16.1 keep fp32 main parameters: the distributed one, and the one of bf16 runs.
@@ -74,23 +73,25 @@ class Place:
 
     def extra_state(self) -> str | None:
         """Key of the object that Megatron's linear layers save beside their weight; None for other parameters."""
-        if self.layer is None or self.rule.partition_dim is None or not self.key.endswith(".weight"):
+        in_layer = _LAYER.fullmatch(self.rule.megatron) is not None
+        if not in_layer or self.rule.partition_dim is None or not self.key.endswith(".weight"):
             return None
-        return f"{self.key.removesuffix('weight')}_extra_state/shard_{self.layer}_{self.global_shape[0]}"
+        shard = "0_1" if self.layer is None else f"{self.layer}_{self.global_shape[0]}"
+        return f"{self.key.removesuffix('weight')}_extra_state/shard_{shard}"
 
 
-def places(hf_config: HFConfig) -> list[Place]:
+def places(architecture: Architecture) -> list[Place]:
     """Every parameter of the model, in the order of HF's tensors; second copies (a tied head) are not stored."""
     out = []
-    for rule in family_of(hf_config).rules(hf_config, TRANSFORMER_ENGINE_NAMES):
+    for rule in architecture.rules("transformer_engine"):
         if rule.duplicate:
             continue
         match = _LAYER.fullmatch(rule.megatron)
         shape = rule.local_shape(WHOLE)
-        if match is None:
+        if match is None or not architecture.alike:
             out.append(Place(rule, rule.megatron, shape, None))
         else:
-            layers = hf_config["num_hidden_layers"]
+            layers = len(architecture.layers)
             out.append(Place(rule, f"decoder.layers.{match[2]}", (layers, *shape), int(match[1])))
     return out
 
@@ -231,14 +232,14 @@ class Checkpoint:
         chunks = {Path(stored.path) for group in self._chunks.values() for _, stored in group}
         return [self.path / ".metadata", *sorted(chunks)]
 
-    def hf_tensors(self, hf_config: HFConfig) -> dict[str, Assembled]:
+    def hf_tensors(self, architecture: Architecture) -> dict[str, Assembled]:
         """Each HF tensor, in the model's order, as boxes of the chunks; each in the type it is stored in.
 
         Raises:
             UserError: the checkpoint lacks a part of the model.
         """
         out = {}
-        for place in places(hf_config):
+        for place in places(architecture):
             shapes = place.rule.hf_shapes()
             chunks = self._of(place)
             moves: dict[str, list[Move]] = {name: [] for name in shapes}
@@ -261,9 +262,9 @@ class Checkpoint:
         """The chunks that hold parts of a parameter, as moves into it."""
         shape = self.shapes.get(place.key, ())
         # Rows of vocabulary beyond HF's are padding of the layout that wrote it; any other difference is another model.
-        rows = len(place.leading)
+        padded = isinstance(place.rule, VocabRows)
         fits = len(shape) == len(place.global_shape) and all(
-            a == b or (i == rows and place.layer is None and a > b)
+            a == b or (i == 0 and padded and a > b)
             for i, (a, b) in enumerate(zip(shape, place.global_shape, strict=True))
         )
         if not fits:

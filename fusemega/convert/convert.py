@@ -49,7 +49,6 @@ from fusemega.hf.folder import HFFolder
 from fusemega.hf.proof import check_written
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
 from fusemega.hf.side_files import copy_side_files, exported_config
-from fusemega.models.registry import family_of
 from fusemega.models.rules import WHOLE
 from fusemega.runtime.console import say
 from fusemega.runtime.meter import meter
@@ -102,7 +101,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
     out = Path(out)
     refuse_existing(out)
     folder = HFFolder(source)
-    check_tensors(folder, folder.config)
+    check_tensors(folder)
     check_written(folder)
     items, chunks, global_shapes = _plan_import(folder)
     identity = _identity("import", folder.files())
@@ -115,7 +114,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
             copied = _write(items, unfinished, pool, f"importing {folder.path.name}", digests=True)
             written = {item: Written(item.name, *unfinished.finished[item.name]) for item in items}
             digests = {name: digest for done in written.values() for name, digest in done.digests.items()}
-            names = [name for place in places(folder.config) for name in place.rule.hf_shapes()]
+            names = [name for place in places(folder.architecture) for name in place.rule.hf_shapes()]
             write_metadata(unfinished.folder / "weights", chunks, global_shapes)
             describe_source(unfinished.folder, folder, names, digests)
             write_integrity(unfinished.folder, {item.file: done.hash for item, done in written.items()})
@@ -184,11 +183,11 @@ def export_folder(
     refuse_existing(out)
     if isinstance(folder, MegatronFolder):
         checkpoint = Checkpoint(folder.weights)
-        tensors, dtypes, files = checkpoint.hf_tensors(folder.config), folder.dtypes, checkpoint.files()
+        tensors, dtypes, files = checkpoint.hf_tensors(folder.architecture), folder.dtypes, checkpoint.files()
         side_files = folder.hf
     else:
         tensors = {
-            name: as_is(folder.stored(name)) for place in places(folder.config) for name in place.rule.hf_shapes()
+            name: as_is(folder.stored(name)) for place in places(folder.architecture) for name in place.rule.hf_shapes()
         }
         dtypes, files, side_files = {name: folder.dtype(name) for name in tensors}, folder.files(), folder.path
     infos = [TensorInfo(name, dtype or dtypes[name], tensor.shape) for name, tensor in tensors.items()]
@@ -212,7 +211,7 @@ def export_folder(
 
 def _plan_import(folder: HFFolder) -> tuple[list[Item], list[StoredChunk], dict[str, tuple[int, ...]]]:
     """The `.distcp` files, each an item; what the index says of them; and the shapes of the global tensors."""
-    all_places = places(folder.config)
+    all_places = places(folder.architecture)
     dtypes: dict[str, set[torch.dtype]] = {}
     for place in all_places:
         dtypes.setdefault(place.key, set()).update(folder.dtype(name) for name in place.rule.hf_shapes())
@@ -324,7 +323,7 @@ def _check_copies(folder: HFFolder, pool: Workers) -> None:
     """A tied model's folder may hold the head too: then it must be the embedding."""
     pairs = [
         (as_is(folder.stored(copy)), as_is(folder.stored(original)))
-        for copy, original in family_of(folder.config).copies(folder.config).items()
+        for copy, original in folder.architecture.copies().items()
         if copy in folder
     ]
     alike = [pair for pair in pairs if pair[0].dtype == pair[1].dtype]

@@ -19,7 +19,6 @@ from fusemega.files.tokenizer_files import load_pretrained
 from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder, functional_config
 from fusemega.hf.proof import damaged_weights
-from fusemega.models.registry import family_of
 from fusemega.runtime.meter import meter
 from fusemega.runtime.workers import start_workers
 
@@ -68,18 +67,17 @@ class _Side:
         self.dtypes: dict[str, torch.dtype]
         if is_megatron_folder(path):
             megatron = open_megatron(path)
-            self.config = megatron.config
-            self.tensors = Checkpoint(megatron.weights).hf_tensors(megatron.config)
+            self.config, self.architecture = megatron.config, megatron.architecture
+            self.tensors = Checkpoint(megatron.weights).hf_tensors(megatron.architecture)
             self.dtypes = megatron.dtypes
             self.damaged = [str(megatron.path / name) for name in damaged_files(megatron.path)]
         else:
             folder = HFFolder(path)
-            check_tensors(folder, folder.config)
-            self.config = folder.config
+            check_tensors(folder)
+            self.config, self.architecture = folder.config, folder.architecture
             if (folder.path / INTEGRITY).is_file():
                 self.damaged = [str(folder.path / name) for name in damaged_weights(folder, again=True)]
-            family = family_of(folder.config)
-            names = [name for name in folder if not family.ignorable(name)]
+            names = [name for name in folder if not self.architecture.ignorable(name)]
             self.tensors = {name: as_is(folder.stored(name)) for name in names}
             self.dtypes = {name: folder.dtype(name) for name in names}
 
@@ -95,7 +93,7 @@ def verify(hf: str | Path, other: str | Path, *, workers: int = 1) -> Comparison
     ours, theirs = _Side(hf), _Side(other)
     mine, yours = functional_config(ours.config), functional_config(theirs.config)
     config = [key for key in sorted(mine.keys() | yours.keys()) if mine.get(key) != yours.get(key)]
-    optional = family_of(ours.config).copies(ours.config).keys()
+    optional = ours.architecture.copies().keys()
     common = sorted(ours.tensors.keys() & theirs.tensors.keys())
     missing = sorted((ours.tensors.keys() ^ theirs.tensors.keys()) - optional)
     different = []

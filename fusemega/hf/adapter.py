@@ -168,7 +168,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
     """
     refuse_existing(out)
     source = HFFolder(base)
-    check_tensors(source, source.config)
+    check_tensors(source)
     check_written(source)
     check_copies(source)
     lora = Adapter(adapter, source)

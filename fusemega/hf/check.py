@@ -6,20 +6,23 @@ import torch
 
 from fusemega.errors import UserError, nearest
 from fusemega.hf.folder import HFFolder
-from fusemega.models.family import HFConfig
-from fusemega.models.registry import family_of
+from fusemega.models.architecture import Architecture
 
 
-def check_tensors(folder: HFFolder, hf_config: HFConfig) -> None:
-    """The folder holds exactly the tensors the configuration asks for, with those shapes. Reads no weights.
+def check_tensors(folder: HFFolder, architecture: Architecture | None = None) -> None:
+    """The folder holds exactly the tensors of its architecture, with those shapes. Reads no weights.
+
+    Args:
+        folder: an open folder.
+        architecture: another one than its own.
 
     Raises:
         UserError: names the first tensor that is missing, unexpected, or of another shape or type.
     """
-    family = family_of(hf_config)
-    expected = {name: shape for rule in family.rules(hf_config) for name, shape in rule.hf_shapes().items()}
-    copies = {copy: expected[original] for copy, original in family.copies(hf_config).items() if copy in folder}
-    present = {name for name in folder if not family.ignorable(name)}
+    architecture = architecture or folder.architecture
+    expected = architecture.hf_shapes()
+    copies = {copy: expected[original] for copy, original in architecture.copies().items() if copy in folder}
+    present = {name for name in folder if not architecture.ignorable(name)}
     for name, shape in (expected | copies).items():
         if name not in present:
             raise UserError(f"{folder.path}: tensor {name} is missing{nearest(name, present - expected.keys())}")
@@ -38,7 +41,7 @@ def check_copies(folder: HFFolder) -> None:
     Raises:
         UserError: it is not.
     """
-    for copy, original in family_of(folder.config).copies(folder.config).items():
+    for copy, original in folder.architecture.copies().items():
         if copy not in folder:
             continue
         rows, columns = folder.shape(original)

@@ -32,7 +32,7 @@ def cut_layers(source: str | Path, out: str | Path, drop: Collection[int], world
         UserError: a damaged source, a layer it does not have, none left, or `out` is not empty.
     """
     folder = HFFolder(source)
-    check_tensors(folder, folder.config)
+    check_tensors(folder)
     check_written(folder)
     layers = folder.config["num_hidden_layers"]
     unknown = sorted(set(drop) - set(range(layers)))
@@ -65,4 +65,4 @@ def cut_layers(source: str | Path, out: str | Path, drop: Collection[int], world
         settle(temporary, folder.path, chats=False)
         write_integrity(temporary)
     cut = HFFolder(out)
-    check_tensors(cut, cut.config)
+    check_tensors(cut)

@@ -138,12 +138,7 @@ def _check_source(source: Path) -> None:
 
 def _tensor_infos(model: GPT, dtypes: Mapping[str, torch.dtype]) -> list[TensorInfo]:
     """What is written, in the model's order."""
-    return [
-        TensorInfo(name, dtypes[name], shape)
-        for rule in model.rules()
-        if not rule.duplicate
-        for name, shape in rule.hf_shapes().items()
-    ]
+    return [TensorInfo(name, dtypes[name], shape) for name, shape in model.architecture.hf_shapes().items()]
 
 
 def _dtypes(
@@ -151,7 +146,7 @@ def _dtypes(
 ) -> Mapping[str, torch.dtype]:
     if isinstance(dtype, Mapping):
         return dtype
-    names = [name for rule in model.rules() for name in rule.hf_shapes()]
+    names = list(model.architecture.hf_shapes())
     if dtype is None and any((source / file).exists() for file in (SINGLE_FILE, INDEX_FILE)):
         folder = HFFolder(source)
         return {name: folder.dtype(name) for name in names}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from fusemega.files.moves import Stored
 from fusemega.files.opening import is_inside, open_regular, refuse_special_files
 from fusemega.files.remembered import remembered
 from fusemega.files.safetensors_header import read_header
+from fusemega.models.architecture import Architecture
+from fusemega.models.registry import architecture_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -73,6 +75,15 @@ class HFFolder:
         self._entries = self._open()
         self._handles: dict[Path, Any] = {}
         self._hashes: dict[Path, dict[str, Any]] | None = None
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What its configuration says of the model, read when it is first asked for.
+
+        Raises:
+            UserError: the configuration is refused.
+        """
+        return architecture_of(self.config)
 
     def keys(self) -> list[str]:
         """Tensor names, sorted."""

@@ -26,14 +26,14 @@ def load_hf(model: GPT, folder: str | Path, world: World) -> None:
             folder turns out to hold a head that differs from the embedding.
     """
     source = HFFolder(folder)
-    check_tensors(source, model.hf_config)
+    check_tensors(source, model.architecture)
     fill(model, world, source.read)
     _check_copies(model, source, world)
 
 
 def _check_copies(model: GPT, source: HFFolder, world: World) -> None:
     """A tied model's folder may hold the head too: then it must be the embedding, on the rows this rank has read."""
-    copies = {original: copy for copy, original in model.family.copies(model.hf_config).items() if copy in source}
+    copies = {original: copy for copy, original in model.architecture.copies().items() if copy in source}
     for placement in placements(model, world):
         for piece in placement.pieces:
             copy = copies.get(piece.hf)

@@ -24,7 +24,7 @@ from fusemega.merge.sources import Source
 from fusemega.merge.statistics import CELL
 from fusemega.merge.template import plan_template
 from fusemega.merge.vocabulary import Vocabulary, plan_vocabulary
-from fusemega.models.registry import family_of
+from fusemega.models.registry import architecture_of
 from fusemega.models.rules import VocabRows
 
 BLOCK_BYTES = 16 << 20
@@ -139,7 +139,7 @@ def plan_merge(run: MergeRun, paths: Mapping[str, Path], source: str, notes: Seq
     names = ([str(run.base_model)] if method.needs_base else []) + [entry.model for entry in entries]
     opened = {name: HFFolder(paths[name]) for name in dict.fromkeys(names)}
     for folder in opened.values():
-        check_tensors(folder, folder.config)
+        check_tensors(folder)
     folders = [opened[name] for name in names]
     _check_architecture(folders)
     layers = int(folders[0].config["num_hidden_layers"])
@@ -168,34 +168,39 @@ def _place(name: str, names: Sequence[str], source: str) -> int:
 def _check_architecture(folders: Sequence[HFFolder]) -> None:
     """All compute the same function of their weights; vocabulary sizes and tied heads are seen to elsewhere."""
     first = folders[0]
-    family = family_of(first.config)
-    ours, frequencies = family.transformer_config(first.config), family.inv_freq(first.config)
+    ours, frequencies = first.architecture.transformer_config, first.architecture.inv_freq()
     for folder in folders[1:]:
-        if type(family_of(folder.config)) is not type(family):
+        other = folder.architecture
+        if other.family is not first.architecture.family:
             raise UserError(
                 f"{folder.path}: model_type {folder.config.get('model_type')!r}, and {first.path} is "
                 f"{first.config.get('model_type')!r}: only models of one architecture can be merged"
             )
-        theirs = family.transformer_config(folder.config)
+        other.require_head([first.architecture.head], str(folder.path))
+        if other.layers != first.architecture.layers and other.transformer_config == ours:
+            raise UserError(
+                f"{folder.path}: block_configs of config.json leaves out other blocks than in {first.path}: only "
+                f"models of one architecture can be merged"
+            )
+        theirs = other.transformer_config
         for key in ours.keys() | theirs.keys():
             if ours.get(key) != theirs.get(key):
                 raise UserError(
                     f"{folder.path}: {key} is {theirs.get(key)}, and {ours.get(key)} in {first.path}: only models of "
                     f"one architecture can be merged"
                 )
-        if not torch.equal(frequencies, family.inv_freq(folder.config)):
+        if not torch.equal(frequencies, other.inv_freq()):
             raise UserError(f"{folder.path}: its rotary positions differ from those of {first.path}")
 
 
 def _tensors(
     folders: Sequence[HFFolder], run: MergeRun, vocabulary: Vocabulary
 ) -> tuple[dict[str, PlannedTensor], dict[str, Any]]:
-    family = family_of(folders[0].config)
-    tied = [family.tied(folder.config) for folder in folders]
+    tied = [folder.architecture.tied for folder in folders]
     config = dict(folders[0].config) | {"vocab_size": vocabulary.rows, "tie_word_embeddings": all(tied)}
     donor = folders[vocabulary.donor].config
     config |= {key: value for key, value in donor.items() if key.endswith("_token_id")}
-    rules = [rule for rule in family.rules(config) if not rule.duplicate]
+    rules = [rule for rule in architecture_of(config).rules() if not rule.duplicate]
     shapes = {name: shape for rule in rules for name, shape in rule.hf_shapes().items()}
     by_rows = {name for rule in rules if isinstance(rule, VocabRows) for name in rule.hf_shapes()}
     readers = {id(folder): RangeReader(folder) for folder in folders}
@@ -204,7 +209,7 @@ def _tensors(
         sources = []
         for folder, rows in zip(folders, vocabulary.maps, strict=True):
             # A tied model's head is its embedding.
-            there = family.copies(folder.config).get(name, name)
+            there = folder.architecture.copies().get(name, name)
             rows = rows if name in by_rows else None
             sources.append(Source(readers[id(folder)], there, folder.dtype(there), rows, shape[-1]))
         tensors[name] = PlannedTensor(TensorSpec(name, shape), _dtype(name, sources, run), sources)

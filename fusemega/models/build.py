@@ -1,6 +1,6 @@
 """Empty Megatron models from Hugging Face configurations, and the walk that fills or reads them.
 
-Legend: S tokens of a row, H hidden, V_padded vocabulary padded to a multiple of TP.
+Shape suffixes: S tokens of a row, H hidden, V_padded vocabulary padded to a multiple of TP.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Any
 import torch
 
 from fusemega.files.boxes import Box, slices, volume
-from fusemega.models.family import LOCAL_NAMES, TRANSFORMER_ENGINE_NAMES, Family, HFConfig
-from fusemega.models.registry import family_of
+from fusemega.models.architecture import Architecture
+from fusemega.models.heads import Head, ScalarHead
 from fusemega.models.rules import Piece, Rule, WeightRanks, padded_vocab_size
 from fusemega.models.stages import LAYER_NAME, check_layout
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels
 from fusemega.runtime.specs import block_spec
 
-from megatron.core.models.gpt import GPTModel  # isort: skip  (after runtime.parallel has enabled the CPU backend)
+from megatron.core.models.common.language_module.language_module import LanguageModule  # isort: skip  (after
+from megatron.core.models.gpt import GPTModel  # isort: skip  runtime.parallel has enabled the CPU backend)
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group  # isort: skip
 
 
 class Chunk(GPTModel):
@@ -36,29 +38,53 @@ class Chunk(GPTModel):
     """
 
     def __init__(
-        self, config: TransformerConfig, hf_config: HFConfig, family: Family, world: World, vp_stage: int | None
+        self, config: TransformerConfig, architecture: Architecture, world: World, vp_stage: int | None
     ) -> None:
         last = (config.virtual_pipeline_model_parallel_size or 1) - 1
+        layers = architecture.layers
         super().__init__(
             config,
-            block_spec(config, vp_stage),
-            padded_vocab_size(hf_config["vocab_size"], world.tp_size),
-            hf_config.get("max_position_embeddings", 2048),
+            block_spec(config, vp_stage, [(layer.attention is not None, layer.mlp is not None) for layer in layers]),
+            padded_vocab_size(architecture.vocab_size, world.tp_size),
+            architecture.hf_config.get("max_position_embeddings", 2048),
             pre_process=world.is_first_stage and not vp_stage,
             post_process=world.is_last_stage and (vp_stage or 0) == last,
             position_embedding_type="rope",
-            share_embeddings_and_output_weights=family.tied(hf_config),
+            share_embeddings_and_output_weights=architecture.tied,
             vp_stage=vp_stage,
         )
-        self.rotary_pos_emb.inv_freq = family.inv_freq(hf_config)
+        self.rotary_pos_emb.inv_freq = architecture.inv_freq()
+        self._has_vocabulary = architecture.head == "vocabulary"
+        if self.post_process and not self._has_vocabulary:
+            del self.output_layer
+            if architecture.head == "scalar":
+                self.score = ScalarHead(config.hidden_size, config.params_dtype, world.tp_size)
+
+    @property
+    def head_module(self) -> torch.nn.Module | None:
+        """The module whose weight is the head's; None where this chunk is not the last, or the model has no head."""
+        return getattr(self, "output_layer" if self._has_vocabulary else "score", None)
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        if self.post_process:
+        head = self.head_module
+        if head is not None:
             # The head's weight is used without its module being called. Its parameters may still be on their way
             # (overlap_param_gather), and it is the module's hooks that wait for them.
-            for hook in self.output_layer._forward_pre_hooks.values():
-                hook(self.output_layer, ())
+            for hook in head._forward_pre_hooks.values():
+                hook(head, ())
         return hidden_states
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's; of a model without a vocabulary head, without what Megatron asks of that head's weight."""
+        state: dict[str, Any]
+        if self._has_vocabulary:
+            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        else:
+            metadata = ensure_metadata_has_dp_cp_group(metadata)
+            state = super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+        return state
 
 
 class GPT(torch.nn.Module):
@@ -69,35 +95,57 @@ class GPT(torch.nn.Module):
     Attributes:
         chunks: in the order in which a token meets them.
         config: Megatron's configuration, which the chunks share.
-        hf_config: the Hugging Face configuration the model was built from.
-        family: its family.
-        vocab_size: HF's vocabulary size, without padding.
+        architecture: what its configuration says.
     """
 
     chunks: Sequence[Chunk]
 
-    def __init__(self, config: TransformerConfig, hf_config: HFConfig, family: Family, world: World) -> None:
+    def __init__(self, config: TransformerConfig, architecture: Architecture, world: World) -> None:
         super().__init__()
         virtual = config.virtual_pipeline_model_parallel_size
         stages = [None] if virtual is None else list(range(virtual))
-        chunks = (Chunk(config, hf_config, family, world, stage) for stage in stages)
+        chunks = (Chunk(config, architecture, world, stage) for stage in stages)
         self.chunks = torch.nn.ModuleList(chunks)  # type: ignore[assignment]
         self.config = config
-        self.hf_config = dict(hf_config)
-        self.family = family
-        self.vocab_size = hf_config["vocab_size"]
+        self.architecture = architecture
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """The Hugging Face configuration the model was built from."""
+        return dict(self.architecture.hf_config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Hugging Face's, without padding."""
+        return self.architecture.vocab_size
 
     def rules(self) -> list[Rule]:
-        """The family's weight rules, under the parameter names of this model's layer spec."""
-        fused = self.config.transformer_impl == "transformer_engine"
-        return self.family.rules(self.hf_config, TRANSFORMER_ENGINE_NAMES if fused else LOCAL_NAMES)
+        """The rules of all the model's weights, under the parameter names of its layer spec."""
+        return self.architecture.rules(self.config.transformer_impl)
+
+    @property
+    def head(self) -> Head:
+        """The head: its weight on this rank, and what becomes of its logits.
+
+        Raises:
+            ValueError: this is not the last stage, or the model has no head.
+        """
+        last = self.chunks[-1]
+        module = last.head_module
+        if module is None:
+            raise ValueError("no head here: the model has none, or this is not the last pipeline stage")
+        tied = last.share_embeddings_and_output_weights
+        weight: Any = last.shared_embedding_or_output_weight() if tied else module.weight
+        return Head(self.architecture.head, weight, self.architecture.softcap)
 
     def head_weight(self) -> torch.nn.Parameter:
-        """The head's rows on this rank, [V_padded / TP, H], tied or not. Only on the last stage."""
-        last = self.chunks[-1]
-        if last.share_embeddings_and_output_weights:
-            return last.shared_embedding_or_output_weight()
-        return last.output_layer.weight
+        """`head.weight`."""
+        return self.head.weight
+
+    def scores(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Of a model with a scalar head: see `ScalarHead.forward`. Only on the last stage."""
+        scores_N: torch.Tensor = self.chunks[-1].score(hidden_NH)
+        return scores_N
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Megatron's sharded state of all chunks, under this module's own names. What is stored bears no chunk."""
@@ -109,7 +157,7 @@ class GPT(torch.nn.Module):
 
 
 def build_model(
-    hf_config: HFConfig,
+    architecture: Architecture,
     world: World,
     dtype: torch.dtype,
     kernels: Kernels = LOCAL,
@@ -120,23 +168,22 @@ def build_model(
     Collective over the embedding group when embeddings are tied and there are several stages.
 
     Args:
-        hf_config: `config.json` as a mapping.
+        architecture: of the model (see `registry.architecture_of`).
         world: the layout.
         dtype: of the parameters, and of what pipeline stages send each other.
         kernels: whose layers, and FP8; the weights are the same whichever it is.
         recompute: TransformerConfig's fields on which activations backward computes again.
 
     Raises:
-        UserError: the family refuses the configuration, or the layout does not divide it.
+        UserError: the layout does not divide the model.
     """
-    family = family_of(hf_config)
     layout = world.layout
-    check_layout(hf_config, layout)
+    check_layout(architecture, layout)
     first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
     if first is not None and layout.pipeline_model_parallel_size == 2:
         last = None  # what is left; megatron-core would divide by 0 (transformer/transformer_layer.py:138)
     config = TransformerConfig(
-        **family.transformer_config(hf_config),
+        **architecture.transformer_config,
         **kernels.transformer_config(),
         **recompute,
         tensor_model_parallel_size=world.tp_size,
@@ -161,8 +208,10 @@ def build_model(
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         apply_rope_fusion=False,
+        # Layers of different parts cannot be stacked: each is stored under its own number.
+        hetereogenous_dist_checkpoint=not architecture.alike,
     )
-    model = GPT(config, hf_config, family, world).to(world.device)
+    model = GPT(config, architecture, world).to(world.device)
     for placement in placements(model, world):
         # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off; it
         # has set those of biases, and Transformer Engine sets its own. Without them Megatron's gradient norm counts a
@@ -228,7 +277,7 @@ def init_random(model: GPT, world: World, seed: int) -> None:
     name.
     """
     std = model.hf_config.get("initializer_range", 0.02)
-    shapes = {name: shape for rule in model.rules() for name, shape in rule.hf_shapes().items()}
+    shapes = model.architecture.hf_shapes()
     last: dict[str, torch.Tensor] = {}
 
     def read(name: str, box: Box) -> torch.Tensor:

@@ -12,22 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from fusemega.errors import UserError
-from fusemega.models.family import (
-    LOCAL_NAMES,
-    HFConfig,
-    ParameterNames,
-    check_keys,
-    check_token_ids,
-    require_int,
-    require_number,
-)
+from fusemega.models.family import HFConfig, check_keys, check_token_ids, require_int, require_number
+from fusemega.models.parts import Attention, GatedMLP, Layer, Norm
 from fusemega.models.rope import inverse_frequencies, rope_parameters
-from fusemega.models.rules import QKV, GateUp, Replicated, RowParallel, Rule, VocabRows
 
 _KNOWN = frozenset(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings
+    rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings block_configs
     """.split()  # noqa: SIM905
 )
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_dropout": (0, None)}
@@ -37,7 +29,7 @@ class DenseDecoder:
     """A `Family` whose subclasses set what follows.
 
     Attributes:
-        model_types: the values of `model_type` it answers for.
+        model_types, hf_class: see `Family`.
         known: keys it reads besides those of every dense decoder.
         required_values: keys with the values under which its mathematics hold.
         defaults: what transformers takes for a key that config.json leaves out; a null there stays a null.
@@ -46,6 +38,7 @@ class DenseDecoder:
     """
 
     model_types: tuple[str, ...]
+    hf_class: str
     known: ClassVar[frozenset[str]] = frozenset()
     required_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -117,57 +110,25 @@ class DenseDecoder:
         """See `Family.tied`."""
         return bool(hf_config.get("tie_word_embeddings", False))
 
-    def copies(self, hf_config: HFConfig) -> dict[str, str]:
-        """See `Family.copies`."""
-        return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied(hf_config) else {}
+    def softcap(self, hf_config: HFConfig) -> float | None:
+        """See `Family.softcap`."""
+        return None
 
     def ignorable(self, hf_name: str) -> bool:
         """Old folders may hold each layer's rotary frequencies, which the configuration decides."""
         return hf_name.endswith("rotary_emb.inv_freq")
 
-    def rules(self, hf_config: HFConfig, names: ParameterNames = LOCAL_NAMES) -> list[Rule]:
-        """See `Family.rules`."""
-        hidden, vocab = hf_config["hidden_size"], hf_config["vocab_size"]
-        embedding = "model.embed_tokens.weight"
-        rules: list[Rule] = [VocabRows(names.embedding, embedding, (vocab, hidden))]
-        for layer in range(hf_config["num_hidden_layers"]):
-            rules += self._attention_rules(hf_config, layer, names)
-            rules += self._other_layer_rules(hf_config, layer, names)
-        rules.append(Replicated(names.final_norm, "model.norm.weight", (hidden,)))
-        tied = self.tied(hf_config)
-        rules.append(VocabRows(names.head, embedding if tied else "lm_head.weight", (vocab, hidden), is_duplicate=tied))
-        return rules
-
-    def _attention_rules(self, hf_config: HFConfig, layer: int, names: ParameterNames) -> list[Rule]:
+    def layers(self, hf_config: HFConfig) -> Sequence[Layer]:
+        """See `Family.layers`."""
         hidden = hf_config["hidden_size"]
         heads, groups, head_dim = self._heads(hf_config)
-        hf = f"model.layers.{layer}.self_attn"
-
-        def qkv(name: str, kind: str, columns: tuple[int, ...]) -> QKV:
-            q, k, v = (f"{hf}.{part}_proj.{kind}" for part in "qkv")
-            return QKV(name.format(layer), q, k, v, heads, groups, head_dim, columns)
-
-        rules: list[Rule] = [qkv(names.qkv, "weight", (hidden,))]
-        if self.qkv_bias:
-            rules.append(qkv(names.qkv_bias, "bias", ()))
-        rules.append(RowParallel(names.attention_out.format(layer), f"{hf}.o_proj.weight", (hidden, heads * head_dim)))
-        if self.qk_norm:
-            rules += [
-                Replicated(names.q_norm.format(layer), f"{hf}.q_norm.weight", (head_dim,)),
-                Replicated(names.k_norm.format(layer), f"{hf}.k_norm.weight", (head_dim,)),
-            ]
-        return rules
-
-    def _other_layer_rules(self, hf_config: HFConfig, layer: int, names: ParameterNames) -> list[Rule]:
-        hidden, ffn = hf_config["hidden_size"], hf_config["intermediate_size"]
-        hf = f"model.layers.{layer}"
-        mlp = f"{hf}.mlp"
-        return [
-            GateUp(names.mlp_in.format(layer), f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight", (ffn, hidden)),
-            RowParallel(names.mlp_out.format(layer), f"{mlp}.down_proj.weight", (hidden, ffn)),
-            Replicated(names.attention_norm.format(layer), f"{hf}.input_layernorm.weight", (hidden,)),
-            Replicated(names.mlp_norm.format(layer), f"{hf}.post_attention_layernorm.weight", (hidden,)),
-        ]
+        before_attention = Norm("input_layernorm", "input_layernorm", "self_attention.linear_qkv", hidden)
+        before_mlp = Norm("post_attention_layernorm", "pre_mlp_layernorm", "mlp.linear_fc1", hidden)
+        layer = Layer(
+            Attention(hidden, heads, groups, head_dim, self.qkv_bias, self.qk_norm, (before_attention,)),
+            GatedMLP(hidden, hf_config["intermediate_size"], (before_mlp,)),
+        )
+        return [layer] * int(hf_config["num_hidden_layers"])
 
     def _heads(self, hf_config: HFConfig) -> tuple[int, int, int]:
         """(query heads, key/value groups, head size)."""

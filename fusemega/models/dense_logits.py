@@ -1,6 +1,6 @@
 """Whole logits of a short text, to compare a model with another implementation. Training never calls this.
 
-Legend: S tokens, H hidden, V vocabulary.
+Shape suffixes: S tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> to
     hidden_SH = outputs[0][:, 0]
     if world.sequence_parallel:
         hidden_SH = torch.cat(_gather(hidden_SH, world))
-    logits_SV = torch.cat(_gather(hidden_SH @ model.head_weight().T, world), dim=1)
-    return logits_SV[:, : model.vocab_size].float()
+    head = model.head
+    logits_SV = torch.cat(_gather(hidden_SH @ head.weight.T, world), dim=1)[:, : model.vocab_size].float()
+    return logits_SV if head.softcap is None else head.softcap * torch.tanh(logits_SV / head.softcap)
 
 
 def _gather(tensor: torch.Tensor, world: World) -> list[torch.Tensor]:

@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from fusemega.errors import UserError, nearest
-from fusemega.models.rules import Rule
+from fusemega.models.parts import Layer
 
 HFConfig = Mapping[str, Any]
 
 
-class ParameterNames(NamedTuple):
-    """Megatron's parameter names under one layer spec; `{}` is the global layer index.
+class Family(Protocol):
+    """One model family. Each method takes the whole `config.json` as a mapping and may raise UserError.
 
-    The defaults are the names of the local spec.
+    Attributes:
+        model_types: the values of `model_type` it answers for.
+        hf_class: what transformers' names of its classes begin with ("Llama").
     """
 
-    embedding: str = "embedding.word_embeddings.weight"
-    attention_norm: str = "decoder.layers.{}.input_layernorm.weight"
-    qkv: str = "decoder.layers.{}.self_attention.linear_qkv.weight"
-    qkv_bias: str = "decoder.layers.{}.self_attention.linear_qkv.bias"
-    q_norm: str = "decoder.layers.{}.self_attention.q_layernorm.weight"
-    k_norm: str = "decoder.layers.{}.self_attention.k_layernorm.weight"
-    attention_out: str = "decoder.layers.{}.self_attention.linear_proj.weight"
-    mlp_norm: str = "decoder.layers.{}.pre_mlp_layernorm.weight"
-    mlp_in: str = "decoder.layers.{}.mlp.linear_fc1.weight"
-    mlp_out: str = "decoder.layers.{}.mlp.linear_fc2.weight"
-    final_norm: str = "decoder.final_layernorm.weight"
-    head: str = "output_layer.weight"
-
-
-LOCAL_NAMES = ParameterNames()
-# Transformer Engine's spec fuses the two norms of a layer into the linear that follows each.
-TRANSFORMER_ENGINE_NAMES = ParameterNames(
-    attention_norm="decoder.layers.{}.self_attention.linear_qkv.layer_norm_weight",
-    mlp_norm="decoder.layers.{}.mlp.linear_fc1.layer_norm_weight",
-)
-
-
-class Family(Protocol):
-    """One model family. Each method takes the whole `config.json` as a mapping and may raise UserError."""
-
     model_types: tuple[str, ...]
+    hf_class: str
 
     def check(self, hf_config: HFConfig) -> None:
         """Refuses a configuration this family would compute wrongly.
@@ -59,14 +37,14 @@ class Family(Protocol):
     def inv_freq(self, hf_config: HFConfig) -> torch.Tensor:
         """Rotary inverse frequencies, float32 [D/2]."""
 
-    def rules(self, hf_config: HFConfig, names: ParameterNames = LOCAL_NAMES) -> list[Rule]:
-        """Every parameter of the whole model, in the order of HF's tensors."""
+    def layers(self, hf_config: HFConfig) -> Sequence[Layer]:
+        """Each layer with its parts, complete: what `block_configs` leaves out is taken away elsewhere."""
 
     def tied(self, hf_config: HFConfig) -> bool:
         """Whether the head is the embedding."""
 
-    def copies(self, hf_config: HFConfig) -> dict[str, str]:
-        """HF tensors that may be present as an exact copy of another: copy -> original (the head of a tied model)."""
+    def softcap(self, hf_config: HFConfig) -> float | None:
+        """What the head's logits are capped at, softcap * tanh(logits / softcap); None: they are not."""
 
     def ignorable(self, hf_name: str) -> bool:
         """Whether a tensor that no rule names may be left unread (buffers of old checkpoints)."""
@@ -78,7 +56,7 @@ HARMLESS_KEYS = frozenset(
     _name_or_path _model_name_or_path _from_model_config architectures model_type transformers_version dtype torch_dtype
     use_cache initializer_range max_position_embeddings max_sequence_length pretraining_tp tokenizer_class name_or_path
     return_dict return_dict_in_generate output_attentions output_hidden_states output_scores torchscript
-    id2label label2id problem_type finetuning_task task_specific_params prefix use_bfloat16
+    id2label label2id num_labels problem_type finetuning_task task_specific_params prefix use_bfloat16
     chunk_size_feed_forward is_decoder max_length min_length max_new_tokens do_sample early_stopping num_beams
     num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
@@ -172,11 +150,13 @@ def require_int(hf_config: HFConfig, key: str, default: int | None = None, *, mi
 def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The configuration of a model with only these layers, numbered from 0, in this order.
 
-    What configurations say layer by layer (`layer_types`, or the first layer that has a window) follows its layer.
+    What configurations say layer by layer (`layer_types`, `block_configs`, or the first layer that has a window)
+    follows its layer.
     """
     out = {**hf_config, "num_hidden_layers": len(kept)}
-    if isinstance(hf_config.get("layer_types"), list):
-        out["layer_types"] = [hf_config["layer_types"][layer] for layer in kept]
+    for key in ("layer_types", "block_configs"):
+        if isinstance(hf_config.get(key), list):
+            out[key] = [hf_config[key][layer] for layer in kept]
     if isinstance(hf_config.get("max_window_layers"), int):
         out["max_window_layers"] = sum(layer < hf_config["max_window_layers"] for layer in kept)
     return out

@@ -9,6 +9,7 @@ class Llama(DenseDecoder):
     """`model_type` llama: the dense decoder as it is."""
 
     model_types: tuple[str, ...] = ("llama",)
+    hf_class = "Llama"
     required_values = {
         "attention_bias": (False, None),
         "mlp_bias": (False, None),

@@ -12,6 +12,7 @@ class Mistral(DenseDecoder):
     """`model_type` mistral: a query of any layer sees the last `sliding_window` tokens, or all where that is null."""
 
     model_types: tuple[str, ...] = ("mistral",)
+    hf_class = "Mistral"
     known = frozenset({"sliding_window"})
     defaults = {"num_key_value_heads": 8, "sliding_window": 4096}
 

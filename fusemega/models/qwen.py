@@ -15,6 +15,7 @@ class Qwen2(DenseDecoder):
     """`model_type` qwen2: a bias on query, key and value; some layers may have a sliding window."""
 
     model_types: tuple[str, ...] = ("qwen2",)
+    hf_class = "Qwen2"
     known = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
     required_values = {"use_mrope": (False,)}
     defaults = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
@@ -50,6 +51,7 @@ class Qwen3(Qwen2):
     """`model_type` qwen3: as qwen2, with norms on queries and keys in place of the bias, and a head size of its own."""
 
     model_types: tuple[str, ...] = ("qwen3",)
+    hf_class = "Qwen3"
     required_values = {"attention_bias": (False,)}
     defaults = {**Qwen2.defaults, "head_dim": 128}
     qkv_bias = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusemega.errors import UserError, choose
+from fusemega.models.architecture import Architecture, open_architecture
 from fusemega.models.family import Family, HFConfig
 from fusemega.models.llama import Llama
 from fusemega.models.mistral import Mistral
@@ -11,11 +12,16 @@ from fusemega.models.qwen import Qwen2, Qwen3
 FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
 
 
-def family_of(hf_config: HFConfig) -> Family:
-    """The family of a configuration, after it has checked it.
+def architecture_of(hf_config: HFConfig) -> Architecture:
+    """A configuration as its family understands it.
 
     Raises:
         UserError: `model_type` is missing or unknown, code is asked for (`auto_map`), or the family refuses a key.
+
+    Example:
+        >>> architecture_of({"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96,
+        ...     "num_hidden_layers": 2, "num_attention_heads": 4}).head
+        'vocabulary'
     """
     by_type = {model_type: family for family in FAMILIES for model_type in family.model_types}
     model_type = hf_config.get("model_type")
@@ -24,5 +30,4 @@ def family_of(hf_config: HFConfig) -> Family:
     family = by_type[choose("config.json: model_type", str(model_type), by_type)]
     if hf_config.get("auto_map"):
         raise UserError("config.json: auto_map asks for the folder's own Python code, which is never run")
-    family.check({key: value for key, value in hf_config.items() if key != "auto_map"})
-    return family
+    return open_architecture({key: value for key, value in hf_config.items() if key != "auto_map"}, family)

@@ -6,8 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from fusemega.errors import UserError
-from fusemega.models.family import HFConfig
-from fusemega.models.registry import family_of
+from fusemega.models.architecture import Architecture
 from fusemega.models.rules import Rule
 
 if TYPE_CHECKING:
@@ -16,13 +15,13 @@ if TYPE_CHECKING:
 LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 
 
-def check_layout(hf_config: HFConfig, layout: ParallelConfig) -> None:
+def check_layout(architecture: Architecture, layout: ParallelConfig) -> None:
     """Refuses a layout that does not divide the model.
 
     Raises:
         UserError: names the sizes and the layouts that would do.
     """
-    config = family_of(hf_config).transformer_config(hf_config)
+    config = architecture.transformer_config
     tp_size = layout.tensor_model_parallel_size
     heads, groups, ffn = (config[k] for k in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"))
     if any(n % tp_size for n in (heads, groups, ffn)):
@@ -92,20 +91,19 @@ def _layers_of_stages(num_layers: int, layout: ParallelConfig) -> list[int]:
     return counts
 
 
-def stage_rules(hf_config: HFConfig, layout: ParallelConfig, pp_rank: int) -> list[Rule]:
+def stage_rules(architecture: Architecture, layout: ParallelConfig, pp_rank: int) -> list[Rule]:
     """The rules of the parameters that `build_model` makes on one stage, without making any.
 
     Args:
-        hf_config: `config.json` as a mapping.
+        architecture: of the model.
         layout: divides the model (see `check_layout`).
         pp_rank: the stage.
     """
-    family = family_of(hf_config)
     pp_size = layout.pipeline_model_parallel_size
-    stages = stage_layers(family.transformer_config(hf_config)["num_layers"], layout)
+    stages = stage_layers(len(architecture.layers), layout)
     layers = {layer for piece in stages[pp_rank] for layer in piece}
     out = []
-    for rule in family.rules(hf_config):
+    for rule in architecture.rules():
         match = LAYER_NAME.match(rule.megatron)
         if match is not None:
             here = int(match[1]) in layers

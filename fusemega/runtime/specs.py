@@ -6,6 +6,7 @@ G key/value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from fusemega.runtime.context_parallel import gather_row
@@ -193,8 +196,12 @@ class SDPAttention(MegatronModule):
         )
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One decoder layer: megatron-core's local spec with the modules above."""
+def layer_spec(config: TransformerConfig, has_attention: bool = True, has_mlp: bool = True) -> ModuleSpec:
+    """One decoder layer: megatron-core's local spec with the modules above.
+
+    Args:
+        has_attention, has_mlp: whether the layer has them. What it lacks is an identity, with its norm and its sum.
+    """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
@@ -205,17 +212,40 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return _with_blocks(spec, has_attention, has_mlp)
+
+
+def _with_blocks(spec: ModuleSpec, has_attention: bool, has_mlp: bool) -> ModuleSpec:
+    """The layer with some of its blocks: the residual stream passes the others by, as in megatron-core's heterogeneous
+    specs (models/gpt/heterogeneous/heterogeneous_layer_specs.py).
+    """
+    modules = spec.submodules
+    if not has_attention:
+        modules.input_layernorm, modules.self_attention, modules.self_attn_bda = IdentityOp, IdentityOp, IdentityFuncOp
+    if not has_mlp:
+        modules.pre_mlp_layernorm, modules.mlp, modules.mlp_bda = IdentityOp, IdentityOp, IdentityFuncOp
     return spec
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None = None, blocks: Sequence[tuple[bool, bool]] | None = None
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of one piece of it, and the final norm (a bare layer spec would bring
     Megatron's own norm back). `config.transformer_impl` says whose.
+
+    Args:
+        config: of the whole model.
+        vp_stage: the piece.
+        blocks: of each layer of the whole model, whether it has attention, and an MLP; None: all have both.
     """
-    layers = get_num_layers_to_build(config, vp_stage)
+    start = get_transformer_layer_offset(config, vp_stage)
+    count = get_num_layers_to_build(config, vp_stage)
+    kinds = (blocks or [(True, True)] * config.num_layers)[start : start + count]
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=RMSNorm)
+        def te_spec(kind: tuple[bool, bool]) -> ModuleSpec:
+            return _with_blocks(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), *kind)
+
+        return TransformerBlockSubmodules(layer_specs=[te_spec(kind) for kind in kinds], layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config, *kind) for kind in kinds], layer_norm=RMSNorm)

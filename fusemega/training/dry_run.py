@@ -8,7 +8,6 @@ from pathlib import Path
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.read_plan import NOTHING_DONE, table
 from fusemega.checkpoint.series import CHECKPOINTS, latest_checkpoint, read_state
-from fusemega.models.registry import family_of
 from fusemega.runtime.parallel import environment_rank
 from fusemega.text.data import Source
 from fusemega.training.assembly import Checked, check_output
@@ -67,6 +66,5 @@ def describe(run: TrainRun, nproc: int | None) -> str:
 
 def _in_words(source: ModelSource) -> str:
     hf_config, load, dtype = source.hf_config, source.config.load, source.config.dtype
-    rules = [rule for rule in family_of(hf_config).rules(hf_config) if not rule.duplicate]
-    parameters = sum(math.prod(shape) for rule in rules for shape in rule.hf_shapes().values())
+    parameters = sum(math.prod(shape) for shape in source.architecture.hf_shapes().values())
     return f"{load}: {hf_config['model_type']}, {parameters / 1e6:.1f}M parameters, {dtype}, {source.kernels}"

@@ -34,7 +34,7 @@ def test_one_process_reads_what_the_plan_says(world: World, tmp_path: Path, dtyp
         nbytes += value.nbytes
         return value
 
-    model = build_model(folder.config, world, dtype)
+    model = build_model(folder.architecture, world, dtype)
     fill(model, world, spy)
     files = len(list(folder.path.glob("*.safetensors")))
     assert plan_reads(folder, layout(1, 1)) == [RankReads(0, 0, len(read), read.total(), nbytes, files)]

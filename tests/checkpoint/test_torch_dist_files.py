@@ -40,7 +40,7 @@ def test_keys_shapes_and_objects_are_those_of_megatron_core(
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(source)
     import_hf(source, tmp_path / "megatron")
     ours = FileSystemReader(tmp_path / "megatron" / "weights").read_metadata().state_dict_metadata
-    state = build_model(HFFolder(source).config, world, torch.bfloat16).sharded_state_dict()
+    state = build_model(HFFolder(source).architecture, world, torch.bfloat16).sharded_state_dict()
     apply_factories(state)
     theirs = list(nested_values(state))
     tensors = {value.key: value.global_shape for value in theirs if isinstance(value, ShardedTensor)}
@@ -54,7 +54,7 @@ def test_keys_shapes_and_objects_are_those_of_megatron_core(
 
 def test_the_small_files_are_those_of_megatron_core(world: World, tmp_path: Path, folder: Path) -> None:
     import_hf(folder, tmp_path / "megatron")
-    model = build_model(HFFolder(folder).config, world, torch.float32)
+    model = build_model(HFFolder(folder).architecture, world, torch.float32)
     init_random(model, world, seed=0)
     (tmp_path / "saved").mkdir()
     save_model(model, tmp_path / "saved")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusemega.hf.cut_layers import cut_layers
-from fusemega.models.registry import family_of
+from fusemega.models.registry import architecture_of
 from fusemega.runtime.parallel import World
 from tests.checkpoint.conftest import SETTINGS
 
@@ -24,7 +24,7 @@ def test_each_layer_keeps_its_window_and_transformers_agrees(world: World, tmp_p
     cut_layers(tmp_path / "whole", tmp_path / "cut", {0, 3}, world)
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
     assert cut.config.layer_types == [WINDOWED, FULL]
-    settings = family_of(cut.config.to_dict()).transformer_config(cut.config.to_dict())
+    settings = architecture_of(cut.config.to_dict()).transformer_config
     assert (settings["window_size"], settings["window_attn_skip_freq"]) == ((2, 0), [1, 0])
     whole.model.layers = whole.model.layers[1:3]
     whole.config.num_hidden_layers, whole.config.layer_types = 2, [WINDOWED, FULL]

@@ -26,7 +26,7 @@ from tests.checkpoint.conftest import save_llama
 
 
 def loaded(folder: Path, world: World, dtype: torch.dtype = torch.float32) -> GPT:
-    model = build_model(HFFolder(folder).config, world, dtype)
+    model = build_model(HFFolder(folder).architecture, world, dtype)
     load_hf(model, folder, world)
     return model
 

@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fusemega.models.build import build_model, placements
+from fusemega.models.registry import architecture_of
 from fusemega.runtime.parallel import ParallelConfig, initialize, shutdown
 from tests.models.published import PUBLISHED
 
@@ -34,7 +35,9 @@ def parameters(name: str, tp: int, pp: int, vpp: int | None, rank: int, sequence
     try:
         world = initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
         with torch.device("meta"):
-            model = build_model(PUBLISHED[name], replace(world, device=torch.device("meta")), torch.bfloat16)
+            model = build_model(
+                architecture_of(PUBLISHED[name]), replace(world, device=torch.device("meta")), torch.bfloat16
+            )
         assert all(parameter.is_meta for parameter in model.parameters())
         return [
             [p.rule.megatron, list(p.parameter.shape), getattr(p.parameter, "tensor_model_parallel", False)]

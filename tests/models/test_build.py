@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusemega.models.build import build_model, init_random
 from fusemega.models.dense_logits import dense_logits
+from fusemega.models.registry import architecture_of
 from fusemega.runtime.parallel import World
 
 CONFIG: dict[str, Any] = {
@@ -26,7 +27,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_gives_hidden_states_of_the_models_dtype(world: World, dtype: torch.dtype) -> None:
-    model = build_model(CONFIG, world, dtype)
+    model = build_model(architecture_of(CONFIG), world, dtype)
     init_random(model, world, seed=3)
     ids = torch.arange(9)[None]
     hidden = model.chunks[0](ids, ids, None)
@@ -45,7 +46,7 @@ def test_logits_equal_those_of_transformers(world: World, tmp_path: Path, tied: 
         LlamaConfig(**{key: value for key, value in CONFIG.items() if key != "model_type"}, tie_word_embeddings=tied)
     ).eval()
     hf.save_pretrained(tmp_path)
-    model = build_model(CONFIG | {"tie_word_embeddings": tied}, world, torch.float32)
+    model = build_model(architecture_of(CONFIG | {"tie_word_embeddings": tied}), world, torch.float32)
     load_hf(model, tmp_path, world)
     texts = [torch.randint(0, 101, (n,)).tolist() for n in (7, 1, 12)]
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_logits_equal_those_of_transformers(world: World, tmp_path: Path, tied: 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_random_biases_are_0_and_norms_1(world: World, model_type: str) -> None:
-    model = build_model(CONFIG | {"model_type": model_type, "head_dim": 8}, world, torch.float32)
+    model = build_model(architecture_of(CONFIG | {"model_type": model_type, "head_dim": 8}), world, torch.float32)
     init_random(model, world, seed=1)
     vectors = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 1}
     kinds = {name.split(".")[-2] for name in vectors}
@@ -69,7 +70,7 @@ def test_random_biases_are_0_and_norms_1(world: World, model_type: str) -> None:
 
 def test_random_weights_depend_on_seed_and_name_alone(world: World) -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
-        model = build_model(CONFIG | {"initializer_range": 0.05}, world, torch.float32)
+        model = build_model(architecture_of(CONFIG | {"initializer_range": 0.05}), world, torch.float32)
         init_random(model, world, seed)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
 

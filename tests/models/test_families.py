@@ -11,7 +11,7 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from fusemega.errors import UserError
 from fusemega.models.family import HFConfig, keep_layers
-from fusemega.models.registry import family_of
+from fusemega.models.registry import architecture_of
 from tests.models.published import PARAMETERS, PUBLISHED
 
 TINY: dict[str, Any] = {
@@ -29,7 +29,7 @@ FULL, WINDOWED = "full_attention", "sliding_attention"
 
 def windows(config: HFConfig) -> list[int | None]:
     """As Megatron is told: tokens a query of each layer sees, itself included."""
-    settings = family_of(config).transformer_config(config)
+    settings = architecture_of(config).transformer_config
     before = settings.get("window_size")
     applies = settings.get("window_attn_skip_freq", [1] * settings["num_layers"])
     return [before[0] + 1 if before and here else None for here in applies]
@@ -67,7 +67,7 @@ def windows(config: HFConfig) -> list[int | None]:
 )
 def test_refuses_what_it_would_compute_wrongly(model_type: str, change: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        family_of(TINY | {"model_type": model_type, "head_dim": 16} | change)
+        architecture_of(TINY | {"model_type": model_type, "head_dim": 16} | change)
     message = str(error.value)
     assert "\n" not in message
     for word in words:
@@ -79,7 +79,7 @@ def test_published_configurations_have_transformers_shapes_and_the_known_size(na
     config = PUBLISHED[name]
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    named = [item for rule in family_of(config).rules(config) for item in rule.hf_shapes().items()]
+    named = [item for rule in architecture_of(config).rules() for item in rule.hf_shapes().items()]
     assert dict(named) == {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
     assert len(named) == len(dict(named))  # no tensor twice
     assert sum(torch.Size(shape).numel() for _, shape in named) == PARAMETERS[name]
@@ -104,12 +104,12 @@ def test_what_is_left_out_means_what_it_means_to_transformers(
     config.pop(left_out, None)
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    family = family_of(config)
+    opened = architecture_of(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
-    rules = [rule for rule in family.rules(config) if not rule.duplicate]
+    rules = [rule for rule in opened.rules() if not rule.duplicate]
     assert {name: shape for rule in rules for name, shape in rule.hf_shapes().items()} == wanted
-    assert family.transformer_config(config)["layernorm_epsilon"] == hf.config.rms_norm_eps
-    assert torch.equal(family.inv_freq(config), MistralRotaryEmbedding(hf.config).inv_freq)
+    assert opened.transformer_config["layernorm_epsilon"] == hf.config.rms_norm_eps
+    assert torch.equal(opened.inv_freq(), MistralRotaryEmbedding(hf.config).inv_freq)
 
 
 @pytest.mark.parametrize(

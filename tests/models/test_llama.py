@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from fusemega.errors import UserError
 from fusemega.files.boxes import volume
 from fusemega.models.llama import Llama
-from fusemega.models.registry import family_of
+from fusemega.models.registry import architecture_of
 from fusemega.models.rope import longest_text, rope_parameters
 from fusemega.models.rules import WeightRanks
 
@@ -69,7 +69,7 @@ LLAMA3 = {
 def test_refuses_what_it_would_compute_wrongly(change: dict[str, Any], words: list[str]) -> None:
     config = {key: value for key, value in (CONFIG | change).items() if not (key == "model_type" and value is None)}
     with pytest.raises(UserError) as error:
-        family_of(config)
+        architecture_of(config)
     message = str(error.value)
     assert "\n" not in message
     for word in words:
@@ -87,7 +87,7 @@ def test_refuses_what_it_would_compute_wrongly(change: dict[str, Any], words: li
     ids=["SmolLM2", "Llama 3.2", "SOLAR", "Yi"],
 )
 def test_accepts_published_configurations(extra: dict[str, Any]) -> None:
-    assert isinstance(family_of(CONFIG | extra), Llama)
+    assert isinstance(architecture_of(CONFIG | extra).family, Llama)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_rules_name_every_tensor_of_transformers_with_its_shape(tied: bool, head
     with torch.device("meta"):
         hf = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in config.items() if key != "model_type"}))
     wanted = {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}
-    rules = family_of(config).rules(config)
+    rules = architecture_of(config).rules()
     named = [(name, shape) for rule in rules if not rule.duplicate for name, shape in rule.hf_shapes().items()]
     assert dict(named) == wanted
     assert len(named) == len(wanted)  # no tensor twice

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fusemega.files.boxes import Box, volume
-from fusemega.models.registry import family_of
+from fusemega.models.registry import architecture_of
 from fusemega.models.rules import VocabRows, WeightRanks
 from fusemega.models.stages import check_layout, stage_rules
 from tests.models.published import PARAMETERS, PUBLISHED
@@ -53,11 +53,11 @@ def test_the_cases_reach_every_model_and_a_layout_of_32_ranks() -> None:
 @pytest.mark.parametrize(("name", "tp", "pp"), CASES)
 def test_every_element_is_on_exactly_one_rank(name: str, tp: int, pp: int) -> None:
     config = PUBLISHED[name]
-    check_layout(config, layout(tp, pp))
+    check_layout(architecture_of(config), layout(tp, pp))
     held: dict[str, list[Box]] = defaultdict(list)
     replicated: set[str] = set()
     for pp_rank in range(pp):
-        for rule in stage_rules(config, layout(tp, pp), pp_rank):
+        for rule in stage_rules(architecture_of(config), layout(tp, pp), pp_rank):
             if rule.partition_dim is None:
                 replicated |= rule.hf_shapes().keys()
             for tp_rank in range(tp):
@@ -73,7 +73,7 @@ def test_every_element_is_on_exactly_one_rank(name: str, tp: int, pp: int) -> No
                         held[piece.hf].append(piece.hf_box)
                 else:  # the same on every tensor-parallel rank
                     assert pieces == rule.pieces(ranks.at(0))
-    shapes = {key: shape for rule in family_of(config).rules(config) for key, shape in rule.hf_shapes().items()}
+    shapes = {key: shape for rule in architecture_of(config).rules() for key, shape in rule.hf_shapes().items()}
     assert held.keys() == shapes.keys()
     for key, shape in shapes.items():
         assert_tiles(held[key], shape, torch.Size(shape).numel())
@@ -101,7 +101,7 @@ def test_megatron_builds_the_parameters_that_the_rules_name() -> None:
     run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
     for (name, tp, pp, vpp, rank, _), built in zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True):
-        rules = stage_rules(PUBLISHED[name], layout(tp, pp, vpp), rank // tp)
+        rules = stage_rules(architecture_of(PUBLISHED[name]), layout(tp, pp, vpp), rank // tp)
         wanted = [
             [rule.megatron, list(rule.local_shape(WeightRanks(tp))), rule.partition_dim is not None] for rule in rules
         ]

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from fusemega.errors import UserError
+from fusemega.models.registry import architecture_of
 from fusemega.models.stages import check_layout, stage_layers, stage_rules
 from fusemega.runtime.layout import ParallelConfig
 from tests.models.test_build import CONFIG
@@ -43,7 +44,7 @@ def layout(
 )
 def test_layouts_that_do_not_divide_are_refused(sizes: dict[str, int], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        check_layout(CONFIG, layout(**sizes))
+        check_layout(architecture_of(CONFIG), layout(**sizes))
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -56,7 +57,7 @@ def test_a_middle_that_does_not_divide_is_refused() -> None:
 
 def test_real_smollm2_takes_the_quickstart_layout() -> None:
     sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
-    check_layout(CONFIG | sizes, layout(3, 2))
+    check_layout(architecture_of(CONFIG | sizes), layout(3, 2))
 
 
 def test_pieces_of_stages_take_turns() -> None:
@@ -104,7 +105,7 @@ def test_megatron_numbers_the_layers_so(layers: int, sizes: dict[str, int]) -> N
 def test_every_parameter_is_on_the_stage_of_its_layer() -> None:
     config: dict[str, Any] = CONFIG | {"num_hidden_layers": 6}
     chosen = layout(pp=2, vpp=2, first=2)
-    held = [{rule.megatron for rule in stage_rules(config, chosen, rank)} for rank in (0, 1)]
+    held = [{rule.megatron for rule in stage_rules(architecture_of(config), chosen, rank)} for rank in (0, 1)]
     layers = [{int(name.split(".")[2]) for name in names if ".layers." in name} for names in held]
     assert layers == [{0, 3}, {1, 2, 4, 5}]
     assert "embedding.word_embeddings.weight" in held[0] - held[1]

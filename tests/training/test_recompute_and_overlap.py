@@ -15,6 +15,7 @@ import torch
 from fusemega.checkpoint.open_model import ModelConfig, ModelSource
 from fusemega.errors import UserError
 from fusemega.models.build import build_model, init_random
+from fusemega.models.registry import architecture_of
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import initialize
 from fusemega.runtime.precision import Kernels
@@ -111,7 +112,7 @@ def test_gradients_and_parameters_travel_in_buckets(make_run: MakeRun, monkeypat
 def test_the_heads_weight_is_waited_for() -> None:
     """It is used without its module being called, whose hook waits for what is still being gathered."""
     world = initialize(ParallelConfig())
-    model = build_model(CONFIG, world, torch.float32)
+    model = build_model(architecture_of(CONFIG), world, torch.float32)
     init_random(model, world, seed=1)
     asked: list[torch.nn.Module] = []
     head = model.chunks[0].output_layer

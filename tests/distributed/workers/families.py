@@ -80,7 +80,7 @@ def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
 
 def one_model(folder: Path, label: str, texts: list[list[int]], world: World) -> dict[str, Any]:
     """Everything one model shows under one layout."""
-    model = build_model(HFFolder(folder).config, world, torch.float32)
+    model = build_model(HFFolder(folder).architecture, world, torch.float32)
     load_hf(model, folder, world)
     out = folder.with_name(f"{folder.name}.{label}")
     export_hf(model, out, folder, world)

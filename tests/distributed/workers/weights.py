@@ -54,8 +54,7 @@ def padding_is_zero(model: Any, world: World) -> bool:
 
 def one_model(folder: Path, work: Path, name: str, world: World) -> dict[str, Any]:
     """Everything one model shows under one layout, in numbers and hashes."""
-    hf_config = HFFolder(folder).config
-    model = build_model(hf_config, world, torch.float32)
+    model = build_model(HFFolder(folder).architecture, world, torch.float32)
     with torch.no_grad():  # garbage that a missed element would keep
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -78,14 +77,14 @@ def one_model(folder: Path, work: Path, name: str, world: World) -> dict[str, An
 
 def whole_model_import(folder: Path, out: Path, world: World) -> None:
     """The same as `import_hf`, by way of a model and megatron-core's own writer: each rank writes its own chunks."""
-    model = build_model(HFFolder(folder).config, world, torch.float32)
+    model = build_model(HFFolder(folder).architecture, world, torch.float32)
     load_hf(model, folder, world)
     if world.is_main:
         (out / "weights").mkdir(parents=True)
     world.barrier()
     save_model(model, out / "weights")
     if world.is_main:
-        names = [name for rule in model.family.rules(model.hf_config) for name in rule.hf_shapes()]
+        names = list(model.architecture.hf_shapes())
         describe_source(out, HFFolder(folder), names, {})
         write_integrity(out)
     world.barrier()
@@ -93,7 +92,7 @@ def whole_model_import(folder: Path, out: Path, world: World) -> None:
 
 def loads_as_filled(folder: Path, megatron: Path, world: World) -> bool:
     """Loading a Megatron folder gives every bit that filling a model from the HF folder gives, and zero padding."""
-    filled = build_model(HFFolder(folder).config, world, torch.float32)
+    filled = build_model(HFFolder(folder).architecture, world, torch.float32)
     load_hf(filled, folder, world)
     loaded = MegatronFolder(megatron).load(world)
     pairs = list(zip(filled.parameters(), loaded.parameters(), strict=True))

@@ -17,6 +17,7 @@ from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.models.build import build_model, placements
 from fusemega.models.dense_logits import dense_logits
+from fusemega.models.registry import architecture_of
 from fusemega.runtime import kernel_packages, precision
 from fusemega.runtime.kernel_packages import FP8_RECIPES, recipe_problem
 from fusemega.runtime.parallel import World
@@ -73,7 +74,7 @@ def test_settings_reach_transformer_engine(
 ) -> None:
     on_gpu((10, 0))
     kernels = validate(Precision, settings, "test").kernels()
-    config = build_model(CONFIG, world, torch.bfloat16, kernels).config
+    config = build_model(architecture_of(CONFIG), world, torch.bfloat16, kernels).config
     assert {name: getattr(config, name) for name in settings} == settings
     made = get_fp8_recipe(config)
     assert isinstance(made, kind)
@@ -168,7 +169,7 @@ def test_a_pass_after_a_step_sees_the_new_weights(work: Path, tmp_path: Path, mo
     before = dense_logits(trainer.gpt, trainer.world, [list(range(16))])
     trainer.step()
     after = dense_logits(trainer.gpt, trainer.world, [list(range(16))])
-    fresh = build_model(trainer.gpt.hf_config, trainer.world, torch.bfloat16, FP8)
+    fresh = build_model(trainer.gpt.architecture, trainer.world, torch.bfloat16, FP8)
     fresh.load_state_dict(trainer.gpt.state_dict())
     wanted = dense_logits(fresh, trainer.world, [list(range(16))])
     assert after is not None and wanted is not None and torch.equal(after, wanted)

@@ -15,6 +15,7 @@ from fusemega.hf.folder import HFFolder
 from fusemega.hf.load import load_hf
 from fusemega.models.build import GPT, build_model, init_random, placements
 from fusemega.models.dense_logits import dense_logits
+from fusemega.models.registry import architecture_of
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels
 from tests.checkpoint.conftest import SETTINGS, save_llama
@@ -26,7 +27,7 @@ CONFIG: dict[str, Any] = {"model_type": "llama", **SETTINGS}
 
 
 def drawn(world: World, kernels: Kernels, seed: int = 3, dtype: torch.dtype = torch.float32) -> GPT:
-    model = build_model(CONFIG, world, dtype, kernels)
+    model = build_model(architecture_of(CONFIG), world, dtype, kernels)
     init_random(model, world, seed)
     return model
 
@@ -71,7 +72,7 @@ def test_shards_have_the_same_keys_and_places(world: World) -> None:
 
 def test_hugging_face_and_back_is_bitwise(world: World, tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", dtype=torch.bfloat16)
-    model = build_model(HFFolder(folder).config, world, torch.bfloat16, TE)
+    model = build_model(HFFolder(folder).architecture, world, torch.bfloat16, TE)
     load_hf(model, folder, world)
     export_hf(model, tmp_path / "out", folder, world)
     assert HFFolder(tmp_path / "out").content_hash() == HFFolder(folder).content_hash()
@@ -136,7 +137,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_family_has_the_same_weights_shards_and_logits(model_type: str, world: World, tmp_path: Path) -> None:
     config = {"model_type": model_type, **SIZES, **FAMILIES[model_type]}
-    local, te = (build_model(config, world, torch.float32, kernels) for kernels in (LOCAL, TE))
+    local, te = (build_model(architecture_of(config), world, torch.float32, kernels) for kernels in (LOCAL, TE))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in local.parameters():

@@ -31,7 +31,7 @@ def main() -> None:
     out: dict[str, Any] = {"marks": {}, "shards": {}}
     logits, models = {}, {}
     for name, kernels in {"local": LOCAL, "te": Kernels(transformer_engine=True)}.items():
-        model = models[name] = build_model(HFFolder(folder).config, world, torch.float32, kernels)
+        model = models[name] = build_model(HFFolder(folder).architecture, world, torch.float32, kernels)
         load_hf(model, folder, world)
         out["marks"][name] = {
             next(iter(placement.rule.hf_shapes())): [

@@ -1,0 +1,117 @@
+"""A configuration, opened once: what it says of a model, and the rules of all its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusemega.errors import UserError
+from fusemega.models.family import Family, HFConfig
+from fusemega.models.heads import EMBEDDING, HeadKind, class_name, head_kind, head_rules
+from fusemega.models.parts import Layer, LayerSpec, Names, without_left_out
+from fusemega.models.rules import Replicated, Rule, VocabRows
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as its configuration describes it: checked, and asked by all that builds, reads or writes it.
+
+    Attributes:
+        hf_config: `config.json` as a mapping.
+        family: that answers for it.
+        head: what the model ends in.
+        layers: each with the parts that it has.
+        transformer_config: keyword arguments of Megatron's TransformerConfig that the architecture decides.
+        tied: whether the head is the embedding.
+        softcap: of the head's logits.
+    """
+
+    hf_config: HFConfig
+    family: Family
+    head: HeadKind
+    layers: tuple[Layer, ...]
+    transformer_config: Mapping[str, Any]
+    tied: bool
+    softcap: float | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Hugging Face's, without padding."""
+        return int(self.hf_config["vocab_size"])
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers have the same parts. Megatron's checkpoints stack the layers of such a model."""
+        return len(set(self.layers)) == 1
+
+    def inv_freq(self) -> torch.Tensor:
+        """Rotary inverse frequencies, float32 [D/2]."""
+        return self.family.inv_freq(self.hf_config)
+
+    def rules(self, spec: LayerSpec = "local") -> list[Rule]:
+        """Every parameter of the whole model, in the order of Hugging Face's tensors.
+
+        Args:
+            spec: whose layers Megatron's names are those of.
+
+        Example:
+            >>> [rule.megatron for rule in architecture_of(config).rules()][:2]  # doctest: +SKIP
+            ['embedding.word_embeddings.weight', 'decoder.layers.0.self_attention.linear_qkv.weight']
+        """
+        hidden = self.transformer_config["hidden_size"]
+        body = "" if self.head == "none" else "model."  # transformers' bare model has no module around its body
+        embedding = f"{body}embed_tokens.weight"
+        rules: list[Rule] = [VocabRows(EMBEDDING, embedding, (self.vocab_size, hidden))]
+        for number, layer in enumerate(self.layers):
+            rules += layer.rules(Names(f"{body}layers.{number}.", f"decoder.layers.{number}.", spec))
+        rules.append(Replicated("decoder.final_layernorm.weight", f"{body}norm.weight", (hidden,)))
+        return rules + head_rules(self.head, self.vocab_size, hidden, embedding, self.tied)
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every Hugging Face tensor and its shape; a tied head, which is the embedding, is none."""
+        return {name: shape for rule in self.rules() for name, shape in rule.hf_shapes().items()}
+
+    def copies(self) -> dict[str, str]:
+        """HF tensors that may be present as an exact copy of another: copy -> original (the head of a tied model)."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {}
+
+    def ignorable(self, hf_name: str) -> bool:
+        """Whether a tensor that no rule names may be left unread (buffers of old checkpoints)."""
+        return self.family.ignorable(hf_name)
+
+    def require_head(self, allowed: Sequence[HeadKind], what: str) -> None:
+        """Refuses a model with another head.
+
+        Args:
+            allowed: kinds of heads.
+            what: for the message: where the model was asked for.
+
+        Raises:
+            UserError: names the class, and those that would do.
+        """
+        if self.head not in allowed:
+            classes = (class_name(self.family.hf_class, kind) for kind in allowed)
+            found = class_name(self.family.hf_class, self.head)
+            raise UserError(f"{what}: config.json has the architecture {found}; allowed here: {', '.join(classes)}")
+
+
+def open_architecture(hf_config: HFConfig, family: Family) -> Architecture:
+    """The configuration of a model of this family, checked.
+
+    Raises:
+        UserError: what the family, its head or its layers cannot be.
+    """
+    family.check(hf_config)
+    head = head_kind(hf_config, family.hf_class)
+    return Architecture(
+        hf_config=dict(hf_config),
+        family=family,
+        head=head,
+        layers=without_left_out(family.layers(hf_config), hf_config.get("block_configs")),
+        transformer_config=family.transformer_config(hf_config),
+        tied=head == "vocabulary" and family.tied(hf_config),
+        softcap=family.softcap(hf_config),
+    )

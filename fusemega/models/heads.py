@@ -1,0 +1,110 @@
+"""What a model ends in: a vocabulary, one number, or its hidden states.
+
+Shape suffixes: N positions, H hidden, V_padded vocabulary padded to a multiple of TP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from fusemega.errors import UserError, choose
+from fusemega.models.rules import Replicated, Rule, VocabRows
+
+HeadKind = Literal["vocabulary", "scalar", "none"]
+_KINDS: dict[str, HeadKind] = {"ForCausalLM": "vocabulary", "ForSequenceClassification": "scalar", "Model": "none"}
+# Where the parameter lies in a Megatron model: its own name for logits, transformers' for scores.
+_LOGITS, _SCORE = "output_layer.weight", "score.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def class_name(hf_class: str, kind: HeadKind) -> str:
+    """transformers' name of a model: `class_name("Llama", "scalar")` is LlamaForSequenceClassification."""
+    return hf_class + next(ending for ending, found in _KINDS.items() if found == kind)
+
+
+def head_kind(hf_config: Any, hf_class: str) -> HeadKind:
+    """What `architectures` of config.json says; a vocabulary where it says nothing.
+
+    Args:
+        hf_config: the configuration.
+        hf_class: what transformers' names of the family's classes begin with ("Llama").
+
+    Raises:
+        UserError: no class of the family, or a score of several labels.
+    """
+    given = hf_config.get("architectures")
+    if not given:
+        return "vocabulary"
+    if not isinstance(given, list) or len(given) != 1:
+        raise UserError(f"config.json: architectures = {given!r}, expected a list of one name")
+    kinds = {hf_class + ending: kind for ending, kind in _KINDS.items()}
+    kind = kinds[choose("config.json: architectures", str(given[0]), kinds)]
+    if kind == "scalar":
+        labels = _labels(hf_config)
+        if labels != 1:
+            raise UserError(
+                f"config.json: {given[0]} with {labels} labels (id2label) is not supported; allowed: 1, a score"
+            )
+    return kind
+
+
+def _labels(hf_config: Any) -> Any:
+    """As transformers counts: two where nothing is said."""
+    labels = hf_config.get("id2label")
+    if labels is not None:
+        return len(labels) if isinstance(labels, dict) else repr(labels)
+    return hf_config.get("num_labels", 2)
+
+
+def head_rules(kind: HeadKind, vocab_size: int, hidden: int, embedding: str, tied: bool) -> list[Rule]:
+    """The rules of the head: one, or none.
+
+    Args:
+        embedding: Hugging Face's name of the embedding, of which a tied head is a second copy.
+    """
+    if kind == "vocabulary":
+        return [VocabRows(_LOGITS, embedding if tied else "lm_head.weight", (vocab_size, hidden), is_duplicate=tied)]
+    return [Replicated(_SCORE, "score.weight", (1, hidden))] if kind == "scalar" else []
+
+
+class ScalarHead(torch.nn.Module):
+    """One number a position: weight [1, H], whole on every tensor-parallel rank.
+
+    Every rank computes the same scores from the same hidden states, so each has the weight's whole gradient already.
+    """
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, tp_size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
+        self._tp_size = tp_size
+
+    def forward(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Scores [N] in fp32 (or wider), of rows that `passes.forward.supervised_hidden` picks.
+
+        Backward of those rows adds up what the tensor-parallel ranks pass back. A vocabulary's ranks have a part of the
+        gradient each; here each has all of it, and passes back its share.
+        """
+        hidden_NH = hidden_NH.view_as(hidden_NH)
+        if self._tp_size > 1 and hidden_NH.requires_grad:
+            hidden_NH.register_hook(lambda gradient: gradient / self._tp_size)
+        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+        scores_N: torch.Tensor = hidden_NH.to(wide) @ self.weight[0].to(wide)
+        return scores_N
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a built model, on its last stage.
+
+    Attributes:
+        kind: what it gives.
+        weight: [V_padded / TP, H] of a vocabulary (the embedding itself where they are tied), [1, H] of a score.
+        softcap: logits become softcap * tanh(logits / softcap); None: they stay.
+    """
+
+    kind: HeadKind
+    weight: torch.nn.Parameter
+    softcap: float | None

@@ -1,0 +1,191 @@
+"""The parts of a decoder layer: which weights each has, under Hugging Face's names and Megatron's.
+
+A layer is attention or nothing, then an MLP or nothing; each brings the norms of its own, so that what lacks the one
+lacks its norms too. A new kind of part is a class here with its rules; a family says which parts its layers have.
+
+Shape suffixes: H hidden, F feed-forward, N query heads, G key/value groups, D head size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fusemega.errors import UserError, nearest
+from fusemega.models.rules import QKV, GateUp, Replicated, RowParallel, Rule
+
+LayerSpec = Literal["local", "transformer_engine"]
+"""Whose modules make up a layer: they differ in where norms are."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the names of a layer's tensors begin with: Hugging Face's and Megatron's, and whose modules the latter are.
+
+    Example:
+        >>> Names("model.layers.3.", "decoder.layers.3.", "local")
+        Names(hf='model.layers.3.', megatron='decoder.layers.3.', spec='local')
+    """
+
+    hf: str
+    megatron: str
+    spec: LayerSpec
+
+
+class Part(ABC):
+    """Something that a layer has."""
+
+    @abstractmethod
+    def rules(self, names: Names) -> list[Rule]:
+        """One rule a parameter, in the order of Hugging Face's tensors."""
+
+
+@dataclass(frozen=True)
+class Norm(Part):
+    """An RMSNorm over the hidden size, weight [H].
+
+    Attributes:
+        hf: its module in the Hugging Face layer.
+        local: its module in Megatron's layer.
+        fused: the linear layer that Transformer Engine's spec fuses it into.
+        size: H.
+    """
+
+    hf: str
+    local: str
+    fused: str
+    size: int
+
+    def rules(self, names: Names) -> list[Rule]:
+        """See `Part.rules`."""
+        parameter = f"{self.local}.weight" if names.spec == "local" else f"{self.fused}.layer_norm_weight"
+        return [Replicated(names.megatron + parameter, f"{names.hf}{self.hf}.weight", (self.size,))]
+
+
+@dataclass(frozen=True)
+class Attention(Part):
+    """Grouped-query attention: q [N*D, H], k and v [G*D, H], output [H, N*D].
+
+    Attributes:
+        hidden, heads, groups, head_dim: H, N, G, D.
+        bias: of query, key and value.
+        qk_norm: an RMSNorm over D of queries and of keys.
+        norms: that belong to it.
+    """
+
+    hidden: int
+    heads: int
+    groups: int
+    head_dim: int
+    bias: bool
+    qk_norm: bool
+    norms: tuple[Norm, ...]
+
+    def rules(self, names: Names) -> list[Rule]:
+        """See `Part.rules`; without those of its norms."""
+        hf, megatron = f"{names.hf}self_attn.", f"{names.megatron}self_attention."
+
+        def qkv(kind: str, columns: tuple[int, ...]) -> QKV:
+            q, k, v = (f"{hf}{name}_proj.{kind}" for name in "qkv")
+            return QKV(f"{megatron}linear_qkv.{kind}", q, k, v, self.heads, self.groups, self.head_dim, columns)
+
+        rules: list[Rule] = [qkv("weight", (self.hidden,))]
+        if self.bias:
+            rules.append(qkv("bias", ()))
+        out_shape = (self.hidden, self.heads * self.head_dim)
+        rules.append(RowParallel(f"{megatron}linear_proj.weight", f"{hf}o_proj.weight", out_shape))
+        if self.qk_norm:
+            rules += [
+                Replicated(f"{megatron}{name}_layernorm.weight", f"{hf}{name}_norm.weight", (self.head_dim,))
+                for name in "qk"
+            ]
+        return rules
+
+
+@dataclass(frozen=True)
+class GatedMLP(Part):
+    """A gated MLP: gate and up [F, H], down [H, F].
+
+    Attributes:
+        hidden, ffn: H, F.
+        norms: that belong to it.
+    """
+
+    hidden: int
+    ffn: int
+    norms: tuple[Norm, ...]
+
+    def rules(self, names: Names) -> list[Rule]:
+        """See `Part.rules`; without those of its norms."""
+        hf, megatron = f"{names.hf}mlp.", f"{names.megatron}mlp."
+        shape = (self.ffn, self.hidden)
+        return [
+            GateUp(f"{megatron}linear_fc1.weight", f"{hf}gate_proj.weight", f"{hf}up_proj.weight", shape),
+            RowParallel(f"{megatron}linear_fc2.weight", f"{hf}down_proj.weight", shape[::-1]),
+        ]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x <- x + attention(norm(x)), then x <- x + mlp(norm(x)); a part that is None is left out with its norms."""
+
+    attention: Attention | None
+    mlp: GatedMLP | None
+
+    def rules(self, names: Names) -> list[Rule]:
+        """Every parameter of the layer, norms last, as transformers' modules have them."""
+        blocks = [block for block in (self.attention, self.mlp) if block is not None]
+        parts = [*blocks, *(norm for block in blocks for norm in block.norms)]
+        return [rule for part in parts for rule in part.rules(names)]
+
+
+_BLOCKS = {"attention": "attention", "ffn": "mlp"}
+
+
+def without_left_out(layers: Sequence[Layer], block_configs: Any) -> tuple[Layer, ...]:
+    """The layers without the blocks that `block_configs` of config.json leaves out.
+
+    The key has the form of `model_type: nemotron-nas`, which Megatron's heterogeneous layers read too: a list with an
+    entry a layer, `{"attention": {"no_op": true}, "ffn": {"no_op": false}}`. What is not said is there.
+
+    Args:
+        layers: of a family, complete.
+        block_configs: the key's value; None: it is absent.
+
+    Raises:
+        UserError: not such a list; a layer with nothing left; another change of a block than leaving it out.
+    """
+    if block_configs is None:
+        return tuple(layers)
+    if not isinstance(block_configs, list) or len(block_configs) != len(layers):
+        found = f"{len(block_configs)} entries" if isinstance(block_configs, list) else repr(block_configs)
+        raise UserError(f"config.json: block_configs: {found}, expected a list of {len(layers)}, one a layer")
+    out = []
+    for number, (layer, entry) in enumerate(zip(layers, block_configs, strict=True)):
+        where = f"config.json: block_configs[{number}]"
+        blocks = _mapping(entry, _BLOCKS, where)
+        left_out = {_BLOCKS[name]: None for name, block in blocks.items() if _no_op(block, f"{where}.{name}")}
+        if len(left_out) == len(_BLOCKS):
+            raise UserError(f"{where}: leaves out attention and ffn: leave the layer out (num_hidden_layers)")
+        out.append(replace(layer, **left_out))
+    return tuple(out)
+
+
+def _no_op(block: Any, where: str) -> bool:
+    found = _mapping(block, ("no_op",), where).get("no_op", False)
+    if not isinstance(found, bool):
+        raise UserError(f"{where}.no_op = {found!r}, expected true or false")
+    return found
+
+
+def _mapping(value: Any, allowed: Collection[str], where: str) -> dict[str, Any]:
+    """A mapping with these keys alone; what is null is as if it were absent."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where} = {value!r}, expected a mapping")
+    for key, found in value.items():
+        if key not in allowed and found not in (None, False):
+            hint = nearest(key, allowed)
+            raise UserError(f"{where}.{key} = {found!r} is not supported{hint}; allowed: {', '.join(allowed)}")
+    return {key: found for key, found in value.items() if key in allowed and found is not None}
