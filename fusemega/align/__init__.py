@@ -1,5 +1,6 @@
 """Two tokenizations of one text, brought together: which positions compare, which ids mean the same.
 
+align.py            `fusemega align`: from two tokenizers to a map
 vocabulary.py       what each token of a tokenizer stands for, in bytes
 vocabulary_map.py   for each source id a target id, as a file
 kinds.py            the kinds of maps by name
@@ -15,4 +16,5 @@ pairs.py            counts of pairs of ids, sparse
 corpus.py           the samples that two tokenizations share, over processes
 counts.py           pairs of tokens that stand side by side in a corpus
 project.py          `fusemega project`: a source's store in the target's ids, ahead of training
+transplant.py       `fusemega transplant`: a model moved onto another vocabulary
 """

@@ -12,7 +12,6 @@ from pydantic import Field
 from fusemega.checkpoint.megatron_folder import MegatronFolder, RunCheckpoint, is_megatron_folder, open_megatron
 from fusemega.checkpoint.read_plan import RankReads, plan_reads
 from fusemega.errors import UserError
-from fusemega.files.output import on_main
 from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.hub import resolve
@@ -25,6 +24,7 @@ from fusemega.models.stages import check_layout, stage_layers
 from fusemega.runtime.console import global_rank, say
 from fusemega.runtime.parallel import ParallelConfig, World
 from fusemega.runtime.precision import Precision
+from fusemega.runtime.together import on_main
 from fusemega.text.tokenizer import Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

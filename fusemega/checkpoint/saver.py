@@ -41,11 +41,12 @@ from fusemega.checkpoint.torch_dist import checkpoint_errors
 from fusemega.errors import UserError
 from fusemega.files.integrity import file_hash, write_integrity
 from fusemega.files.json_files import read_json
-from fusemega.files.output import INSIDE, on_main, publish, write_durably
+from fusemega.files.output import INSIDE, publish, write_durably
 from fusemega.files.owned import drop_scratch, mark_scratch
 from fusemega.runtime.memory import own_memory
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import STOPPING
+from fusemega.runtime.together import on_main
 
 _HASHES, _MEMORY = ".hashes.json", ".memory"
 _LOST_WRITER = "the process that writes it was ended from outside, as the kernel does where memory is short"

@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-import re
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from fusemega.cli.many_values import ManyValues, is_override
 from fusemega.errors import UserError
-
-if TYPE_CHECKING:
-    from fusemega.merge.execute import Progress
-    from fusemega.merge.plan import MergePlan
-
-LINE_SECONDS = 30
-"""How often progress is told where there is no terminal."""
-
-
-class ManyValues(TyperCommand):
-    """Lets an option of `lists` take all values up to the next option or KEY=VALUE: `--models A B C`."""
-
-    lists: tuple[str, ...] = ("--models", "--weights")
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        option = ""
-        for argument in args:
-            if _is_override(argument):
-                option = ""
-            if argument.startswith("-") and not _is_number(argument):
-                option = argument if argument in self.lists else ""
-                spread += [] if option else [argument]
-            else:
-                spread += [option, argument] if option else [argument]
-        return super().parse_args(ctx, spread)
-
 
 parser = ManyValues
 
@@ -95,13 +64,14 @@ def command(
     """
     gc.disable()  # importing torch makes objects by the hundred thousand, and no garbage
     from fusemega.files.output import refuse_existing
+    from fusemega.merge.dry_run import describe, progress_bar
     from fusemega.merge.merge import Options, merge, opened
     from fusemega.report.merge_page import merge_page
     from fusemega.runtime.console import say, tell
 
     gc.enable()
-    overrides = [argument for argument in arguments if _is_override(argument)]
-    paths = [argument for argument in arguments if not _is_override(argument)]
+    overrides = [argument for argument in arguments if is_override(argument)]
+    paths = [argument for argument in arguments if not is_override(argument)]
     if len(paths) != (2 if method is None else 1):
         wanted = "a run file and OUT" if method is None else "OUT alone, since --method stands for the run file"
         raise UserError(f"fusemega merge: found {' '.join(paths) or 'nothing'}; expected {wanted}")
@@ -151,80 +121,3 @@ def _run(
         data["vocabulary"] = vocabulary
     data, notes = from_mergekit(data, source)
     return validate(MergeRun, data, source), notes, source
-
-
-def describe(plan: MergePlan, options: Any) -> str:
-    """The plan as text: every tensor, then the totals."""
-    from fusemega.merge.plan import memory_bytes
-    from fusemega.runtime.workers import default_workers
-
-    workers = min(options.workers or default_workers(), len(plan.jobs))
-    block = plan.block_elements(options.block_elements)
-    lines = [f"merge by {plan.method.name} of {len(plan.models)} model(s)"]
-    lines += [f"  {'base ' if plan.has_base and not i else 'model'}  {f.path}" for i, f in enumerate(plan.folders)]
-    read = 0
-    for job in plan.jobs:
-        measures = plan.method.measures(job.settings)
-        for spec in job.tensors:
-            tensor = plan.tensors[spec.name]
-            size = sum(source.dtype.itemsize for source in tensor.sources) * spec.elements
-            read += size * (len(measures) + 1)
-            shape = " x ".join(map(str, spec.shape))
-            count = len(plan.blocks(spec, block))
-            lines.append(
-                f"  {spec.name}  [{shape}] {str(tensor.dtype).removeprefix('torch.')}: {len(tensor.sources)} sources, "
-                f"{count} block(s), {len(measures) + 1} pass(es)"
-            )
-    passes = ", ".join([*plan.method.measures(plan.jobs[0].settings), "merge"])
-    lines += [
-        f"passes: {passes}",
-        f"{workers} worker(s), blocks of up to {block} elements",
-        f"reads {read / 1e9:.2f} GB, writes {plan.output_bytes / 1e9:.2f} GB in {len(plan.shards)} file(s)",
-        f"expected peak memory: {memory_bytes(plan, workers, block) / 2**20:.0f} MiB",
-    ]
-    return "\n".join(lines)
-
-
-@contextmanager
-def progress_bar(plan: MergePlan) -> Iterator[Progress]:
-    """A bar with the time left on a terminal, and a line every half minute elsewhere, both on stderr."""
-    from fusemega.runtime.console import console, say
-
-    total = sum(tensor.spec.elements for tensor in plan.tensors.values())
-    if sys.stderr.isatty():
-        from rich.progress import Progress as Bar
-
-        with Bar(console=console(), auto_refresh=False) as bar:  # by a thread, which had better not be there at a fork
-            task = bar.add_task(f"merging by {plan.method.name}", total=total)
-
-            def show(count: int) -> None:
-                bar.advance(task, count)
-                bar.refresh()
-
-            yield show
-        return
-    done: list[int] = []  # the first is what an interrupted merge had written
-    begun = said = time.monotonic()
-
-    def line(count: int) -> None:
-        nonlocal said
-        done.append(count)
-        now = time.monotonic()
-        if now - said > LINE_SECONDS:
-            left = (total - sum(done)) * (now - begun) / max(sum(done[1:]), 1)
-            say(f"merged {sum(done) / total:.0%}, about {left:.0f} s left")
-            said = now
-
-    yield line
-
-
-def _is_override(text: str) -> bool:
-    return re.match(r"[a-z_][\w.]*=", text) is not None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fusemega.cli.merge import ManyValues
+from fusemega.cli.many_values import ManyValues
 from fusemega.errors import UserError, choose
 
 

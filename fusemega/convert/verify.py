@@ -29,7 +29,7 @@ MAX_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Differences:
     """What `verify` found.
 
     Attributes:
@@ -82,7 +82,7 @@ class _Side:
             self.dtypes = {name: folder.dtype(name) for name in names}
 
 
-def verify(hf: str | Path, other: str | Path, *, workers: int = 1) -> Comparison:
+def verify(hf: str | Path, other: str | Path, *, workers: int = 1) -> Differences:
     """Compare two folders, each of Hugging Face's or Megatron's form, bit for bit. One process calls it.
 
     Tensors that a family may leave out (copies, old buffers) count as equal where one side lacks them.
@@ -113,7 +113,7 @@ def verify(hf: str | Path, other: str | Path, *, workers: int = 1) -> Comparison
                     different.append(a.name)
         peak_bytes = pool.peak_bytes
     damaged = ours.damaged + theirs.damaged
-    return Comparison(len(common), sorted(different), missing, config, damaged, byte_count, peak_bytes)
+    return Differences(len(common), sorted(different), missing, config, damaged, byte_count, peak_bytes)
 
 
 def _in_one_type(a: Assembled, b: Assembled) -> tuple[Assembled, Assembled]:

@@ -1,6 +1,18 @@
-"""Files: what others made is read within bounds, what is made here appears whole or not at all.
+"""Files on disk: others' files are read within limits; our own appear whole or not at all.
 
-Reading: `opening`, and a reader for each form of file. Writing: `output` (files and folders that appear by a rename),
-`unfinished` (long outputs, with a journal to go on from), `integrity` (sizes and hashes of a folder's files), `lock`
-(one writer an output), `owned` (what may be removed or replaced). `remembered`: hashes, kept while nothing is touched.
+Reading
+    opening.py            opens regular files of a bounded size
+    json_files.py, yaml_files.py, npz_files.py, parquet_files.py, pickles.py, safetensors_header.py, tokenizer_files.py
+                          one reader for each form of file
+    sizes.py              sizes as users write them, such as 5GB
+Writing
+    output.py             files and folders that appear by a rename
+    unfinished.py         long outputs with a journal, which can be resumed
+    integrity.py          sizes and hashes of a folder's files
+    lock.py               one writer for each output
+    owned.py              what a command may remove or replace
+    cache.py              where things that can be made again are kept
+    remembered.py         hashes of files, kept while the files are not touched
+Planning
+    boxes.py, moves.py    parts of tensors, and which bytes of which files they are
 """

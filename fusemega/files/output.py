@@ -1,4 +1,4 @@
-"""Output folders and files that appear whole or not at all, and checks whose verdict all ranks share."""
+"""Output folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,34 +6,18 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from fusemega.errors import UserError
 from fusemega.files.integrity import FILE as INTEGRITY
 from fusemega.files.lock import locked
 from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
 
-if TYPE_CHECKING:  # megatron-core takes seconds to import, and conversions do without it
-    from fusemega.runtime.parallel import World
-
 INSIDE = "out"
 """Of a temporary folder: the file or folder that becomes the output."""
-
-
-def on_main(world: World, action: Callable[[], object]) -> None:
-    """Run `action` on the main process; a UserError there is raised on every process. Collective."""
-    message: str | None = None
-    if world.is_main:
-        try:
-            action()
-        except UserError as error:
-            message = str(error)
-    message = world.from_main(message)
-    if message is not None:
-        raise UserError(message)
 
 
 def refuse_existing(path: Path) -> None:
@@ -72,27 +56,6 @@ def check_output_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: cannot write there: it is a folder")
     check_writable(path)
-
-
-@contextmanager
-def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[Path]:
-    """`new_folder` for several processes. Collective.
-
-    Args:
-        path: the folder to appear; absent, or present and empty.
-        world: all its processes enter and leave together.
-        needed_bytes: refused at once when the disk has less.
-
-    Raises:
-        UserError: as `new_folder`, on every process.
-    """
-    held = ExitStack()
-    on_main(world, lambda: held.enter_context(new_folder(path, needed_bytes)))
-    with held:
-        with disk_errors(path):
-            yield scratch_of(path) / INSIDE
-            world.barrier()
-        on_main(world, held.close)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import torch
 from fusemega.errors import UserError
 from fusemega.files.boxes import whole
 from fusemega.files.integrity import write_integrity
-from fusemega.files.output import output_folder
 from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.loadable import settle
@@ -21,6 +20,7 @@ from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shar
 from fusemega.hf.side_files import copy_side_files
 from fusemega.models.family import keep_layers
 from fusemega.runtime.parallel import World
+from fusemega.runtime.together import output_folder
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 

@@ -13,7 +13,6 @@ from fusemega.errors import UserError
 from fusemega.files.boxes import slices, volume
 from fusemega.files.integrity import write_integrity
 from fusemega.files.json_files import read_json
-from fusemega.files.output import on_main, output_folder
 from fusemega.hf.folder import INDEX_FILE, SINGLE_FILE, HFFolder
 from fusemega.hf.narrowing import narrowed
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
@@ -21,6 +20,7 @@ from fusemega.hf.side_files import copy_side_files, exported_config
 from fusemega.models.build import GPT, Placement, placements
 from fusemega.models.rules import Piece, WeightRanks
 from fusemega.runtime.parallel import World
+from fusemega.runtime.together import on_main, output_folder
 
 
 def export_hf(

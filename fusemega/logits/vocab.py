@@ -17,7 +17,7 @@ Shape suffixes: T tokens, H hidden size, V this rank's vocabulary rows, K listed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -187,27 +187,47 @@ def _evaluate(
     if not with_gradient:
         loss_C, aux_CM = f(results, rows)
         return loss_C.sum(), aux_CM.sum(0), None
-    inputs = [
-        tensor.detach().requires_grad_()
-        for result in results
-        for tensor in (result.logp_TK, result.lse_T, result.log_residual_T)
-        if tensor is not None
-    ]
-    leaves = iter(inputs)
+    leaves = [_Leaves.of(result) for result in results]
     with torch.enable_grad():
-        tracked = [_like(result, leaves) for result in results]
-        loss_C, aux_CM = f(tracked, rows)
+        loss_C, aux_CM = f([leaf.as_result() for leaf in leaves], rows)
         loss = loss_C.sum()
     upstream = None
     if loss.requires_grad:
-        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
-        filled = iter(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True))
-        upstream = [_like(result, filled) for result in results]
+        # Only into the leaves, whatever else f has closed over.
+        loss.backward(inputs=[tensor for leaf in leaves for tensor in leaf if tensor is not None])
+        upstream = [leaf.gradients() for leaf in leaves]
     return loss.detach(), aux_CM.detach().sum(0), upstream
 
 
-def _like(result: SparseLogProbs, tensors: Any) -> SparseLogProbs:
-    return SparseLogProbs(next(tensors), next(tensors), None if result.log_residual_T is None else next(tensors))
+class _Leaves(NamedTuple):
+    """A chunk's results as what a gradient is taken by."""
+
+    logp_CK: Tensor
+    lse_C: Tensor
+    log_residual_C: Tensor | None
+
+    @classmethod
+    def of(cls, result: SparseLogProbs) -> _Leaves:
+        residual_C = result.log_residual_T
+        return cls(
+            result.logp_TK.detach().requires_grad_(),
+            result.lse_T.detach().requires_grad_(),
+            None if residual_C is None else residual_C.detach().requires_grad_(),
+        )
+
+    def as_result(self) -> SparseLogProbs:
+        return SparseLogProbs(*self)
+
+    def gradients(self) -> SparseLogProbs:
+        """In the form of a result; zeros where f made no use of a leaf."""
+        residual_C = self.log_residual_C
+        return SparseLogProbs(
+            _gradient(self.logp_CK), _gradient(self.lse_C), None if residual_C is None else _gradient(residual_C)
+        )
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:

@@ -22,10 +22,10 @@ from fusemega.hf.narrowing import narrowed
 from fusemega.hf.ranges import RangeWriter
 from fusemega.hf.safetensors_writer import raw_bytes
 from fusemega.merge.journal import Done, Journal
-from fusemega.merge.method import Block, Job, Sample
+from fusemega.merge.method import Block, Job, PartialPass
 from fusemega.merge.plan import MergePlan, PlannedTensor
 from fusemega.merge.rounding import is_counted, shares, steps
-from fusemega.merge.sources import Source, check_finite, load_block
+from fusemega.merge.sources import TensorSource, check_finite, load_block
 from fusemega.runtime.console import say
 from fusemega.runtime.memory import keep_freed_memory
 from fusemega.runtime.workers import start_workers
@@ -110,7 +110,7 @@ class _Work:
         try:
             while True:
                 step = next(steps) if results is None else steps.send(results)
-                if isinstance(step, Sample):
+                if isinstance(step, PartialPass):
                     results = [step.measure(self._load(place)) for place in self._sampled(job, step)]
                 else:
                     results = [step(self._load(place, None if checked else near)) for place in blocks]
@@ -134,7 +134,7 @@ class _Work:
         pieces = [(spec, piece) for spec in job.tensors for piece in self.plan.blocks(spec, self.block_elements)]
         return [_Place(self.plan.tensors[spec.name], index, [piece]) for index, (spec, piece) in enumerate(pieces)]
 
-    def _sampled(self, job: Job, step: Sample) -> list[_Place]:
+    def _sampled(self, job: Job, step: PartialPass) -> list[_Place]:
         (spec,) = job.tensors
         groups = [step.pieces[at : at + SAMPLE_PIECES] for at in range(0, len(step.pieces), SAMPLE_PIECES)]
         return [_Place(self.plan.tensors[spec.name], index, group) for index, group in enumerate(groups)]
@@ -168,7 +168,7 @@ class _Work:
         return found.hexdigest()
 
 
-def _add_steps(sums: list[list[int] | None], sources: Sequence[Source], values: Sequence[torch.Tensor]) -> None:
+def _add_steps(sums: list[list[int] | None], sources: Sequence[TensorSource], values: Sequence[torch.Tensor]) -> None:
     """Of each model for which they can be counted: not where some rows are not its own."""
     for number, (source, model) in enumerate(zip(sources[1:], values[1:], strict=True)):
         if is_counted(source.dtype) and source.rows is None and sources[0].rows is None:

@@ -147,7 +147,7 @@ Pass = Callable[[Block], Any]
 
 
 @dataclass(frozen=True)
-class Sample:
+class PartialPass:
     """A pass over parts of the only tensor of a job, a few parts to a block (whose `start` says nothing).
 
     Attributes:
@@ -159,7 +159,10 @@ class Sample:
     pieces: list[tuple[int, int]]
 
 
-Passes = Generator[Pass | Sample, list[Any], Merge]
+T = TypeVar("T")
+PassesFor = Generator[Pass | PartialPass, list[Any], T]
+"""Asks for passes by `yield`, gets each pass's results of all blocks, and returns a T in the end."""
+Passes = PassesFor[Merge]
 
 
 class Method(ABC):

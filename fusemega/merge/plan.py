@@ -20,10 +20,10 @@ from fusemega.hf.safetensors_writer import TensorInfo, plan_shards
 from fusemega.merge.jobs import plan_jobs
 from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Job, Method, TensorSpec, find_method
 from fusemega.merge.run import MergeRun
-from fusemega.merge.sources import Source
+from fusemega.merge.sources import TensorSource
 from fusemega.merge.statistics import CELL
 from fusemega.merge.template import plan_template
-from fusemega.merge.vocabulary import Vocabulary, plan_vocabulary
+from fusemega.merge.vocabulary import MergedVocabulary, plan_vocabulary
 from fusemega.models.registry import architecture_of
 from fusemega.models.rules import VocabRows
 
@@ -44,7 +44,7 @@ class PlannedTensor:
 
     spec: TensorSpec
     dtype: torch.dtype
-    sources: list[Source]
+    sources: list[TensorSource]
 
     @property
     def computed_in(self) -> torch.dtype:
@@ -79,7 +79,7 @@ class MergePlan:
     jobs: list[Job]
     shards: dict[str, list[TensorInfo]]
     config: dict[str, Any]
-    vocabulary: Vocabulary
+    vocabulary: MergedVocabulary
     template: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -194,7 +194,7 @@ def _check_architecture(folders: Sequence[HFFolder]) -> None:
 
 
 def _tensors(
-    folders: Sequence[HFFolder], run: MergeRun, vocabulary: Vocabulary
+    folders: Sequence[HFFolder], run: MergeRun, vocabulary: MergedVocabulary
 ) -> tuple[dict[str, PlannedTensor], dict[str, Any]]:
     tied = [folder.architecture.tied for folder in folders]
     config = dict(folders[0].config) | {"vocab_size": vocabulary.rows, "tie_word_embeddings": all(tied)}
@@ -211,7 +211,7 @@ def _tensors(
             # A tied model's head is its embedding.
             there = folder.architecture.copies().get(name, name)
             rows = rows if name in by_rows else None
-            sources.append(Source(readers[id(folder)], there, folder.dtype(there), rows, shape[-1]))
+            sources.append(TensorSource(readers[id(folder)], there, folder.dtype(there), rows, shape[-1]))
         tensors[name] = PlannedTensor(TensorSpec(name, shape), _dtype(name, sources, run), sources)
     for folder in folders:
         check_copies(folder)
@@ -223,7 +223,7 @@ def _tensors(
     return tensors, config
 
 
-def _dtype(name: str, sources: Sequence[Source], run: MergeRun) -> torch.dtype:
+def _dtype(name: str, sources: Sequence[TensorSource], run: MergeRun) -> torch.dtype:
     if run.dtype is not None:
         chosen = getattr(torch, run.dtype)
         assert isinstance(chosen, torch.dtype)

@@ -13,14 +13,13 @@ Only integers are added, and the sample does not depend on blocks, so their size
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Block, Job, Pass, Sample
+from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Block, Job, PartialPass, Pass, PassesFor
 from fusemega.merge.statistics import CELL
 
 _LOW_BITS = 17
@@ -127,7 +126,7 @@ class _Scanned:
 
 def select_largest(
     job: Job, keys: Keys, count_of: Callable[[int], list[int]]
-) -> Generator[Pass | Sample, list[Any], list[Selection]]:
+) -> PassesFor[list[Selection]]:
     """The largest elements of several streams of keys over a job of one tensor.
 
     Args:
@@ -137,7 +136,7 @@ def select_largest(
             there are elements; where there are `Keys.exact`, than are not zero.
     """
     (tensor,) = job.tensors
-    sampled = yield Sample(lambda block: [key.numpy() for key in keys.rough(block)], _pieces(tensor.elements))
+    sampled = yield PartialPass(lambda block: [key.numpy() for key in keys.rough(block)], _pieces(tensor.elements))
     brackets = _guess(sampled, tensor.elements, count_of, keys.slack)
     if brackets is not None:
         found = _settle((yield _scan(keys, brackets)), keys, brackets, count_of)
@@ -201,7 +200,7 @@ def _guess(
     return out
 
 
-def _count(keys: Keys, count_of: Callable[[int], list[int]]) -> Generator[Pass | Sample, list[Any], list[_Bracket]]:
+def _count(keys: Keys, count_of: Callable[[int], list[int]]) -> PassesFor[list[_Bracket]]:
     """From the bit patterns of all keys."""
     histograms = _Histograms(keys)
     counts = count_of(sum((yield histograms.add)))

@@ -13,7 +13,7 @@ from fusemega.hf.ranges import RangeReader
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Where one model keeps one output tensor.
 
     Attributes:
@@ -61,7 +61,7 @@ class Source:
 
 
 def load_block(
-    sources: Sequence[Source], start: int, count: int, dtype: torch.dtype, has_base: bool
+    sources: Sequence[TensorSource], start: int, count: int, dtype: torch.dtype, has_base: bool
 ) -> list[torch.Tensor]:
     """Output elements `start` to `start + count` of every model, the base (if there is one) first, as they are stored.
 
@@ -86,7 +86,7 @@ def load_block(
     return out
 
 
-def check_finite(sources: Sequence[Source], values: Sequence[torch.Tensor], start: int) -> None:
+def check_finite(sources: Sequence[TensorSource], values: Sequence[torch.Tensor], start: int) -> None:
     """Refuses NaN and infinities, naming the folder, the tensor and the first place.
 
     Raises:

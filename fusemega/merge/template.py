@@ -10,12 +10,12 @@ from fusemega.errors import UserError
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.side_files import read_template
 from fusemega.merge.run import MergeRun
-from fusemega.merge.vocabulary import Vocabulary
+from fusemega.merge.vocabulary import MergedVocabulary
 
 
 def plan_template(
-    vocabulary: Vocabulary, folders: Sequence[HFFolder], names: Sequence[str], run: MergeRun, has_base: bool
-) -> tuple[Vocabulary, str | None, list[str]]:
+    vocabulary: MergedVocabulary, folders: Sequence[HFFolder], names: Sequence[str], run: MergeRun, has_base: bool
+) -> tuple[MergedVocabulary, str | None, list[str]]:
     """The merge's vocabulary with the folder whose tokenizer, template and token ids it is to carry.
 
     Args:

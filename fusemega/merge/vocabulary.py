@@ -32,7 +32,7 @@ from fusemega.text.vocabulary_files import (
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class MergedVocabulary:
     """The rows of the merged embedding and head.
 
     Attributes:
@@ -54,7 +54,7 @@ class Vocabulary:
 
 def plan_vocabulary(
     folders: Sequence[HFFolder], mode: str | None, donor: int | None = None, has_base: bool = False
-) -> Vocabulary:
+) -> MergedVocabulary:
     """The rows of a merge of `folders`, of which the first is the base.
 
     Args:
@@ -99,7 +99,7 @@ def plan_vocabulary(
     if donor is not None and own is not None and max(own.strings, default=0) >= rows:
         last = max(own.strings)
         raise UserError(f"tokenizer_source: {own.folder}: its token {own.strings[last]!r} is id {last} of {rows} rows")
-    return Vocabulary(rows, maps, chosen, note=note, files=files)
+    return MergedVocabulary(rows, maps, chosen, note=note, files=files)
 
 
 def _widest(files: Sequence[VocabularyFiles | None], rows: int) -> int:
@@ -147,7 +147,7 @@ def _check_same(
     return note
 
 
-def _union(folders: Sequence[HFFolder], sizes: list[int], files: Sequence[VocabularyFiles | None]) -> Vocabulary:
+def _union(folders: Sequence[HFFolder], sizes: list[int], files: Sequence[VocabularyFiles | None]) -> MergedVocabulary:
     known = []
     for folder, one in zip(folders, files, strict=True):
         if one is None or one.rest is None:
@@ -179,7 +179,7 @@ def _union(folders: Sequence[HFFolder], sizes: list[int], files: Sequence[Vocabu
             rows_of[row] = found if found < size else -1
         maps.append(None if size == rows and np.array_equal(rows_of, np.arange(rows)) else rows_of)
     note = f"vocabulary: union of {rows} rows; {len(added)} tokens added to the tokenizer of {folders[0].path}"
-    return Vocabulary(rows, maps, added=added, note=note + "".join(notes), files=list(files))
+    return MergedVocabulary(rows, maps, added=added, note=note + "".join(notes), files=list(files))
 
 
 def _check_ordinary(base: VocabularyFiles, other: VocabularyFiles, tokens: Sequence[str]) -> None:

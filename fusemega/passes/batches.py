@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fusemega.files.output import on_main
 from fusemega.passes.micro_batch import Fields, FieldShapes, MicroBatch, collate
 from fusemega.runtime.parallel import World
+from fusemega.runtime.together import on_main
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.order import sample_ids

@@ -1,1 +1,18 @@
-"""The machine: the CPU backend of Megatron-core, process groups, precision, random state, launching, logging."""
+"""The machine: devices, process groups, Megatron-core's layers and faults, processes. Only this room knows of GPUs.
+
+Who and where
+    layout.py             `parallel:` of a run file; parallel.py: process groups, and which rank this is
+    device.py             which device; precision.py: whose layers, and FP8; kernel_packages.py: the GPU packages
+    environment.py        what this machine has, for `fusemega env`; memory.py: how much was needed
+Layers
+    specs.py              layer specs; rope.py: rotary positions; cpu_ops.py: norms and SwiGLU on a CPU
+    segments.py           the segments of a packed row; context_parallel.py: rows split over ranks
+    fused_adam.py         Adam where no GPU package brings one; random_state.py: all random generators
+Megatron-core
+    cpu_backend.py        Megatron-core without CUDA; without_compiling.py: a faster start there
+    megatron_fixes.py     its faults on any machine
+Processes
+    console.py            what a run says; signals.py: how it is stopped; meter.py: how far a conversion is
+    workers.py            a few processes that share a list of work; lifeline.py: none outlives its parent
+    meeting.py            where ranks and launcher meet; together.py: files that all ranks write as one
+"""

@@ -45,7 +45,7 @@ _OPTIONAL = {
 
 
 @dataclass(frozen=True)
-class Item:
+class Fact:
     """One fact.
 
     Attributes:
@@ -61,78 +61,78 @@ class Item:
     note: str = ""
 
 
-def examine() -> list[Item]:
+def examine() -> list[Fact]:
     """Looks at this process's machine and packages; imports torch, starts no process group, allocates nothing."""
     return [*_software(), *_accelerators(), *_machine()]
 
 
-def _software() -> Iterator[Item]:
+def _software() -> Iterator[Fact]:
     python_ok = sys.version_info >= (3, 10)
-    yield Item("python", platform.python_version(), OK if python_ok else BROKEN, "" if python_ok else "needs 3.10")
+    yield Fact("python", platform.python_version(), OK if python_ok else BROKEN, "" if python_ok else "needs 3.10")
     yield _torch()
     yield _megatron_core()
     for name, breaks in _REQUIRED.items():
         version = installed_version(name)
-        yield Item(name, version or "-", OK if version else BROKEN, "" if version else breaks)
+        yield Fact(name, version or "-", OK if version else BROKEN, "" if version else breaks)
     yield from _transformer_engine()
     yield _apex()
     for name, costs in _OPTIONAL.items():
         version = installed_version(name)
-        yield Item(name, version or "-", OK if version else MISSING, "" if version else costs)
+        yield Fact(name, version or "-", OK if version else MISSING, "" if version else costs)
 
 
-def _torch() -> Item:
+def _torch() -> Fact:
     try:
         import torch
         import torch.distributed as dist
     except (ImportError, OSError) as error:
-        return Item("torch", installed_version("torch") or "-", BROKEN, f"cannot be imported: {error}")
+        return Fact("torch", installed_version("torch") or "-", BROKEN, f"cannot be imported: {error}")
     build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"
     if not torch.cuda.is_available() and not dist.is_gloo_available():
-        return Item("torch", f"{torch.__version__}, {build}", BROKEN, "neither CUDA nor gloo: no process group at all")
-    return Item("torch", f"{torch.__version__}, {build}")
+        return Fact("torch", f"{torch.__version__}, {build}", BROKEN, "neither CUDA nor gloo: no process group at all")
+    return Fact("torch", f"{torch.__version__}, {build}")
 
 
-def _megatron_core() -> Item:
+def _megatron_core() -> Fact:
     from fusemega.runtime.cpu_backend import MEGATRON_CORE_PIN
 
     version = installed_version("megatron-core")
     if version == MEGATRON_CORE_PIN:
-        return Item("megatron-core", version)
+        return Fact("megatron-core", version)
     mend = f"pip install megatron-core=={MEGATRON_CORE_PIN}"
-    return Item("megatron-core", version or "-", BROKEN, f"no other release is tested, or runs without CUDA: {mend}")
+    return Fact("megatron-core", version or "-", BROKEN, f"no other release is tested, or runs without CUDA: {mend}")
 
 
-def _transformer_engine() -> Iterator[Item]:
+def _transformer_engine() -> Iterator[Fact]:
     """The package, and which FP8 recipes it can run here."""
     installed, problem = installed_version("transformer-engine"), transformer_engine_problem()
     if installed is None:
         cost = "norms, attention and Adam run on torch's kernels: pip install 'fusemega[gpu]'"
-        yield Item("transformer-engine", "-", MISSING, cost)
+        yield Fact("transformer-engine", "-", MISSING, cost)
     elif fault := transformer_engine_fault():
-        yield Item("transformer-engine", installed, BROKEN, fault)
+        yield Fact("transformer-engine", installed, BROKEN, fault)
     else:
-        yield Item("transformer-engine", installed, OK, "" if problem is None else "unused: it needs a GPU")
+        yield Fact("transformer-engine", installed, OK, "" if problem is None else "unused: it needs a GPU")
     if problem is not None:
-        yield Item("FP8", "-", MISSING, "needs Transformer Engine, and a GPU")
+        yield Fact("FP8", "-", MISSING, "needs Transformer Engine, and a GPU")
         return
     reasons = {recipe: recipe_problem(recipe) for recipe in FP8_RECIPES}
     usable = [recipe for recipe, reason in reasons.items() if reason is None]
     note = "; ".join(f"no {recipe}: {reason}" for recipe, reason in reasons.items() if reason)
-    yield Item("FP8", ", ".join(usable) or "-", OK if usable else MISSING, note)
+    yield Fact("FP8", ", ".join(usable) or "-", OK if usable else MISSING, note)
 
 
-def _apex() -> Item:
+def _apex() -> Fact:
     """NVIDIA's apex is not on the Python registry; a web toolkit of that name is, and flips Megatron's switches."""
     if foreign_apex():
         note = "not NVIDIA's apex: megatron-core would take it for that and lose its norms: pip uninstall apex"
-        return Item("apex", installed_version("apex") or "found", BROKEN, note)
+        return Fact("apex", installed_version("apex") or "found", BROKEN, note)
     if importlib.util.find_spec("apex") is None:
-        return Item("apex", "-", MISSING, "nothing beside Transformer Engine; without either, torch's norms and Adam")
-    return Item("apex", installed_version("apex") or "found")
+        return Fact("apex", "-", MISSING, "nothing beside Transformer Engine; without either, torch's norms and Adam")
+    return Fact("apex", installed_version("apex") or "found")
 
 
-def _accelerators() -> Iterator[Item]:
+def _accelerators() -> Iterator[Fact]:
     try:
         import torch
         import torch.distributed as dist
@@ -141,22 +141,22 @@ def _accelerators() -> Iterator[Item]:
     cuda = torch.cuda.is_available()
     gpus = list(_gpus())
     if cuda:
-        yield Item("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)")
+        yield Fact("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} device(s)")
     elif gpus:
         note = "GPUs are there, but this torch cannot use them: runs are refused unless FUSEMEGA_DEVICE=cpu"
-        yield Item("CUDA", "-", BROKEN, note)
+        yield Fact("CUDA", "-", BROKEN, note)
     else:
-        yield Item("CUDA", "-", MISSING, "models run on the CPU, over gloo")
+        yield Fact("CUDA", "-", MISSING, "models run on the CPU, over gloo")
     yield from gpus
     if cuda and dist.is_nccl_available():
-        yield Item("NCCL", ".".join(str(part) for part in torch.cuda.nccl.version()))
+        yield Fact("NCCL", ".".join(str(part) for part in torch.cuda.nccl.version()))
     elif cuda:
-        yield Item("NCCL", "-", BROKEN, "GPUs cannot talk to one another")
+        yield Fact("NCCL", "-", BROKEN, "GPUs cannot talk to one another")
     else:
-        yield Item("NCCL", "-", MISSING, "needed with GPUs only")
+        yield Fact("NCCL", "-", MISSING, "needed with GPUs only")
 
 
-def _gpus() -> Iterator[Item]:
+def _gpus() -> Iterator[Fact]:
     try:
         import pynvml
 
@@ -173,30 +173,30 @@ def _gpus() -> Iterator[Item]:
                 size = f"{memory.total / GIB:.0f} GiB, {memory.free / GIB:.0f} free"
                 note = "" if (major, minor) >= (8, 9) else "no FP8" if major >= 8 else "no bf16, no FP8"
                 found = f"{pynvml.nvmlDeviceGetName(handle)}, {size}, sm_{major}{minor}, driver {driver}"
-                yield Item(f"GPU {index}", found, OK, note)
+                yield Fact(f"GPU {index}", found, OK, note)
             except pynvml.NVMLError as error:
-                yield Item(f"GPU {index}", "-", BROKEN, str(error))
+                yield Fact(f"GPU {index}", "-", BROKEN, str(error))
     finally:
         pynvml.nvmlShutdown()
 
 
-def _machine() -> Iterator[Item]:
-    yield Item("cores", str(len(os.sched_getaffinity(0))))
+def _machine() -> Iterator[Fact]:
+    yield Fact("cores", str(len(os.sched_getaffinity(0))))
     if installed_version("psutil"):
         import psutil
 
         memory = psutil.virtual_memory()
-        yield Item("memory", f"{memory.total / GIB:.0f} GiB, {memory.available / GIB:.0f} available")
-    yield Item("disk here", _free(Path.cwd()))
+        yield Fact("memory", f"{memory.total / GIB:.0f} GiB, {memory.available / GIB:.0f} available")
+    yield Fact("disk here", _free(Path.cwd()))
     cache = cache_folder()
-    yield Item("disk of the cache", f"{_free(_existing(cache))} ({cache})")
+    yield Fact("disk of the cache", f"{_free(_existing(cache))} ({cache})")
     shm = Path("/dev/shm")
     if not shm.is_dir():
-        yield Item("shared memory", "-", MISSING, "NCCL and data workers need /dev/shm")
+        yield Fact("shared memory", "-", MISSING, "NCCL and data workers need /dev/shm")
     else:
         low = shutil.disk_usage(shm).total < MIN_SHM_BYTES
         note = "less than 1 GiB: NCCL between GPUs of one machine may fail; give the container --shm-size"
-        yield Item("shared memory", _free(shm), MISSING if low else OK, note if low else "")
+        yield Fact("shared memory", _free(shm), MISSING if low else OK, note if low else "")
 
 
 def _existing(path: Path) -> Path:

@@ -14,11 +14,12 @@ from fusemega.errors import UserError
 from fusemega.files.cache import cache_folder
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
-from fusemega.files.output import check_output_file, on_main
+from fusemega.files.output import check_output_file
 from fusemega.models.build import GPT
 from fusemega.passes.batches import prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.parallel import World, environment_rank, initialize
+from fusemega.runtime.together import on_main
 from fusemega.scoring.evaluation import Evaluation, evaluate_model
 from fusemega.scoring.run import PassRun
 from fusemega.text.data import DataConfig

@@ -22,7 +22,6 @@ from fusemega.checkpoint.open_model import ModelSource
 from fusemega.errors import UserError
 from fusemega.files.cache import cache_folder
 from fusemega.files.lock import locked
-from fusemega.files.output import on_main
 from fusemega.logits.sampled import count_draws, sample_ids, uniforms
 from fusemega.logits.topk import top_k_log_probs
 from fusemega.models.build import GPT
@@ -33,6 +32,7 @@ from fusemega.passes.progress import progress
 from fusemega.passes.score import score_samples
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World, initialize
+from fusemega.runtime.together import on_main
 from fusemega.scoring.run import PassRun
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
 from fusemega.text.document import MASK_POLICY

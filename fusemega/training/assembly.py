@@ -16,7 +16,7 @@ from fusemega.errors import UserError
 from fusemega.files.cache import cache_folder
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
-from fusemega.files.output import check_writable, on_main, write_durably
+from fusemega.files.output import check_writable, write_durably
 from fusemega.hf.loadable import closing_id, settle
 from fusemega.losses.registry import Objective, build_objective
 from fusemega.passes.batches import RowShape, TrainingData, prepare_together
@@ -24,6 +24,7 @@ from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
+from fusemega.runtime.together import on_main
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer

@@ -13,11 +13,11 @@ import xxhash
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.series import STATE
 from fusemega.errors import UserError
-from fusemega.files.output import on_main
 from fusemega.losses.registry import Objective
 from fusemega.runtime.console import say
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
+from fusemega.runtime.together import on_main
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.training.run_file import FREE_OPTIMIZER_FIELDS, IDENTITY_FIELDS, TrainRun
 

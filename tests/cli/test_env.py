@@ -13,7 +13,7 @@ import torch
 
 from fusemega import cli
 from fusemega.runtime import environment
-from fusemega.runtime.environment import BROKEN, MISSING, OK, Item, examine
+from fusemega.runtime.environment import BROKEN, MISSING, OK, Fact, examine
 
 
 def _run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
@@ -22,7 +22,7 @@ def _run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, s
     return stop.value.code, capsys.readouterr().out
 
 
-def _found(name: str) -> Item:
+def _found(name: str) -> Fact:
     return next(item for item in examine() if item.name == name)
 
 
@@ -136,7 +136,7 @@ def test_what_a_gpu_cannot_do(capability: tuple[int, int], note: str, monkeypatc
 
 def test_a_lost_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", _fake_nvml((9, 0), lost=True))
-    assert list(environment._gpus()) == [Item("GPU 0", "-", BROKEN, "GPU is lost")]
+    assert list(environment._gpus()) == [Fact("GPU 0", "-", BROKEN, "GPU is lost")]
 
 
 def test_small_shared_memory_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from fusemega.merge import select
 from fusemega.merge.merge import Options
-from fusemega.merge.method import Block, Job, Sample, TensorSpec, find_method, method_names
+from fusemega.merge.method import Block, Job, PartialPass, TensorSpec, find_method, method_names
 from fusemega.merge.methods.dare import uniform
 from fusemega.merge.methods.della import keep_probabilities
 from tests.merge import oracles
@@ -351,7 +351,7 @@ def test_selection_equals_the_stable_sort(case: str, quanta: int, monkeypatch: p
                 selections = end.value
                 break
             passes += 1
-            if isinstance(step, Sample):
+            if isinstance(step, PartialPass):
                 answer = [step.measure(block(0, start, start + count)) for start, count in step.pieces]
             else:
                 answer = [step(block) for block in blocks]

@@ -12,9 +12,9 @@ import torch
 import fusemega
 from fusemega.config import validate
 from fusemega.errors import UserError
-from fusemega.files.output import on_main
 from fusemega.runtime.meeting import lost_peer
 from fusemega.runtime.parallel import GROUP_TIMEOUT, HOST_TIMEOUT, ParallelConfig, environment_rank, initialize
+from fusemega.runtime.together import on_main
 
 
 def test_one_process_needs_no_launcher() -> None:

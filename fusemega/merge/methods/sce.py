@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from fusemega.config import Section
-from fusemega.merge.method import Block, Job, Merge, Method, Pass, Passes, Sample, register
+from fusemega.merge.method import Block, Job, Merge, Method, Passes, PassesFor, register
 from fusemega.merge.select import PASS_NAMES, Keys, Selection, select_largest, selection_bytes
 from fusemega.merge.signs import agreeing_sums, elect, ratio
 from fusemega.merge.statistics import cell_sums, shares, totals
@@ -65,12 +65,17 @@ class Sce(Method):
         return Merge(apply, {"coefficients": eta, "selected": share_selected(job, selection)}, pairs)
 
 
-def select_squares(job: Job) -> Generator[Pass | Sample, list[Any], tuple[Selection | None, list[float]]]:
+def select_squares(job: Job) -> PassesFor[tuple[Selection | None, list[float]]]:
     """The selection (None: all elements), and for each model the sum of its squared deltas there."""
-    if job.settings.select_topk == 1:
-        return None, totals((yield lambda block: [cell_sums(delta.square_()) for delta in block.deltas()]))
-    selection = yield from select(job)
-    return selection, totals((yield lambda block: selected_squares(block, selection)))
+    selection = None if job.settings.select_topk == 1 else (yield from select(job))
+
+    def squares(block: Block) -> list[list[float]]:
+        if selection is None:
+            return [cell_sums(delta.square_()) for delta in block.deltas()]
+        return selected_squares(block, selection)
+
+    squares_of_blocks = yield squares
+    return selection, totals(squares_of_blocks)
 
 
 def share_selected(job: Job, selection: Selection | None) -> float:
@@ -78,7 +83,7 @@ def share_selected(job: Job, selection: Selection | None) -> float:
     return 1.0 if selection is None else selection.count / job.elements
 
 
-def select(job: Job) -> Generator[Pass | Sample, list[Any], Selection]:
+def select(job: Job) -> PassesFor[Selection]:
     """The selection of `Sce` below tau = 1; equal variances are taken in the order of the flat tensor."""
     tau, count = job.settings.select_topk, len(job.models)
     slack = 4 * count * (count + 2) * 2.0**-24
