@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fusemega.errors import UserError
 from fusemega.fusion.targets import Tail, Targets, or_label
-from fusemega.fusion.teacher import Teacher, TeacherConfig
+from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
 from fusemega.losses.registry import Objective, ObjectiveSettings, register
 from fusemega.passes.answers import HiddenStates
@@ -148,34 +148,34 @@ class Distill(Taught):
 
     Args:
         settings: as in the run file.
-        teacher: the open store.
+        store: the open store.
     """
 
-    class Settings(TaughtSettings, TeacherConfig):
+    class Settings(TaughtSettings, TeacherStoreConfig):
         name: Literal["distill"] = "distill"
 
-    def __init__(self, settings: Distill.Settings, teacher: Teacher) -> None:
-        super().__init__(settings, teacher.k)
-        self.teacher = teacher
+    def __init__(self, settings: Distill.Settings, store: TeacherStore) -> None:
+        super().__init__(settings, store.k)
+        self.store = store
 
     @classmethod
     def build(cls, settings: Distill.Settings, tokenizer: Tokenizer, vocab_size: int) -> Distill:
-        teacher = Teacher(settings, "objective", tokenizer, vocab_size, settings.temperature, settings.tail)
+        store = TeacherStore(settings, "objective", tokenizer, vocab_size, settings.temperature, settings.tail)
         # Through a map some draws' ids have no counterpart: those are a tail.
-        sampled = teacher.store.manifest.rows == "sampled"
+        sampled = store.store.manifest.rows == "sampled"
         if sampled and settings.map is None and "tail" in settings.model_fields_set:
             raise UserError(
                 f"objective.tail: of no effect with {settings.store}, whose rows are draws from the whole "
                 "distribution: leave it out"
             )
-        return cls(settings, teacher)
+        return cls(settings, store)
 
     def targets(self, sample: Sample) -> Targets | None:
-        row = self.teacher.row(sample, self.settings.on_missing == "error")
-        return None if row is None else self.teacher.targets(row, sample)
+        row = self.store.row(sample, self.settings.on_missing == "error")
+        return None if row is None else self.store.targets(row, sample)
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
-        return self.teacher.identity(dataset)
+        return self.store.identity(dataset)
 
     def check_data(self, dataset: TokenizedDataset) -> None:
-        self.teacher.check_data(dataset, self.settings.on_missing == "error")
+        self.store.check_data(dataset, self.settings.on_missing == "error")

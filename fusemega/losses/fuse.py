@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from fusemega.config import Section
 from fusemega.fusion.functions import FUNCTIONS, rewards
 from fusemega.fusion.targets import Targets
-from fusemega.fusion.teacher import Teacher, TeacherConfig
+from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.losses.distill import Taught, TaughtSettings
 from fusemega.losses.registry import register
 
@@ -62,19 +62,21 @@ class Fuse(Taught):
 
     class Settings(TaughtSettings):
         name: Literal["fuse"] = "fuse"
-        teachers: list[TeacherConfig] = Field(min_length=1, description="the stores; of equally good ones the first")
+        teachers: list[TeacherStoreConfig] = Field(
+            min_length=1, description="teacher stores; ties go to the first listed"
+        )
         fusion: FusionConfig = FusionConfig()
 
         @field_validator("teachers")
         @classmethod
-        def _stores_differ(cls, teachers: list[TeacherConfig]) -> list[TeacherConfig]:
+        def _stores_differ(cls, teachers: list[TeacherStoreConfig]) -> list[TeacherStoreConfig]:
             stores = [teacher.store for teacher in teachers]
             for store in stores:
                 if stores.count(store) > 1:
                     raise ValueError(f"the store {store} is given twice")
             return teachers
 
-    def __init__(self, settings: Fuse.Settings, teachers: list[Teacher]) -> None:
+    def __init__(self, settings: Fuse.Settings, teachers: list[TeacherStore]) -> None:
         ks = [teacher.k for teacher in teachers]
         super().__init__(settings, max(ks) if settings.fusion.function == "min_ce" else sum(ks))
         self.teachers, self._fusion = teachers, settings.fusion
@@ -84,14 +86,16 @@ class Fuse(Taught):
         return cls(
             settings,
             [
-                Teacher(config, f"objective.teachers.{i}", tokenizer, vocab_size, settings.temperature, settings.tail)
+                TeacherStore(
+                    config, f"objective.teachers.{i}", tokenizer, vocab_size, settings.temperature, settings.tail
+                )
                 for i, config in enumerate(settings.teachers)
             ],
         )
 
     def targets(self, sample: Sample) -> Targets | None:
         """With `on_missing: skip`, of the teachers that know the sample."""
-        found: list[tuple[Teacher, Row]] = []
+        found: list[tuple[TeacherStore, Row]] = []
         for teacher in self.teachers:
             row = teacher.row(sample, self.settings.on_missing == "error")
             if row is not None:

@@ -21,7 +21,7 @@ from fusemega.errors import UserError
 from fusemega.files.tokenizer_files import load_pretrained
 from fusemega.fixtures.packages import AssetMissing
 from fusemega.fixtures.tokenizers import tokenizer
-from fusemega.fusion.teacher import Teacher, TeacherConfig
+from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.store import Manifest, Row, StoreWriter
 from fusemega.text.chat import ChatRenderer, render_text
 from fusemega.text.document import MASK_POLICY, Text, canonical, parse
@@ -57,7 +57,7 @@ def sure_row(sample: Sample) -> Row:
     return Row(sample.ids_hash, ends_P, ids_P1, np.zeros((count, 1), np.float32), nothing_P, -1.0, 1)
 
 
-def teacher(folder: Path, source: Tokenizer, target: Tokenizer, made: VocabularyMap) -> Teacher:
+def teacher(folder: Path, source: Tokenizer, target: Tokenizer, made: VocabularyMap) -> TeacherStore:
     manifest = Manifest(
         weights="w",
         tokenizer=source.content_hash,
@@ -71,8 +71,8 @@ def teacher(folder: Path, source: Tokenizer, target: Tokenizer, made: Vocabulary
     with StoreWriter(folder / "store", manifest):
         pass
     made.save(folder / "map")
-    config = TeacherConfig(store=str(folder / "store"), map=str(folder / "map"))
-    return Teacher(config, "objective", target, target.num_ids, 1.0, "residual")
+    config = TeacherStoreConfig(store=str(folder / "store"), map=str(folder / "map"))
+    return TeacherStore(config, "objective", target, target.num_ids, 1.0, "residual")
 
 
 def without_bos(tokenizer: Tokenizer) -> Tokenizer:
@@ -156,7 +156,7 @@ def test_maps_of_other_sizes_are_refused(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         with pytest.raises(UserError, match=words):
             teacher(tmp_path / name, source, target, changed)
-    config = TeacherConfig(store=str(tmp_path / "long/store"), map=str(tmp_path / "right"))
+    config = TeacherStoreConfig(store=str(tmp_path / "long/store"), map=str(tmp_path / "right"))
     made.save(tmp_path / "right")
     with pytest.raises(UserError, match="the map leads to id 4915., and the model in training has a vocabulary of 900"):
-        Teacher(config, "objective", target, 900, 1.0, "residual")
+        TeacherStore(config, "objective", target, 900, 1.0, "residual")

@@ -109,7 +109,7 @@ def loss_of(
 
 def by_hand(objective: Distill, batch: MicroBatch, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, sum of CE, sum of KD) from the formulas, position by position."""
-    s, store = objective.settings, objective.teacher.store
+    s, store = objective.settings, objective.store.store
     row = store.get(sample_of().key)
     assert row is not None
     label = loops(hidden, weight[:VOCAB], Query(batch.labels[:, None]))
@@ -286,7 +286,7 @@ def test_settings_that_could_not_act_on_draws_are_refused(tmp_path: Path) -> Non
 
 
 def test_build_checks_tokenizer_and_template(tmp_path: Path) -> None:
-    store = distill(tmp_path).teacher.store
+    store = distill(tmp_path).store.store
     settings = parse_objective({"name": "distill", "store": str(store.path), "lambda": 0.25})
 
     def tokenizer(content_hash: str, template_hash: str | None) -> Any:

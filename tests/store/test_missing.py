@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fusemega.errors import UserError
-from fusemega.fusion.teacher import Teacher, TeacherConfig
+from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.store import Manifest, Row, StoreWriter
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
@@ -61,7 +61,7 @@ def test_why(stored: list[dict], windows: int, words: str, tmp_path: Path) -> No
             ends_P = sample.end_bytes[sample.positions]
             zero_P1 = np.zeros((count, 1), np.float32)
             writer.add(sample.key, Row(sample.ids_hash, ends_P, ids_P1, zero_P1, nothing_P, -1.0, 1))
-    config = TeacherConfig(store=str(tmp_path / "store"))
-    taught = Teacher(config, "objective", TOKENIZER, TOKENIZER.num_ids, 1.0, "residual")
+    config = TeacherStoreConfig(store=str(tmp_path / "store"))
+    taught = TeacherStore(config, "objective", TOKENIZER, TOKENIZER.num_ids, 1.0, "residual")
     with pytest.raises(UserError, match=f"data.jsonl:1: no row in the store .*allowed with on_missing: skip.: {words}"):
         taught.check_data(data(tmp_path / "ours", [CHAT, TEXT], 256), required=True)

@@ -114,10 +114,10 @@ def test_what_teaches(make_run: MakeRun, store: Callable[..., Path], tokenizer: 
 def test_the_teacher_of_a_store(make_run: MakeRun, store: Callable[..., Path], work: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(work / "model", teacher)
-    run = make_run(objective={"name": "distill", "store": str(store()), "teacher": str(teacher)})
+    run = make_run(objective={"name": "distill", "store": str(store()), "store_of": str(teacher)})
     open_trainer(run)
     _nudge(teacher)
-    with pytest.raises(UserError, match=r"objective.teacher: .*store holds rows of other weights than .*teacher"):
+    with pytest.raises(UserError, match=r"objective.store_of: .*store holds rows of other weights than .*teacher"):
         open_trainer(run)
 
 

@@ -26,19 +26,19 @@ from fusemega.text.sample import BEGINS, OF_TEXT, Sample
 from fusemega.text.tokenizer import SPACES, Tokenizer
 
 
-class TeacherConfig(Section):
+class TeacherStoreConfig(Section):
     """A store of rows, and how its ids become the target's."""
 
     store: str = Field(description="folder of a sample store, written by `fusemega teach`")
     map: str | None = Field(
         None, description="vocabulary map from `fusemega align`; left out: the store is of the target's own tokenizer"
     )
-    teacher: str | None = Field(
-        None, description="the model that the store must be of, a folder or hub id; reads all its weights once"
+    store_of: str | None = Field(
+        None, description="the model whose rows the store must hold, a folder or hub id; reads all its weights once"
     )
 
 
-class Teacher:
+class TeacherStore:
     """An open store whose rows become `Targets`.
 
     Args:
@@ -56,7 +56,13 @@ class Teacher:
     """
 
     def __init__(
-        self, config: TeacherConfig, where: str, tokenizer: Tokenizer, vocab_size: int, temperature: float, tail: Tail
+        self,
+        config: TeacherStoreConfig,
+        where: str,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        temperature: float,
+        tail: Tail,
     ) -> None:
         self.store = Store.open(config.store)
         self._vocab_size, self._temperature, self._tail = vocab_size, temperature, tail
@@ -74,11 +80,11 @@ class Teacher:
                 f"{manifest.temperature}; {why}{remedy}"
             )
         # One rank reads the weights for all: where it refuses, the launch ends.
-        if config.teacher is not None and global_rank() == 0:
-            found = weights_hash(config.teacher)
+        if config.store_of is not None and global_rank() == 0:
+            found = weights_hash(config.store_of)
             if found != manifest.weights:
                 raise UserError(
-                    f"{where}.teacher: {self.store.path} holds rows of other weights than {config.teacher} "
+                    f"{where}.store_of: {self.store.path} holds rows of other weights than {config.store_of} "
                     f"(store {manifest.weights[:12]}, model {found[:12]})"
                 )
 
