@@ -31,7 +31,7 @@ SEQ_LENGTH = 256
 MERGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({}, {"weight": 1.0}),
     "slerp": ({"t": 0.3}, {}),
-    "task_arithmetic": ({"scale": 0.7}, {"weight": 1.0}),
+    "task_arithmetic": ({"lambda": 0.7}, {"weight": 1.0}),
     "ties": ({}, {"density": 0.5}),
     "dare_linear": ({}, {"density": 0.5}),
     "dare_ties": ({}, {"density": 0.5}),

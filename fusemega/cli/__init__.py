@@ -2,6 +2,10 @@
 
 A command's module has a function `command`, whose signature and docstring are its help text (and, where its arguments
 need one, a click class `parser`); a group of verbs has a `typer.Typer` named `app` instead.
+
+    run_options.py    what commands that read a run file share
+    many_values.py    options that take several values
+    reference.py      the reference pages, made from the models and the command line themselves
 """
 
 from __future__ import annotations

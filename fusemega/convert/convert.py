@@ -41,7 +41,7 @@ from fusemega.convert.copying import Written, item_is, same_bits, write_item
 from fusemega.errors import UserError
 from fusemega.files.boxes import whole
 from fusemega.files.integrity import check_contents, write_integrity
-from fusemega.files.moves import ITEM_BYTES, Assembled, Item, Move, Part, as_is, window
+from fusemega.files.moves import ITEM_BYTES, Assembled, FilePart, Item, Move, as_is, window
 from fusemega.files.output import refuse_existing
 from fusemega.files.unfinished import Unfinished, unfinished_folder
 from fusemega.hf.check import check_tensors
@@ -220,7 +220,7 @@ def _plan_import(folder: HFFolder) -> tuple[list[Item], list[StoredChunk], dict[
     chunks: list[StoredChunk] = []
     for group in _grouped(all_places, lambda place: _parameter_bytes(place, stored_as[place.key]), ITEM_TARGET_BYTES):
         file = f"__0_{len(items)}.distcp"
-        parts: list[Part] = []
+        parts: list[FilePart] = []
         at = 0
         for place in group:
             for part, key, offsets, sizes in _parts(place, folder, stored_as[place.key]):
@@ -233,7 +233,7 @@ def _plan_import(folder: HFFolder) -> tuple[list[Item], list[StoredChunk], dict[
 
 def _parts(
     place: Place, folder: HFFolder, dtype: str
-) -> Iterable[tuple[Part, str, tuple[int, ...] | None, tuple[int, ...]]]:
+) -> Iterable[tuple[FilePart, str, tuple[int, ...] | None, tuple[int, ...]]]:
     """One parameter as entries of a file: (part, key, offsets, sizes), its rows cut into chunks."""
     moves = [Move(folder.stored(p.hf), p.hf_box, p.local_box) for p in place.rule.pieces(WHOLE)]
     rows, *inner = place.shape
@@ -247,10 +247,10 @@ def _parts(
         head, tail = envelope((*ones, *shape), dtype)
         tensor = Assembled(place.key, shape, dtype, tuple(cut))
         offsets = (*place.leading, start, *(0 for _ in inner))
-        yield Part(head, tensor, tail), place.key, offsets, (*ones, *shape)
+        yield FilePart(head, tensor, tail), place.key, offsets, (*ones, *shape)
     extra = place.extra_state()
     if extra is not None:
-        yield Part(empty_object()), extra, None, ()
+        yield FilePart(empty_object()), extra, None, ()
 
 
 def _parameter_bytes(place: Place, dtype: str) -> int:
@@ -267,7 +267,7 @@ def _plan_export(tensors: Mapping[str, Assembled], shards: Mapping[str, list[Ten
             parts = []
             for info in group:
                 dtype = str(info.dtype).removeprefix("torch.")
-                parts.append(Part(head, Assembled(info.name, info.shape, dtype, tensors[info.name].moves)))
+                parts.append(FilePart(head, Assembled(info.name, info.shape, dtype, tensors[info.name].moves)))
                 head = b""
             items.append(Item(file, at, tuple(parts)))
             at += items[-1].nbytes

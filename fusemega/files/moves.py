@@ -88,7 +88,7 @@ def window(moves: Iterable[Move], box: Box, at: tuple[int, ...]) -> list[Move]:
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """Consecutive bytes of an output file: fixed ones, then a tensor's, then fixed ones."""
 
     head: bytes = b""
@@ -112,7 +112,7 @@ class Item:
 
     file: str
     offset: int
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
 
     @property
     def name(self) -> str:

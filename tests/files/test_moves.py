@@ -12,7 +12,7 @@ import xxhash
 
 from fusemega.convert import copying
 from fusemega.errors import UserError
-from fusemega.files.moves import Assembled, Item, Move, Part, Stored, as_is, window
+from fusemega.files.moves import Assembled, FilePart, Item, Move, Stored, as_is, window
 
 
 def _stored(path: Path, values: torch.Tensor, offset: int = 5) -> Stored:
@@ -98,7 +98,7 @@ def test_an_item_is_written_in_its_place_and_hashed(
     values, other = torch.randn(9, 4), torch.randn(6, 4)
     whole, half = _stored(tmp_path / "whole", values), _stored(tmp_path / "half", other)
     upper = Assembled("upper", (3, 4), "float32", tuple(window(as_is(half).moves, ((3, 6), (0, 4)), (0, 0))))
-    item = Item("out", 3, (Part(b"head", as_is(whole), b"tail"), Part(b"only"), Part(tensor=upper)))
+    item = Item("out", 3, (FilePart(b"head", as_is(whole), b"tail"), FilePart(b"only"), FilePart(tensor=upper)))
     (tmp_path / "out").write_bytes(b"abc")
     written = copying.write_item(str(tmp_path), True, item)
     expected = b"head" + values.numpy().tobytes() + b"tail" + b"only" + other[3:].numpy().tobytes()
