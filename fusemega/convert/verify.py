@@ -19,6 +19,8 @@ from fusemega.files.tokenizer_files import load_pretrained
 from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder, functional_config
 from fusemega.hf.proof import damaged_weights
+from fusemega.models.architecture import Architecture
+from fusemega.models.heads import HeadKind
 from fusemega.runtime.meter import meter
 from fusemega.runtime.workers import start_workers
 
@@ -125,6 +127,8 @@ def _in_one_type(a: Assembled, b: Assembled) -> tuple[Assembled, Assembled]:
 def logit_difference(hf: str | Path, other: str | Path, world: World, text: str) -> float:
     """The largest absolute difference of the two folders' fp32 logits on the first tokens of a text. Collective.
 
+    Of models with a scalar head, that of their scores of the text; of models without a head, of their hidden states.
+
     transformers computes those of an HF folder, Megatron under this layout those of a Megatron folder; each holds its
     model whole, in fp32.
 
@@ -153,17 +157,37 @@ def logit_difference(hf: str | Path, other: str | Path, world: World, text: str)
 def _logits(folder: str | Path, world: World, ids: list[int]) -> torch.Tensor | None:
     """[S, V] on the CPU; of a Megatron folder, on its last pipeline stage only."""
     if not is_megatron_folder(folder):
-        return transformers_logits(Path(folder), ids)
+        return transformers_logits(Path(folder), ids, HFFolder(folder).architecture)
     from fusemega.models.dense_logits import dense_logits
 
-    logits_SV = dense_logits(open_megatron(folder).load(world, torch.float32), world, [ids])
+    opened = open_megatron(folder)
+    logits_SV = dense_logits(opened.load(world, torch.float32), world, [ids])
+    if logits_SV is not None and opened.architecture.head == "scalar":
+        logits_SV = logits_SV[-1:]  # transformers gives the last token's alone
     return None if logits_SV is None else logits_SV.cpu()
 
 
 @torch.no_grad()
-def transformers_logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    """fp32 logits [S, V] of one text, computed by transformers."""
-    from transformers import AutoModelForCausalLM
+def transformers_logits(folder: Path, ids: list[int], architecture: Architecture) -> torch.Tensor:
+    """fp32 logits [S, V] of one text, computed by transformers; [1, 1] of a score, [S, H] of hidden states.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model(torch.tensor([ids])).logits[0]
+    Raises:
+        UserError: transformers does not know such layers.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if not architecture.complete:
+        raise UserError(
+            f"{folder}: block_configs of config.json leaves out blocks, which transformers would fill at random; "
+            f"allowed: folders without it, or no text"
+        )
+    kinds: dict[HeadKind, Any] = {
+        "vocabulary": AutoModelForCausalLM,
+        "scalar": AutoModelForSequenceClassification,
+        "none": AutoModel,
+    }
+    model = kinds[architecture.head].from_pretrained(folder, dtype=torch.float32).eval()
+    model.config.pad_token_id = None  # a text that ends in a token used for padding is still scored at its end
+    out = model(torch.tensor([ids]))
+    values: torch.Tensor = (out.last_hidden_state if architecture.head == "none" else out.logits)[0]
+    return values if architecture.head != "scalar" else values[None]

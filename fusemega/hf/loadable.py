@@ -17,6 +17,7 @@ from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.pickles import first_line
 from fusemega.hf.side_files import write_template
+from fusemega.models.registry import architecture_of
 from fusemega.text.chat import ChatRenderer
 from fusemega.text.document import BadRow
 from fusemega.text.templates import OverBudget
@@ -48,6 +49,11 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
     if reference is None:
         return []
     notes: list[str] = []
+    if not architecture_of(read_json(folder / "config.json")).complete:
+        notes.append(
+            "block_configs of config.json leaves out blocks, which transformers would fill at random: it reads "
+            "no such folder"
+        )
     tokenizer = _with_template(folder, _tokenizer(folder, reference, notes), reference, notes)
     config = _config(folder)
     rows = int(config["vocab_size"])

@@ -43,6 +43,11 @@ class Architecture:
         return int(self.hf_config["vocab_size"])
 
     @property
+    def complete(self) -> bool:
+        """Whether every layer has attention and an MLP. transformers knows no other layers."""
+        return all(layer.attention is not None and layer.mlp is not None for layer in self.layers)
+
+    @property
     def alike(self) -> bool:
         """Whether all layers have the same parts. Megatron's checkpoints stack the layers of such a model."""
         return len(set(self.layers)) == 1

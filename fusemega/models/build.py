@@ -138,10 +138,6 @@ class GPT(torch.nn.Module):
         weight: Any = last.shared_embedding_or_output_weight() if tied else module.weight
         return Head(self.architecture.head, weight, self.architecture.softcap)
 
-    def head_weight(self) -> torch.nn.Parameter:
-        """`head.weight`."""
-        return self.head.weight
-
     def scores(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Of a model with a scalar head: see `ScalarHead.forward`. Only on the last stage."""
         scores_N: torch.Tensor = self.chunks[-1].score(hidden_NH)

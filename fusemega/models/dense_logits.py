@@ -21,13 +21,16 @@ from fusemega.runtime.parallel import World
 def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> torch.Tensor | None:
     """Logits of several texts packed in one row, through the pipeline. Collective over the model-parallel ranks.
 
+    Of a model with a scalar head, the score of every token; of one without a head, its hidden states.
+
     Args:
         model: from `build_model`, filled.
         world: its layout, without context parallelism.
         texts: token ids of each segment; under sequence parallelism their total length is a multiple of TP.
 
     Returns:
-        float32 [S, V] (S = all tokens, V without padding) on the last stage's ranks; None elsewhere.
+        float32 [S, V] (S = all tokens, V without padding) on the last stage's ranks; None elsewhere. [S, 1] of scores,
+        [S, H] of hidden states.
     """
     if world.cp_size > 1:
         raise ValueError("dense_logits takes whole rows, and context parallelism splits them")
@@ -65,7 +68,11 @@ def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> to
     hidden_SH = outputs[0][:, 0]
     if world.sequence_parallel:
         hidden_SH = torch.cat(_gather(hidden_SH, world))
+    if model.architecture.head == "none":
+        return hidden_SH.float()
     head = model.head
+    if head.kind == "scalar":
+        return (hidden_SH @ head.weight.T).float()
     logits_SV = torch.cat(_gather(hidden_SH @ head.weight.T, world), dim=1)[:, : model.vocab_size].float()
     return logits_SV if head.softcap is None else head.softcap * torch.tanh(logits_SV / head.softcap)
 

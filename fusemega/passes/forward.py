@@ -89,13 +89,13 @@ def run_schedule(
 
 
 def head_settings(gpt: GPT, world: World) -> dict[str, Any]:
-    """What the vocabulary kernel must know besides hidden states and weight."""
-    return {"group": world.tp_group, "vocab_size": gpt.vocab_size}
+    """What the vocabulary kernel must know besides hidden states and weight. Only on the last stage."""
+    return {"group": world.tp_group, "vocab_size": gpt.vocab_size, "softcap": gpt.head.softcap}
 
 
 def hidden_states(gpt: GPT, hidden_NH: torch.Tensor, world: World) -> HiddenStates:
     """A model's final hidden states with its own head. Only on the last stage."""
-    return HiddenStates(hidden_NH, gpt.head_weight(), head_settings(gpt, world))
+    return HiddenStates(hidden_NH, gpt.head.weight, head_settings(gpt, world))
 
 
 def sequence_log_probs(states: HiddenStates, batch: MicroBatch, world: World) -> torch.Tensor:

@@ -88,7 +88,7 @@ class FrozenModel:
     def build(cls, source: ModelSource, wants: Wants, trained: GPT, world: World) -> FrozenModel:
         """With its weights, in the layout of `trained`. Collective."""
         gpt = source.build(world).requires_grad_(False).eval()
-        weight_VH = _same_rows(gpt.head_weight(), trained.head_weight(), world) if world.is_last_stage else None
+        weight_VH = _same_rows(gpt.head.weight, trained.head.weight, world) if world.is_last_stage else None
         return cls(gpt, world, wants, weight_VH, trained.vocab_size)
 
     @torch.no_grad()

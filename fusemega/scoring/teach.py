@@ -131,7 +131,7 @@ Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # as `t
 def _top_k_rows(
     run: TeachRun, gpt: GPT, hidden_MH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample], world: World
 ) -> Columns:
-    head, settings = gpt.head_weight(), head_settings(gpt, world)
+    head, settings = gpt.head.weight, head_settings(gpt, world)
     return top_k_log_probs(hidden_MH, head, run.top_k, batch.labels, temperature=run.temperature, **settings)
 
 
@@ -143,7 +143,7 @@ def _sampled_rows(
     uniforms_MS = torch.from_numpy(uniforms_NS).to(hidden_MH.device)[slice(None) if batch.kept is None else batch.kept]
     draws_MS, label_logp_M = sample_ids(
         hidden_MH,
-        gpt.head_weight(),
+        gpt.head.weight,
         uniforms_MS,
         batch.labels,
         temperature=run.temperature,

@@ -93,7 +93,7 @@ def test_parameters_cut_into_chunks_load_whole(
     layer = model.chunks[0].decoder.layers[1]
     gate, up = (source.read(f"model.layers.1.mlp.{name}_proj.weight", ((0, 48), (0, 32))) for name in ("gate", "up"))
     assert torch.equal(layer.mlp.linear_fc1.weight, torch.cat([gate, up]))
-    assert torch.equal(model.head_weight(), source.read("lm_head.weight", ((0, 101), (0, 32))))
+    assert torch.equal(model.head.weight, source.read("lm_head.weight", ((0, 101), (0, 32))))
 
 
 class _Malicious:

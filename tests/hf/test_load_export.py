@@ -79,7 +79,7 @@ def test_dtype_is_the_sources_unless_chosen(
 def test_narrower_models_round_to_nearest_even(world: World, folder: Path) -> None:
     model = loaded(folder, world, torch.bfloat16)
     whole = {name: value for shard in folder.glob("*.safetensors") for name, value in load_file(shard).items()}
-    assert torch.equal(model.head_weight(), whole["lm_head.weight"].to(torch.bfloat16))
+    assert torch.equal(model.head.weight, whole["lm_head.weight"].to(torch.bfloat16))
 
 
 def _edit(folder: Path, change: dict[str, torch.Tensor | None], config: dict[str, Any] | None = None) -> None:
@@ -123,7 +123,7 @@ def test_a_tied_folder_may_hold_the_head_and_old_buffers(world: World, tmp_path:
     buffer = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in (0, 1)}
     _edit(source, {"lm_head.weight": embedding.clone(), **buffer})
     model = loaded(source, world)
-    assert torch.equal(model.head_weight(), embedding)
+    assert torch.equal(model.head.weight, embedding)
     export_hf(model, tmp_path / "out", source, world)
     assert not {"lm_head.weight", *buffer} & set(HFFolder(tmp_path / "out"))
 

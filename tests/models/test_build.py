@@ -33,7 +33,7 @@ def test_forward_gives_hidden_states_of_the_models_dtype(world: World, dtype: to
     hidden = model.chunks[0](ids, ids, None)
     assert hidden.shape == (9, 1, 32)
     assert hidden.dtype is dtype
-    assert model.head_weight().shape == (101, 32)
+    assert model.head.weight.shape == (101, 32)
     assert model.vocab_size == 101
     assert all(parameter.dtype is dtype for parameter in model.parameters())
 

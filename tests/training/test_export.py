@@ -61,7 +61,7 @@ def test_of_the_fp32_main_parameters(make_run: MakeRun, work: Path, tmp_path: Pa
     world = initialize(ParallelConfig())
     config = make_run(model={"load": str(output), "dtype": "fp32"}).model
     loaded = ModelSource(config, ParallelConfig(), 1).build(world)
-    assert torch.equal(loaded.head_weight()[: loaded.vocab_size], exported)
+    assert torch.equal(loaded.head.weight[: loaded.vocab_size], exported)
 
 
 def test_by_hand_it_stops_where_the_run_taught_it(make_run: MakeRun, work: Path, tmp_path: Path) -> None:

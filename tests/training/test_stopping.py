@@ -99,7 +99,7 @@ def test_patience_and_the_best_checkpoint(
         trainer.step()
     trainer.save()
     exported = load_file(output / "hf" / "model.safetensors")
-    head = trainer.gpt.head_weight()[: trainer.gpt.vocab_size].float()
+    head = trainer.gpt.head.weight[: trainer.gpt.vocab_size].float()
     assert torch.equal(exported["model.embed_tokens.weight"].float(), head)
     assert train(run) == 0 and len(read_metrics(output)) == 8  # patience is remembered
 
