@@ -17,6 +17,7 @@ from fusemega.report import charts
 from fusemega.report.charts import Chart, Curve, short
 from fusemega.report.page_template import STYLE, TEMPLATE
 from fusemega.report.runs import Run, metrics_of
+from fusemega.training.profile_table import ProfileTable
 from fusemega.training.records import CPU_MEMORY, GPU_MEMORY, THROUGHPUT, TIME
 
 PAGE = "report.html"
@@ -102,6 +103,7 @@ def render(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
         outcome_head=_OUTCOME_HEAD if loss is None else [*_OUTCOME_HEAD, f"last {loss}", f"lowest {loss}"],
         outcome=[_outcome(run, loss) for run in runs],
         evaluations=_evaluations(runs),
+        profiles=[(run, i, table, _operations(table)) for i, run in enumerate(runs) for table in run.profiles],
         figures=[(chart, charts.svg(chart)) for chart in drawn],
         differing=[row for row in settings if len(set(row[1])) > 1],
         settings=settings,
@@ -131,6 +133,25 @@ def _evaluations(runs: Sequence[Run]) -> dict[str, Any] | None:
     keys = list({key: None for *_, found in lines for key in found})
     cells = [(run, i, name, [_number(found.get(key)) for key in keys]) for run, i, name, found in lines]
     return {"keys": [key.replace("_", " ") for key in keys], "lines": cells} if lines else None
+
+
+def _operations(table: ProfileTable) -> list[list[str]]:
+    """A line an operation, as the page shows it; a machine without GPU has no such time."""
+
+    def share(part: float, whole: float) -> str:
+        return f"{part / whole:.1%}" if whole else _ABSENT
+
+    return [
+        [
+            row.name if len(row.name) <= 120 else f"{row.name[:119]}…",
+            f"{row.calls:,}",
+            f"{row.cpu_us / 1e3:,.2f}",
+            share(row.cpu_us, table.cpu_us),
+            f"{row.gpu_us / 1e3:,.2f}" if table.gpu_us else _ABSENT,
+            share(row.gpu_us, table.gpu_us),
+        ]
+        for row in table.operations
+    ]
 
 
 def _points(run: Run, metric: str, tokens: bool) -> list[tuple[float, float]]:

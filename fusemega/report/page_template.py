@@ -42,6 +42,7 @@ thead th { background: var(--panel); font-weight: 600; }
 tbody th { font-weight: 500; background: var(--page); position: sticky; left: 0; }
 td { font-variant-numeric: tabular-nums; }
 .outcome td { white-space: nowrap; } .outcome td:first-of-type { white-space: normal; min-width: 9em; }
+.operations td:first-child { overflow-wrap: anywhere; min-width: 14em; }
 .settings { table-layout: auto; }
 .settings th:first-child { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .93em;
                            white-space: nowrap; }
@@ -124,6 +125,21 @@ TEMPLATE = (
 {% endfor %}
 </div>
 
+{% for run, i, table, rows in profiles %}
+{% if loop.first %}<h2>Top operations</h2>
+{% endif %}
+<p class="soft">{{ run_name(i) }} rank {{ table.rank }}, iterations {{ table.start }} to {{ table.stop - 1 }}, counted \
+from 0: time inside each operation, without those that it calls. The trace is beside it, in \
+<code>profile/rank{{ table.rank }}.trace.json.gz</code> (ui.perfetto.dev opens it).</p>
+<div class="wide" style="margin-bottom:1rem"><table class="operations">
+<thead><tr><th>operation</th><th>calls</th>\
+<th>CPU, ms</th><th>CPU, share</th><th>GPU, ms</th><th>GPU, share</th></tr></thead>
+<tbody>
+{% for cells in rows %}
+<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endfor %}
 {% macro settings_table(rows, mark) %}
 <div class="wide"><table class="settings">
 <thead><tr><th>key</th>\

@@ -10,6 +10,8 @@ The room knows no single method: an objective brings its loss, and what hangs on
     checkpoints  callback: when a checkpoint is written, and how a run resumes
     held_out     callback: held-out text, the best checkpoint, patience
     metrics      callbacks: what a step cost; where the numbers go
+    profile      callback: traces of a few iterations, and what their operations cost
+    profile_table  that cost, as a report reads it, without torch
     wandb_run    Weights & Biases, where a run asks for it
     identity     what a run is made from, by content
     optimizer    Megatron's data-parallel wrapper, optimizer and learning-rate schedule

@@ -33,6 +33,7 @@ from fusemega.training.export import check_export, remove_other_export, update_e
 from fusemega.training.held_out import HeldOut
 from fusemega.training.identity import content_of
 from fusemega.training.metrics import Costs, Metrics
+from fusemega.training.profile import Profile
 from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
 from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
@@ -60,6 +61,8 @@ class Checked:
         """
         if run.training.wandb_project is not None:
             require_wandb()
+        if run.training.profile is not None:
+            run.training.profile.check_world(world_size)
         source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template)
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
@@ -100,6 +103,9 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     tokenizer = checked.source.tokenizer
     dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world)
     checked.objective.check_data(dataset)
+    profiled = profile_of(run, len(dataset))
+    if profiled is not None:
+        on_main(world, profiled.check)
     training, unit = run.training, run.model.row_unit(run.parallel)
     shape = RowShape(run.data.seq_length, training.micro_batch_size, training.packing, checked.source.pad_id, unit)
     data = TrainingData(dataset, checked.objective, shape, run.training.global_batch_size, run.training.seed, world)
@@ -126,12 +132,26 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     trainer = Trainer.create(run, world, gpt, checked.objective, data, frozen)
     scored = HeldOut(run.evaluation, held_out, str(content["held_out"]))
     checkpoints = Checkpoints(run, world, scored, content=content, describe=describe)
-    # A new one is added here. Metrics come after what adds to them, and before what may take long.
-    trainer.callbacks = [Costs(), checkpoints, Metrics(), scored]
+    # A new one is added here. Profiling sees the step alone; metrics come after what adds to them, and before what may
+    # take long.
+    trainer.callbacks = [*([] if profiled is None else [profiled]), Costs(), checkpoints, Metrics(), scored]
     checkpoints.resume(trainer)
     # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
     on_main(world, lambda: _write_record(output, run, trainer.finished))
     return trainer, checked
+
+
+def profile_of(run: TrainRun, num_samples: int) -> Profile | None:
+    """The callback that `training.profile` asks for, if it does; its iterations are checked.
+
+    Raises:
+        UserError: the run has fewer.
+    """
+    section = run.training.profile
+    if section is None:
+        return None
+    section.check_length(run.training.iterations(num_samples))
+    return Profile(section, run.output_dir)
 
 
 def train(run: TrainRun) -> int:

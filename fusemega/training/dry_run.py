@@ -10,7 +10,7 @@ from fusemega.checkpoint.read_plan import NOTHING_DONE, table
 from fusemega.checkpoint.series import CHECKPOINTS, latest_checkpoint, read_state
 from fusemega.runtime.parallel import environment_rank
 from fusemega.text.data import Source
-from fusemega.training.assembly import Checked, check_output
+from fusemega.training.assembly import Checked, check_output, profile_of
 from fusemega.training.export import check_export
 from fusemega.training.run_file import TrainRun
 
@@ -34,6 +34,8 @@ def describe(run: TrainRun, nproc: int | None) -> str:
         check_export(Path(run.output_dir))
     dataset = checked.prepared(run.data)
     checked.objective.check_data(dataset)
+    if (profiled := profile_of(run, len(dataset))) is not None:
+        profiled.check()
     held_out = None if run.evaluation is None else checked.prepared(run.evaluation.data)
     parallel = run.parallel
     dp = parallel.data_parallel_size(world_size)

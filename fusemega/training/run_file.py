@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -21,6 +21,44 @@ from fusemega.training.optimizer import OptimizerSection
 IDENTITY_FIELDS = ("global_batch_size", "seed")
 # The fields of `optimizer` that do not.
 FREE_OPTIMIZER_FIELDS = ("overlap_grad_reduce", "overlap_param_gather")
+
+
+class ProfileSection(Section):
+    """Iterations whose operations are recorded by torch.profiler, into output_dir/profile."""
+
+    start: int = Field(ge=0, description="updates done before the first one that is recorded; the first few are slower")
+    stop: int = Field(ge=1, description="updates done after the last one that is recorded")
+    ranks: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="processes that record")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ProfileSection:
+        """start is below stop, and no rank stands twice."""
+        if self.start >= self.stop:
+            raise ValueError(f"start {self.start} is not below stop {self.stop}")
+        if twice := [rank for rank in self.ranks if self.ranks.count(rank) > 1]:
+            raise ValueError(f"ranks: {twice[0]} stands twice")
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Refuses ranks that a world of this size lacks.
+
+        Raises:
+            UserError: names the rank.
+        """
+        if max(self.ranks) >= world_size:
+            raise UserError(
+                f"training.profile.ranks: there is no rank {max(self.ranks)} among {world_size} process(es); "
+                f"allowed: 0 to {world_size - 1}"
+            )
+
+    def check_length(self, iterations: int) -> None:
+        """Refuses iterations that a run of this length never comes to.
+
+        Raises:
+            UserError: says how many there are.
+        """
+        if self.stop > iterations:
+            raise UserError(f"training.profile.stop: {self.stop} is more than the run's {iterations} iteration(s)")
 
 
 class TrainingSection(Section):
@@ -45,6 +83,7 @@ class TrainingSection(Section):
         description="of hf's weights, made of the optimizer's fp32 ones: source is the type that model.load has, "
         "whatever model.dtype; fp32 for a model that is merged next, as narrower types round a small update away",
     )
+    profile: ProfileSection | None = Field(None, description="iterations to profile; left out, nothing is recorded")
     recompute_granularity: Literal["selective", "full"] | None = Field(
         None, description="activations that backward computes again: those of attention's core, or of whole layers"
     )
