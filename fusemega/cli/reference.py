@@ -65,6 +65,11 @@ def config_page() -> str:
             if section is not None:
                 sections.setdefault(section, name)
         lines += [f"## `fusemega {verb}`\n", *_table(run, described=sections)]
+    for section in list(sections):  # and the sections inside them
+        for name, field in section.model_fields.items():
+            inner = _section(field.annotation)
+            if inner is not None:
+                sections.setdefault(inner, name)
     for section, name in sections.items():
         if name == "objective":
             continue

@@ -62,7 +62,7 @@ class MicroBatch:
             rank has it.
         groups: int64 [S], the group that each sequence belongs to, in ascending order.
         group_sizes: int64 [B], how many sequences each group has.
-        keys: the sequences' keys.
+        sources: the row of data that each sequence is of, as "file:row", for messages; on the host.
         position_fields, sequence_fields, group_fields: the objective's, by name: tensors [N, ...], [S, ...], [B, ...].
         kept: int64 [N], under context parallelism: which of the whole row's positions these are; else None.
         num_positions: supervised positions of the whole row.
@@ -81,7 +81,7 @@ class MicroBatch:
     last_tokens: Tensor
     groups: Tensor
     group_sizes: Tensor
-    keys: tuple[bytes, ...]
+    sources: tuple[str, ...]
     position_fields: Mapping[str, Tensor] = field(default_factory=dict)
     sequence_fields: Mapping[str, Tensor] = field(default_factory=dict)
     group_fields: Mapping[str, Tensor] = field(default_factory=dict)
@@ -196,7 +196,7 @@ def collate(
         last_tokens=torch.tensor(last_tokens, dtype=torch.int64),
         groups=torch.from_numpy(np.repeat(np.arange(len(groups)), sizes)),
         group_sizes=torch.from_numpy(sizes),
-        keys=tuple(sample.key for sample in samples),
+        sources=tuple(sample.source for sample in samples),
         position_fields=position_fields,
         sequence_fields=_joined([fields.sequence_fields(sample) for sample in samples], like.sequence, np.stack),
         group_fields=_joined([fields.group_fields(group) for group in groups], like.group, np.stack),

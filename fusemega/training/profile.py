@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fusemega.files.output import on_main, output_folder
 from fusemega.files.owned import check_replaceable, remove_listed, write_list
 from fusemega.runtime.console import say
+from fusemega.runtime.together import on_main, output_folder
 from fusemega.training.callbacks import Callback
 from fusemega.training.profile_table import PROFILE, Operation, ProfileTable
 from fusemega.training.run_file import ProfileSection

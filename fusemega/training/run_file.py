@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -26,17 +26,19 @@ FREE_OPTIMIZER_FIELDS = ("overlap_grad_reduce", "overlap_param_gather")
 class ProfileSection(Section):
     """Iterations whose operations are recorded by torch.profiler, into output_dir/profile."""
 
-    start: int = Field(ge=0, description="updates done before the first one that is recorded; the first few are slower")
-    stop: int = Field(ge=1, description="updates done after the last one that is recorded")
-    ranks: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="processes that record")
+    start: int = Field(ge=0, description="updates done when recording begins; the first few of a run are slower")
+    stop: int = Field(ge=1, description="updates done when it ends; at most those of the run")
+    ranks: list[int] = Field([0], min_length=1, description="processes that record")
 
     @model_validator(mode="after")
     def _in_order(self) -> ProfileSection:
-        """start is below stop, and no rank stands twice."""
+        """start is below stop; ranks are counted from 0, and none is listed twice."""
         if self.start >= self.stop:
             raise ValueError(f"start {self.start} is not below stop {self.stop}")
+        if min(self.ranks) < 0:
+            raise ValueError(f"ranks: {min(self.ranks)} is not a rank; they are counted from 0")
         if twice := [rank for rank in self.ranks if self.ranks.count(rank) > 1]:
-            raise ValueError(f"ranks: {twice[0]} stands twice")
+            raise ValueError(f"ranks: {twice[0]} is listed twice")
         return self
 
     def check_world(self, world_size: int) -> None:

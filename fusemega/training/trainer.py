@@ -88,7 +88,7 @@ class Trainer:
             0; or the number of the signal that stopped the run, after a checkpoint, before its end.
 
         Raises:
-            UserError: a loss or gradient that is not finite (names the step and the sample keys); a full disk.
+            UserError: a loss or gradient that is not finite (names the step and the rows of data); a full disk.
         """
         with disk_errors(Path(self.run.output_dir)), StopSignals(self.world) as signals, self._started(), self.batches:
             while not self.finished:
@@ -157,7 +157,7 @@ class Trainer:
         if not math.isfinite(grad_norm):
             raise UserError(
                 f"iteration {self.iteration + 1}: the gradient norm is {grad_norm}, though the loss is {loss:.4g}; "
-                f"samples: {_listed([key.hex() for batch in micro_batches for key in batch.keys])}"
+                f"samples: {_listed([place for batch in micro_batches for place in batch.sources])}"
             )
         self.scheduler.step(increment=1)
         self.iteration += 1
@@ -195,11 +195,11 @@ class Trainer:
     def _refuse_unsound(self, micro_batches: Sequence[MicroBatch], collected: Sequence[torch.Tensor]) -> None:
         """`collected`: the schedule's, loss first; of each micro-batch on the last stage, and empty elsewhere."""
         found = zip(micro_batches, collected, strict=False)
-        keys = [key.hex() for batch, values in found if not math.isfinite(float(values[0])) for key in batch.keys]
-        unsound = sorted({key for part in self.world.from_all(keys) for key in part})
+        places = [place for batch, values in found if not math.isfinite(float(values[0])) for place in batch.sources]
+        unsound = [place for part in self.world.from_all(places) for place in part]
         raise UserError(
             f"iteration {self.iteration + 1}: the loss is not finite; stopped before the update; "
-            f"sample keys of the micro-batches concerned: {_listed(unsound)}"
+            f"the micro-batches concerned hold the samples: {_listed(unsound)}"
         )
 
     @contextmanager
@@ -221,5 +221,7 @@ class Trainer:
             yield
 
 
-def _listed(keys: Sequence[str], most: int = 8) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+def _listed(places: Sequence[str], most: int = 8) -> str:
+    """The first few, each once: a row of data may be several samples."""
+    distinct = list(dict.fromkeys(places))
+    return ", ".join(distinct[:most]) + (f" and {len(distinct) - most} more" if len(distinct) > most else "")

@@ -127,7 +127,7 @@ def check(batch: MicroBatch, rows: list[list[Sample]], num_tokens: int) -> None:
     assert batch.positions.tolist() == positions and batch.labels.tolist() == labels
     assert batch.positions.dtype == batch.labels.dtype == torch.int64
     assert batch.position_fields["weight"].tolist() == [float(tokens[p]) for p in positions]
-    assert batch.keys == tuple(sample.key for row in rows for sample in row)
+    assert batch.sources == tuple(sample.source for row in rows for sample in row)
     assert len(batch.sequences) == len(labels) and batch.sequence_tokens.sum() == len(labels)
 
 
@@ -182,7 +182,7 @@ def test_a_filler_micro_batch_has_fields_without_entries() -> None:
     assert batch.position_fields["tag"].shape == (0, 2) and batch.position_fields["tag"].dtype == torch.int64
     assert batch.cu_seqlens.tolist() == [0, 8] and batch.max_seqlen == 8
     assert batch.tokens.unique().tolist() == [9]
-    assert batch.positions.shape == batch.labels.shape == (0,) and batch.keys == ()
+    assert batch.positions.shape == batch.labels.shape == (0,) and batch.sources == ()
     assert batch.sequences.shape == batch.sequence_tokens.shape == (0,)
 
 

@@ -80,8 +80,9 @@ def test_off_by_default(make_run: MakeRun) -> None:
         ({"start": 2, "stop": 2}, "start 2 is not below stop 2"),
         ({"start": 0, "stop": 5}, "training.profile.stop: 5 is more than the run's 4 iteration"),
         ({"start": 0, "stop": 1, "ranks": [0, 1]}, "training.profile.ranks: there is no rank 1 among 1 process"),
-        ({"start": 0, "stop": 1, "ranks": [0, 0]}, "ranks: 0 stands twice"),
-        ({"start": 0, "stop": 1, "ranks": []}, "ranks"),
+        ({"start": 0, "stop": 1, "ranks": [0, 0]}, "ranks: 0 is listed twice"),
+        ({"start": 0, "stop": 1, "ranks": [-1]}, "ranks: -1 is not a rank"),
+        ({"start": 0, "stop": 1, "ranks": []}, "training.profile.ranks"),
         ({"start": 0, "stop": 1, "steps": 3}, "steps: unknown key"),
     ],
 )

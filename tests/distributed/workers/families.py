@@ -73,7 +73,7 @@ def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
         last_tokens=torch.tensor(starts) + torch.tensor(lengths) - 1,
         groups=torch.arange(len(texts)),
         group_sizes=torch.ones(len(texts), dtype=torch.int64),
-        keys=(b"",) * len(texts),
+        sources=("",) * len(texts),
         num_positions=len(positions),
     )
 
