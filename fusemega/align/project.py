@@ -96,7 +96,7 @@ def project(run: ProjectRun) -> dict[str, int]:
     if theirs.temperature != ours.temperature:
         raise UserError(
             f"{source.store.path}: stored at temperature {theirs.temperature}, and {target.store.path} at "
-            f"{ours.temperature}; rows of both stand in one store"
+            f"{ours.temperature}; the new store mixes rows of both, so both must use the same temperature"
         )
     manifest = Manifest(
         weights=theirs.weights,
@@ -211,7 +211,7 @@ def _project(work: _Work, pairs: Sequence[Pair]) -> tuple[list[tuple[bytes, Row]
             row = store.get(sample.key)
             assert row is not None  # looked up before any work began
             if row.ids_hash != sample.ids_hash:
-                raise UserError(f"{sample.source}: the row in the store {store.path} is of other token ids")
+                raise UserError(f"{sample.source}: the row in the store {store.path} has other token ids")
             found.append(row)
         projected, kinds = reference_row(work.aligner, source, target, *found)
         rows.append((target.key, projected))

@@ -159,7 +159,7 @@ def _load_map(path: Path, new: Vocabulary, old: Vocabulary) -> VocabularyMap:
     if (loaded.source, loaded.target) != (new.content_hash, old.content_hash):
         turned = (loaded.source, loaded.target) == (old.content_hash, new.content_hash)
         raise UserError(
-            f"{path}: maps {'the other way round' if turned else 'other vocabularies'}; "
+            f"{path}: maps {'in the other direction' if turned else 'other vocabularies'}; "
             f"a transplant needs a map whose source is {new.source} and whose target is {old.source}"
         )
     if loaded.kind == "first_piece":

@@ -102,7 +102,7 @@ class VocabularyMap:
         for side, found, (wanted, whose) in (("source", self.source, source), ("target", self.target, target)):
             if found != wanted:
                 raise UserError(
-                    f"{path}: the map's {side} is another tokenizer than {whose} (map {found[:12]}, tokenizer "
+                    f"{path}: the map's {side} is not the tokenizer of {whose} (map {found[:12]}, tokenizer "
                     f"{wanted[:12]}); make one with `fusemega align`"
                 )
         sizes = (("source", self.source_size, source_ids), ("target", self.target_size, target_ids))
@@ -142,7 +142,7 @@ class VocabularyMap:
             try:
                 cls.load(path)
             except UserError:
-                raise UserError(f"{path}: exists and is no vocabulary map; it is not replaced") from None
+                raise UserError(f"{path}: exists and is not a vocabulary map; it is not replaced") from None
 
     @classmethod
     def load(cls, path: str | Path) -> VocabularyMap:
@@ -182,5 +182,5 @@ class VocabularyMap:
                 raise UserError(f"{path}: damaged vocabulary map: {name} is no table of ids below {limit}")
         loaded = cls(**arrays, **{name: facts[name] for name in _FACTS})
         if facts.get("hash") != loaded.content_hash:
-            raise UserError(f"{path}: damaged vocabulary map: it was changed after it was made (its hash is another)")
+            raise UserError(f"{path}: damaged vocabulary map: it was changed after it was made (its hash differs)")
         return loaded

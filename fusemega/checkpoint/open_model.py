@@ -59,7 +59,7 @@ class ModelSource:
 
     Raises:
         UserError: the folder is damaged, of an unknown architecture, or with another head; the layout does not divide
-            it or the world; no tokenizer; FP8 or Transformer Engine is asked for and cannot be had; sliding windows
+            it or the world; no tokenizer; FP8 or Transformer Engine is requested and not available; sliding windows
             under context parallelism and Transformer Engine.
     """
 
@@ -87,8 +87,8 @@ class ModelSource:
         self.kernels = config.kernels()
         if parallel.context_parallel_size > 1 and self.kernels.transformer_engine and layers.get("window_size"):
             raise UserError(
-                f"parallel.context_parallel_size: {parallel.context_parallel_size} cannot be had here: Transformer "
-                "Engine's ring attention has no sliding window, and this model has one; allowed: 1, or "
+                f"parallel.context_parallel_size: {parallel.context_parallel_size} is not supported here: this "
+                "model has sliding windows, and Transformer Engine's ring attention has none; allowed: 1, or "
                 "model.transformer_impl: local"
             )
         tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
@@ -118,8 +118,8 @@ class ModelSource:
         longest = longest_text(self.hf_config)
         if seq_length > longest:
             say(
-                f"{self.config.load}: data.seq_length is {seq_length}, and the model is made for texts of up to "
-                f"{longest} tokens (max_position_embeddings, with rope scaling): beyond, it never was trained"
+                f"{self.config.load}: data.seq_length is {seq_length}, and the model was trained on texts of up "
+                f"to {longest} tokens only (max_position_embeddings, with rope scaling)"
             )
 
     def plan_reads(self) -> list[RankReads]:
@@ -154,7 +154,7 @@ def _opened(load: str) -> MegatronFolder | HFFolder:
     if is_megatron_folder(folder):
         opened = open_megatron(folder)
         if isinstance(opened, RunCheckpoint) and opened.path != folder and global_rank() == 0:
-            say(f"{load}: a run; its newest checkpoint, of iteration {opened.iteration}, is taken")
+            say(f"{load}: a run; using its newest checkpoint, of iteration {opened.iteration}")
         return opened
     source = HFFolder(folder)
     check_tensors(source)

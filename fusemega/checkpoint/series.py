@@ -111,7 +111,7 @@ def find_checkpoint(root: Path, world: World) -> Path | None:
         problems = [problem for problem in found if problem is not None]
         if not problems:
             if complaints and world.is_main:
-                say(f"warning: {'; '.join(complaints)}; going back to {folder.name}")
+                say(f"warning: {'; '.join(complaints)}; resuming from {folder.name}")
             return folder
         complaints.append(problems[0])
     _refuse(root, complaints)
@@ -131,7 +131,7 @@ def prune_checkpoints(root: Path, keep: int, newest: int, also: Path | None) -> 
             retire(folder)
         elif folder not in _told:
             _told.add(folder)
-            say(f"warning: {folder}: stays, as its {FILE} does not list {strange[0]}")
+            say(f"warning: {folder}: kept, because its {FILE} does not list {strange[0]}")
 
 
 def retire(folder: Path) -> None:
@@ -155,7 +155,7 @@ def make_way(folder: Path) -> None:
         retire(folder)
         return
     aside = folder.with_name(f"{folder.name}.aside-{secrets.token_hex(4)}")
-    say(f"warning: {folder}: not a checkpoint all of whose files its {FILE} lists; it is now {aside.name}")
+    say(f"warning: {folder}: has files that its {FILE} does not list; renamed to {aside.name}")
     os.rename(folder, aside)
 
 
@@ -213,4 +213,4 @@ def _damage(folder: Path, world: World) -> str | None:
 
 def _refuse(root: Path, complaints: list[str]) -> None:
     if complaints:
-        raise UserError(f"{root}: no whole checkpoint to resume from: {'; '.join(complaints)}")
+        raise UserError(f"{root}: no complete checkpoint to resume from: {'; '.join(complaints)}")

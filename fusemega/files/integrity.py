@@ -67,7 +67,7 @@ def check_sizes(folder: Path) -> None:
     """
     listed = _read(folder)
     for name in _others(folder, listed):
-        raise UserError(f"{folder / name}: {FILE} does not list it, so nothing vouches for it; move it away")
+        raise UserError(f"{folder / name}: {FILE} does not list it, so it cannot be checked; move it away")
     for name, (size, _) in listed.items():
         try:
             status = (folder / name).stat()
@@ -142,7 +142,7 @@ def _read(folder: Path) -> dict[str, tuple[int, str]]:
     if not isinstance(files, dict):
         raise UserError(f"{path}: not an integrity manifest: it has no table of files")
     if not files:
-        raise UserError(f"{path}: lists no files, so nothing vouches for those that are there")
+        raise UserError(f"{path}: lists no files, so the files there cannot be checked")
     for name, entry in files.items():
         if not is_inside(name):
             raise UserError(f"{path}: names a file outside the folder: {name!r}")

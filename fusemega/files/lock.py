@@ -89,21 +89,23 @@ def _take(lock: Path, path: str | Path) -> int | None:
             raise UserError(f"{path}: cannot write there: {lock}: {error.strerror}") from None
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{lock}: no regular file, and in the place of a lock of fusemega's; move it away")
+                raise UserError(f"{lock}: is not a regular file, but stands where fusemega needs a lock; move it away")
             said = os.pread(descriptor, 400, 0).decode("utf-8", "replace")
             if said and not said.startswith(_FIRST_WORD):
-                raise UserError(f"{lock}: no lock of fusemega's, and in the place of one; move it away")
+                raise UserError(f"{lock}: is not a lock of fusemega, but stands where one is needed; move it away")
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 who = " ".join(said.split()[1:]) or "it has not said which"
                 raise UserError(
-                    f"{path}: another process is writing it ({who}); wait for its end, or choose another output"
+                    f"{path}: another process is writing it ({who}); wait until it ends, or choose another output"
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise UserError(f"{path}: cannot lock {lock}: {error.strerror}") from None
-                sys.stderr.write(printable(f"warning: {lock.parent}: no file locks here: start one writer only\n"))
+                sys.stderr.write(
+                    printable(f"warning: {lock.parent}: file locks do not work here: start only one writer\n")
+                )
                 os.unlink(lock)
                 os.close(descriptor)
                 return None

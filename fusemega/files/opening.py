@@ -44,7 +44,7 @@ def open_regular(path: str | Path, what: str = "") -> BufferedReader:
         kind = "a socket or device" if error.errno == errno.ENXIO else None
         raise UserError(f"{doing}: {f'{kind}, not a regular file' if kind else error.strerror}") from None
     except ValueError:
-        raise UserError(f"{doing}: the path holds a character that no file's name can have") from None
+        raise UserError(f"{doing}: the path has a character that file names cannot contain") from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)

@@ -28,7 +28,7 @@ def refuse_existing(path: Path) -> None:
             whose integrity.json lists all of it.
     """
     if Path.cwd().is_relative_to(os.path.abspath(path)):
-        raise UserError(f"{path}: the current folder, or one above it; nothing is put in its place")
+        raise UserError(f"{path}: is the current folder or a parent of it; it is not replaced")
     for above in Path(os.path.realpath(path)).parents:
         if (above / INTEGRITY).is_file():
             raise UserError(f"{path}: {above} is complete ({INTEGRITY} lists its files); choose a place outside it")

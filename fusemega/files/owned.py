@@ -104,12 +104,12 @@ def check_replaceable(folder: Path, kind: str, inputs: Iterable[Path] = ()) -> N
     if not os.path.lexists(real):
         return
     if not real.is_dir():
-        raise UserError(f"{folder}: exists and is no {kind}; choose another folder")
+        raise UserError(f"{folder}: exists and is not a {kind}; choose another folder")
     found = {path.name: path for path in real.iterdir()}
     listing = found.pop(LIST, None)
     if listing is None:
         if found:
-            raise UserError(f"{folder}: exists and is no {kind} ({LIST} is not in it); choose another folder")
+            raise UserError(f"{folder}: exists and is not a {kind} ({LIST} is not in it); choose another folder")
         return
     said = read_json(listing)
     files = said.get("files")

@@ -94,7 +94,7 @@ def read_pickle(path: str | Path, names: Callable[[str, str], Any], what: str) -
     try:
         return _Unpickler(content, names).load()
     except KeyError as error:
-        raise UserError(f"{path}: not {what}: an instruction or a value that it may not have ({error})") from None
+        raise UserError(f"{path}: not {what}: it has an opcode or a value that is not allowed ({error})") from None
     except Exception as error:  # bytes that are no pickle end in any of a dozen types
         raise UserError(f"{path}: not {what}: {first_line(error)}") from None
 

@@ -97,7 +97,7 @@ def read_tokenizer_json(folder: Path) -> dict[str, Any]:
     for template in (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")):
         if template.is_file() and template.stat().st_size > TEMPLATE_BYTES:
             size = template.stat().st_size
-            raise UserError(f"{template}: {size} bytes, and a chat template may have {TEMPLATE_BYTES}")
+            raise UserError(f"{template}: {size} bytes; allowed for a chat template: {TEMPLATE_BYTES}")
     found = {name: read_json(folder / name, JSON_BYTES) for name in _JSON if (folder / name).is_file()}
     whole = found.get("tokenizer.json", {})
     model = whole.get("model")
@@ -105,7 +105,7 @@ def read_tokenizer_json(folder: Path) -> dict[str, Any]:
     ids = {"tokenizer.json": list(vocabulary.values()) if isinstance(vocabulary, dict) else []}
     for added in whole.get("added_tokens") or []:
         if not isinstance(added, dict) or not isinstance(added.get("content"), str):
-            raise UserError(f"{folder / 'tokenizer.json'}: {added!r} is no added token")
+            raise UserError(f"{folder / 'tokenizer.json'}: {added!r} is not an added token")
         ids["tokenizer.json"].append(added.get("id"))
     ids |= {name: list(found.get(name, {}).values()) for name in ("vocab.json", "added_tokens.json")}
     for name, given in ids.items():

@@ -108,12 +108,12 @@ def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if lines[0][1] != json.loads(json.dumps(identity)):
         raise UserError(
-            f"{path.parent}: was begun from other files or with other options, so it cannot be resumed; "
+            f"{path.parent}: was started from other files or with other options, so it cannot be resumed; "
             f"leave --resume out to start again"
         )
     for number, item in lines[1:]:
         if not isinstance(item, list) or len(item) != 2 or not isinstance(item[0], str):
-            raise UserError(f"{path}:{number}: not an item of a journal; leave --resume out to start again")
+            raise UserError(f"{path}:{number}: not an entry of a journal; leave --resume out to start again")
     if torn:
         content = read_bytes(path, LINES_BYTES)
         os.truncate(path, content.rfind(b"\n") + 1)

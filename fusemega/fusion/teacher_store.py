@@ -31,10 +31,11 @@ class TeacherStoreConfig(Section):
 
     store: str = Field(description="folder of a sample store, written by `fusemega teach`")
     map: str | None = Field(
-        None, description="vocabulary map from `fusemega align`; left out: the store is of the target's own tokenizer"
+        None,
+        description="vocabulary map from `fusemega align`; default: none, the store has the target's own tokenizer",
     )
     store_of: str | None = Field(
-        None, description="the model whose rows the store must hold, a folder or hub id; reads all its weights once"
+        None, description="the model whose rows the store must hold: a folder or hub id; hashes all its weights once"
     )
 
 
@@ -84,7 +85,7 @@ class TeacherStore:
             found = weights_hash(config.store_of)
             if found != manifest.weights:
                 raise UserError(
-                    f"{where}.store_of: {self.store.path} holds rows of other weights than {config.store_of} "
+                    f"{where}.store_of: {self.store.path} has rows of weights other than those of {config.store_of} "
                     f"(store {manifest.weights[:12]}, model {found[:12]})"
                 )
 
@@ -152,7 +153,7 @@ class TeacherStore:
 
     def _check_tokens(self, row: Row, sample: Sample) -> None:
         if row.ids_hash != sample.ids_hash:
-            raise UserError(f"{sample.source}: the row in the store {self.store.path} is of other token ids")
+            raise UserError(f"{sample.source}: the row in the store {self.store.path} has other token ids")
         if row.num_tokens != len(sample.positions):
             raise UserError(
                 f"{sample.source}: the row in the store {self.store.path} has {row.num_tokens} positions, "
@@ -176,7 +177,7 @@ class _Map:
         tables = np.stack([loaded.table_S, loaded.marked_S, loaded.unmarked_S])
         if tables.max(initial=-1) >= vocab_size:
             raise UserError(
-                f"{path}: the map leads to id {tables.max()}, and the model in training has a vocabulary of "
+                f"{path}: the map contains id {tables.max()}, and the model in training has a vocabulary of "
                 f"{vocab_size}"
             )
         # A model may have more rows than its tokenizer has ids; those become nothing.

@@ -212,7 +212,7 @@ def _scales(config: dict[str, Any], file: Path) -> Callable[[str], tuple[int, fl
             if value not in _INITIAL:
                 raise UserError(f"{file}: init_lora_weights {value!r} changes the base too; supported: the default")
         elif key not in _USED | _INERT and value not in (None, False, 0, "", [], {}):
-            raise UserError(f"{file}: {key} = {value!r} is not understood, and may change the merged weights")
+            raise UserError(f"{file}: {key} = {value!r} is not supported, and may change the merged weights")
     if config.get("loftq_config"):
         raise UserError(f"{file}: loftq_config: LoftQ changes the base too, and is not supported")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
@@ -239,5 +239,5 @@ def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any, file: Pat
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise UserError(f"{file}: the pattern {pattern!r} is no regular expression: {error}") from None
+            raise UserError(f"{file}: the pattern {pattern!r} is not a regular expression: {error}") from None
     return otherwise

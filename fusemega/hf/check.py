@@ -32,7 +32,7 @@ def check_tensors(folder: HFFolder, architecture: Architecture | None = None) ->
             )
         folder.dtype(name)
     for name in sorted(present - expected.keys() - copies.keys()):
-        raise UserError(f"{folder.path}: tensor {name} belongs to no part of this architecture")
+        raise UserError(f"{folder.path}: tensor {name} is not part of this architecture")
 
 
 def check_copies(folder: HFFolder) -> None:

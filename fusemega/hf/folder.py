@@ -67,8 +67,8 @@ class HFFolder:
             raise UserError(f"{self.path}: no such model folder")
         if (self.path / "adapter_config.json").is_file() and not any(self.path.glob("model*.safetensors*")):
             raise UserError(
-                f"{self.path}: a LoRA adapter and no model: merge it into its base with `fusemega convert "
-                f"merge-adapter BASE {self.path} OUT`, or say BASE+{self.path} in a merge's run file"
+                f"{self.path}: a LoRA adapter, not a model: merge it into its base with `fusemega convert "
+                f"merge-adapter BASE {self.path} OUT`, or use BASE+{self.path} in the run file of a merge"
             )
         refuse_special_files(self.path)
         self.config = read_json(self.path / "config.json")

@@ -25,10 +25,12 @@ def check_written(folder: HFFolder) -> None:
     for name in damaged_weights(folder):
         raise UserError(
             f"{folder.path / name}: damaged, or written by another program: its hash differs from the one in {FILE} "
-            f"(delete {FILE} if these weights are to be used)"
+            f"(to use these weights, delete {FILE})"
         )
     if others := changed_files(folder):
-        say(f"warning: {folder.path}: {', '.join(others)}: not as fusemega wrote them ({FILE}); taken as they are")
+        say(
+            f"warning: {folder.path}: {', '.join(others)}: changed after fusemega wrote them ({FILE}); used as they are"
+        )
 
 
 def damaged_weights(folder: HFFolder, again: bool = False) -> list[str]:

@@ -55,11 +55,19 @@ class TaughtSettings(ObjectiveSettings):
     model_config = ConfigDict(populate_by_name=True)
 
     lambda_: float = Field(0.9, alias="lambda", ge=0, le=1, description="weight of the cross-entropy on labels")
-    temperature: float = Field(1.0, gt=0, description="of teacher and student in the distillation term")
-    tail: Tail = Field("residual", description="the mass outside the listed ids: one more outcome, or shared out")
-    on_missing: Literal["error", "skip"] = Field("error", description="for a sample without a row in the store")
+    temperature: float = Field(1.0, gt=0, description="temperature of teacher and student in the distillation term")
+    tail: Tail = Field(
+        "residual",
+        description="mass outside the listed ids: residual keeps it as one more outcome, renormalise scales the "
+        "listed ids to sum to 1",
+    )
+    on_missing: Literal["error", "skip"] = Field(
+        "error", description="what to do with a sample that has no row in the store"
+    )
     unaligned: Literal["label", "nothing"] = Field(
-        "label", description="what teaches a position at which no token of a teacher with another tokenizer ends"
+        "label",
+        description="target of a position at which no token of a teacher with another tokenizer ends: its label, "
+        "or nothing",
     )
 
 
@@ -165,8 +173,8 @@ class Distill(Taught):
         sampled = store.store.manifest.rows == "sampled"
         if sampled and settings.map is None and "tail" in settings.model_fields_set:
             raise UserError(
-                f"objective.tail: of no effect with {settings.store}, whose rows are draws from the whole "
-                "distribution: leave it out"
+                f"objective.tail: no effect with {settings.store}, whose rows are samples from the whole "
+                "distribution; leave it out"
             )
         return cls(settings, store)
 

@@ -35,13 +35,17 @@ class FusionConfig(Section):
 
     function: Literal["min_ce", "avg_ce", "blend"] = Field(
         "min_ce",
-        description="the teacher with the smallest cross-entropy on the sample; a mixture by it; or one by how "
-        "probable each teacher finds the label",
+        description="min_ce: the teacher with the smallest cross-entropy on the sample; avg_ce: a mixture "
+        "weighted by cross-entropy; blend: a mixture weighted by the probability of the label",
     )
     ce_per: Literal["byte", "token"] = Field(
-        "byte", description="unit of min_ce's and avg_ce's cross-entropies; token (FuseLLM) favours finer tokenizers"
+        "byte",
+        description="unit of the cross-entropies of min_ce and avg_ce; token (FuseLLM) favours tokenizers with "
+        "shorter tokens",
     )
-    decide_in: Literal["fp32", "bf16"] = Field("fp32", description="precision of that decision; bf16 as the references")
+    decide_in: Literal["fp32", "bf16"] = Field(
+        "fp32", description="precision in which cross-entropies are compared; bf16 in FuseLLM and FuseChat"
+    )
 
     @model_validator(mode="after")
     def _settings_act(self) -> FusionConfig:

@@ -42,12 +42,12 @@ class OnlineDistill(Objective[HiddenStates]):
         model_config = ConfigDict(populate_by_name=True)
 
         name: Literal["online_distill"] = "online_distill"
-        teacher: ModelConfig = Field(description="a model of the same tokenizer, run in the same layout; without fp8")
+        teacher: ModelConfig = Field(description="a model with the same tokenizer, run in the same layout; without fp8")
         divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
             "forward_kl", description="KL(teacher, student), KL(student, teacher), or Jensen-Shannon"
         )
         lambda_: float = Field(0.9, alias="lambda", ge=0, le=1, description="weight of the cross-entropy on labels")
-        temperature: float = Field(1.0, gt=0, description="of teacher and student in the divergence")
+        temperature: float = Field(1.0, gt=0, description="temperature of teacher and student in the divergence")
 
         @field_validator("teacher")
         @classmethod

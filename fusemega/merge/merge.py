@@ -159,7 +159,7 @@ def _locked_merge(
     partial = scratch_of(out)
     resume = options.resume and (partial / JOURNAL).is_file() and not partial.is_symlink()
     if os.path.lexists(partial) and not (is_scratch(partial) or (partial / JOURNAL).is_file()):
-        raise UserError(f"{partial}: exists and is no interrupted merge; move it away")
+        raise UserError(f"{partial}: exists and is not an interrupted merge; move it away")
     if (partial / JOURNAL).is_file() and not resume:
         raise UserError(f"{partial}: left by an interrupted merge; go on with --resume, or delete it")
     if not resume:

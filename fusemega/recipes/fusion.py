@@ -44,13 +44,15 @@ from fusemega.training.run_file import TrainingSection  # noqa: E402
 class TeachSection(Section):
     """Rows of every source and of the target itself."""
 
-    top_k: int = Field(10, ge=1, description="log-probabilities kept a position")
+    top_k: int = Field(10, ge=1, description="log-probabilities stored for each position")
 
 
 class AlignSection(Section):
     """How the ids of a source with another tokenizer become the target's."""
 
-    kind: str = Field("first_piece", description="of the vocabulary map: first_piece, exact, mined, ms or ms_reference")
+    kind: str = Field(
+        "first_piece", description="kind of the vocabulary map: first_piece, exact, mined, ms or ms_reference"
+    )
 
 
 class ObjectiveSection(TaughtSettings):
@@ -70,22 +72,26 @@ class MergeSection(Section):
 class FusionRecipe(Section):
     """A recipe file."""
 
-    output_dir: str = Field(description="folder of everything")
+    output_dir: str = Field(description="output folder")
     nproc: int = Field(1, ge=1, description="processes of the stages that run a model, on this machine")
     target: str = Field(description="the model that training starts from (the papers' pivot): HF folder or hub id")
     sources: dict[str, str] = Field(min_length=1, description="name -> HF folder or hub id")
-    model: dict[str, Any] = Field({}, description="of every run file, without `load`")
+    model: dict[str, Any] = Field({}, description="section `model` of every run file, without `load`")
     parallel: ParallelConfig = ParallelConfig()
     data: str = Field(description="JSONL of conversations or texts")
     unknown_fields: Literal["error", "ignore"] = Field("error", description="as data.unknown_fields of a run file")
     seq_length: int = Field(2048, ge=2, description="documents are split so that each part fits under every tokenizer")
-    held_out: str | None = Field(None, description="JSONL to measure on; left out: nothing is measured")
+    held_out: str | None = Field(None, description="JSONL to measure on; default: nothing is measured")
     teach: TeachSection = TeachSection()
     align: AlignSection = AlignSection()
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection
     training: TrainingSection
-    merge: MergeSection | None = Field(None, description="FuseChat; left out: all sources in one run, FuseLLM")
+    merge: MergeSection | None = Field(
+        None,
+        description="with it: FuseChat, a target for each source and a merge; without it: FuseLLM, one run on all"
+        " sources",
+    )
 
     @field_validator("model")
     @classmethod

@@ -45,7 +45,9 @@ def own_device(local_rank: int) -> torch.device:
     """
     if not torch.cuda.is_available():
         if reason := missing_gpu():
-            raise UserError(f"{reason}; mend it (`fusemega env` says more), or set {WANTED}=cpu to compute without")
+            raise UserError(
+                f"{reason}; repair it (`fusemega env` says more), or set {WANTED}=cpu to compute on the CPU"
+            )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     index = 0 if count == 1 else local_rank

@@ -125,7 +125,7 @@ def _transformer_engine() -> Iterator[Fact]:
 def _apex() -> Fact:
     """NVIDIA's apex is not on the Python registry; a web toolkit of that name is, and flips Megatron's switches."""
     if foreign_apex():
-        note = "not NVIDIA's apex: megatron-core would take it for that and lose its norms: pip uninstall apex"
+        note = "not NVIDIA's apex: megatron-core would mistake it for NVIDIA's and lose its norms: pip uninstall apex"
         return Fact("apex", installed_version("apex") or "found", BROKEN, note)
     if importlib.util.find_spec("apex") is None:
         return Fact("apex", "-", MISSING, "nothing beside Transformer Engine; without either, torch's norms and Adam")

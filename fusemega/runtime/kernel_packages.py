@@ -77,11 +77,11 @@ def refuse_harmful() -> None:
     """
     if foreign_apex():
         raise UserError(
-            "the installed package apex is not NVIDIA's: megatron-core would take it for that and lose its norms; "
-            "pip uninstall apex"
+            "the installed package apex is not NVIDIA's: megatron-core would mistake it for NVIDIA's and lose its "
+            "norms; pip uninstall apex"
         )
     if failure := _import_failure():
-        raise UserError(f"{failure}; mend it, or pip uninstall transformer-engine")
+        raise UserError(f"{failure}; repair it, or pip uninstall transformer-engine")
 
 
 def recipe_problem(recipe: str) -> str | None:

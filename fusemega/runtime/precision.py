@@ -1,7 +1,7 @@
 """Whose modules the layers are built of, and whether their matrix products run in FP8.
 
 FP8 is Transformer Engine's alone. Without it megatron-core takes the settings, checks nothing and computes in bf16; so
-whatever cannot be had is refused here, with the reason, before anything is allocated.
+what is not available is refused here, with the reason, before anything is allocated.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Precision(Section):
         settings = self.fp8_settings()
         if problem is not None:
             if settings:
-                raise UserError(f"model.fp8: {self.fp8} cannot be had: {problem}; without fp8 the run is bf16")
+                raise UserError(f"model.fp8: {self.fp8} is not available: {problem}; without fp8 the run is bf16")
             if self.transformer_impl == "transformer_engine":
                 raise UserError(f"model.transformer_impl: {problem}; allowed here: auto, local")
             return LOCAL

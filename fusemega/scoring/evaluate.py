@@ -29,9 +29,10 @@ class EvalRun(PassRun):
     """Run file of `fusemega eval`."""
 
     reference: ModelConfig | None = Field(
-        None, description="a model of the same tokenizer, run in the same layout; adds kl and same_top_1 to the result"
+        None,
+        description="a model with the same tokenizer, run in the same layout; adds kl and same_top_1 to the result",
     )
-    output: str | None = Field(None, description="JSON file of the result; null prints it only")
+    output: str | None = Field(None, description="JSON file for the result; default: print it only")
 
     @field_validator("reference")
     @classmethod
@@ -87,7 +88,7 @@ def check_output(path: Path) -> None:
         except UserError:
             found = {}
         if not Evaluation.model_fields.keys() <= found.keys():
-            raise UserError(f"{path}: exists and is no result of an evaluation; it is not replaced")
+            raise UserError(f"{path}: exists and is not a result of an evaluation; it is not replaced")
 
 
 def evaluate(run: EvalRun, held: ExitStack | None = None) -> tuple[Evaluation, World]:

@@ -36,10 +36,10 @@ class EvaluationSection(Section):
     data: DataConfig
     interval: int = Field(ge=1, description="iterations between evaluations")
     patience: int | None = Field(
-        None, ge=1, description="stop after this many evaluations in a row without a new lowest loss"
+        None, ge=1, description="stop after this many consecutive evaluations without a new lowest loss"
     )
     keep_best: bool = Field(
-        False, description="save a checkpoint at each new lowest loss, keep the best one, and export that at the end"
+        False, description="save a checkpoint at each new lowest loss, keep the best one, and export it at the end"
     )
 
 

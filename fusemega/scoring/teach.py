@@ -42,21 +42,21 @@ from fusemega.text.sample import Sample
 class TeachRun(PassRun):
     """Run file of `fusemega teach`."""
 
-    store: str = Field(description="folder of the sample store; an interrupted run goes on where it stopped")
+    store: str = Field(description="folder of the sample store; an interrupted run resumes where it stopped")
     rows: Literal["top_k", "sampled"] = Field(
-        "top_k", description="keep the most probable tokens, or draw tokens: an unbiased target"
+        "top_k", description="top_k: store the most probable tokens; sampled: draw tokens, an unbiased target"
     )
-    top_k: int = Field(10, ge=1, description="rows: top_k; log-probabilities kept a position")
-    num_samples: int = Field(50, ge=1, description="rows: sampled; draws a position, with replacement")
-    seed: int = Field(0, ge=0, description="rows: sampled; of the draws, the same in every layout")
-    temperature: float = Field(1.0, gt=0, description="the rows are of softmax(logits / temperature)")
+    top_k: int = Field(10, ge=1, description="rows: top_k; log-probabilities stored for each position")
+    num_samples: int = Field(50, ge=1, description="rows: sampled; draws for each position, with replacement")
+    seed: int = Field(0, ge=0, description="rows: sampled; seed of the draws, which are the same in every layout")
+    temperature: float = Field(1.0, gt=0, description="rows hold softmax(logits / temperature)")
 
     @model_validator(mode="after")
     def _settings_act(self) -> TeachRun:
-        """Settings of the other kind of rows would be of no effect."""
+        """Settings of the other kind of rows are refused, because they have no effect."""
         for name in {"top_k": ("num_samples", "seed"), "sampled": ("top_k",)}[self.rows]:
             if name in self.model_fields_set:
-                raise ValueError(f"{name}: of no effect with rows: {self.rows}")
+                raise ValueError(f"{name}: no effect with rows: {self.rows}")
         return self
 
 

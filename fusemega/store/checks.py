@@ -29,7 +29,7 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
     if positions == 0 or shapes != ((positions, entries), (positions, entries), (positions,)):
         raise ValueError(f"row of {positions} positions, {entries} entries: ids, logp, log_residual are {shapes}")
     if len(row.ids_hash) != HASH_BYTES or np.min(row.end_bytes) < -1:
-        raise ValueError(f"an ids_hash has {HASH_BYTES} bytes, and a position that ends nowhere is -1")
+        raise ValueError(f"an ids_hash has {HASH_BYTES} bytes, and -1 marks a position without an end byte")
     for name, values in (("log-probs", row.logp_PK), ("log residual", row.log_residual_P)):
         # -inf is a probability of 0.
         if np.isnan(values).any() or (np.asarray(values) > _TOLERANCE).any():
@@ -44,7 +44,7 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
     listed_PK = row.ids_PK >= 0
     if manifest.rows == "sampled":
         if (np.diff(listed_PK.astype(np.int8)) > 0).any() or (p_PK[~listed_PK] != 0).any():
-            raise ValueError("padding (-1, -inf) stands behind the entries")
+            raise ValueError("padding (-1, -inf) must follow the entries")
         times_U = p_PK[listed_PK] * entries
         if (np.abs(times_U - np.rint(times_U)) > _TOLERANCE).any() or (times_U < 0.5).any():
             raise UserError(f"{where}: its probabilities are not all multiples of 1 / {entries}, the number of draws")

@@ -70,7 +70,7 @@ def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray,
         logp_PK = _LEVELS[codes.reshape(positions, -1)]
         mass_P1 = np.exp(logp_PK).sum(1, keepdims=True)
         if not mass_P1.all():
-            raise ValueError("nothing has any probability at one of its positions")
+            raise ValueError("no id has any probability at one of its positions")
         logp_PK -= np.log(mass_P1)
         logp_PK, log_residual_P = logp_PK[:, :-1], logp_PK[:, -1]
     else:
@@ -87,7 +87,7 @@ def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray,
         times_PK = np.zeros(cells, dtype=np.int64)
         times_PK[listed_PK] = bits(num_listed, draws) + 1
         if (times_PK.sum(1) != manifest.entries).any():
-            raise ValueError(f"the draws at one of its positions are not {manifest.entries}")
+            raise ValueError(f"the number of draws at one of its positions is not {manifest.entries}")
         logp_PK[listed_PK] = np.log(times_PK[listed_PK] / manifest.entries)
         log_residual_P = np.full(positions, -np.inf, dtype=np.float32)
     if ids_PK.max() >= manifest.vocab_size:

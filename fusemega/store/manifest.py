@@ -103,8 +103,8 @@ def _check_format(path: Path, found: Any) -> None:
     """Before the other fields, which belong to the format."""
     if found is not None and found != _FORMAT:
         raise UserError(
-            f"{path}: the store's format is {found}, and this version reads {_FORMAT}: rows are coded otherwise now; "
-            "run `fusemega teach` again, into a new folder"
+            f"{path}: the store's format is {found}, and this version reads {_FORMAT}: the encoding of rows "
+            "has changed; run `fusemega teach` again, into a new folder"
         )
 
 
@@ -117,7 +117,7 @@ def check_claim(folder: Path, manifest: Manifest) -> None:
     if (folder / _NAME).exists():
         read_manifest(folder).check(manifest.model_dump(exclude={"versions"}), folder / _NAME)
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder}: exists and is no sample store; choose another folder")
+        raise UserError(f"{folder}: exists and is not a sample store; choose another folder")
 
 
 def claim_manifest(folder: Path, manifest: Manifest) -> None:

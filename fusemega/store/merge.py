@@ -22,7 +22,7 @@ def open_inputs(sources: Sequence[str | Path]) -> list[Store]:
     """
     stores = [Store.open(source) for source in sources]
     if len({store.path.resolve() for store in stores}) < max(2, len(stores)):
-        raise UserError("store merge: give two stores or more, each once")
+        raise UserError("store merge: give at least two stores, each once")
     for store in stores[1:]:
         store.check(stores[0].manifest.model_dump(exclude={"versions"}))
     return stores
@@ -51,8 +51,8 @@ def merge(stores: Sequence[Store], out: Path) -> tuple[int, int]:
                     first, (first_entry, first_codes) = _first(key, stores)
                     if (first_entry.tobytes(), first_codes) != (entry.tobytes(), codes):
                         raise UserError(
-                            f"{shard.path}: its row of sample {key.hex()} is another than in {first.path}; only stores "
-                            "with equal rows of the samples that they share can be merged"
+                            f"{shard.path}: its row of sample {key.hex()} differs from the one in {first.path}; "
+                            "only stores that agree on their common samples can be merged"
                         )
                     repeated += 1
     return written, repeated

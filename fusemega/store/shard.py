@@ -100,7 +100,7 @@ class Shard:
                 if start[:8] == _OLD_MAGIC:
                     raise UserError(f"{path}: a shard of the store format 1; run `fusemega teach` again")
                 if start[:8] != _MAGIC or len(start) < _HEADER.size + _CHECKSUM.size:
-                    raise UserError(f"{path}: not a shard of a sample store, or its beginning is damaged")
+                    raise UserError(f"{path}: not a shard of a sample store, or its header is damaged")
                 if zlib.crc32(start[: _HEADER.size]) != _CHECKSUM.unpack_from(start, _HEADER.size)[0]:
                     raise UserError(f"{path}: damaged shard: checksum of its header does not match")
                 _, owner, rows, size, checksum = _HEADER.unpack_from(start)
@@ -137,7 +137,8 @@ class Shard:
             entry = {name: entry[name] for name in ("positions", "num_bytes", "num_scored", "sum_logp")}
             key = index["key"][r].tobytes().hex()
             raise UserError(
-                f"{self.path}: damaged shard: the row of sample {key} cannot be so: {num_bytes[r]} bytes, {entry}"
+                f"{self.path}: damaged shard: the row of sample {key} has impossible values: "
+                f"{num_bytes[r]} bytes, {entry}"
             )
 
     def coded(self, r: int) -> tuple[np.ndarray, bytes]:

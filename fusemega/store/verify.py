@@ -44,9 +44,9 @@ def verify_rows(store: Store) -> int:
             except ValueError as error:
                 raise UserError(f"{where}: {error}") from None
             if (row.logp_PK[:, 1:] > row.logp_PK[:, :-1]).any():
-                raise UserError(f"{where}: its entries do not come by falling probability")
+                raise UserError(f"{where}: its entries are not sorted by falling probability")
             if key in seen:
-                raise UserError(f"{where}: the sample has a row before this one")
+                raise UserError(f"{where}: the sample already has a row")
             seen.add(key)
     return len(seen)
 

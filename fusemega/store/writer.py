@@ -30,7 +30,7 @@ def check_store(folder: Path, manifest: Manifest) -> None:
         UserError: another manifest (naming the field), somebody's folder, a damaged shard, a path that is no folder.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: exists and is no sample store")
+        raise UserError(f"{folder}: exists and is not a sample store")
     check_claim(folder, manifest)
     for path in shard_paths(folder) if folder.is_dir() else []:
         Shard(path, manifest)

@@ -324,7 +324,7 @@ class ChatRenderer:
             if found := next((hit for text in _texts(value) if (hit := self._special.search(text))), None):
                 raise BadRow(
                     "special token in content",
-                    f"{where} spells the special token {found[0]!r}, which would be read as that token",
+                    f"{where} spells the special token {found[0]!r}, which the tokenizer would read as that token",
                 )
 
     def _learn_pieces(self, chat: Chat, outline: Outline, shown: tuple[int, ...]) -> tuple[list[str], list[int]]:

@@ -205,7 +205,7 @@ def _of_glob(path: str, files: list[Path], split: str | None) -> list[Path]:
         return files
     if split is None:
         found = ", ".join(sorted({name for some in names for name in some}))
-        raise UserError(f"{path}: hits files of several splits ({found}); say which one with data.split")
+        raise UserError(f"{path}: matches files of several splits ({found}); choose one with data.split")
     return _of_split(base, files, split)
 
 

@@ -245,7 +245,7 @@ def _refuse_special_tokens(rendered: Rendered, encoding: Encoding, tokenizer: To
             raise BadRow(
                 "special token in content",
                 f"the content spells the special token {token!r} (character {spelt} of the rendered text), "
-                "which would be read as that token",
+                "which the tokenizer would read as that token",
             )
         unknown = spelt < 0 and encoding.ids[i] == tokenizer.unknown_id
         if unknown and any(span.start <= start < span.end for span in rendered.spans):

@@ -172,7 +172,7 @@ def _train(run: TrainRun, held: ExitStack) -> int:
     if trainer.world.is_main:
         say(_summary(trainer, checked.source.kernels))
     if stopped := trainer.fit():
-        say(f"stopped after iteration {trainer.iteration}, with a checkpoint; the same command goes on from there")
+        say(f"stopped after iteration {trainer.iteration}, with a checkpoint; the same command resumes from there")
         return stopped
     output = Path(run.output_dir)
     on_main(trainer.world, lambda: _finish(output, trainer, checked))
@@ -225,7 +225,7 @@ def check_output(output: Path) -> None:
         UserError: says what is in the way.
     """
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / RUN_RECORD).is_file())):
-        raise UserError(f"{output}: exists and is no folder of a training run; choose another output_dir")
+        raise UserError(f"{output}: exists and is not the folder of a training run; choose another output_dir")
     if (output / RUN_RECORD).exists() and not {"fusemega", "run"} <= read_json(output / RUN_RECORD).keys():
         raise UserError(f"{output / RUN_RECORD}: not the record of a training run; choose another output_dir")
     check_writable(output)

@@ -41,12 +41,12 @@ def check_export(output: Path) -> None:
         return
     if hf.is_symlink() or (record := _record(hf)) is None:
         raise UserError(
-            f"{hf}: has no {RECORD}, so it is not known which weights it holds, and it is not replaced; "
-            "move it away, or use another output_dir"
+            f"{hf}: has no {RECORD}, so its weights are unknown and it is not replaced; move it away, or "
+            "use another output_dir"
         )
     for path in sorted(hf.rglob("*")):
         if path.is_symlink() or path.relative_to(hf).as_posix() not in record["files"]:
-            raise UserError(f"{path}: no file of the export in {hf}, which may be replaced; move it away")
+            raise UserError(f"{path}: not a file of the export in {hf}, so it is not replaced; move it away")
 
 
 def update_export(

@@ -89,8 +89,8 @@ class HeldOut(Callback):
             self.best = best
         elif self._dataset is not None and best.loss is not None and is_main:
             say(
-                f"warning: {folder.name} was scored on other held-out text, with which losses do not compare: "
-                "the best evaluation and patience begin anew"
+                f"warning: {folder.name} was scored on other held-out text, so its losses are not comparable: "
+                "the best evaluation and the patience start again"
             )
 
     def _evaluate(self, trainer: Trainer) -> None:
@@ -114,5 +114,5 @@ def _best(folder: Path, found: Any) -> Best:
         raise UserError(f"{folder / STATE}: its best is {found!r}; expected {', '.join(kinds)}")
     for name, allowed in kinds.items():
         if type(found[name]) not in allowed:
-            raise UserError(f"{folder / STATE}: best.{name} is {found[name]!r}, which no run writes")
+            raise UserError(f"{folder / STATE}: best.{name} is {found[name]!r}, which is not a value that a run writes")
     return Best(**found)

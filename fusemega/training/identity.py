@@ -125,10 +125,10 @@ def is_same_layout(folder: Path, saved: Any, run: TrainRun, world: World) -> boo
         usual = ParallelConfig().model_dump()
         parallel = saved.get("parallel") if isinstance(saved, dict) else None
         if not isinstance(saved, dict) or not isinstance(parallel, dict):
-            raise UserError(f"{folder / STATE}: its layout is {saved!r}, which no run writes")
+            raise UserError(f"{folder / STATE}: its layout is {saved!r}, which is not a value that a run writes")
         told = {key: size for key, size in parallel.items() if size != usual.get(key)}
         say(
             f"{folder.name} was saved in another layout ({saved.get('world_size')} process(es), "
-            f"{told or 'data parallel'}); it is loaded into this one"
+            f"{told or 'data parallel'}); loading it into the layout of this run"
         )
     return False

@@ -28,7 +28,7 @@ class OptimizerSection(Section):
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     lr_decay_style: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape after the warm-up")
     lr_warmup_fraction: float = Field(0.0, ge=0, lt=1, description="share of the iterations spent warming up")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled; norms and biases are never decayed")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; norms and biases are never decayed")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first moment")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second moment")
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")

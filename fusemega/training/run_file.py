@@ -68,32 +68,38 @@ class TrainingSection(Section):
 
     train_iters: int | None = Field(None, ge=1, description="number of updates; give this or train_epochs")
     train_epochs: float | None = Field(None, gt=0, description="passes over the data, in place of train_iters")
-    global_batch_size: int = Field(ge=1, description="samples an update, whatever the layout")
+    global_batch_size: int = Field(ge=1, description="samples in one update, in every layout")
     micro_batch_size: int = Field(1, ge=1, le=1 << 16, description="rows of data.seq_length tokens in one forward pass")
-    packing: bool = Field(True, description="fill rows with several samples of the global batch; else one sample a row")
-    seed: int = Field(1234, ge=0, description="order of the data, and random state")
-    log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every one")
+    packing: bool = Field(
+        True, description="fill rows with several samples of the global batch; false: one sample in each row"
+    )
+    seed: int = Field(1234, ge=0, description="seed of the order of the data and of the random state")
+    log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every iteration")
     save_interval: int | None = Field(None, ge=1, description="iterations between checkpoints; the last is saved too")
     keep_checkpoints: int | None = Field(
-        None, ge=1, description="how many of the newest checkpoints to keep, besides the best one; all if left out"
+        None, ge=1, description="number of newest checkpoints to keep, besides the best one; default: all"
     )
     async_save: bool = Field(False, description="write checkpoints in the background, while training goes on")
     wandb_project: str | None = Field(None, description="also log to this project of Weights & Biases")
-    export_hf: bool = Field(True, description="write output_dir/hf, a folder transformers loads, at the end")
+    export_hf: bool = Field(True, description="at the end, write output_dir/hf, a folder that transformers loads")
     export_dtype: Literal["source", "fp32", "bf16", "fp16"] = Field(
         "source",
-        description="of hf's weights, made of the optimizer's fp32 ones: source is the type that model.load has, "
-        "whatever model.dtype; fp32 for a model that is merged next, as narrower types round a small update away",
+        description="dtype of the weights in hf, converted from the optimizer's fp32 weights; source: the dtype "
+        "of model.load; fp32 for a model that will be merged, because narrower dtypes round small "
+        "updates away",
     )
     profile: ProfileSection | None = Field(None, description="iterations to profile; left out, nothing is recorded")
     recompute_granularity: Literal["selective", "full"] | None = Field(
-        None, description="activations that backward computes again: those of attention's core, or of whole layers"
+        None,
+        description="activations that backward computes again: selective (attention's core) or full (whole layers)",
     )
     recompute_method: Literal["uniform", "block"] | None = Field(
-        None, description="full: of all layers, in groups; or of the first of each pipeline stage, one by one"
+        None,
+        description="for full: uniform (all layers, in groups) or block (only the first layers of each pipeline "
+        "stage, one by one)",
     )
     recompute_num_layers: int | None = Field(
-        None, ge=1, description="full: layers of a group (uniform), or how many (block)"
+        None, ge=1, description="for full: layers in a group (uniform), or number of layers (block)"
     )
 
     @model_validator(mode="after")
@@ -156,10 +162,12 @@ class TrainRun(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
-    objective: SerializeAsAny[ObjectiveSettings] = Field(description="`name` picks the objective, its settings follow")
+    objective: SerializeAsAny[ObjectiveSettings] = Field(
+        description="`name` selects the objective; its settings follow"
+    )
     optimizer: OptimizerSection
     training: TrainingSection
-    evaluation: EvaluationSection | None = Field(None, description="held-out text to score on the way")
+    evaluation: EvaluationSection | None = Field(None, description="held-out text to score during training")
 
     @field_validator("objective", mode="before")
     @classmethod

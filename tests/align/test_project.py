@@ -134,7 +134,7 @@ def test_what_it_refuses(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEMEGA_CACHE", str(place.folder / "assets"))
     run = place.run
     swapped = {"source": run["target"], "target": run["source"]}
-    refused(place, "the map's source is another tokenizer", **swapped)
+    refused(place, "the map's source is not the tokenizer of", **swapped)
     refused(place, "the store's tokenizer is", source={**run["source"], "store": run["target"]["store"]})
     refused(place, "the store's truncation is 96, expected 64", data={**run["data"], "seq_length": 64})
     place.write_store("source", 5, "warm", temperature=2.0)

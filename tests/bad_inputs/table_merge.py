@@ -17,7 +17,7 @@ TABLE: list[Bad] = [
         copied("model", "copy"),
         gone("copy/tokenizer.json"),
     ),
-    _w("an adapter as a model", "convert import lora out", "lora: a LoRA adapter and no model", _LORA),
+    _w("an adapter as a model", "convert import lora out", "lora: a LoRA adapter, not a model", _LORA),
     _w(
         "an adapter without weights",
         "convert merge-adapter model lora out",

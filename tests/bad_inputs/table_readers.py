@@ -93,7 +93,7 @@ TABLE: list[Bad] = [
     _c("a merge's slices of a number", "merge m.yaml out", "slices.0.sources: expected a list of models, found 5", put("m.yaml", "merge_method: linear\nslices: [{sources: 5}]")),
     _c("a merge by weights beyond all", "merge out --method linear --models model sharded --weights 1e308 1e308", "normalize takes numbers below 1e100"),
     _c("a merge of a number", "merge m.yaml out", "m.yaml: models: ", put("m.yaml", "merge_method: linear\nmodels: 5")),
-    _c("a merge into the current folder", "merge . --method linear --models model sharded", ".: the current folder, or one above it"),
+    _c("a merge into the current folder", "merge . --method linear --models model sharded", ".: is the current folder or a parent of it"),
     # The model's configuration.
     _m("layers without number", TRAIN, "num_hidden_layers = 1" + "0" * 30 + " is more than any model has; allowed: 10000", key(CONFIG, "num_hidden_layers", 10**30)),
     _m("layers by the million", TRAIN, "num_hidden_layers = 1000000 is more than any model has", key(CONFIG, "num_hidden_layers", 10**6)),
@@ -130,7 +130,7 @@ TABLE: list[Bad] = [
     _t("without its unknown token", TRAIN, "model: cannot load a tokenizer: WordPiece error", key(TOKENIZER, "model", {"type": "WordPiece", "vocab": {"b": 0}, "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}), key(TOKENIZER, "added_tokens", []), put(SETTINGS, {"tokenizer_class": "PreTrainedTokenizerFast"})),
     _t("a model that panics", TRAIN, "model: cannot load a tokenizer: the tokenizers library broke down: range end index", key(TOKENIZER, "model/continuing_subword_prefix", "x" * 90)),
     _t("an added token without id", "merge out --method linear --models model sharded --vocabulary union --dry-run", "sharded/tokenizer.json: the id None of a token", key("sharded/tokenizer.json", "added_tokens", [{"content": "x"}])),
-    _t("an added token without text", "align model sharded new.npz", "{'id': 3} is no added token", key("sharded/tokenizer.json", "added_tokens", [{"id": 3}])),
+    _t("an added token without text", "align model sharded new.npz", "{'id': 3} is not an added token", key("sharded/tokenizer.json", "added_tokens", [{"id": 3}])),
     # Rows.
     _d("a FIFO", TRAIN, "data.jsonl: cannot read: a FIFO, not a regular file", fifo("data.jsonl")),
     _d("a FIFO among files", TRAIN + " 'data.path=[\"*.jsonl\"]'", "x.jsonl: cannot read: a FIFO, not a regular file", fifo("x.jsonl")),
@@ -176,8 +176,8 @@ TABLE: list[Bad] = [
     _k("an import's journal of junk", "convert import model out --resume --workers 1", ".out.incomplete/journal.jsonl:1: malformed JSON", folder(".out.incomplete/out"), put(".out.incomplete/.fusemega", "temporary, of fusemega\n"), put(".out.incomplete/journal.jsonl", "junk\n")),
     _k("an import whose source is a path", "merge out --method linear --models megatron model", "source_hash is '../../x', expected 32 hex digits", key("megatron/manifest.json", "source_hash", "../../x")),
     _k("a state without its best", RESUME, "state.json: its best is None; expected data, loss, iteration", gone("run/done"), key(NEWEST + "/state.json", "best"), sealed(NEWEST)),
-    _k("a state of no number", RESUME, "best.loss is 'low', which no run writes", gone("run/done"), key(NEWEST + "/state.json", "best/loss", "low"), sealed(NEWEST)),
-    _k("a state of no layout", RESUME, "state.json: its layout is 3, which no run writes", gone("run/done"), key(NEWEST + "/state.json", "layout", 3), sealed(NEWEST)),
+    _k("a state of no number", RESUME, "best.loss is 'low', which is not a value that a run writes", gone("run/done"), key(NEWEST + "/state.json", "best/loss", "low"), sealed(NEWEST)),
+    _k("a state of no layout", RESUME, "state.json: its layout is 3, which is not a value that a run writes", gone("run/done"), key(NEWEST + "/state.json", "layout", 3), sealed(NEWEST)),
     _k("a state of an iteration that is true", RESUME, "state.json: iteration is True, expected a number", key(NEWEST + "/state.json", "iteration", True), sealed(NEWEST)),
     _k("an index whose hash takes for ever", RESUME, ".metadata: not an index of a torch_dist checkpoint: a tuple as a key", gone("run/done"), put(NEWEST + "/.metadata", ENDLESS), sealed(NEWEST)),
     _k("an index that asks for gigabytes", RESUME, "place 4294967295 of a memo", gone("run/done"), put(NEWEST + "/.metadata", b"\x80\x02]r\xff\xff\xff\xff."), sealed(NEWEST)),

@@ -98,7 +98,7 @@ def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_merge_refuses_different_rows_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [write(tmp_path / "a", range(30)), write(tmp_path / "b", range(25, 60), changed=27)]
     status, _, err = fusemega(capsys, "merge", tmp_path / "out", *parts)
-    assert status == 2 and f"its row of sample {key_of(27).hex()} is another than in {parts[0]}" in err
+    assert status == 2 and f"its row of sample {key_of(27).hex()} differs from the one in {parts[0]}" in err
     parts[1] = write(tmp_path / "c", range(30, 60), temperature=2.0)
     status, _, err = fusemega(capsys, "merge", tmp_path / "out", *parts)
     assert status == 2 and "the store's temperature is 2.0, expected 1.0" in err
@@ -112,7 +112,7 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = sorted(path.glob("shard-*"))[0]
     (path / "shard-00009-000000.bin").write_bytes(shard.read_bytes())
     status, _, err = fusemega(capsys, "verify", path)
-    assert status == 2 and "shard-00009-000000.bin: sample" in err and "has a row before this one" in err
+    assert status == 2 and "shard-00009-000000.bin: sample" in err and "already has a row" in err
 
 
 def test_verify_finds_rows_that_are_no_distributions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

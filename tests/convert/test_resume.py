@@ -137,7 +137,7 @@ def test_another_source_is_not_continued(tmp_path: Path, monkeypatch: pytest.Mon
     place = _begin(monkeypatch, source, tmp_path / "out")
     before = _contents(place)
     os.utime(source / "model-00001-of-00005.safetensors")
-    with pytest.raises(UserError, match=r"\.out.incomplete: was begun from other files or with other options"):
+    with pytest.raises(UserError, match=r"\.out.incomplete: was started from other files or with other options"):
         import_hf(source, tmp_path / "out", resume=True)
     assert _contents(place) == before
     import_hf(source, tmp_path / "out")

@@ -145,7 +145,7 @@ def test_a_map_replaces_maps_alone(tmp_path: Path) -> None:
     table = np.zeros(3, dtype=np.int32)
     made = VocabularyMap("exact", "a", "b", table, table, table, len(table), 3, False, False)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json: exists and is no vocabulary map"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: exists and is not a vocabulary map"):
         made.save(tmp_path / "tokenizer.json")
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
     for _ in range(2):

@@ -184,7 +184,7 @@ def test_maps_and_stores_that_do_not_belong_together(tmp_path: Path) -> None:
     (tmp_path / "damaged.map").write_bytes(b"PK\3\4 and no more")
     section = {"name": "distill", "store": str(tmp_path / "teacher/store")}
     for name, message in (
-        ("source.map", "source.map: the map's source is another tokenizer"),
+        ("source.map", "source.map: the map's source is not the tokenizer of"),
         ("target.map", "target.map: the map's target is another tokenizer"),
         ("damaged.map", "damaged.map: .*damaged"),
         ("no.map", "no.map: cannot read"),
@@ -193,5 +193,5 @@ def test_maps_and_stores_that_do_not_belong_together(tmp_path: Path) -> None:
             build_objective(parse_objective(section | {"map": str(tmp_path / name)}), ours, ours.num_ids)
     with pytest.raises(UserError, match="the store's tokenizer is"):
         build_objective(parse_objective(section), ours, ours.num_ids)
-    with pytest.raises(UserError, match=r"right.map: the map leads to id \d+, and the model in training has .* of 5"):
+    with pytest.raises(UserError, match=r"right.map: the map contains id \d+, and the model in training has .* of 5"):
         build_objective(parse_objective(section | {"map": str(tmp_path / "right.map")}), ours, 5)

@@ -103,5 +103,5 @@ def test_what_is_not_understood_is_refused(case: str, tmp_path: Path) -> None:
 
 def test_an_adapters_folder_is_called_one(tmp_path: Path) -> None:
     _adapter(tmp_path / "lora")
-    with pytest.raises(UserError, match="a LoRA adapter and no model: merge it into its base"):
+    with pytest.raises(UserError, match="a LoRA adapter, not a model: merge it into its base"):
         HFFolder(tmp_path / "lora")

@@ -98,11 +98,11 @@ def _edit(folder: Path, change: dict[str, torch.Tensor | None], config: dict[str
     [
         ({"model.norm.weight": None}, {}, ["tensor model.norm.weight is missing"]),
         ({"model.norm.weight": None, "model.norm.weigt": torch.ones(32)}, {}, ["did you mean 'model.norm.weigt'"]),
-        ({"model.norm.bias": torch.ones(32)}, {}, ["tensor model.norm.bias belongs to no part"]),
+        ({"model.norm.bias": torch.ones(32)}, {}, ["tensor model.norm.bias is not part of this architecture"]),
         ({"model.norm.weight": torch.ones(33)}, {}, ["model.norm.weight has shape [33]", "config.json says [32]"]),
         ({}, {"intermediate_size": 64}, ["gate_proj.weight has shape [48, 32]", "[64, 32]"]),
         ({}, {"vocab_size": 100}, ["embed_tokens.weight has shape [101, 32]", "[100, 32]"]),
-        ({}, {"num_hidden_layers": 1}, ["tensor model.layers.1.", "belongs to no part"]),
+        ({}, {"num_hidden_layers": 1}, ["tensor model.layers.1.", "is not part of this architecture"]),
         ({}, {"num_hidden_layers": 3}, ["tensor model.layers.2.", "is missing"]),
         ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, {}, ["model.norm.weight is of type I8"]),
         ({}, {"tie_word_embeddings": True}, ["ties the head", "lm_head.weight differs from model.embed_tokens.weight"]),

@@ -88,8 +88,8 @@ def test_what_a_user_changed_is_named_and_taken(written: Path, capfd: pytest.Cap
     (written / "generation_config.json").unlink()
     check_written(HFFolder(written))
     assert capfd.readouterr().err == (
-        f"warning: {written}: chat_template.jinja, generation_config.json, tokenizer_config.json: not as fusemega "
-        "wrote them (integrity.json); taken as they are\n"
+        f"warning: {written}: chat_template.jinja, generation_config.json, tokenizer_config.json: changed after "
+        "fusemega wrote them (integrity.json); used as they are\n"
     )
 
 

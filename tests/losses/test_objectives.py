@@ -279,7 +279,7 @@ def test_draws_are_the_target_as_they_are(tmp_path: Path) -> None:
 def test_settings_that_could_not_act_on_draws_are_refused(tmp_path: Path) -> None:
     section = {"name": "distill", "store": str(sampled_store(tmp_path, 2.0).path)}
     for tail in ("renormalise", "residual"):
-        with pytest.raises(UserError, match="objective.tail: of no effect"):
+        with pytest.raises(UserError, match="objective.tail: no effect"):
             built({**section, "temperature": 2.0, "tail": tail}, VOCAB)
     with pytest.raises(UserError, match=r"objective.temperature: found 1.0, .* was stored at 2.0; its rows are draws"):
         built(section, VOCAB)

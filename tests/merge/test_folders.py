@@ -91,7 +91,11 @@ def _poisoned(value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, tor
 
 BAD_MODELS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], dict[str, Any], str]] = {
     "missing tensor": (lambda t: _without(t, Q), {}, f"tensor {Q} is missing"),
-    "extra tensor": (lambda t: t | {"model.extra.weight": t[Q]}, {}, "model.extra.weight belongs to no part"),
+    "extra tensor": (
+        lambda t: t | {"model.extra.weight": t[Q]},
+        {},
+        "model.extra.weight is not part of this architecture",
+    ),
     "other shape": (lambda t: t | {Q: t[Q][:-1]}, {}, f"tensor {Q} has shape"),
     "other architecture": (lambda t: t, {"num_attention_heads": 8, "num_key_value_heads": 4}, "one architecture"),
     "other model type": (lambda t: t, {"model_type": "gpt2"}, "gpt2"),

@@ -167,7 +167,7 @@ def test_an_older_report_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.incomplete"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="mine: exists and is no report"):
+    with pytest.raises(UserError, match="mine: exists and is not a report"):
         write_report(open_runs([run]), tmp_path / "mine")
 
 

@@ -57,7 +57,7 @@ def test_a_dumped_section_is_valid_again() -> None:
 def test_without_transformer_engine_fp8_is_refused_and_auto_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "transformer_engine_problem", lambda: "it is not there")
     assert validate(Precision, {}, "test").kernels() == LOCAL
-    with pytest.raises(UserError, match="model.fp8: hybrid cannot be had: it is not there"):
+    with pytest.raises(UserError, match="model.fp8: hybrid is not available: it is not there"):
         validate(Precision, {"fp8": "hybrid"}, "test").kernels()
     with pytest.raises(UserError, match="model.transformer_impl: it is not there; allowed here: auto, local"):
         validate(Precision, {"transformer_impl": "transformer_engine"}, "test").kernels()

@@ -107,7 +107,7 @@ def test_draws_are_from_the_teachers_distribution(work: Path, tmp_path: Path, sa
     [{"rows": "sampled", "top_k": 7}, {"rows": "top_k", "num_samples": 7}, {"seed": 1}],
 )
 def test_a_setting_of_the_other_kind_of_rows_is_refused(work: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="of no effect with rows: "):
+    with pytest.raises(UserError, match="no effect with rows: "):
         teach_run(work, tmp_path / "store", **changes)
 
 

@@ -285,7 +285,7 @@ def test_files_that_are_named_are_of_no_other_split(tmp_path: Path) -> None:
     # A glob names no file: of those of several splits it has to be said which are meant.
     assert names("te*.jsonl") == ["test.jsonl"] and names("r*.jsonl") == ["rows.jsonl"]
     assert names("t*t*.jsonl", "test") == ["test.jsonl"]
-    with pytest.raises(UserError, match=r"t\*.jsonl: hits files of several splits \(test, train, train_sft\)"):
+    with pytest.raises(UserError, match=r"t\*.jsonl: matches files of several splits \(test, train, train_sft\)"):
         names("t*.jsonl")
     assert names("t*.jsonl", "train_sft") == ["train_sft-00000-of-00001.jsonl"]
     with pytest.raises(UserError, match="its name says no split"):

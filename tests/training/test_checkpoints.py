@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_passed_over(run: TrainRun, damage: str, capfd: 
     assert found is not None and found.name == f"iter_{left:07d}"
     said = capfd.readouterr()
     line = next(line for line in (said.out + said.err).splitlines() if "warning" in line)
-    assert words in line and line.endswith(f"going back to {found.name}")
+    assert words in line and line.endswith(f"resuming from {found.name}")
     if damage == "a bit flipped":  # the whole way: what was lost is done again
         assert train(run) == 0
         assert curve(root.parent) == wanted and damaged_files(root / "iter_0000004") == []
@@ -105,11 +105,13 @@ def test_none_whole(run: TrainRun) -> None:
     flip(root / "iter_0000002" / "common.pt")
     flip(root / "iter_0000004" / ".metadata")
     assert latest_checkpoint(root) is not None  # by their sizes
-    with pytest.raises(UserError, match=r"no whole checkpoint .*iter_0000004/.metadata: damaged.*iter_0000002/common"):
+    with pytest.raises(
+        UserError, match=r"no complete checkpoint .*iter_0000004/.metadata: damaged.*iter_0000002/common"
+    ):
         train(run)
     for folder in root.glob("iter_*"):
         (folder / "state.json").write_text("")
-    with pytest.raises(UserError, match="no whole checkpoint to resume from: .*iter_0000004/state.json: truncated"):
+    with pytest.raises(UserError, match="no complete checkpoint to resume from: .*iter_0000004/state.json: truncated"):
         latest_checkpoint(root)
 
 
@@ -314,12 +316,12 @@ def test_files_of_others_among_the_checkpoints_stay(run: TrainRun, capfd: pytest
         path.write_text("mine")
     remove_leftovers(root)
     prune_checkpoints(root, keep=1, newest=4, also=None)
-    assert f"{root / 'iter_0000002'}: stays, as its integrity.json does not list notes" in capfd.readouterr().err
+    assert f"{root / 'iter_0000002'}: kept, because its integrity.json does not list notes" in capfd.readouterr().err
     assert all(path.read_text() == "mine" for path in theirs)
     make_way(root / "iter_0000004")
     (aside,) = root.glob("iter_0000004*")
     assert re.fullmatch(r"iter_0000004\.aside-[0-9a-f]{8}", aside.name) and (aside / "notes").read_text() == "mine"
-    assert f"{root / 'iter_0000004'}: not a checkpoint all of whose files" in capfd.readouterr().err
+    assert f"{root / 'iter_0000004'}: has files that its integrity.json does not list" in capfd.readouterr().err
     (root / "iter_0000002" / "notes").unlink()
     make_way(root / "iter_0000002")
     assert not (root / "iter_0000002").exists()

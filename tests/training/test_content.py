@@ -117,7 +117,7 @@ def test_the_teacher_of_a_store(make_run: MakeRun, store: Callable[..., Path], w
     run = make_run(objective={"name": "distill", "store": str(store()), "store_of": str(teacher)})
     open_trainer(run)
     _nudge(teacher)
-    with pytest.raises(UserError, match=r"objective.store_of: .*store holds rows of other weights than .*teacher"):
+    with pytest.raises(UserError, match=r"objective.store_of: .*store has rows of weights other than those of .*teacher"):
         open_trainer(run)
 
 
@@ -145,7 +145,7 @@ def test_held_out_text_begins_anew(
     capfd.readouterr()
     trainer, _ = open_trainer(make_run(evaluation=section, training={"train_iters": 1}))
     assert trainer.callback(HeldOut).best.loss is None and trainer.iteration == 1
-    assert "iter_0000001 was scored on other held-out text, with which losses do not compare" in capfd.readouterr().err
+    assert "iter_0000001 was scored on other held-out text, so its losses are not comparable" in capfd.readouterr().err
 
 
 def _nudge(folder: Path) -> None:

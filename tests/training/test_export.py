@@ -107,7 +107,7 @@ def test_another_run_in_the_same_folder(make_run: MakeRun, tmp_path: Path, work:
     notes.unlink()
     assert train(silent) == 0 and not (output / "hf").exists(), "it is of other weights"
     (output / "hf").mkdir()
-    with pytest.raises(UserError, match=f"hf: has no {RECORD}, so it is not known which weights it holds"):
+    with pytest.raises(UserError, match=f"hf: has no {RECORD}, so its weights are unknown"):
         train(other)
 
 

@@ -78,7 +78,7 @@ def test_a_result_replaces_results_alone(tmp_path: Path) -> None:
     check_output(result)
     for other in ('{"loss": 1.0}', "notes", "[]"):
         result.write_text(other)
-        with pytest.raises(UserError, match=r"result\.json: exists and is no result of an evaluation"):
+        with pytest.raises(UserError, match=r"result\.json: exists and is not a result of an evaluation"):
             check_output(result)
         assert result.read_text() == other
 

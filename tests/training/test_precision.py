@@ -31,7 +31,9 @@ def test_the_command_ends_before_it_writes(
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", str(run_file), *options])
     assert stop.value.code == 2
-    line = "error: model.fp8: hybrid cannot be had: Transformer Engine is not installed; without fp8 the run is bf16\n"
+    line = (
+        "error: model.fp8: hybrid is not available: Transformer Engine is not installed; without fp8 the run is bf16\n"
+    )
     assert capsys.readouterr().err == line
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 

@@ -137,5 +137,5 @@ def test_windows_under_context_parallelism_need_the_local_layers(
     ModelSource(settings, shared, 2)  # of local layers
     monkeypatch.setattr(ModelConfig, "kernels", lambda self: Kernels(transformer_engine=True))
     ModelSource(settings, ParallelConfig(), 1)
-    with pytest.raises(UserError, match="context_parallel_size: 2 cannot be had here.*allowed: 1, or model.transf"):
+    with pytest.raises(UserError, match="context_parallel_size: 2 is not supported here.*allowed: 1, or model.transf"):
         ModelSource(settings, shared, 2)

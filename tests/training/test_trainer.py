@@ -287,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_run: MakeRun, work: Path, 
 def test_a_folder_of_something_else_is_left_alone(make_run: MakeRun, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="run: exists and is no folder of a training run"):
+    with pytest.raises(UserError, match="run: exists and is not the folder of a training run"):
         train(make_run())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
@@ -312,7 +312,7 @@ def test_rows_longer_than_the_model_is_made_for_are_said_once(
     assert "made for texts" not in capsys.readouterr().err
     describe(make_run(data={"seq_length": 513}), 1)
     said = capsys.readouterr().err
-    assert said.count("data.seq_length is 513, and the model is made for texts of up to 512 tokens") == 1
+    assert said.count("data.seq_length is 513, and the model was trained on texts of up to 512 tokens") == 1
 
 
 @pytest.mark.parametrize(
