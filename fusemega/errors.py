@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and the sentence that helps them past it."""
+"""The exception for mistakes that a user can correct, and helpers for its message."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _OF_THE_SYSTEM = frozenset(getattr(errno, name) for name in _NAMES.split())
 
 
 class UserError(Exception):
-    """Something the user can mend: a file, a row, a key, a layout.
+    """A mistake that the user can correct: in a file, a row, a key, a layout.
 
     The message is one line that names the file, row or key, what was found and what is allowed.
-    Commands print it without a traceback and exit with status 2. Line breaks of a library's message become spaces.
+    Commands print it without a traceback and exit with status 2. Line breaks in a library's message become spaces.
     """
 
     def __init__(self, message: str) -> None:
@@ -26,10 +26,10 @@ class UserError(Exception):
 
 
 def of_the_system(error: Exception) -> UserError | None:
-    """The line for what the operating system refused of a path: a name too long, no permission, a full disk.
+    """The error for a path that the operating system refuses: a name too long, no permission, a full disk.
 
-    Readers and writers say more where they meet one; this is for the paths that nobody thought of. What is missing, or
-    there already, is not among them: that can be a fault of ours.
+    Readers and writers give a better message themselves; this covers the other cases. A missing or an existing file is
+    not included, because it may be a bug of fusemega.
     """
     if not isinstance(error, OSError) or error.errno not in _OF_THE_SYSTEM:
         return None
@@ -38,8 +38,12 @@ def of_the_system(error: Exception) -> UserError | None:
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal may show it: line ends and tabs stay, every other control character, and what would change
-    the direction of writing or has no glyph, is written as Python escapes it."""
+    """`text` for a terminal: line ends and tabs stay; other control characters, and characters that change the writing
+    direction or have no glyph, are escaped as Python does.
+
+    >>> printable("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
     if text.isprintable():
         return text
     return "".join(
@@ -52,11 +56,14 @@ def _escaped(character: str) -> str:
 
 
 def nearest(name: object, allowed: Iterable[object]) -> str:
-    """A hint for a misspelt name: " (did you mean 'x'?)", or "" when nothing is near.
+    """A hint for a misspelt name: " (did you mean 'x'?)", or "" if no valid name is near.
 
     Args:
-        name: what was given.
+        name: the name that was given.
         allowed: the valid names.
+
+    >>> nearest("bf61", ["bf16", "fp32"])
+    " (did you mean 'bf16'?)"
     """
     hits = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)
     return f" (did you mean {hits[0]!r}?)" if hits else ""

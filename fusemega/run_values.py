@@ -20,10 +20,13 @@ _CHARACTERS = 1 << 16
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with `a.b=c` laid over it; a mapping goes into a mapping, everything else is replaced.
+    """A copy of `values` with overrides of the form `a.b=c`; mappings are merged, everything else is replaced.
 
     Raises:
         UserError: malformed, or a key inside a list.
+
+    >>> with_overrides({"optimizer": {"lr": 1e-4, "clip_grad": 1.0}}, ["optimizer.lr=5.0e-5", "data.limit=10"])
+    {'optimizer': {'lr': 5e-05, 'clip_grad': 1.0}, 'data': {'limit': 10}}
     """
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -41,10 +44,13 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def resolved(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with every reference replaced: a text that is one becomes what stands there, of whatever type.
+    """`values` with every reference replaced. A text that is only a reference becomes the value itself, of any type.
 
     Raises:
-        UserError: a reference to nothing or to itself, of another form, or to more than a run file can hold.
+        UserError: a reference to a missing key or to itself, of another form, or with a result that is too large.
+
+    >>> resolved({"data": {"seq_length": 512}, "evaluation": {"seq_length": "${data.seq_length}"}})
+    {'data': {'seq_length': 512}, 'evaluation': {'seq_length': 512}}
     """
     resolver = _Resolver(values)
     return {key: resolver.value(value, key, ()) for key, value in values.items()}

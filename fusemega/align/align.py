@@ -1,6 +1,6 @@
 """`fusemega align`: from two tokenizers, and a corpus where the kind of map needs one, to a vocabulary map.
 
-Shapes: S ids of the source's vocabulary.
+Shape suffixes: S ids of the source's vocabulary.
 """
 
 from __future__ import annotations

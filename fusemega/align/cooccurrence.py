@@ -3,7 +3,7 @@
 A token's vector counts the tokens within five places of it in a corpus. Vectors of two vocabularies are compared, by
 cosine, over the tokens that both have, byte for byte; the paper does not say over what, this is this project's choice.
 
-Shapes: S ids of a vocabulary, C pairs of a token and a neighbour that occur.
+Shape suffixes: S ids of a vocabulary, C pairs of a token and a neighbour that occur.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ FuseChat (arXiv:2402.16107) counts, for each target position, every distinct sou
 with it, prompts, templates and padding included (`dtw`). The default counts the tokens that end at the same byte, of
 supervised text only, which is all that a map is used on (`offsets`).
 
-Shapes: C pairs, N target tokens.
+Shape suffixes: C pairs, N target tokens.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ before the target's.
 Edit distances are taken once for each pair of distinct strings, and paths in compiled code; one byte a cell, 4 MB for
 2,048 x 2,048 tokens.
 
-Shapes: M source tokens, N target tokens; A and B distinct strings among them.
+Shape suffixes: M source tokens, N target tokens; A and B distinct strings among them.
 """
 
 from __future__ import annotations
@@ -73,12 +73,19 @@ def form_strings(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Strings:
 def dtw_reference(
     source_ids: np.ndarray, target_ids: np.ndarray, source: Strings, target: Strings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The path through all pairs, both sequences at least one token long.
+    """The cheapest path through both sequences, each at least one token long.
 
-    FuseChat pads both sequences to one length first, see `Strings.padded`, and the padding takes part.
+    FuseChat first pads both sequences to one length (see `Strings.padded`), so the padding is part of the path.
 
     Returns:
         first_N, last_N int64: target token n is aligned with the source tokens first_N[n] to last_N[n] inclusive.
+
+    Example: the source's "ab", "c" and the target's "a", "bc"; "a" matches "ab", and "bc" matches "c".
+
+        >>> source, target = Strings(("ab", "c"), "", 0), Strings(("a", "bc"), "", 0)
+        >>> first, last = dtw_reference(np.array([0, 1]), np.array([0, 1]), source, target)
+        >>> first.tolist(), last.tolist()
+        ([0, 1], [0, 1])
     """
     source_strings, source_M = _distinct(source_ids, source.of_id)
     target_strings, target_N = _distinct(target_ids, target.of_id)

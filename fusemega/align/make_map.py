@@ -14,7 +14,7 @@ In all kinds but the reference's a role comes before a content: bos becomes bos,
 turn the target's such token; other special tokens become nothing. A token that ends texts and turns is the one that
 closes a turn; where a plain text ends, the map's user takes it for eos (`VocabularyMap.source_eos`).
 
-Shapes: S ids of the source's vocabulary, C pairs of a corpus's counts.
+Shape suffixes: S ids of the source's vocabulary, C pairs of a corpus's counts.
 """
 
 from __future__ import annotations

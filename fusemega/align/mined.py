@@ -1,11 +1,12 @@
 """For each string the nearest of many others by edit distance (Levenshtein), exactly: FuseLLM's "MinED".
 
-A quarter of a million strings against 150,000 are 4e10 pairs, nearly all of which need no distance: the difference in
-length, and the characters that one string has and the other lacks, are lower bounds. What these do not rule out is
-measured with Myers' bit-parallel recurrence (Hyyrö's form of it), one machine word a column. Threads share the strings
-out; each string's answer is its own, so their number changes nothing.
+250,000 strings against 150,000 are 4e10 pairs. Nearly all of them need no distance, because two lower bounds rule them
+out: the difference in length, and the characters that one string has and the other lacks. The other pairs are measured
+with Myers' bit-parallel recurrence (in Hyyrö's form), one machine word for each column. The strings are distributed
+over threads; the result does not depend on their number.
 
-Shapes: Q strings asked for, N strings to choose from, C characters of all strings of a list, A distinct characters.
+Shape suffixes: Q strings asked for, N strings to choose from, C characters of all strings of a list, A distinct
+characters.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ class Nearest:
     """Strings to choose from, prepared once.
 
     Args:
-        strings: distinct or not; where several are equally near, the first counts.
+        strings: distinct or not; among equally near ones, the first is chosen.
+
+    Example:
+
+        >>> place, distance = Nearest(["cat", "house", "mouse"]).find(["mouses", "bat"], workers=1)
+        >>> place.tolist(), distance.tolist()
+        ([2, 0], [1, 1])
     """
 
     def __init__(self, strings: Sequence[str]) -> None:

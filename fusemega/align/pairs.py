@@ -1,6 +1,6 @@
-"""Counts of pairs of ids, sparse: equal pairs add up as they come.
+"""Sparse counts of pairs of ids; equal pairs are added up while they are read.
 
-Shapes: C pairs.
+Shape suffixes: C pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ class PairCounts:
 
 
 def merged(parts: Iterable[PairCounts]) -> PairCounts:
-    """One list of distinct pairs; memory grows with their number, not with the corpus."""
+    """One list of distinct pairs; memory grows with their number, not with the corpus.
+
+    >>> part = PairCounts(np.array([5, 5]), np.array([1, 2]), np.array([1, 1]))
+    >>> total = merged([part, part, PairCounts(np.array([5]), np.array([2]), np.array([4]))])
+    >>> list(zip(total.source_C.tolist(), total.target_C.tolist(), total.count_C.tolist()))
+    [(5, 1, 2), (5, 2, 6)]
+    """
     waiting: list[PairCounts] = []
     size, limit = 0, _MERGE
     for part in parts:

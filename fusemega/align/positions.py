@@ -1,10 +1,10 @@
-"""Which positions of two tokenizations of one text can be compared: those that end at the same byte.
+"""Aligns two tokenizations of one text: two positions match if they end at the same byte.
 
-There both models have read the same text, so what one expects next can teach the other. Coordinates are those of the
-canonical stream (`fusemega.text.sample`), which both tokenizers' samples carry: no text is tokenized again. A linear
-merge of two lists takes the place of the dynamic time warping of FuseLLM and FuseChat (`fusemega.align.dtw`).
+At such positions both models have read the same text, so the prediction of one can teach the other. End bytes are those
+of the canonical stream (`fusemega.text.sample`), which both tokenizers' samples carry, so no text is tokenized again.
+This merge of two sorted lists replaces the dynamic time warping of FuseLLM and FuseChat (`fusemega.align.dtw`).
 
-Shapes: P positions of a row or sample, one number a side; M positions that they share.
+Shape suffixes: P positions of a row or sample (each side has its own number), M positions that match.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ import numpy as np
 
 
 def shared_positions(source_end_P: np.ndarray, target_end_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The positions of source and target that end at the same byte (>= 0), as two int64 [M], by rising byte.
+    """The positions of source and target that end at the same byte (>= 0), as two int64 [M], in order of the bytes.
 
-    Several positions end at one byte where a template writes tokens that no content has, and where a tokenizer cannot
-    tell the bytes of a character apart: the last of them counts, for it is the one that goes on with the text.
+    Several positions end at one byte if a template writes tokens between contents, or if a tokenizer does not separate
+    the bytes of a character. The last of them is used, because the text continues after it.
+
+    Example: "Hello" as "He", "llo" and as "H", "el", "lo"; both have read the same text after their last token.
+
+        >>> source, target = shared_positions(np.array([2, 5]), np.array([1, 3, 5]))
+        >>> source.tolist(), target.tolist()
+        ([1], [2])
     """
     source_ends, source_at = _last_at(source_end_P)
     target_ends, target_at = _last_at(target_end_P)

@@ -1,8 +1,9 @@
-"""A source's row in the target's ids: one lookup, nothing lost.
+"""Maps a source's row to the target's ids: one lookup, no mass lost.
 
-Each listed id goes to the id that a table of the vocabulary map gives it. Probabilities that meet in one id add; what
-has no id joins the residual, "any other id". So the row's mass stays what it was, where FuseLLM and FuseChat keep the
-first of several equal ids and share the rest out over the survivors (`fusemega.align.reference_rows`).
+A table of the vocabulary map gives the target's id for each listed id. If several ids map to one, their probabilities
+are added; the mass of ids without a counterpart is added to the residual, "any other id". So the total mass is
+unchanged. FuseLLM and FuseChat keep the first of several equal ids and rescale the rest
+(`fusemega.align.reference_rows`).
 
 Shape suffixes: P positions, K ids of a row, T tables, S ids of the source's vocabulary.
 """
@@ -19,17 +20,25 @@ def project(
     tables: np.ndarray,
     choice_P: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows in the target's ids.
+    """Rows with the target's ids.
 
     Args:
-        ids_PK: integers, ids of the source's vocabulary, none twice in a row; -1: no entry.
-        logp_PK, log_residual_P: their log-probs, and that of all other ids.
-        tables: int32 [S] or [T, S], the target's id of each source id, or -1.
-        choice_P: which of T tables is each position's; None: the first for all.
+        ids_PK: integers, ids of the source's vocabulary, each at most once in a row; -1 for no entry.
+        logp_PK, log_residual_P: log-probs of these ids, and of all other ids together.
+        tables: int32 [S] or [T, S], the target's id of each source id, or -1 for none.
+        choice_P: index of the table for each position; None for the first table at all positions.
 
     Returns:
-        ids_PK int64 and logp_PK float32, by falling probability, with -1 and -inf at the end where fewer than K are
-        left; log_residual_P float32.
+        ids_PK int64 and logp_PK float32, sorted by falling probability and padded with -1 and -inf; log_residual_P
+        float32.
+
+    Example: ids 0 and 2 both map to 7, and id 1 has no counterpart; 0.1 and 0.3 of the mass become the residual.
+
+        >>> ids, logp, residual = project(
+        ...     np.array([[0, 1, 2]]), np.log([[0.4, 0.3, 0.2]]), np.log([0.1]), np.array([7, -1, 7], dtype=np.int32)
+        ... )
+        >>> ids.tolist(), [f"{p:.1f}" for p in np.exp([*logp[0], *residual])]
+        ([[7, -1, -1]], ['0.6', '0.0', '0.0', '0.4'])
 
     Raises:
         IndexError: an id beyond the tables.

@@ -1,28 +1,29 @@
-"""The published projection of a source's rows onto the target's positions, with its quirks, for parity.
+"""The published projection of a source's rows to the target's positions, reproduced exactly.
 
-After FuseChat (arXiv:2402.16107; FuseAI, FuseChat/utils/align_token_and_vocab.py). A target position is aligned with
-the source steps that `dtw_reference` gives it. It learns from one of them, or from nothing but its own label:
+After FuseChat (arXiv:2402.16107; FuseAI, FuseChat/utils/align_token_and_vocab.py). `dtw_reference` aligns a target
+position with one or more source steps. The position learns from the row of one step, or from its own label alone:
 
-* exact (EM) and mined (MinED): from the one step it has, if both strings are equal, or (MinED) if the map takes the
-  step's token to the position's; with several steps, or unequal strings, from its label.
-* ms (MS), ms_reference: from the first of its steps of whose two strings one ends with the other, else from its label.
-  The reference has two more rules for several steps: the position's string begins with the steps' strings one after
-  the other; or one of it and their concatenation ends with the other. Neither is ever reached: the last of those
-  strings would be an end already.
+* exact (EM) and mined (MinED): with one step, from that step if both strings are equal, or (MinED) if the map takes the
+  step's token to the position's token. With several steps, or different strings, from its label.
+* ms (MS), ms_reference: from the first step for which one of the two strings is a suffix of the other, else from its
+  label. The published code has two more rules for several steps: the position's string begins with the steps' strings
+  in order; or one of it and their concatenation is a suffix of the other. They are never reached, because then the last
+  of these strings would already be a suffix.
 
-A row is walked by falling probability: an entry goes to the id of the identical string, else to where the map takes it,
-or nowhere; of several entries with one id the first stays and the others are dropped. What is left is scaled to sum
-to 1. A row of which nothing is left is replaced by the target's own.
+The entries of a row are read by falling probability. An entry gets the id of the identical string, else the id that the
+map gives, else none. Of several entries with one id the first is kept and the others are dropped. The remaining ones
+are scaled to sum to 1. If no entry of a row remains, the target's own row is used.
 
-FuseLLM (arXiv:2401.10491; FuseLLM/src/utils/others.py) knows EM and MinED, and takes for a label the position's own
-token, which it has read already, instead of the next one (FuseAI's issues 27 and 28).
+FuseLLM (arXiv:2401.10491; FuseLLM/src/utils/others.py) has only EM and MinED. Its label is the position's own token,
+which the model has already read, instead of the next one (FuseAI's issues 27 and 28).
 
-What this gets wrong, and `positions` with `projection` do not: the path goes by how strings look, so positions that
-have read different text are compared; an empty string (a marker by itself) is an end of every other; SentencePiece's
-words lose their space on decoding and byte-level ones keep it, so under EM hardly any are equal; equal ids lose mass,
-and what no id is found for counts as if it had never been; the label stands in where nothing was found.
+Problems of this method, which `positions` with `projection` do not have: the path depends on the spelling of tokens, so
+positions that have read different text are aligned; an empty string (a marker by itself) is a suffix of every string;
+SentencePiece's words lose their space on decoding and byte-level ones keep it, so under EM hardly any are equal; the
+mass of equal ids, and of ids without a counterpart, is lost; a position without a match learns its label alone.
 
-Shapes: N target tokens, P target positions that predict a supervised token, Q positions of the source's row, K ids.
+Shape suffixes: N target tokens, P target positions that predict a supervised token, Q positions of the source's row,
+K ids.
 """
 
 from __future__ import annotations

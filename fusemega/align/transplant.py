@@ -8,7 +8,7 @@ mean of all the old tokenizer's rows (Hewitt 2021). So does a byte token whose b
 `A`): no text becomes it, and with that token's row it would take half of that token's probability. Means are taken in
 fp32 and rounded once.
 
-Shapes: N new ids, V old ids, H hidden size, C pieces of a token.
+Shape suffixes: N new ids, V old ids, H hidden size, C pieces of a token.
 """
 
 from __future__ import annotations

@@ -143,7 +143,11 @@ def _from_byte_level(form: str) -> bytes:
 
 
 def byte_level_form(content: bytes) -> str:
-    """Bytes as byte-level vocabularies write them."""
+    """Bytes as byte-level vocabularies write them.
+
+    >>> byte_level_form(" é".encode())
+    'ĠÃ©'
+    """
     return "".join(map(_byte_level_characters().__getitem__, content))
 
 

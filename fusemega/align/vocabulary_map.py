@@ -1,6 +1,6 @@
 """A vocabulary map: for each id of a source tokenizer the id of a target tokenizer that stands for it, as one file.
 
-Shapes: S ids of the source's vocabulary.
+Shape suffixes: S ids of the source's vocabulary.
 """
 
 from __future__ import annotations

@@ -12,7 +12,11 @@ def whole(shape: tuple[int, ...]) -> Box:
 
 
 def slices(box: Box) -> tuple[slice, ...]:
-    """A box as an index."""
+    """A box as an index.
+
+    >>> slices(((0, 2), (3, 5)))
+    (slice(0, 2, None), slice(3, 5, None))
+    """
     return tuple(slice(start, stop) for start, stop in box)
 
 

@@ -1,4 +1,4 @@
-"""Sizes of files, as users write them. Imports nothing heavy: a mistake in one is told at once."""
+"""Sizes of files, as users write them. Imports nothing heavy, so that a mistake is reported at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_size(what: str, text: str) -> int:
-    """Bytes of a size such as 500MB or 5GB (decimal units, as transformers reads them).
+    """Bytes of a size such as 500MB or 5GB (decimal units, as in transformers).
 
     Raises:
         UserError: not such a size; it names `what`.
+
+    >>> parse_size("--max-shard-size", "5 GB")
+    5000000000
     """
     match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:

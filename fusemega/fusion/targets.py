@@ -1,6 +1,6 @@
-"""Sparse distributions over the target's ids: a few listed ids a position, and the mass of all others.
+"""Sparse distributions over the target's ids: for each position a few listed ids, and the mass of all others.
 
-Shapes: P positions, K listed ids, J teachers.
+Shape suffixes: P positions, K listed ids, J teachers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Targets:
     """One distribution a position, at the temperature that training uses.
 
     Attributes:
-        ids_PK: int64; -1 lists nothing. No id stands twice in a row.
+        ids_PK: int64; -1 for no entry. Each id occurs at most once in a row.
         logp_PK: fp32; -inf where nothing is listed.
         log_residual_P: fp32, log of the mass of all ids that are not listed; -inf for none.
         mask_P: bool; False: the position is taught nothing.
@@ -44,7 +44,7 @@ class Targets:
 
 
 def renormalised(targets: Targets) -> Targets:
-    """The listed ids' share of one another: what lay outside is shared out in proportion (FuseLLM, FuseChat)."""
+    """The listed ids scaled to sum to 1; the mass outside them is dropped (FuseLLM, FuseChat)."""
     total_P = log_sum(targets.logp_PK)
     listed_P = targets.mask_P & (total_P > -np.inf)
     logp_PK = targets.logp_PK - np.where(listed_P, total_P, 0.0)[:, None]
@@ -52,7 +52,7 @@ def renormalised(targets: Targets) -> Targets:
 
 
 def or_label(targets: Targets, labels_P: np.ndarray) -> Targets:
-    """The label with probability 1 where there is nothing else."""
+    """The label with probability 1 at positions without a distribution."""
     bare_P = ~targets.mask_P
     ids_PK, logp_PK, log_residual_P = targets.ids_PK.copy(), targets.logp_PK.copy(), targets.log_residual_P.copy()
     ids_PK[bare_P], logp_PK[bare_P], log_residual_P[bare_P] = -1, -np.inf, -np.inf
@@ -63,11 +63,21 @@ def or_label(targets: Targets, labels_P: np.ndarray) -> Targets:
 def mixture(parts: Sequence[Targets], weights_JP: np.ndarray) -> Targets:
     """sum_j w_j P_j at each position, over the teachers that have a distribution there.
 
-    An id that several list gets the sum of what they give it. One that a teacher does not list is a part of its
-    residual, and stays a part of the mixture's.
+    An id that several teachers list gets the weighted sum of their probabilities. For a teacher that does not list it,
+    the id is part of the residual, and stays part of the mixture's residual.
 
     Args:
-        weights_JP: not negative; of each position only those of teachers with a distribution count, scaled to sum to 1.
+        weights_JP: not negative. At each position only teachers with a distribution are used; their weights are scaled
+            to sum to 1.
+
+    Example: one position, two teachers that each list one id, with weights 1/4 and 3/4.
+
+        >>> def one(id_, p):
+        ...     logp, rest = np.log([[p]], dtype=np.float32), np.log([1 - p], dtype=np.float32)
+        ...     return Targets(np.array([[id_]]), logp, rest, np.array([True]))
+        >>> mixed = mixture([one(3, 0.8), one(5, 0.4)], np.array([[1.0], [3.0]]))
+        >>> mixed.ids_PK.tolist(), [f"{p:.2f}" for p in np.exp([*mixed.logp_PK[0], *mixed.log_residual_P])]
+        ([[5, 3]], ['0.30', '0.20', '0.50'])
     """
     present_JP = np.stack([part.mask_P for part in parts])
     weights_JP = np.where(present_JP, np.asarray(weights_JP, dtype=np.float64), 0.0)

@@ -1,6 +1,6 @@
 """One teacher: an open sample store, whose rows become targets in the target's ids.
 
-Shapes: P supervised positions of a sample, K ids of a row.
+Shape suffixes: P supervised positions of a sample, K ids of a row.
 """
 
 from __future__ import annotations

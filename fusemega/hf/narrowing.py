@@ -1,4 +1,4 @@
-"""Weights in another type: rounded to nearest even, and refused where a number would become infinite."""
+"""Weights in another dtype: rounded to nearest even, and refused if a number would become infinite."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from fusemega.errors import UserError
 
 
 def narrowed(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`values` of tensor `name` in `dtype`. Infinities and NaN that are there already stay.
+    """`values` of tensor `name` in `dtype`. Infinities and NaN in `values` stay.
 
     Raises:
-        UserError: a finite number lies beyond what `dtype` holds (65504 for float16).
+        UserError: a finite number is too large for `dtype` (at most 65504 for float16).
+
+    >>> narrowed(torch.tensor([1.0, 65504.0]), torch.float16, "lm_head.weight").tolist()
+    [1.0, 65504.0]
+    >>> narrowed(torch.tensor([1e5]), torch.float16, "lm_head.weight")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    fusemega.errors.UserError: tensor lm_head.weight: holds 100000, too large for float16 (at most 65504); ...
     """
     out = values.to(dtype)
     if out.dtype == values.dtype or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:

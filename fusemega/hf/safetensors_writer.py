@@ -29,12 +29,16 @@ class TensorInfo(NamedTuple):
 
 
 def plan_shards(tensors: Iterable[TensorInfo], max_shard_size: int) -> dict[str, list[TensorInfo]]:
-    """File name -> its tensors in file order, split as `save_pretrained` splits them.
+    """File name -> its tensors in file order, split in the same way as by `save_pretrained`.
 
     Args:
         tensors: in the model's order.
-        max_shard_size: bytes of weights a file. A larger tensor gets a file of its own, and the file that was being
-            filled goes on being filled.
+        max_shard_size: largest number of bytes of weights in a file. A larger tensor gets its own file; the tensors
+            after it continue the file before it.
+
+    >>> shards = plan_shards([TensorInfo(name, torch.float32, (4,)) for name in "abc"], max_shard_size=32)
+    >>> {file: [info.name for info in tensors] for file, tensors in shards.items()}
+    {'model-00001-of-00002.safetensors': ['a', 'b'], 'model-00002-of-00002.safetensors': ['c']}
     """
     shards: list[list[TensorInfo]] = []
     filling: list[TensorInfo] = []

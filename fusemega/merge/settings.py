@@ -1,10 +1,13 @@
-"""Settings of a tensor from what a run file says: numbers, gradients over the layers, and patterns of tensor names.
+"""The value of a setting for one tensor: run files allow values, gradients over the layers, and filters by name.
 
-A setting is a value; or a list of numbers, a gradient: linear between equidistant anchors, the first at layer 0 and the
-last at the last layer (tensors outside the layers take the first); or a list of `{filter: ..., value: ...}`, of which
-the first whose filter fits the tensor's name counts (part of the name, or a shell pattern for the whole name where it
-has one of `*?[`; no filter fits all), and whose value is a value or a gradient. This is mergekit's form, and patterns
-are ours.
+A setting has one of three forms. The first two are mergekit's, and so is the third, except for shell patterns.
+
+* A value.
+* A gradient: a list of numbers, linear between equidistant anchors. The first is for layer 0 and for tensors outside
+  the layers, the last for the last layer.
+* A list of `{filter: ..., value: ...}`, where the first match applies. A filter is a part of the tensor's name, or, if
+  it contains one of `*?[`, a shell pattern for the whole name. Without a filter it matches every tensor. The value is a
+  value or a gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 
 def fits(pattern: str | None, tensor: str) -> bool:
-    """Whether a filter is for this tensor."""
+    """Whether a filter matches this tensor."""
     if pattern is None:
         return True
     if any(character in pattern for character in "*?["):
@@ -24,15 +27,20 @@ def fits(pattern: str | None, tensor: str) -> bool:
 
 
 def resolve(setting: Any, tensor: str, depth: float) -> Any:
-    """A setting's value for a tensor, or None where none of its filters fits.
+    """A setting's value for a tensor, or None if none of its filters matches.
 
     Args:
-        setting: of any form above.
+        setting: in one of the forms above.
         tensor: its name.
         depth: 0 at the first layer, 1 at the last.
 
     Raises:
-        ValueError: it has none of those forms.
+        ValueError: the setting has none of these forms.
+
+    >>> resolve([0.0, 1.0], "model.layers.5.mlp.up_proj.weight", depth=0.5)
+    0.5
+    >>> resolve([{"filter": "mlp", "value": 0.9}, {"value": 0.1}], "model.layers.0.self_attn.q_proj.weight", depth=0.0)
+    0.1
     """
     if isinstance(setting, dict):
         setting = [setting]

@@ -1,6 +1,6 @@
 """A page about a vocabulary map: what keeps an id, what does not, and which position teaches which.
 
-Shapes: S ids of the source's vocabulary.
+Shape suffixes: S ids of the source's vocabulary.
 """
 
 from __future__ import annotations

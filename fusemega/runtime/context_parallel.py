@@ -4,7 +4,7 @@ Every segment of a packed row is cut into 2 x CP pieces of equal length; rank r 
 under causal attention all ranks have equal work. The same split as Transformer Engine's and megatron-core's
 (models/common/embeddings/rope_utils.py:129).
 
-Shapes: T tokens of the whole row, segments + 1 bounds in cu_seqlens.
+Shape suffixes: T tokens of the whole row, segments + 1 bounds in cu_seqlens.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Between the products a layer is bound by memory: torch walks through whole tenso
 what each one made. Here a block of rows goes through all operations while it lies in the cache, and backward starts
 from the inputs. Forward does the operations of the plain formula in their order, so it rounds as that does.
 
-Shapes: R rows (tokens, or heads of tokens), H row size, F feed-forward size, T tokens, N heads, D head size.
+Shape suffixes: R rows (tokens, or heads of tokens), H row size, F feed-forward size, T tokens, N heads, D head size.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ megatron-core makes them anew in each layer, for queries and for keys, and each 
 device (models/common/embeddings/rope_utils.py:122, :188): on a GPU the host waits there twice a layer. Here the bounds
 come from `segments`, and the angles are kept until the next row.
 
-Shapes: T tokens of this rank, N heads, D head size.
+Shape suffixes: T tokens of this rank, N heads, D head size.
 """
 
 from __future__ import annotations

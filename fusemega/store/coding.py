@@ -14,7 +14,7 @@ most 0.53 e^2; and sum p e^2 is 32 / 254^2 times the row's entropy H(p), up to 2
 nats. The residual being one outcome, H(p) <= log(K + 1): at K = 10 the error is at most 6.7e-4, and less than 3.4e-3 at
 any K. The order of a row's entries is kept.
 
-Shapes: P positions, K entries of a position, U listed entries of all positions.
+Shape suffixes: P positions, K entries of a position, U listed entries of all positions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which samples make up a step: a pure function of (seed, step), so a resumed run needs no more than its step."""
+"""Which samples make up a step: a pure function of (seed, step), so a resumed run needs only its step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import numpy as np
 def sample_ids(step: int, global_batch_size: int, num_samples: int, seed: int) -> np.ndarray:
     """int64 [global_batch_size]: the samples of step `step` (from 0).
 
-    The run is one endless sequence of epochs, each a permutation of all samples drawn from (seed, epoch); step n
-    takes places [n * global_batch_size, (n + 1) * global_batch_size), across epochs where they meet. Hence
-    step = consumed_samples // global_batch_size.
+    The run is an endless sequence of epochs, each a permutation of all samples drawn from (seed, epoch). Step n takes
+    the places [n * global_batch_size, (n + 1) * global_batch_size) of this sequence, across the border of two epochs if
+    needed. So step = consumed_samples // global_batch_size.
+
+    >>> first_epoch = [*sample_ids(0, 2, 4, seed=1), *sample_ids(1, 2, 4, seed=1)]
+    >>> sorted(int(i) for i in first_epoch)
+    [0, 1, 2, 3]
     """
     if num_samples < 1:
         raise ValueError("no samples to order")

@@ -14,7 +14,7 @@ What a position predicts must be what follows its byte, whatever the template an
   one coordinate the last is meant;
 * where the closing is several tokens, the content's last token ends nowhere: its next token is half a marker.
 
-Shapes: L tokens of a window, P supervised tokens among them; W tokens at one message.
+Shape suffixes: L tokens of a window, P supervised tokens among them; W tokens at one message.
 """
 
 from __future__ import annotations
