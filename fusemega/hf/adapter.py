@@ -69,7 +69,7 @@ class Adapter:
         base: the model that it was trained on.
 
     Raises:
-        UserError: no adapter, a setting that is not understood, tensors that do not fit the base.
+        UserError: no adapter, a setting that is not supported, tensors that do not fit the base.
     """
 
     def __init__(self, path: Path, base: HFFolder) -> None:
@@ -203,7 +203,7 @@ def _scales(config: dict[str, Any], file: Path) -> Callable[[str], tuple[int, fl
     """Module -> its r, and what multiplies its product.
 
     Raises:
-        UserError: another kind of adapter, or a setting that is not understood.
+        UserError: another kind of adapter, or a setting that is not supported.
     """
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}; supported: LORA")

@@ -183,5 +183,5 @@ TABLE: list[Bad] = [
     _k("an index that asks for gigabytes", RESUME, "place 4294967295 of a memo", gone("run/done"), put(NEWEST + "/.metadata", b"\x80\x02]r\xff\xff\xff\xff."), sealed(NEWEST)),
     _k("an index that names a file outside", EXPORT, "damaged: no file of the folder", swap("megatron/weights/.metadata", b"__0_0.distcp", b"../../x/y..x"), sealed("megatron")),
     _k("an import's FIFO", EXPORT, "megatron/hf/config.json: cannot read: a FIFO", fifo("megatron/hf/config.json")),
-    _k("an import's index, flipped", EXPORT, "megatron/weights/.metadata: damaged: its hash is not the one", flip("megatron/weights/.metadata", 0)),
+    _k("an import's index, flipped", EXPORT, "megatron/weights/.metadata: damaged: its hash differs from the one", flip("megatron/weights/.metadata", 0)),
 ]

@@ -82,7 +82,7 @@ def test_inspect_an_empty_store(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [write(tmp_path / "a", range(30)), write(tmp_path / "b", range(20, 60)), write(tmp_path / "c", range(0))]
     status, out, _ = fusemega(capsys, "merge", tmp_path / "out", *parts)
-    assert status == 0 and "60 samples of 3 stores; 10 repetitions" in out
+    assert status == 0 and "60 samples of 3 stores; 10 repeated samples" in out
     merged = Store.open(tmp_path / "out")
     assert len(merged) == 60 and merged.manifest == MANIFEST and len(merged.shards) == 1
     for n in range(60):

@@ -140,7 +140,7 @@ def test_weights_of_another_shape_are_named(world: World, tmp_path: Path, folder
     with pytest.raises(UserError, match=r"linear_fc1.weight is of shape \[2, 96, 32\], .* \[2, 128, 32\]"):
         export_megatron(tmp_path / "megatron", tmp_path / "out")
     (tmp_path / "megatron" / "weights" / "metadata.json").unlink()
-    with pytest.raises(UserError, match="weights/metadata.json: integrity.json lists it"):
+    with pytest.raises(UserError, match="weights/metadata.json: listed in integrity.json"):
         MegatronFolder(tmp_path / "megatron")
     write_integrity(tmp_path / "megatron")
     with pytest.raises(UserError, match="weights: not a Megatron distributed checkpoint"):

@@ -279,6 +279,6 @@ def test_one_flipped_byte_is_not_exported(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"__0_0\.distcp: damaged: its hash is not the one"):
+    with pytest.raises(UserError, match=r"__0_0\.distcp: damaged: its hash differs from the one"):
         export_megatron(megatron, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]

@@ -68,7 +68,7 @@ def test_a_killed_holder_holds_nobody_up(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_a_lock_stays(tmp_path: Path) -> None:
     (tmp_path / ".out.fusemega.lock").write_text("mine")
-    with pytest.raises(UserError, match="no lock of fusemega's"):
+    with pytest.raises(UserError, match="is not a lock of fusemega"):
         _take(tmp_path / "out")
     assert (tmp_path / ".out.fusemega.lock").read_text() == "mine"
 
@@ -105,7 +105,7 @@ def test_a_folder_that_is_replaced_holds_what_was_listed(tmp_path: Path) -> None
     out = tmp_path / "out"
     out.mkdir()
     (out / "report.html").write_text("page")
-    with pytest.raises(UserError, match="is no report"):
+    with pytest.raises(UserError, match="is not a report"):
         check_replaceable(out, "report")
     write_list(out, "report")
     check_replaceable(out, "report")

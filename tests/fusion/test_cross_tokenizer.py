@@ -185,7 +185,7 @@ def test_maps_and_stores_that_do_not_belong_together(tmp_path: Path) -> None:
     section = {"name": "distill", "store": str(tmp_path / "teacher/store")}
     for name, message in (
         ("source.map", "source.map: the map's source is not the tokenizer of"),
-        ("target.map", "target.map: the map's target is another tokenizer"),
+        ("target.map", "target.map: the map's target is not the tokenizer of"),
         ("damaged.map", "damaged.map: .*damaged"),
         ("no.map", "no.map: cannot read"),
     ):

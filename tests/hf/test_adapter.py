@@ -78,9 +78,9 @@ def test_base_and_adapter_among_the_models_of_a_merge(tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
-    "DoRA": ({"use_dora": True}, {}, "use_dora = True is not understood"),
+    "DoRA": ({"use_dora": True}, {}, "use_dora = True is not supported"),
     "another kind": ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'; supported: LORA"),
-    "a setting of tomorrow": ({"use_xora": "fast"}, {}, "use_xora = 'fast' is not understood"),
+    "a setting of tomorrow": ({"use_xora": "fast"}, {}, "use_xora = 'fast' is not supported"),
     "PiSSA": ({"init_lora_weights": "pissa"}, {}, "init_lora_weights 'pissa' changes the base too"),
     "another rank": ({"r": 8}, {}, ", 4], and r is 8 in adapter_config.json"),
     "no alpha": ({"lora_alpha": None}, {}, "lora_alpha is None; expected a number"),

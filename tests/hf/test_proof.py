@@ -70,7 +70,9 @@ def test_damaged_weights_are_refused(reader: str, written: Path, tmp_path: Path,
         shutil.rmtree(out)
     shard = sorted(written.glob("*.safetensors"))[1]
     _flip(shard)
-    with pytest.raises(UserError, match=rf"{shard}: damaged, or written by another program: its hash is not the one"):
+    with pytest.raises(
+        UserError, match=rf"{shard}: damaged, or written by another program: its hash differs from the one"
+    ):
         READERS[reader](written, tmp_path / "again", world)
     assert not (tmp_path / "again").exists()
     assert verify(written, tmp_path / "source").damaged == [str(shard)]

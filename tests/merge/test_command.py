@@ -240,7 +240,7 @@ def test_finished_jobs_are_proved_before_they_are_kept(
         return
     capfd.readouterr()
     run_merge(out, Options(resume=True), **run)
-    told = [line for line in capfd.readouterr().err.splitlines() if "merged again" in line]
+    told = [line for line in capfd.readouterr().err.splitlines() if "merging it again" in line]
     assert told == [f"{journal}: {first['job']} was changed after it was written; merging it again"]
     run_merge(whole, **run)
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in out.iterdir()}

@@ -102,7 +102,7 @@ def test_another_run_in_the_same_folder(make_run: MakeRun, tmp_path: Path, work:
     record_file.write_text(record_file.read_text().replace('"weights": "', '"weights": "0'))
     notes.write_text("precious")
     for run in (silent, other):
-        with pytest.raises(UserError, match="notes.txt: no file of the export .* move it away"):
+        with pytest.raises(UserError, match="notes.txt: not a file of the export .* move it away"):
             train(run)
     notes.unlink()
     assert train(silent) == 0 and not (output / "hf").exists(), "it is of other weights"

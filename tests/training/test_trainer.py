@@ -309,7 +309,7 @@ def test_rows_longer_than_the_model_is_made_for_are_said_once(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     describe(make_run(data={"seq_length": 512}), 1)
-    assert "made for texts" not in capsys.readouterr().err
+    assert "trained on texts" not in capsys.readouterr().err
     describe(make_run(data={"seq_length": 513}), 1)
     said = capsys.readouterr().err
     assert said.count("data.seq_length is 513, and the model was trained on texts of up to 512 tokens") == 1
