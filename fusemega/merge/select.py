@@ -124,9 +124,7 @@ class _Scanned:
     marks: _Marks | None
 
 
-def select_largest(
-    job: Job, keys: Keys, count_of: Callable[[int], list[int]]
-) -> PassesFor[list[Selection]]:
+def select_largest(job: Job, keys: Keys, count_of: Callable[[int], list[int]]) -> PassesFor[list[Selection]]:
     """The largest elements of several streams of keys over a job of one tensor.
 
     Args:

@@ -117,7 +117,9 @@ def test_the_teacher_of_a_store(make_run: MakeRun, store: Callable[..., Path], w
     run = make_run(objective={"name": "distill", "store": str(store()), "store_of": str(teacher)})
     open_trainer(run)
     _nudge(teacher)
-    with pytest.raises(UserError, match=r"objective.store_of: .*store has rows of weights other than those of .*teacher"):
+    with pytest.raises(
+        UserError, match=r"objective.store_of: .*store has rows of weights other than those of .*teacher"
+    ):
         open_trainer(run)
 
 
