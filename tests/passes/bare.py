@@ -28,7 +28,7 @@ def bare_batch(labels_N: Tensor, position_fields: Mapping[str, Tensor] | None = 
         "last_tokens": one * count,
         "groups": 0 * one,
         "group_sizes": one,
-        "keys": (b"k",),
+        "sources": ("rows.jsonl:1",),
         "position_fields": dict(position_fields or {}),
         "num_positions": count,
     }
