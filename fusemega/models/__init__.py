@@ -1,1 +1,13 @@
-"""Model families: Hugging Face configurations as Megatron-core models, and the rules that move their weights."""
+"""What a model is: its configuration understood, its weights as two-way rules, and Megatron's model built empty.
+
+Only this room names architectures. It reads no file of weights: others ask it which box of which tensor goes where.
+
+* `registry.py`: the families by `model_type`, and `architecture_of`, which opens a configuration
+* `architecture.py`: an opened configuration: family, head, layers, and the rules of all weights
+* `family.py`: what a family answers, and the checks of keys that families share
+* `dense.py`, `llama.py`, `mistral.py`, `qwen.py`: the families
+* `parts.py`: attention, MLP and norms of a layer, with their names and rules; `heads.py`: what a model ends in
+* `rules.py`: one parameter and the boxes of Hugging Face tensors that it is made of; `rope.py`: rotary frequencies
+* `stages.py`: which layers and parameters a pipeline stage has; layouts that do not divide a model
+* `build.py`: Megatron's model, and the walk that fills or reads it; `dense_logits.py`: whole logits, to compare
+"""

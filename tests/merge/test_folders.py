@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fusemega.merge.merge import Options
 from fusemega.merge.run import from_mergekit
 from fusemega.merge.settings import resolve
 from tests.merge.conftest import (
+    CONFIG,
     base_tensors,
     entries,
     read_all,
@@ -326,3 +328,23 @@ def test_a_tied_models_copy_of_its_head_must_be_the_embedding(tmp_path: Path) ->
     merged = read_all(run_merge(tmp_path / "fine", **_unequal_run(plain, good)))
     assert merged.keys() == base.keys()
     assert "lm_head.weight differs" in _refused(tmp_path, **_unequal_run(good, other))
+
+
+def test_models_that_give_scores_are_merged_and_others_refused(tmp_path: Path) -> None:
+    """A head is merged with its like, and so are layers: neither is merged with another kind."""
+    score = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    tensors = [base_tensors(tie_word_embeddings=True) for _ in range(2)]
+    for number, found in enumerate(tensors):
+        found["score.weight"] = torch.full((1, found["model.norm.weight"].numel()), float(number))
+    folders = [write_folder(tmp_path / str(j), t, **score) for j, t in enumerate(tensors)]
+    out = run_merge(tmp_path / "scores", **_unequal_run(*folders))
+    merged = read_all(out)
+    assert merged.keys() == tensors[0].keys() and (merged["score.weight"] == 0.5).all()
+    assert json.loads((out / "config.json").read_text())["architectures"] == score["architectures"]
+    plain = write_folder(tmp_path / "plain", base_tensors())
+    refused = _refused(tmp_path, **_unequal_run(plain, folders[0]))
+    assert "LlamaForSequenceClassification; allowed here: LlamaForCausalLM" in refused
+    kept = {name: t for name, t in base_tensors().items() if not re.search(r"layers\.0\.(mlp|post_attention)", name)}
+    left_out = [{"ffn": {"no_op": True}}, *({} for _ in range(CONFIG["num_hidden_layers"] - 1))]
+    short = write_folder(tmp_path / "short", kept, block_configs=left_out)
+    assert "block_configs of config.json leaves out other blocks" in _refused(tmp_path, **_unequal_run(plain, short))
