@@ -21,7 +21,7 @@ from fusemega.models.build import GPT, build_model
 from fusemega.models.heads import HeadKind
 from fusemega.models.rope import longest_text
 from fusemega.models.stages import check_layout, stage_layers
-from fusemega.runtime.console import global_rank, say
+from fusemega.runtime.console import global_rank, phase, say
 from fusemega.runtime.parallel import ParallelConfig, World
 from fusemega.runtime.precision import Precision
 from fusemega.runtime.together import on_main
@@ -128,13 +128,14 @@ class ModelSource:
 
     def build(self, world: World, recompute: Mapping[str, Any] = MappingProxyType({})) -> GPT:
         """This rank's part of the model, with its weights. Collective. Arguments as `build_model`'s."""
-        if isinstance(self._source, MegatronFolder):
-            return self._source.load(world, self.dtype, self.kernels, recompute)
-        source = self._source
-        on_main(world, lambda: check_written(source))
-        model = build_model(self.architecture, world, self.dtype, self.kernels, recompute)
-        load_hf(model, self.hf, world)
-        return model
+        with phase(f"{self.config.load} is built and its weights are read"):
+            if isinstance(self._source, MegatronFolder):
+                return self._source.load(world, self.dtype, self.kernels, recompute)
+            source = self._source
+            on_main(world, lambda: check_written(source))
+            model = build_model(self.architecture, world, self.dtype, self.kernels, recompute)
+            load_hf(model, self.hf, world)
+            return model
 
 
 def weights_hash(load: str) -> str:

@@ -24,7 +24,7 @@ from fusemega.files.json_files import read_json
 from fusemega.files.opening import read_bytes
 from fusemega.files.output import INSIDE
 from fusemega.files.owned import drop_scratch, mark_scratch
-from fusemega.runtime.console import say
+from fusemega.runtime.console import warn
 
 if TYPE_CHECKING:
     from fusemega.runtime.parallel import World
@@ -111,7 +111,7 @@ def find_checkpoint(root: Path, world: World) -> Path | None:
         problems = [problem for problem in found if problem is not None]
         if not problems:
             if complaints and world.is_main:
-                say(f"warning: {'; '.join(complaints)}; resuming from {folder.name}")
+                warn(f"{'; '.join(complaints)}; resuming from {folder.name}")
             return folder
         complaints.append(problems[0])
     _refuse(root, complaints)
@@ -131,7 +131,7 @@ def prune_checkpoints(root: Path, keep: int, newest: int, also: Path | None) -> 
             retire(folder)
         elif folder not in _told:
             _told.add(folder)
-            say(f"warning: {folder}: kept, because its {FILE} does not list {strange[0]}")
+            warn(f"{folder}: kept, because its {FILE} does not list {strange[0]}")
 
 
 def retire(folder: Path) -> None:
@@ -155,7 +155,7 @@ def make_way(folder: Path) -> None:
         retire(folder)
         return
     aside = folder.with_name(f"{folder.name}.aside-{secrets.token_hex(4)}")
-    say(f"warning: {folder}: has files that its {FILE} does not list; renamed to {aside.name}")
+    warn(f"{folder}: has files that its {FILE} does not list; renamed to {aside.name}")
     os.rename(folder, aside)
 
 

@@ -20,7 +20,7 @@ import typer
 
 from fusemega.errors import UserError, of_the_system
 from fusemega.runtime import lifeline, meeting
-from fusemega.runtime.console import quiet_megatron
+from fusemega.runtime.console import logger, quiet_megatron
 
 # Shown by `fusemega --help`, which therefore imports none of the modules (torch alone takes seconds).
 COMMANDS = {
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lifeline.keep_children()
     meeting.join()
     try:
+        logger()  # refuses an unknown level before anything is done
         build_app(arguments[0] if arguments else None)(args=arguments, prog_name="fusemega")
     except Exception as error:
         line = error if isinstance(error, UserError) else of_the_system(error)

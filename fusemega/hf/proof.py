@@ -11,7 +11,7 @@ from fusemega.errors import UserError
 from fusemega.files.integrity import FILE, file_hash, recorded_hashes
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.side_files import is_side_file, side_files
-from fusemega.runtime.console import say
+from fusemega.runtime.console import warn
 
 
 def check_written(folder: HFFolder) -> None:
@@ -28,9 +28,7 @@ def check_written(folder: HFFolder) -> None:
             f"(to use these weights, delete {FILE})"
         )
     if others := changed_files(folder):
-        say(
-            f"warning: {folder.path}: {', '.join(others)}: changed after fusemega wrote them ({FILE}); used as they are"
-        )
+        warn(f"{folder.path}: {', '.join(others)}: changed after fusemega wrote them ({FILE}); used as they are")
 
 
 def damaged_weights(folder: HFFolder, again: bool = False) -> list[str]:

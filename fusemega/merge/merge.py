@@ -33,7 +33,7 @@ from fusemega.merge.plan import MergePlan, plan_merge
 from fusemega.merge.rounding import of_models, warnings
 from fusemega.merge.run import MergeRun
 from fusemega.merge.vocabulary import extend_tokenizer
-from fusemega.runtime.console import say
+from fusemega.runtime.console import say, warn
 from fusemega.runtime.workers import WorkerLost, default_workers
 
 REPORT, PAGE = "merge_report.json", "merge_report.html"
@@ -211,7 +211,7 @@ def _merge(
     )
     report = _report(plan, rows)
     for note in report["notes"][len(plan.notes) :]:
-        say(f"warning: {note}")
+        warn(note)
     _finish(plan, partial, report, page)
     if plan.run.output_format == "megatron":
         publish(_imported(partial), out)

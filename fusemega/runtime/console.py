@@ -1,14 +1,25 @@
-"""What a run says to the person who watches it: one rank speaks, on stderr, without Megatron's known noise."""
+"""What a run says to the person who watches it: one rank speaks, on stderr, without Megatron's known noise.
+
+Everything goes through the logger "fusemega" of Python's logging. `FUSEMEGA_LOG` says how much is shown: debug, info
+(the default), warning or error, from rank 0; or with `:all` from every rank, each line with its rank in front.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
-from fusemega.errors import printable
+from fusemega.errors import UserError, nearest, printable
+
+SETTING = "FUSEMEGA_LOG"
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 # Message beginnings (regular expressions) of what megatron-core 0.16.1 and torch 2.13 say on every run without TE and
 # apex, as `fusemega env` tells once and better, or about their own insides. Anything else stays visible.
@@ -42,7 +53,7 @@ def global_rank() -> int:
 @functools.cache
 def console() -> Console:
     """The run's console on stderr (stdout is for results); silent on every rank but 0."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=global_rank() != 0)
+    return _on_stderr(quiet=global_rank() != 0)
 
 
 def tell(text: str) -> None:
@@ -52,4 +63,73 @@ def tell(text: str) -> None:
 
 def say(text: str) -> None:
     """Prints `text` as it is, from rank 0; control characters of names that it holds are escaped."""
-    console().print(printable(text), markup=False)
+    logger().info(text)
+
+
+def warn(text: str) -> None:
+    """Says what the user should look at, but which stops nothing."""
+    logger().warning(f"warning: {text}")
+
+
+def debug(text: str) -> None:
+    """Says what only helps to find out what is going on: which layout, what is read, what a cache had."""
+    logger().debug(f"debug: {text}")
+
+
+@contextmanager
+def phase(what: str) -> Iterator[None]:
+    """Says, at level debug, how long the block took; also of one that fails.
+
+    Example:
+        >>> with phase("weights are read"):
+        ...     pass
+    """
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        debug(f"{what}: {time.monotonic() - started:.2f} s")
+
+
+def logger() -> logging.Logger:
+    """The logger "fusemega", which shows what FUSEMEGA_LOG asks for.
+
+    Raises:
+        UserError: FUSEMEGA_LOG names no level.
+    """
+    return _configured(os.environ.get(SETTING) or "info", global_rank())
+
+
+@functools.cache
+def _configured(setting: str, rank: int) -> logging.Logger:
+    level, _, ranks = setting.partition(":")
+    if level not in _LEVELS or setting not in (level, f"{level}:all"):
+        hint = nearest(level, list(_LEVELS))
+        raise UserError(
+            f"{SETTING}: unknown level {setting!r}{hint}; allowed: {', '.join(_LEVELS)}, alone (rank 0 speaks) or with "
+            ":all (every rank does)"
+        )
+    found = logging.getLogger("fusemega")
+    found.setLevel(_LEVELS[level])
+    found.propagate = False
+    found.handlers = [handler for handler in found.handlers if not isinstance(handler, _OnConsole)]
+    if ranks:
+        found.addHandler(_OnConsole(_on_stderr(), f"[rank {rank}] "))
+    else:
+        found.addHandler(_OnConsole(console(), ""))
+    return found
+
+
+class _OnConsole(logging.Handler):
+    """Prints each message as it is, behind a prefix."""
+
+    def __init__(self, shown_on: Console, prefix: str) -> None:
+        super().__init__()
+        self._console, self._prefix = shown_on, prefix
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self._prefix + printable(record.getMessage()), markup=False)
+
+
+def _on_stderr(quiet: bool = False) -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fusemega.runtime import cpu_backend, device, fused_adam, kernel_packages, megatron_fixes, rope
+from fusemega.runtime.console import debug
 from fusemega.runtime.layout import ParallelConfig
 
 device.hide_gpus_if_unwanted()
@@ -153,7 +154,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         context_parallel_size=config.context_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return World(
+    world = World(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
@@ -174,6 +175,11 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         host_group=host_group(),
         layout=config,
     )
+    debug(
+        f"rank {rank} of {world_size} on {own_device}: tensor {world.tp_rank} of {world.tp_size}, "
+        f"stage {world.pp_rank} of {world.pp_size}, context {world.cp_rank} of {world.cp_size}, data {world.dp_rank} of {world.dp_size}"
+    )
+    return world
 
 
 def shutdown() -> None:

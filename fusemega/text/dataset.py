@@ -20,7 +20,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
-from fusemega.runtime.console import say
+from fusemega.runtime.console import debug, phase, say
 from fusemega.text.chat import ChatRenderer, Rendered, render_text
 from fusemega.text.data import DataConfig, Row, Source
 from fusemega.text.document import BadRow, Chat, Document, NotLearnt, canonical, parse
@@ -149,8 +149,11 @@ def prepare(
     }
     fingerprint = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(cache_dir) / fingerprint
-    if not folder.is_dir():
-        _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size), progress)
+    if folder.is_dir():
+        debug(f"{source.names[0]}{', ...' if len(source.names) > 1 else ''}: tokenized before, in {folder}")
+    else:
+        with phase(f"{len(source.names)} file(s) of rows are tokenized into {folder}"):
+            _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size), progress)
     dataset = TokenizedDataset(folder, source.names, config)
     if progress:
         _say_left_out(tuple(source.names), dataset)

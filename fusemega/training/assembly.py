@@ -21,7 +21,7 @@ from fusemega.hf.loadable import closing_id, settle
 from fusemega.losses.registry import Objective, build_objective
 from fusemega.passes.batches import RowShape, TrainingData, prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
-from fusemega.runtime.console import say
+from fusemega.runtime.console import phase, say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.runtime.together import on_main
@@ -119,7 +119,8 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
         name: FrozenModel.build(source, checked.objective.frozen[name].wants, gpt, world)
         for name, source in checked.frozen.items()
     }
-    content = content_of(checked.source, checked.objective, dataset, held_out, world)
+    with phase("what the run is made from is hashed"):
+        content = content_of(checked.source, checked.objective, dataset, held_out, world)
     chats = _closes_turns(tokenizer, dataset)
     describe = partial(
         describe_run,

@@ -9,6 +9,7 @@ from typing import Any
 from fusemega.checkpoint.saver import CheckpointSaver
 from fusemega.checkpoint.series import CHECKPOINTS, checkpoint_folder, find_checkpoint, read_state
 from fusemega.checkpoint.training_state import load_checkpoint, training_state
+from fusemega.runtime.console import phase
 from fusemega.runtime.parallel import World
 from fusemega.training.callbacks import Callback
 from fusemega.training.held_out import HeldOut
@@ -60,7 +61,8 @@ class Checkpoints(Callback):
         self._held_out.resume(folder, saved.pop("best", None), trainer.world.is_main)
         check_identity(folder, saved, self._identity(trainer))
         same_layout = is_same_layout(folder, saved.get("layout"), trainer.run, trainer.world)
-        load_checkpoint(folder, trainer.gpt, trainer.optimizer, trainer.world, same_layout)
+        with phase(f"{folder} is loaded"):
+            load_checkpoint(folder, trainer.gpt, trainer.optimizer, trainer.world, same_layout)
         trainer.scheduler.step(increment=trainer.iteration)
 
     def on_step_end(self, trainer: Trainer, values: MutableMapping[str, float]) -> None:
@@ -70,9 +72,11 @@ class Checkpoints(Callback):
         return trainer.is_due(trainer.run.training.save_interval)
 
     def on_save(self, trainer: Trainer, last: bool) -> None:
-        self.save(trainer)
+        with phase(f"the checkpoint of iteration {trainer.iteration} is taken"):
+            self.save(trainer)
         if last:
-            self.saver.wait()
+            with phase("what is still being written is waited for"):
+                self.saver.wait()
 
     def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
         self.saver.__exit__(None if error is None else type(error))

@@ -13,7 +13,7 @@ from typing import Any
 
 from fusemega.checkpoint.series import STATE
 from fusemega.errors import UserError
-from fusemega.runtime.console import say
+from fusemega.runtime.console import phase, warn
 from fusemega.scoring.evaluation import EvaluationSection, evaluate_model
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.training.callbacks import Callback
@@ -88,8 +88,8 @@ class HeldOut(Callback):
         if self._dataset is not None and best.data == self._content:
             self.best = best
         elif self._dataset is not None and best.loss is not None and is_main:
-            say(
-                f"warning: {folder.name} was scored on other held-out text, so its losses are not comparable: "
+            warn(
+                f"{folder.name} was scored on other held-out text, so its losses are not comparable: "
                 "the best evaluation and the patience start again"
             )
 
@@ -98,7 +98,8 @@ class HeldOut(Callback):
             return
         complete_parameters(trainer.ddp)
         shape = replace(trainer.data.shape, seq_length=self._section.data.seq_length, packing=True)
-        found = evaluate_model(trainer.gpt, self._dataset, shape, trainer.world)
+        with phase(f"the held-out text is scored after iteration {trainer.iteration}"):
+            found = evaluate_model(trainer.gpt, self._dataset, shape, trainer.world)
         for callback in trainer.callbacks:
             callback.on_evaluate(trainer, found)
         if self.best.loss is None or found.loss < self.best.loss:

@@ -9,14 +9,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from fusemega.cli import main
 from fusemega.runtime import console
 
 
 @pytest.fixture(autouse=True)
 def _fresh_console() -> Iterator[None]:
-    console.console.cache_clear()
+    for cached in (console.console, console._configured):
+        cached.cache_clear()
     yield
-    console.console.cache_clear()
+    for cached in (console.console, console._configured):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "[red] loss 1.5\n"), ("3", "")])
@@ -27,6 +30,56 @@ def test_rank_0_speaks_on_stderr(
     console.say("[red] loss 1.5")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "rank", "expected"),
+    [
+        (None, "0", ["said", "warning: careful"]),
+        ("debug", "0", ["said", "warning: careful", "debug: detail", "debug: phase"]),
+        ("warning", "0", ["warning: careful"]),
+        ("error", "0", []),
+        ("debug", "2", []),
+        (
+            "debug:all",
+            "2",
+            [f"[rank 2] {text}" for text in ("said", "warning: careful", "debug: detail", "debug: phase")],
+        ),
+        ("info:all", "2", ["[rank 2] said", "[rank 2] warning: careful"]),
+    ],
+)
+def test_how_much_is_shown(
+    setting: str | None,
+    rank: str,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    if setting is None:
+        monkeypatch.delenv("FUSEMEGA_LOG", raising=False)
+    else:
+        monkeypatch.setenv("FUSEMEGA_LOG", setting)
+    console.say("said")
+    console.warn("careful")
+    console.debug("detail")
+    with pytest.raises(ZeroDivisionError), console.phase("phase"):
+        raise ZeroDivisionError
+    captured = capsys.readouterr()
+    assert captured.out == "" and [line.split(": 0.0")[0] for line in captured.err.splitlines()] == expected
+
+
+@pytest.mark.parametrize("setting", ["debgu", "debug:1", "debug:", ":all", "DEBUG"])
+def test_an_unknown_level_is_refused(
+    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FUSEMEGA_LOG", setting)
+    with pytest.raises(SystemExit) as ended:
+        main(["env"])
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: FUSEMEGA_LOG: unknown level {setting!r}") and "allowed: debug, info, warning" in err
+    assert ("did you mean 'debug'" in err) == setting.startswith("deb")
 
 
 def test_srun_ranks_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
