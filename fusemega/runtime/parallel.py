@@ -177,7 +177,8 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
     )
     debug(
         f"rank {rank} of {world_size} on {own_device}: tensor {world.tp_rank} of {world.tp_size}, "
-        f"stage {world.pp_rank} of {world.pp_size}, context {world.cp_rank} of {world.cp_size}, data {world.dp_rank} of {world.dp_size}"
+        f"stage {world.pp_rank} of {world.pp_size}, context {world.cp_rank} of {world.cp_size}, "
+        f"data {world.dp_rank} of {world.dp_size}"
     )
     return world
 
