@@ -1,8 +1,8 @@
-"""A document as the one string that is tokenized, and where in it each message's content lies.
+"""Renders a document to the one string that is tokenized, and finds each message's content in it.
 
-A conversation is rendered by the chat template; `spans.py` says where its texts ended up. The targets of an
-assistant's turn are its content and its closing token. Of a turn with reasoning or tool calls they are all that the
-model has to write: from the end of the generation prompt to the closing token, tags included.
+A conversation is rendered by the chat template; `spans.py` finds the texts in the rendering. The targets of an
+assistant's turn are its content and its closing token. If the turn has reasoning or tool calls, the targets are
+everything that the model has to write: from the end of the generation prompt to the closing token, tags included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fusemega.text.spans import Cell, Outline, Placed, find_between, given, plac
 from fusemega.text.templates import ChatTemplate
 from fusemega.text.tokenizer import Tokenizer
 
-DROPPED = "turns not learnt: the template leaves their reasoning out once others follow"
+DROPPED = "turns not trained on: the template drops their reasoning if others follow"
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class ChatRenderer:
                 raise BadRow(
                     "template drops reasoning",
                     f"the chat template does not write the reasoning of message {i} ({chat.messages[i].role}); "
-                    "data.chat_template takes one that does",
+                    "set another template with data.chat_template",
                 )
         if not turns:
             return chat
@@ -177,8 +177,8 @@ class ChatRenderer:
         if not any(message.supervised for message in messages):
             raise BadRow(
                 "template drops reasoning",
-                "the chat template leaves the reasoning of each turn to be learnt out, as others follow; "
-                "data.chat_template takes one that does not",
+                "the chat template drops the reasoning of every turn that is to be trained on, because others follow; "
+                "set another template with data.chat_template",
             )
         self.counts[DROPPED] += len(turns)
         return replace(chat, messages=tuple(messages))
@@ -231,7 +231,7 @@ class ChatRenderer:
         if calls and times != 1 or times > 1 and not text.startswith(self.closing, content_end):
             raise BadRow(
                 "template rewrites content",
-                f"the end of message {i} cannot be told: its closing {self.closing!r} follows it {times} times",
+                f"the end of message {i} is unknown: its closing {self.closing!r} follows it {times} times",
             )
         end = text.index(self.closing, content_end, limit) + len(self.closing) if times else content_end
         if any(name not in text[start:end] for name in calls):
@@ -253,7 +253,7 @@ class ChatRenderer:
         if not mine:
             raise BadRow(
                 "template rewrites content",
-                f"the beginning of message {i} cannot be told: the generation prompt does not begin the conversation",
+                f"the beginning of message {i} is unknown: the generation prompt does not begin the conversation",
             )
         return first
 
@@ -377,8 +377,8 @@ def _not_heeded(name: str, where: str, ignored: Counter[str] | None) -> None:
     if ignored is None:
         raise BadRow(
             "template ignores field",
-            f"{where} has {name}, which the chat template ignores; data.chat_template takes one that does "
-            "(data.unknown_fields: ignore would leave out and count such fields, unless they are to be learnt)",
+            f"{where} has {name}, which the chat template ignores; set another with data.chat_template "
+            "(data.unknown_fields: ignore would leave out and count such fields, unless they are to be trained on)",
         )
     ignored[name] += 1
 

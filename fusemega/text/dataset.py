@@ -1,4 +1,4 @@
-"""All samples of a data set, tokenized once and kept in one memory-mapped folder of the cache."""
+"""All samples of a data set, tokenized once and stored in one memory-mapped folder of the cache."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class _Tokenize:
                 found = f"with {closing!r}, which is several tokens" if closing else "with no token"
                 notes.append(
                     f"{self.tokenizer.template_source}: its chat template ends an assistant turn {found}: the model "
-                    "does not learn a token at which generation stops (data.chat_template takes another template)"
+                    "does not learn a token at which generation stops (data.chat_template sets another template)"
                 )
         return notes
 

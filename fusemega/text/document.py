@@ -5,10 +5,10 @@ Shapes, tried in this order (a key whose value is null counts as absent):
     prompt + completion    two strings, or two lists of messages: only the completion is supervised
     text                   a string: everything is supervised
 
-A row may also hold names and gradings of it (`fields.NAMES`), of which some are told once, and flags that say whether
-it is to be learnt (`fields.FLAGS`: true or 1, false or 0), as may a message. A row of messages may hold what the chat
-template is given: system (the first message), tools, documents, chat_template_kwargs; a message reasoning, tool calls
-and a name. Whatever else is there might change the meaning: it is refused, or where `data.unknown_fields` is "ignore"
+A row may also have names and scores (`fields.NAMES`), some of which are reported once. A row and a message may have
+flags that say whether they are trained on (`fields.FLAGS`: true or 1, false or 0). A row of messages may have input for
+the chat template: system (the first message), tools, documents, chat_template_kwargs; a message may have reasoning,
+tool calls and a name. Any other field might change the meaning: it is refused, or, with `data.unknown_fields: ignore`,
 counted. An empty text, list or object counts as absent.
 """
 
@@ -42,10 +42,10 @@ MASK_POLICY = "assistant turns with their closing token; completions; whole text
 
 
 class NotLearnt(BadRow):
-    """A row whose own flags say that nothing of it is to be learnt: counted and left out, never an error."""
+    """A row whose own flags exclude all of it from training: counted and left out, never an error."""
 
     def __init__(self) -> None:
-        super().__init__("marked as not to be learnt", "the row's flags say that nothing of it is to be learnt")
+        super().__init__("marked as not to be trained on", "the row's flags exclude all of it from training")
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _chat(messages: tuple[Message, ...], learnable: Any, row: Mapping[str, Any])
         if any(item["role"] == "assistant" for item in learnable):
             raise NotLearnt
         roles = ", ".join(message.role for message in messages)
-        raise BadRow("no assistant turn", f"no assistant turn to learn from (roles: {roles})")
+        raise BadRow("no assistant turn", f"no assistant turn to train on (roles: {roles})")
     return Chat(messages, row_settings(row))
 
 
@@ -238,7 +238,7 @@ def _message(item: object, key: str, supervise: bool, ignored: Counter[str] | No
     reasoning, fields = message_fields(item, key)
     learnt = _learnt(item, key)
     if learnt and role != "assistant":
-        raise BadRow("unsupported flag", f"{key} asks to learn a turn of role {role}; allowed: assistant")
+        raise BadRow("unsupported flag", f"{key} asks to train on a turn of role {role}; allowed: assistant")
     supervised = supervise and role == "assistant" and learnt is not False
     return Message(role, content, supervised, reasoning, fields)
 

@@ -1,7 +1,8 @@
-"""What a row and a message may hold beside their shape's keys: names, flags, and what a chat template is given.
+"""The fields of a row and a message beside the keys of their shape: names, flags, and input of chat templates.
+templates.
 
 Everything here is an allow-list. Fields of a message (`message_fields`) and settings of a row (`row_settings`) are
-brought into the one form that templates expect: reasoning under one name, the arguments of tool calls as objects.
+converted to the form that templates expect: reasoning under one name, the arguments of tool calls as objects.
 """
 
 from __future__ import annotations

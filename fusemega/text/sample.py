@@ -1,18 +1,19 @@
-"""One tokenization and its spans become samples: windows of tokens with targets, byte coordinates and a key.
+"""Turns one tokenization and its spans into samples: windows of tokens with targets, byte offsets and a key.
 
-Canonical stream, the coordinates that all tokenizers and templates share. Of a conversation, for each message:
-[1 virtual header byte][UTF-8 bytes of the content][1 virtual end-of-turn byte]. The last template token before the
-content of the message that begins at `base` ends at base + 1, a content token at base + 1 + its last content byte
-(exclusive), the closing token at base + 1 + len + 1. A text is one message without header byte: its prefix (bos)
-ends at 0, its tokens at their byte, its eos at len + 1. Other template tokens end nowhere: -1.
+The canonical stream has byte offsets that do not depend on tokenizer or template. For each message of a conversation it
+is [1 virtual header byte][UTF-8 bytes of the content][1 virtual end-of-turn byte]. For a message that begins at `base`,
+the last template token before the content ends at base + 1, a content token at base + 1 + the end of its last content
+byte, the closing token at base + 1 + len + 1. A text is one message without header byte: its prefix (bos) ends at 0,
+its tokens at their byte, its eos at len + 1. Other template tokens have no end byte: -1.
 
-What a position predicts must be what follows its byte, whatever the template and the tokenizer write in between. So
-* where the template's space before a content went into the content's first token ("[/INST]", "▁Hello"), the token
+A position must predict what follows its end byte, whatever template and tokenizer write in between. So
+* if the template's space before a content is merged into the content's first token ("[/INST]", "▁Hello"), the token
   before that one ends at base + 1;
 * a space that is not in the text (SentencePiece's, before "你") ends where the text begins;
-* the template's white space before the closing token (" </s>") ends where the content does: of several positions with
-  one coordinate the last is meant;
-* where the closing is several tokens, the content's last token ends nowhere: its next token is half a marker.
+* the template's white space before the closing token (" </s>") ends where the content ends: of several positions with
+  one end byte the last is used;
+* if the closing is several tokens, the content's last token has no end byte, because its next token is only a part of
+  the marker.
 
 Shape suffixes: L tokens of a window, P supervised tokens among them; W tokens at one message.
 """
@@ -252,5 +253,5 @@ def _refuse_special_tokens(rendered: Rendered, encoding: Encoding, tokenizer: To
             raise BadRow(
                 "text without a token",
                 f"the tokenizer has no token for {rendered.text[start:end]!r} (character {start} of the rendered "
-                f"text): it would be read, and learnt, as {token!r}",
+                f"text): it would be read and trained on as {token!r}",
             )

@@ -1,16 +1,16 @@
-"""Where the texts of a conversation lie in its rendering: exact, or refused, never guessed.
+"""Finds the texts of a conversation in its rendering: exactly, or the row is refused.
 
-First rule. Where the texts ended up is learnt by rendering the same conversation with placeholders in place of them:
-that gives the template's literal pieces, and the real rendering must be exactly those pieces with the texts (or the
-texts stripped of outer white space) between them.
+First rule. The same conversation is rendered with placeholders in place of the texts. That gives the template's literal
+pieces. The real rendering must consist of exactly these pieces, with the texts (or the texts stripped of outer white
+space) between them.
 
-A template that looks into contents (Qwen3 takes reasoning out of `<think>...</think>`, and drops it from turns before
-the last question) can only look for what stands in its own source. So where whole contents do not fit, they are cut at
-the tags that the template's source has: the tags stay as they are, and each text between them is placed as before.
+Some templates look into contents. Qwen3's takes reasoning out of `<think>...</think>` and drops it from turns before
+the last question. Such a template can only look for strings in its own source. So if whole contents do not fit, they
+are cut at the tags that the template's source contains: the tags stay, and each text between them is placed as before.
 
-Second rule, for templates that look for something else. A turn lies between two renderings that begin the real one: of
-the messages before it with the generation prompt, and of those up to it. A text that occurs there exactly once lies
-there.
+Second rule, for templates that look for something else. Two renderings are prefixes of the real one: the messages
+before a turn with the generation prompt, and the messages up to and including the turn. The turn lies between their
+ends. A text that occurs there exactly once is found.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Outline:
                 raise BadRow(
                     f"template {what} content",
                     f"the chat template {what} the {'reasoning' if cell.is_reasoning else 'content'} of message "
-                    f"{cell.message} ({self.messages[cell.message].role}), so what is supervised cannot be told",
+                    f"{cell.message} ({self.messages[cell.message].role}), so the supervised tokens are unknown",
                 )
         return parts[0::2], order
 
@@ -213,7 +213,7 @@ def _rewritten(why: str) -> BadRow:
     return BadRow(
         "template rewrites content",
         "the chat template does not reproduce the messages' contents as they are (it rewrites, moves or drops part of "
-        f"one: {why}), so what is supervised cannot be told (data.chat_template takes another template)",
+        f"one: {why}), so the supervised tokens are unknown (data.chat_template sets another template)",
     )
 
 

@@ -1,12 +1,13 @@
-"""Long documents cut into parts that each fit in one window of several tokenizers, with nothing lost.
+"""Splits long documents into parts that each fit in one window of several tokenizers, without losing anything.
 
-Teachers and the target read a document under their own tokenizers and templates. Where it fits in one window of each,
-they share its sample; where it is longer, their windows end at different places and share nothing. FuseChat's data
-was split at 2,048 tokens beforehand; FuseLLM's at 2,048 - 48, under the longest of all its tokenizers.
+Teachers and the target read a document with their own tokenizers and templates. If it fits in one window of each, they
+share its sample. If it is longer, their windows end at different places and they share nothing. FuseChat's data was
+split at 2,048 tokens beforehand; FuseLLM's at 2,048 - 48, under the longest of all its tokenizers.
 
-A document is a list of units. Of a conversation: the messages up to and with an assistant's turn; each part begins
-with the conversation's system messages, too. Of a text: a word with the white space around it (up to a full stop in
-Chinese and Japanese), and parts end at a line's end where one is near. Other rows (prompt + completion) are one unit.
+A document is a list of units. A unit of a conversation is the messages up to and including an assistant's turn; each
+part also begins with the conversation's system messages. A unit of a text is a word with the white space around it (in
+Chinese and Japanese, the text up to a full stop); parts end at the end of a line if one is near. Other rows (prompt +
+completion) are one unit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A HF fast tokenizer, with what fusion needs beyond it: hashes of its content and exact character offsets."""
+"""A Hugging Face fast tokenizer, with hashes of its content and exact character offsets."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ BAD = [
     ({"prompt": "x"}, "unknown shape", "found the keys prompt"),
     ({"prompt": "x", "completion": ""}, "empty", "completion is empty"),
     ({"prompt": "x", "completion": [ASSISTANT]}, "wrong type", "must both be"),
-    ({"prompt": [USER], "completion": [USER]}, "no assistant turn", "no assistant turn to learn from (roles: user"),
+    ({"prompt": [USER], "completion": [USER]}, "no assistant turn", "no assistant turn to train on (roles: user"),
     ({"messages": "x"}, "wrong type", "messages is a list of messages, found a string"),
     ({"messages": []}, "empty", "messages is empty"),
     ({"messages": ["x"]}, "wrong type", "messages[0] is an object"),
@@ -79,7 +79,7 @@ BAD = [
     ),
     ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "unsupported flag", "messages[1] has weight: '0.5'; allowed"),
     ({"messages": [USER, ASSISTANT | {"train": "no"}]}, "unsupported flag", "messages[1] has train: 'no'; allowed"),
-    ({"messages": [USER | {"train": True}, ASSISTANT]}, "unsupported flag", "asks to learn a turn of role user"),
+    ({"messages": [USER | {"train": True}, ASSISTANT]}, "unsupported flag", "asks to train on a turn of role user"),
     ('{"text": "\\ud800"}', "invalid unicode", "lone surrogate at character 0"),
     ({"text": "a </s> b"}, "special token in content", "'</s>' (character 2"),
 ]
@@ -125,7 +125,7 @@ def test_flags_decide_what_is_learnt(flag: dict[str, object], tmp_path: Path) ->
     dataset = prepare(DataConfig(path=str(tmp_path / "rows.jsonl")), tokenizer, tmp_path / "cache")
     learnt = [tokenizer.hf.decode(sample.ids[sample.supervised]).strip() for sample in dataset]
     assert [text.removesuffix("<|im_end|>").removesuffix("</s>") for text in learnt] == ["well", "hello"]
-    assert dataset.skipped == {"marked as not to be learnt": 3}
+    assert dataset.skipped == {"marked as not to be trained on": 3}
 
 
 def test_unknown_fields_are_counted_where_asked(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_turn_whose_reasoning_is_left_out_later_is_context(turns: list[dict[st
     found, counted, renderer = learnt(byte_level(QWEN3), {"messages": turns})
     assert (found, counted) == ("<think>\nu\n</think>\n\nso<|im_end|>", 3) and renderer.counts == {DROPPED: 1}
     turns[3] = turns[3] | {"train": False}
-    with pytest.raises(BadRow, match="leaves the reasoning of each turn to be learnt out"):
+    with pytest.raises(BadRow, match="drops the reasoning of every turn that is to be trained on"):
         learnt(byte_level(QWEN3), {"messages": turns})
 
 
