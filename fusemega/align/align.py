@@ -1,4 +1,4 @@
-"""`fusemega align`: from two tokenizers, and a corpus where the kind of map needs one, to a vocabulary map.
+"""`fusemega align`: makes a vocabulary map from two tokenizers, and from a corpus if the kind of map needs one.
 
 Shape suffixes: S ids of the source's vocabulary.
 """

@@ -1,7 +1,7 @@
-"""Which of several equally near tokens: the one that stands among the same words (FuseLLM's option for MinED).
+"""Chooses among equally near tokens the one with the most similar neighbours in a corpus (FuseLLM's option for MinED).
 
-A token's vector counts the tokens within five places of it in a corpus. Vectors of two vocabularies are compared, by
-cosine, over the tokens that both have, byte for byte; the paper does not say over what, this is this project's choice.
+A token's vector counts the tokens within five places of it in a corpus. Vectors of two vocabularies are compared by
+cosine over the tokens that both have, byte for byte. The paper does not define these axes; this is our choice.
 
 Shape suffixes: S ids of a vocabulary, C pairs of a token and a neighbour that occur.
 """

@@ -1,4 +1,4 @@
-"""One data set under two tokenizers: which samples belong together, and work on them shared out over processes."""
+"""Pairs the samples of one data set under two tokenizers, and distributes work on them over processes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How often tokens of two vocabularies stand side by side in a corpus: what statistics-based maps (MS) are made of.
+"""Counts how often tokens of two vocabularies are aligned in a corpus, for the statistics-based maps (MS).
 
 FuseChat (arXiv:2402.16107) counts, for each target position, every distinct source token that its warped path aligns
-with it, prompts, templates and padding included (`dtw`). The default counts the tokens that end at the same byte, of
-supervised text only, which is all that a map is used on (`offsets`).
+with it, including prompts, templates and padding (`dtw`). The default counts tokens that end at the same byte, in
+supervised text only, which is the only text that a map is used on (`offsets`).
 
 Shape suffixes: C pairs, N target tokens.
 """

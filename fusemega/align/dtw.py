@@ -1,18 +1,17 @@
 """The published alignment: dynamic time warping of two token sequences, for parity with FuseLLM and FuseChat.
 
-FuseChat (arXiv:2402.16107; FuseAI, FuseChat/utils/align_token_and_vocab.py) decodes every id by itself and looks for
-the cheapest monotone path between the two lists of strings:
+FuseChat (arXiv:2402.16107; FuseAI, FuseChat/utils/align_token_and_vocab.py) decodes every id separately and finds the
+cheapest monotone path between the two lists of strings:
 
     D[i, j] = cost(i, j) + min(D[i - 1, j], D[i, j - 1], D[i - 1, j - 1])
 
-with cost the edit distance of the two strings without their word markers; where one of them is only a marker, both
-with the target's marker. On the way back from the last pair to the first, equal values are left diagonally first,
-then to the target's previous token, then to the source's. FuseLLM (arXiv:2401.10491; FuseLLM/src/utils/others.py) takes
-the tokens' forms in the vocabularies for strings, always without markers, and goes to the source's previous token
-before the target's.
+The cost is the edit distance of the two strings without their word markers; if one of them is only a marker, of both
+strings with the target's marker. On the way back from the last pair to the first, ties go to the diagonal, then to the
+target's previous token, then to the source's. FuseLLM (arXiv:2401.10491; FuseLLM/src/utils/others.py) compares the
+tokens' forms in the vocabularies, always without markers, and prefers the source's previous token to the target's.
 
-Edit distances are taken once for each pair of distinct strings, and paths in compiled code; one byte a cell, 4 MB for
-2,048 x 2,048 tokens.
+Edit distances are computed once for each pair of distinct strings, and paths in compiled code, with one byte for each
+cell: 4 MB for 2,048 x 2,048 tokens.
 
 Shape suffixes: M source tokens, N target tokens; A and B distinct strings among them.
 """

@@ -1,7 +1,7 @@
-"""The kinds of vocabulary maps by name, as `fusemega align --kind` takes them.
+"""The kinds of vocabulary maps by name: the values of `fusemega align --kind`.
 
-A new kind is one function under `@map_kind(name, summary)`, imported at the end of this file. The functions import what
-they compute with when they are called, so that reading a map needs none of it.
+A new kind is one function under `@map_kind(name, summary)`, imported at the end of this file. Each function imports the
+code that it needs when it is called, so that reading a map does not import it.
 
 Shape suffixes: S ids of the source's vocabulary.
 """

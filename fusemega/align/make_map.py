@@ -1,18 +1,18 @@
 """How each kind of vocabulary map is made.
 
-exact          tokens that stand for the same bytes
-first_piece    these, else the first of the pieces that the target's tokenizer cuts the token into
+exact          tokens with the same bytes
+first_piece    these, else the first of the pieces into which the target's tokenizer cuts the token
 mined          these, else the nearest token by edit distance (FuseLLM's MinED, arXiv:2401.10491)
-ms             these, else the token that most often ends where it ends, in a corpus
+ms             these, else the token that most often ends at the same byte in a corpus
 ms_reference   FuseChat's statistics-based map (arXiv:2402.16107) as FuseAI's align_token_and_vocab.py computes it
 
-FuseLLM and FuseChat compare the tokens' forms in the vocabularies, after writing the source's word marker as the
-target's. Here what tokens stand for is compared, bytes for identity and their text (a marker is a space) for edit
-distances: the same thing for ASCII; but a byte-level form of "é" is "Ã©", and `<0xE2>` stands for one byte.
+FuseLLM and FuseChat compare the tokens' forms in the vocabularies, with the source's word marker replaced by the
+target's. Here the bytes that tokens stand for are compared, and for edit distances their text (a marker is a space).
+For ASCII this is the same; but the byte-level form of "é" is "Ã©", and `<0xE2>` stands for one byte.
 
-In all kinds but the reference's a role comes before a content: bos becomes bos, eos eos, and the token that closes a
-turn the target's such token; other special tokens become nothing. A token that ends texts and turns is the one that
-closes a turn; where a plain text ends, the map's user takes it for eos (`VocabularyMap.source_eos`).
+In all kinds except `ms_reference`, roles take precedence over bytes: bos maps to bos, eos to eos, the token that closes
+a turn to the target's such token; other special tokens map to nothing. A token that ends texts and turns is treated as
+the one that closes a turn. Where a plain text ends, the user of the map treats it as eos (`VocabularyMap.source_eos`).
 
 Shape suffixes: S ids of the source's vocabulary, C pairs of a corpus's counts.
 """

@@ -1,4 +1,4 @@
-"""The pieces that a tokenizer cuts the bytes of another's token into: by themselves, and where a text goes on."""
+"""The pieces into which a tokenizer cuts the bytes of another's token: of the token alone, and before more text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`fusemega project`: a source's store in the target's ids, as the published methods make it, ahead of training.
+"""`fusemega project`: maps a source's store to the target's ids with the published methods, before training.
 
-Only parity needs this: it aligns whole token sequences of both tokenizers, which a store does not have. The default
-alignment and projection work on rows as they are read.
+Only parity needs this: the published methods align whole token sequences, which a store does not have. The default
+alignment and projection work on rows when they are read.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""A model moved onto another vocabulary: new rows for its embedding and its head, all else bit for bit.
+"""Moves a model to another vocabulary: new rows for embedding and head, everything else bit for bit.
 
-A new token takes the old row of the token with the same content, as a vocabulary map from the new vocabulary to the
-old one says (the direction of the rows: which old id stands for this new id). One without a counterpart takes the mean
-of the old rows of the pieces that the old tokenizer cuts its content into (FVT: Gee et al. 2022, Fast Vocabulary
-Transfer for Language Model Compression); one without pieces (unused ids, special tokens without a counterpart) the
-mean of all the old tokenizer's rows (Hewitt 2021). So does a byte token whose byte another token has (`<0x41>` beside
-`A`): no text becomes it, and with that token's row it would take half of that token's probability. Means are taken in
-fp32 and rounded once.
+A vocabulary map from the new vocabulary to the old one gives each new token's row: that of the old token with the same
+content. A token without a counterpart gets the mean of the old rows of the pieces into which the old tokenizer cuts its
+content (FVT: Gee et al. 2022, Fast Vocabulary Transfer for Language Model Compression). A token without pieces (unused
+ids, special tokens without a counterpart) gets the mean of all the old tokenizer's rows (Hewitt 2021). So does a byte
+token whose byte another token has (`<0x41>` beside `A`): no text is tokenized to it, and with that token's row it would
+take half of that token's probability. Means are computed in fp32 and rounded once.
 
 Shape suffixes: N new ids, V old ids, H hidden size, C pieces of a token.
 """

@@ -1,7 +1,8 @@
-"""What each token of a tokenizer stands for, in bytes: the ground on which two vocabularies are compared.
+"""The bytes that each token of a tokenizer stands for, by which two vocabularies are compared.
 
-Vocabularies write the same bytes in different ways: byte-level ones (GPT-2, Llama-3, Qwen) one printable character a
-byte, SentencePiece ones (Llama-2, Mistral, Gemma) a space as U+2581 and rare bytes as `<0xE2>`. Undone here, once.
+Vocabularies write the same bytes in different ways. Byte-level ones (GPT-2, Llama-3, Qwen) use one printable character
+for each byte; SentencePiece ones (Llama-2, Mistral, Gemma) use U+2581 for a space and `<0xE2>` for rare bytes. These
+forms are undone here, once.
 """
 
 from __future__ import annotations

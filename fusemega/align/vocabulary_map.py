@@ -1,4 +1,4 @@
-"""A vocabulary map: for each id of a source tokenizer the id of a target tokenizer that stands for it, as one file.
+"""A vocabulary map, stored as one file: for each id of a source tokenizer the corresponding id of a target tokenizer.
 
 Shape suffixes: S ids of the source's vocabulary.
 """

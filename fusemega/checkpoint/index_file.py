@@ -1,9 +1,9 @@
-"""`.metadata` of a distributed checkpoint, which is a pickle, read without running anything that it names.
+"""Reads `.metadata` of a distributed checkpoint, which is a pickle, without running anything that it names.
 
-A pickle may name any function of any module, to be called while it is read. Here every name stands on a list; classes
-of torch.distributed.checkpoint become records that hold what the pickle says and can do nothing, which also spares
-the second that their import takes. What passes here may be read by torch, whose reader (`FileSystemReader.
-read_metadata`, torch/distributed/checkpoint/filesystem.py:930) follows any name.
+A pickle can make its reader call any function of any module. Here every name must be on a list. Classes of
+torch.distributed.checkpoint become inert records, which also saves the second that importing them takes. A file that
+passes may be read by torch, whose reader (`FileSystemReader.read_metadata`,
+torch/distributed/checkpoint/filesystem.py:930) follows any name.
 """
 
 from __future__ import annotations

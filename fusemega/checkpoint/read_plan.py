@@ -1,6 +1,6 @@
-"""What each rank of a layout would read of a model's weights, from configurations and file headers alone.
+"""Plans what each rank of a layout reads of a model's weights, from configurations and file headers alone.
 
-Nothing is allocated, no process group is needed: one process plans for any layout.
+Nothing is allocated and no process group is needed, so one process can plan for any layout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoints (format torch_dist): weights alone, and what goes wrong with any of them."""
+"""Megatron distributed checkpoints (format torch_dist): loading and saving weights, and errors of any of them."""
 
 from __future__ import annotations
 

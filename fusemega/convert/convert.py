@@ -1,8 +1,8 @@
-"""Whole folders between Hugging Face and Megatron, bit for bit: planned first, then copied by a few small processes.
+"""Converts whole folders between Hugging Face and Megatron, bit for bit: planned first, then copied by small processes.
 
-No model is built. A plan says which boxes of which files make up every tensor of the output; it is cut into items,
-which processes write one by one, a block at a time, so that memory does not grow with the model. Finished items are
-journalled: an interrupted conversion goes on where it stopped, and the output has its name only when it is whole.
+No model is built. A plan says which boxes of which files make up every tensor of the output. It is cut into items, and
+processes write them one by one, a block at a time, so memory does not grow with the model. Finished items are recorded
+in a journal: an interrupted conversion can be resumed, and the output gets its name only when it is complete.
 """
 
 from __future__ import annotations

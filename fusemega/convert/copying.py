@@ -1,7 +1,8 @@
-"""What a conversion's processes do: gather the bytes of a plan's tensors block by block, and write or compare them.
+"""The work of a conversion's processes: gather the bytes of a plan's tensors block by block, and write or compare them.
 
-A process holds two blocks, whatever the size of the tensors. Files are read into those blocks, not mapped: mapped pages
-would count as this process's memory. numpy is imported where rows are cut and torch where types change, not before.
+A process holds two blocks, whatever the size of the tensors. Files are read into these blocks, not mapped, because
+mapped pages would count as memory of this process. numpy is imported only if rows are cut, and torch only if dtypes
+change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The proof that a conversion changed nothing: bit for bit over any two folders, and by their logits on a text."""
+"""Verifies that a conversion changed nothing: bit for bit over any two folders, and by logits on a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where everything that can be made again is kept."""
+"""The cache folder, for everything that can be made again."""
 
 from __future__ import annotations
 

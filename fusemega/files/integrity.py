@@ -1,9 +1,9 @@
-"""`integrity.json`: the size and hash of every file of a folder, so that damage is found before it is used.
+"""`integrity.json`: the size and hash of every file of a folder, so that damage is found before the files are used.
 
-Sizes are compared whenever a folder is opened (one stat a file); hashes, which read everything, by `fusemega convert
-verify` and by a run that resumes. The hash is XXH3-128, as `xxh128sum` prints it: it finds damage at the speed of
-memory, and does not claim to stop a forger, who would write this file anew. Imports neither torch nor numpy: light
-processes use it.
+Sizes are compared whenever a folder is opened (one stat for each file). Hashes, which read everything, are compared by
+`fusemega convert verify` and by a run that resumes. The hash is XXH3-128, as printed by `xxh128sum`. It finds damage at
+the speed of memory; it does not stop an attacker, who could rewrite this file too. The module imports neither torch nor
+numpy, because light processes use it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""JSON that others wrote, read within bounds: UTF-8, 100 levels, numbers of a sane length, every key once.
+"""Reads JSON files from any source, with limits: UTF-8, 100 levels, numbers of reasonable length, every key once.
 
-Python's reader lets pass what is no JSON (NaN), loses one of two equal keys without a word, turns 1e400 into infinity
-and ends in one of four exceptions. Here there is one, and what is returned can be walked through without care.
+Python's reader accepts NaN, which is not JSON, silently drops one of two equal keys, turns 1e400 into infinity, and
+raises one of four exceptions. Here there is one exception, and the result is safe to walk through.
 """
 
 from __future__ import annotations

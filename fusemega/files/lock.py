@@ -1,8 +1,8 @@
-"""One writer an output: a lock beside it, `.NAME.fusemega.lock`, that names its holder and dies with it.
+"""One writer for each output: a lock beside it, `.NAME.fusemega.lock`, that names its holder and ends with its process.
 
-The lock is `flock`'s, which the kernel takes back from a process that ends in any way, also over NFS (where the clients
-pass it on to the server). The file is only where the lock is held and who holds it; it is removed with the lock, and
-what a killed process leaves of it holds nobody up.
+The lock is `flock`'s. The kernel releases it when a process ends in any way, also over NFS (where clients pass it on to
+the server). The file only says where the lock is and who holds it. It is removed with the lock; a file that a killed
+process left blocks nobody.
 """
 
 from __future__ import annotations

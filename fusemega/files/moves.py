@@ -1,7 +1,6 @@
-"""The plan of a conversion: tensors as places in files, and new tensors as boxes of them. Reads no weights.
+"""The plan of a conversion: stored tensors as places in files, and new tensors as boxes of them. Reads no weights.
 
-Everything here is small, plain and can be pickled; torch is not imported, so that the processes that do the copying
-stay small too.
+Everything here is small, plain and can be pickled. torch is not imported, so that the processes that copy stay small.
 """
 
 from __future__ import annotations

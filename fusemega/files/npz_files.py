@@ -1,7 +1,7 @@
-"""Arrays from `.npz` files that others wrote: those that are expected, of the types that are expected, and no larger.
+"""Reads arrays from `.npz` files from any source: only the expected arrays, of the expected types, within a limit.
 
-numpy allocates what a header says before it reads a byte, and a kilobyte can unpack to gigabytes. So sizes are compared
-with what the archive's directory says before anything is unpacked, and no more than that is read.
+numpy allocates what a header says before it reads a byte, and a kilobyte can unpack to gigabytes. So sizes are checked
+in the archive's directory before anything is unpacked, and no more than that is read.
 """
 
 from __future__ import annotations

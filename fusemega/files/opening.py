@@ -1,7 +1,7 @@
-"""Files that others made are opened here: regular files only, of a bounded size, whatever stands at the path.
+"""Opens files from any source: regular files only, of limited size, whatever is at the path.
 
-Opening a FIFO waits for a writer that may never come, and a device has no end. Hence `O_NONBLOCK`, which regular files
-do not heed, and a look at what was opened (not at the path, which may change in between).
+Opening a FIFO waits for a writer that may never come, and a device has no end. So files are opened with `O_NONBLOCK`,
+which has no effect on regular files, and the opened file is checked (not the path, which may change in between).
 """
 
 from __future__ import annotations

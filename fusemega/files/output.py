@@ -1,4 +1,4 @@
-"""Output folders and files that appear whole or not at all."""
+"""Output folders and files that appear complete or not at all."""
 
 from __future__ import annotations
 

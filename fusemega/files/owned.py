@@ -1,8 +1,8 @@
-"""What is removed or replaced is our own: folders that say so themselves.
+"""Removes and replaces only what fusemega made, as the folders themselves prove.
 
-A temporary folder `.NAME.incomplete` holds a marker from its first moment to its last. A folder that is replaced when
-it is made anew (a report) holds a list of its files with their hashes: one that is not in the list, or was changed,
-is somebody's work. Beside a link stands where we let it lead: one that leads elsewhere was set by somebody.
+A temporary folder `.NAME.incomplete` has a marker from its first moment to its last. A folder that may be replaced (a
+report) has a list of its files with their hashes: a file that is not in the list, or was changed, belongs to somebody
+else. For a link, a note beside it records its target: a link to another target was set by somebody else.
 """
 
 from __future__ import annotations

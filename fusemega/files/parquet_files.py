@@ -1,4 +1,4 @@
-"""Rows of parquet files that others wrote, a bounded number of bytes at a time."""
+"""Reads rows of parquet files from any source, a limited number of bytes at a time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Pickles that others wrote, read without running anything, and within what their own size allows.
+"""Reads pickles from any source without running anything, and within limits set by their own size.
 
-A pickle is a program. Here it has the instructions that plain records need and no others, may name only what its reader
-allows, may not ask for a place of the memo beyond its own length (C Python's reader would allocate up to there), and
-may use as a key of a mapping only a text, a number or a record (the hash of tuples of tuples of one tuple takes for
-ever). What passes may be given to a faster reader.
+A pickle is a program. Here only the opcodes that plain records need are allowed. It may name only what its reader
+allows, may not use a memo index beyond its own length (C Python's reader would allocate up to there), and may use only
+text, numbers and records as keys of a mapping (hashing nested tuples can take for ever). A pickle that passes may be
+given to a faster reader.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What was found by reading whole files, remembered while they are not touched: contents decide, and are read once.
+"""Caches results of reading whole files, for as long as the files are not touched.
 
-Files count as the same while their paths, sizes, inodes and times of change are (of the inode too, which what keeps
-modification times cannot set). Those times are no finer than a system's clock tick, or a second on some file systems:
-of a file that was changed in the last two nothing is remembered, since a change to come could leave no trace.
+Files count as unchanged while their paths, sizes, inodes and times of change are the same (also the inode's time of
+change, which tools that restore modification times cannot set). These times are no finer than a clock tick of the
+system, or a second on some file systems. So nothing is cached for a file that was changed in the last two seconds,
+because another change might leave no trace.
 """
 
 from __future__ import annotations

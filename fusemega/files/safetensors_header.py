@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what tensors it holds, and where. No weights are read."""
+"""The header of a safetensors file: its tensors and their places. Reads no weights."""
 
 from __future__ import annotations
 

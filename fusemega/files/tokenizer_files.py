@@ -1,7 +1,7 @@
-"""Tokenizers that others made: their files are looked at before transformers reads them, and a panic is an error.
+"""Loads tokenizers from any source: their files are checked before transformers reads them; a panic is an error.
 
-transformers and the tokenizers library raise anything, from OSError to bare Exception; the latter's compiled code also
-panics, which is no Exception, and arrays are made as large as an id says.
+transformers and the tokenizers library raise anything from OSError to a bare Exception. The library's compiled code
+also panics, which is not an Exception, and it allocates arrays as large as an id says.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Outputs that take long: written under a temporary name together with a journal, resumed from it, renamed when whole.
+"""Outputs that take long: written under a temporary name with a journal, resumed from it, renamed when complete.
 
 .OUT.incomplete/
-  .fusemega        says that the folder is ours (`owned.py`)
-  journal.jsonl    a line of JSON: what is being made; then a line for each finished item
-  out/             the output's files, whole or not; renamed to OUT
+  .fusemega        marks the folder as ours (`owned.py`)
+  journal.jsonl    a line of JSON that says what is being made; then a line for each finished item
+  out/             the output's files, complete or not; renamed to OUT
 """
 
 from __future__ import annotations

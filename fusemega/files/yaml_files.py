@@ -1,8 +1,8 @@
-"""YAML that others wrote, read within bounds: plain values under words, of a bounded number, depth and length.
+"""Reads YAML files from any source, with limits: plain values under text keys, of limited number, depth and length.
 
-A file of a few lines can stand for more than a machine holds, by aliases of aliases; so values are counted as they are
-built, as often as they are used. Of YAML's types there are JSON's: a date is a text here, `1e-5` a number, and a tag
-that means anything else is refused.
+A file of a few lines can expand to more than a machine holds, by aliases of aliases. So values are counted while they
+are built, each time they are used. The types are those of JSON: a date is text, `1e-5` a number, and a tag of any other
+type is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face folder's tensors are those its configuration asks for."""
+"""Checks that a Hugging Face folder has exactly the tensors that its configuration requires."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A smaller model from a larger one: whole layers left out, the rest numbered anew, every kept bit as it was."""
+"""Makes a smaller model from a larger one by removing whole layers; the rest is renumbered and kept bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a Megatron model to a Hugging Face folder, as `save_pretrained` would write it."""
+"""Writes a Megatron model as a Hugging Face folder, in the form of `save_pretrained`."""
 
 from __future__ import annotations
 

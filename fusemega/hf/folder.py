@@ -1,4 +1,4 @@
-"""A Hugging Face model folder, read with suspicion: safetensors only, every shard checked before any is used."""
+"""A Hugging Face model folder from any source: safetensors only, every shard checked before any is used."""
 
 from __future__ import annotations
 

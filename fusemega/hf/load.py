@@ -1,4 +1,4 @@
-"""From a Hugging Face folder into a Megatron model: each rank reads its own slices and nothing else."""
+"""Loads a Hugging Face folder into a Megatron model; each rank reads only its own slices."""
 
 from __future__ import annotations
 

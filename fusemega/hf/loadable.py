@@ -1,9 +1,9 @@
-"""A finished Hugging Face folder is loaded as its users will load it, without weights, before it gets its name.
+"""Loads a finished Hugging Face folder as its users will, without weights, before the folder gets its name.
 
-`AutoTokenizer` picks a class by configuration files that lie beside tokenizer.json, and `generate()` stops at what
-generation_config.json says: both may be other than what the rows were trained with. Here the folder's tokenizer is
-compared with that one on probe texts, its ids with the rows, and the token that closes a turn with where generation
-stops; what can be mended is mended and told, and the rest refused.
+`AutoTokenizer` chooses a class from configuration files beside tokenizer.json, and `generate()` stops at the tokens in
+generation_config.json. Both may differ from what the model was trained with. So the folder's tokenizer is compared with
+the training tokenizer on probe texts, its ids with the number of rows, and the token that closes a turn with the stop
+tokens. Differences that can be corrected are corrected and reported; the others are refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A Hugging Face folder that fusemega wrote is as it wrote it: its `integrity.json` is the proof.
+"""Checks that a Hugging Face folder is as fusemega wrote it, with its `integrity.json`.
 
-Other programs do not mind that file, and a user may well edit the folder: a README, another template. So damaged
-weights are refused, small files that count and are others than those written are named, and the rest is not looked at.
-A folder without the file, as others write it, is taken as it is.
+Other programs ignore that file, and a user may edit the folder (a README, another template). So damaged weights are
+refused; small files that matter and were changed are named; other files are not checked. A folder without
+`integrity.json`, as other programs write it, is used as it is.
 """
 
 from __future__ import annotations

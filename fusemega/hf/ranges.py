@@ -1,7 +1,7 @@
-"""Element ranges of tensors in model folders, read and written in place: the weights of an out-of-core computation.
+"""Reads and writes ranges of elements of tensors in model folders, for computations that do not load the models.
 
-Reading is `pread` into a buffer the caller owns, not a memory map: pages of a map count as this process's memory, and
-a map of five models is the five models. Any number of processes and threads may read and write at once.
+Reading is `pread` into a buffer that the caller owns, not a memory map: the pages of a map count as memory of this
+process, and a map of five models would count as five models. Processes and threads may read and write at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, so that the writer holds one tensor and not a shard."""
+"""Writes a safetensors file tensor by tensor, so that the writer holds one tensor and not a shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds beside its weights."""
+"""The files of a Hugging Face folder beside its weights."""
 
 from __future__ import annotations
 

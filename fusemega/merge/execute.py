@@ -1,9 +1,10 @@
-"""A plan, executed: block by block through the method, into files that are whole when the last job is done.
+"""Executes a plan: each job block by block with its method, into files that are complete when the last job is done.
 
-Each job is the work of one process from its first pass to its last block, so what its passes remember never travels.
-Processes, not threads: an operation on a block takes some ten microseconds, and threads that want Python's lock after
-each of them lose more than they gain. They are forked, and share what Python and torch hold in memory. Each computes in
-one thread (`torch.set_num_threads(1)`), so a result never depends on how torch would have split an operation.
+One process runs a job from its first pass to its last block, so the results of a job's passes are never sent to another
+process. Processes are used, not threads: an operation on a block takes about ten microseconds, and threads that wait
+for Python's lock after each of them lose more time than they gain. The processes are forked and share the memory of
+Python and torch. Each computes in one thread (`torch.set_num_threads(1)`), so a result does not depend on how torch
+would have split an operation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which tensors are merged together, and under which settings each."""
+"""Groups tensors into jobs: which are merged together, and with which settings."""
 
 from __future__ import annotations
 

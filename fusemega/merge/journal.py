@@ -1,6 +1,6 @@
-"""What of an interrupted merge is whole: a line a finished job, written after its weights are on the disk.
+"""The journal of a merge: one line for each finished job, written after its weights are on disk.
 
-The line holds the hash of those weights: what a merge that goes on does not find as it was written, it makes anew.
+The line has the hash of the weights. If a resumed merge finds other bytes, it merges them again.
 """
 
 from __future__ import annotations

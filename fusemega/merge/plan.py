@@ -1,4 +1,4 @@
-"""What a merge will do, tensor by tensor, and every check that can be made before anything is written."""
+"""The plan of a merge, tensor by tensor, with every check that is possible before anything is written."""
 
 from __future__ import annotations
 

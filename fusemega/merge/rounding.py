@@ -1,7 +1,7 @@
-"""Deltas that are little but rounding: where most of a model's elements are its base's, or the next number of its type.
+"""Finds deltas that are mostly rounding error: most of a model's elements equal the base's or differ by one step.
 
-A bf16 file holds eight bits of each weight. An update smaller than half of the last one is lost, and one of about its
-size is mostly rounding, and methods that weigh models by their deltas (VaRM, SCE) weigh just that.
+A bf16 file holds eight bits of each weight. An update smaller than half of the last bit is lost, and an update of about
+that size is mostly rounding. Methods that weigh models by their deltas (VaRM, SCE) then weigh rounding errors.
 """
 
 from __future__ import annotations

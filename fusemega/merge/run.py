@@ -1,4 +1,4 @@
-"""The run file of a merge, in mergekit's words: its YAML for the methods that both know is read as it is."""
+"""The run file of a merge, in mergekit's format: the same YAML works for the methods that both programs have."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The largest elements of a tensor, exactly, in passes over blocks: what a stable sort would put first.
+"""Selects the largest elements of a tensor exactly, in passes over blocks: those that a stable sort would put first.
 
-A sample of the tensor gives a bracket, two keys between which the k-th largest almost certainly lies. One pass then
-counts the keys above the bracket and keeps those within it, block by block, which finds the k-th largest itself and,
-for each block, how many of its elements that equal it are taken: the first ones, in the order of the flat tensor. Where
-the sample was misleading, a pass counts the upper 15 bits of every key (they are non-negative fp32, so their bit
-patterns are in the same order), and the bracket is the interval that holds the k-th largest; where that is so full that
-its keys might not fit (more than `MAX_MEMBERS`), one more pass counts the lower 17 bits.
+A sample of the tensor gives a bracket: two keys between which the k-th largest almost certainly lies. One pass counts
+the keys above the bracket and keeps those inside it, block by block. This gives the k-th largest key, and for each
+block how many of the elements equal to it are taken: the first ones in the order of the flat tensor. If the sample
+misses, one more pass counts the upper 15 bits of every key (keys are non-negative fp32, so their bit patterns have the
+same order), and the bracket becomes the interval that holds the k-th largest. If that interval has more than
+`MAX_MEMBERS` keys, another pass counts the lower 17 bits.
 
-Only integers are added, and the sample does not depend on blocks, so their size changes nothing.
+Only integers are added, and the sample does not depend on the blocks, so the result does not depend on their size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The election of a sign for each element, and the sums over the deltas that have it."""
+"""Elects a sign for each element, and sums the deltas that have it."""
 
 from __future__ import annotations
 

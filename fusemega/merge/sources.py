@@ -1,4 +1,4 @@
-"""Blocks of the tensors of several models, read: what methods compute on."""
+"""Reads blocks of the tensors of several models, for the methods."""
 
 from __future__ import annotations
 

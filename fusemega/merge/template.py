@@ -1,4 +1,4 @@
-"""Whose chat template a merge carries, and with it what ends a turn: the models' words, not the bare base's."""
+"""Chooses the chat template of a merge, and with it the tokens that end a turn."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Vocabularies of different length or meaning: which row of each model is which row of the merge.
+"""Vocabularies that differ in length or meaning: which row of each model becomes which row of the merge.
 
-Rows are merged by position where the models' files show that they belong to the same tokens: the same strings and the
-same merges. Otherwise the user says what to do: `crop` keeps the base's rows and `pad` the longest model's, both by
-position; `position` takes the same rows whatever the files say; `union` goes by token string. A model that lacks a row
-takes no part in it: it is given the base's row (a delta of zero), or, where the base lacks it too, the mean of the
-models that have it, which then is the base's row as well.
+Rows are matched by position if the models' files show that they stand for the same tokens: the same strings and the
+same merges. Otherwise the user chooses. `crop` keeps the base's rows and `pad` the longest model's, both by position;
+`position` matches by position whatever the files say; `union` matches by token string. A model that lacks a row
+contributes nothing to it: it gets the base's row (a delta of zero), or, if the base lacks it too, the mean of the
+models that have it, which is then the base's row as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Pages and pictures of what commands found. Without torch.
+"""Pages and pictures of the results of commands. Does not import torch.
 
 page.py               a page about training runs; runs.py: what their folders hold
 arms_page.py          the page of a quickstart
 merge_page.py         the page of a merge
 align_page.py         the page of a vocabulary map
-charts.py, plots.py   curves and bars; page_template.py: the HTML they stand in
+charts.py, plots.py   curves and bars; page_template.py: the HTML around them
 """

@@ -1,4 +1,4 @@
-"""A page about a vocabulary map: what keeps an id, what does not, and which position teaches which.
+"""A page about a vocabulary map: which tokens have a counterpart, which do not, and which positions are aligned.
 
 Shape suffixes: S ids of the source's vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The page of a quickstart: what was seen, all measures of all models as picture and table, and their answers."""
+"""The page of a quickstart: the result, all measures of all models as picture and table, and the models' answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves of several runs: SVG to stand inside a page of any colours, and PNG to stand alone.
+"""Curves of several runs: as SVG for a page with any colours, and as PNG.
 
 Long series are thinned to their extremes, so that no spike is lost; noisy ones get a running mean over the faint curve.
 """

@@ -1,5 +1,7 @@
-"""The look of a page, and the HTML of a report on runs, as jinja2 templates. A page asks for nothing from outside: no
-script, font, image or style."""
+"""The style of a page, and the HTML of a report on runs, as jinja2 templates.
+
+A page loads no script, font, image or style from outside.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs as a report sees them: what their folders hold, and what is missing from them."""
+"""Training runs for a report: what their folders hold, and what is missing."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""The sample store: what one scorer said about each sample, found by the sample's key.
+"""The sample store: one scorer's rows, found by the key of a sample.
 
-manifest.py   who scored, and how
-row.py        what is said about one sample
-checks.py     whether a row is what the manifest says
-coding.py     a row's positions as a few bytes each
-shard.py      one file of rows, whole or absent
+manifest.py   the scorer and its settings
+row.py        what the scorer says about one sample
+checks.py     whether a row agrees with the manifest
+coding.py     the compact encoding of a row
+shard.py      one file of rows, complete or absent
 writer.py     appends shards; restartable
 reader.py     rows by key, memory-mapped
-missing.py    why there is no row of a sample
-inspect.py, merge.py, verify.py    what `fusemega store` does
+missing.py    why a sample has no row
+inspect.py, merge.py, verify.py    the verbs of `fusemega store`
 """
 
 from fusemega.store.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Whether a row is what its store's manifest says, before it is written or when a store is verified."""
+"""Checks that a row agrees with its store's manifest, before it is written and by `store verify`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a store holds, from its manifest and indexes."""
+"""Describes a store from its manifest and indexes."""
 
 from __future__ import annotations
 

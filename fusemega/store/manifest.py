@@ -1,4 +1,4 @@
-"""Who scored a store, and how: what must agree before its rows may be used or added to."""
+"""The manifest: the scorer and its settings, which must agree before rows may be read or added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several stores of one scorer become one."""
+"""Merges several stores of one scorer into one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Why a store has no row of a sample: other windows, other supervised parts, or other text. Found out, not guessed.
+"""Finds out why a store has no row of a sample: other windows, other supervised parts, or other text.
 
 A key is a hash of the document and of the window's bytes. So the document is read again, and the keys that it would
-have under each of the three are looked for in the store. This is done once, for the message with which a run ends.
+have in each of the three cases are looked up in the store. This is done once, for the message with which a run ends.
 """
 
 from __future__ import annotations

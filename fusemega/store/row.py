@@ -1,4 +1,4 @@
-"""What one scorer says about one sample."""
+"""A row: what one scorer says about one sample."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One shard of a store: a file of rows, checked, memory-mapped, written whole or not at all.
+"""One shard of a store: a file of rows, checked, memory-mapped, complete or absent.
 
-Layout, all little-endian: a header (`_HEADER`), the index (`INDEX`, one entry a row), the rows' codes one after the
-other (`coding`). Header and index are checked when a shard is opened, a row's own bytes when it is read; nothing else
-is touched then.
+Layout, all little-endian: a header (`_HEADER`), the index (`INDEX`, one entry for each row), and the encoded rows
+(`coding`) one after the other. Header and index are checked when a shard is opened, a row's own bytes when it is read;
+no other bytes are read at that time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a store is sound, and has the rows that a data set asks for."""
+"""Checks every row of a store, and whether it covers a data set."""
 
 from __future__ import annotations
 

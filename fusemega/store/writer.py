@@ -1,4 +1,4 @@
-"""Adds rows to a store, in shards that are whole or absent; a restarted writer skips what is already there."""
+"""Adds rows to a store in shards that are complete or absent; a restarted writer skips samples that have a row."""
 
 from __future__ import annotations
 

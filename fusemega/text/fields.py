@@ -1,5 +1,4 @@
 """The fields of a row and a message beside the keys of their shape: names, flags, and input of chat templates.
-templates.
 
 Everything here is an allow-list. Fields of a message (`message_fields`) and settings of a row (`row_settings`) are
 converted to the form that templates expect: reasoning under one name, the arguments of tool calls as objects.

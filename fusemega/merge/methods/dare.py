@@ -1,4 +1,4 @@
-"""DARE: drop and rescale (Yu et al., 2024, arXiv:2311.03099), added up plainly or by TIES' election."""
+"""DARE: drop and rescale (Yu et al., 2024, arXiv:2311.03099), then add up, or elect signs as TIES does."""
 
 from __future__ import annotations
 

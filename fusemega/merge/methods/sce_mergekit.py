@@ -1,4 +1,4 @@
-"""SCE as mergekit's `sce` computes it, for those who merged with it."""
+"""SCE as mergekit's `sce` computes it, to reproduce its merges."""
 
 from __future__ import annotations
 

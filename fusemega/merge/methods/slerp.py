@@ -1,4 +1,4 @@
-"""Spherical interpolation of two models, tensor by tensor (Shoemake, 1985), as FuseChat v1 compares with."""
+"""Spherical interpolation of two models, tensor by tensor (Shoemake, 1985), a baseline of FuseChat v1."""
 
 from __future__ import annotations
 
