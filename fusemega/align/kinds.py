@@ -31,7 +31,7 @@ class MapInputs:
         tokenizers, vocabularies: of the source and of the target.
         counts: pairs of ids in a corpus; None unless the kind asks for them.
         neighbours: of both vocabularies, where equally near tokens are chosen between by them; else None.
-        workers: threads; None for one a core.
+        workers: threads; None for one on each core.
         progress: to be told how many tokens are done, and how many there are.
     """
 

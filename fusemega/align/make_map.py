@@ -79,7 +79,7 @@ def mined_map(
     Candidates are all tokens that stand for text; byte tokens (`<0xE2>`) are parts of characters and near to nothing.
 
     Args:
-        workers: threads; by default one a core.
+        workers: threads; by default one for each core.
         progress: told how many of the tokens without an identical one have been looked up, and their number.
         neighbours: of both vocabularies; equally near tokens are then chosen between by them, see `cooccurrence`.
     """
@@ -119,7 +119,7 @@ def ms_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> Vocabu
     """Tokens of other bytes become the target's token that most often stands beside them; of equally frequent ones
     the nearest by edit distance, then the lowest id. One that never does becomes nothing.
 
-    The order of frequency is this project's: the paper speaks of frequencies, and its code prefers the rarer pair.
+    The order of frequency is this project's: the paper says "frequency", but its code prefers the rarer pair.
     """
     source_C, target_C, count_C = counts.source_C, counts.target_C, counts.count_C
     has_text_S = np.array([content is not None for content in source.contents])

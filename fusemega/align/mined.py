@@ -62,7 +62,7 @@ class Nearest:
         """The nearest string of each query.
 
         Args:
-            workers: threads; by default one a core.
+            workers: threads; by default one for each core.
             progress: told how many queries each piece of work has answered.
 
         Returns:

@@ -42,7 +42,7 @@ def cutter(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Callable[[bytes], li
 
 
 def before_text(source: Tokenizer, target: Tokenizer, contents: Sequence[bytes | None]) -> dict[int, int]:
-    """Source id -> the target's first piece, of tokens that end in white space, where a text goes on behind them.
+    """Source id -> the target's first piece, for tokens that end in white space, if text follows them.
 
     Pre-tokenizers look ahead there. GPT-2's gives the last of several white-space characters to what follows, so
     "a  \\nb" is "a", "  ", "\\n", "b", although "  \\n" may be a token. Each token is put between two letters, the

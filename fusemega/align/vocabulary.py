@@ -139,7 +139,7 @@ def _from_byte_level(form: str) -> bytes:
     table = _byte_level_table()
     try:
         return bytes(map(table.__getitem__, form))
-    except KeyError:  # no product of the byte-level alphabet: decoders leave it as it is
+    except KeyError:  # not in the byte-level alphabet: decoders do not change it
         return form.encode()
 
 

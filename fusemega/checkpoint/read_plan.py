@@ -31,7 +31,7 @@ class RankReads:
     Attributes:
         pp_rank, tp_rank: its place.
         tensors: how many tensors it reads something of.
-        boxes: how many boxes of them; each is one read of the file (in a Megatron folder, one a tensor).
+        boxes: how many boxes of them; each is one read of the file (in a Megatron folder, one for each tensor).
         nbytes: bytes of weights in those boxes.
         files: weight files it opens; 0 where the format does not say (Megatron's).
     """
@@ -45,7 +45,7 @@ class RankReads:
 
 
 def plan_reads(source: HFFolder | MegatronFolder, layout: ParallelConfig) -> list[RankReads]:
-    """One entry a tensor- and pipeline-parallel rank, stage by stage.
+    """One entry for each tensor- and pipeline-parallel rank, stage by stage.
 
     Raises:
         UserError: the layout does not divide the model.

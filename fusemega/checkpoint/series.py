@@ -121,7 +121,7 @@ def find_checkpoint(root: Path, world: World) -> Path | None:
 def prune_checkpoints(root: Path, keep: int, newest: int, also: Path | None) -> None:
     """Removes all but the `keep` newest checkpoints of iterations up to `newest`, and the one `also`. By one process.
 
-    Later ones are left over from before the run went back to an older checkpoint; they will be written anew. One that
+    Later ones are left over from before the run went back to an older checkpoint; they will be written again. One that
     holds files of others stays.
     """
     for folder in _folders(root, newest)[keep:]:

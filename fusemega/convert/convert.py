@@ -92,7 +92,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
         source: a local Hugging Face folder.
         out: absent or empty; appears whole or not at all.
         workers: processes that copy.
-        resume: go on with what an interrupted call has finished.
+        resume: continue from what an interrupted call has finished.
 
     Raises:
         UserError: the source is damaged or not supported, `out` is not empty, the disk is full.
@@ -142,7 +142,7 @@ def export_megatron(
             that they come from.
         max_shard_size: bytes of weights in a file.
         workers: processes that copy.
-        resume: go on with what an interrupted call has finished.
+        resume: continue from what an interrupted call has finished.
         iteration: of a run's folder, this checkpoint rather than the newest.
         finish: called with the folder when all but its name is there; None: `settle`, for a run's checkpoint.
 

@@ -197,7 +197,7 @@ def write_item(root: str, sources: bool, item: Item) -> Written:
                 view = view[file.write(view) :]
             # The disk takes what is there while the next blocks are read, rather than everything at the end.
             if flushing.done():
-                flushing.result()  # a full disk is told once
+                flushing.result()  # a full disk is reported once
                 flushing = flusher.submit(os.fdatasync, file.fileno())
 
         for part in item.parts:

@@ -55,7 +55,7 @@ def unfinished_folder(
     Args:
         path: absent, or an empty folder.
         identity: what decides every byte of the output (JSON-able). An output begun with another is not continued.
-        resume: go on with what an interrupted call has left, if anything; otherwise that is deleted.
+        resume: continue from what an interrupted call has left, if anything; otherwise it is deleted.
         needed_bytes: of the whole output; refused at once when the disk has less.
         say: told, in a line, what is kept when the block does not end well.
 
@@ -93,7 +93,7 @@ def unfinished_folder(
                 yield unfinished
             except BaseException:
                 if unfinished.finished:
-                    say(f"{place}: keeps the {len(unfinished.finished)} finished parts; --resume goes on from there")
+                    say(f"{place}: keeps the {len(unfinished.finished)} finished parts; --resume continues from there")
                 else:
                     drop_scratch(place)
                 raise

@@ -98,7 +98,7 @@ class _Builder:
     def value(self, node: yaml.Node, depth: int) -> Any:
         self._left -= 1
         if self._left < 0:
-            raise self._wrong(node, f"stands for more than {VALUES} values, by aliases or as it is")
+            raise self._wrong(node, f"has more than {VALUES} values, with aliases or without")
         if depth > DEPTH:
             raise self._wrong(node, f"nested too deeply, or in itself; allowed: {DEPTH} levels")
         kind = node.tag.removeprefix(_TAG)

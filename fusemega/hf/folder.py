@@ -128,7 +128,7 @@ class HFFolder:
             raise UserError(f"{entry.shard}: cannot read tensor {name}: {error}") from None
 
     def stored(self, name: str) -> Stored:
-        """Where in which file a tensor lies.
+        """The file of a tensor and its place in it.
 
         Raises:
             UserError: as `dtype`.

@@ -28,7 +28,7 @@ GENERATION = "generation_config.json"
 
 
 def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: Iterable[int] = ()) -> list[str]:
-    """Checks a folder that is about to be published, and mends what it can.
+    """Checks a folder that is about to be published, and corrects what it can.
 
     Args:
         folder: with configuration, tokenizer and generation settings; it may lack weights.
@@ -37,7 +37,7 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
         ends: other ids at which generation has to stop.
 
     Returns:
-        What was mended or has to be known, a sentence each. Nothing for a folder without a tokenizer.
+        Notes for the user, one sentence each: corrections, and what to know. Empty for a folder without a tokenizer.
 
     Raises:
         UserError: transformers cannot load it, or loads another tokenizer than `trained_with`; a token that ends turns

@@ -87,7 +87,9 @@ class RangeWriter:
                 os.pwrite(descriptor, header, 0)
                 os.ftruncate(descriptor, size)
             elif os.pread(descriptor, len(header), 0) != header or os.fstat(descriptor).st_size != size:
-                raise UserError(f"{folder / file}: not the file that was being written; delete {folder} and start anew")
+                raise UserError(
+                    f"{folder / file}: not the file that was being written; delete {folder} and start again"
+                )
             at = len(header)
             for info in tensors:
                 self._places[info.name] = (descriptor, at, info.dtype)

@@ -184,7 +184,7 @@ class Ranks:
 
 
 def _kernel_kills() -> int | None:
-    """How many processes this machine's kernel has killed for want of memory, in a control group or altogether."""
+    """How many processes this machine's kernel has killed because memory ran out, in a control group or in all."""
     try:
         found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
     except OSError:

@@ -43,7 +43,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @lru_cache
 def _narrow_problem(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why products of `dtype` cannot be had in fp32 on `device`, said once; None where they can."""
+    """Why fp32 products of `dtype` are not available on `device`, reported once; None if they are."""
     try:
         ones = torch.ones(16, 16, dtype=dtype, device=device)
         torch.mm(ones, ones, out_dtype=torch.float32)

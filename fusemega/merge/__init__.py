@@ -9,6 +9,6 @@ one method.
     dry_run.py            the plan as text, and progress
     vocabulary.py         vocabularies that differ; template.py: whose chat template
     execute.py            the plan at work; sources.py: blocks read; journal.py: what is finished
-    method.py             what a method is; methods/: one a file
+    method.py             what a method is; methods/: one in each file
     select.py             the largest elements of a tensor; signs.py, statistics.py, rounding.py: what methods share
 """

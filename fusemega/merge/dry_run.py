@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fusemega.merge.merge import Options
 
 LINE_SECONDS = 30
-"""How often progress is told where there is no terminal."""
+"""How often progress is reported without a terminal."""
 
 
 def describe(plan: MergePlan, options: Options) -> str:

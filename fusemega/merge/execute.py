@@ -51,7 +51,7 @@ def execute(
     all processes end together.
 
     Returns:
-        The report's rows, one a tensor, in the plan's order.
+        The report's rows, one for each tensor, in the plan's order.
 
     Raises:
         UserError: a source cannot be read or holds NaN or infinities.

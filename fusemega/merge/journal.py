@@ -41,7 +41,7 @@ class Journal:
     Args:
         folder: that folder; it exists.
         plan: of the merge.
-        resume: go on with the journal that is there.
+        resume: continue the journal that is there.
 
     Attributes:
         done: name of each job's first tensor -> the job as it was finished.

@@ -44,9 +44,9 @@ class Options:
     """How a merge is executed; nothing here changes a bit of its result.
 
     Attributes:
-        workers: processes; None: one a core, at most 8.
+        workers: processes; None: one for each core, at most 8.
         block_elements: elements of a block, about; None: what fits near the caches.
-        resume: go on with what an interrupted merge has left.
+        resume: continue an interrupted merge.
     """
 
     workers: int | None = None
@@ -138,7 +138,7 @@ def merge(
         out: absent, or an empty folder.
         options: how.
         progress: told of elements as they are written, those of an interrupted merge first.
-        page: report -> the HTML page that goes beside it.
+        page: report -> the HTML page that is written beside it.
 
     Returns:
         The report, as it stands in merge_report.json.
@@ -161,7 +161,7 @@ def _locked_merge(
     if os.path.lexists(partial) and not (is_scratch(partial) or (partial / JOURNAL).is_file()):
         raise UserError(f"{partial}: exists and is not an interrupted merge; move it away")
     if (partial / JOURNAL).is_file() and not resume:
-        raise UserError(f"{partial}: left by an interrupted merge; go on with --resume, or delete it")
+        raise UserError(f"{partial}: left by an interrupted merge; continue it with --resume, or delete it")
     if not resume:
         with disk_errors(out):
             drop_scratch(partial)

@@ -2,7 +2,7 @@
 
     def passes(self, job):
         squares = yield lambda block: [cell_sums(d * d) for d in block.deltas()]   # run over every block, in parallel
-        ...                                                                        # one result a block, in order
+        ...                                                                        # one result for each block
         return Merge(lambda block: block.base + ...)
 
 So a method reads like its formula, and knows nothing of files, block sizes or workers. Whatever these are, it must

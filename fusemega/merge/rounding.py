@@ -37,7 +37,7 @@ def is_counted(dtype: torch.dtype) -> bool:
 
 
 def shares(counts: Sequence[list[int] | None], elements: int) -> dict[str, list[float | None]]:
-    """What the report says of a tensor, a number a model: None where it was not counted, nothing where none was.
+    """The report's entry for a tensor, one number for each model: None if it was not counted; empty if no model was.
 
     Args:
         counts: sums of `steps`.

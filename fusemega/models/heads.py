@@ -71,7 +71,7 @@ def head_rules(kind: HeadKind, vocab_size: int, hidden: int, embedding: str, tie
 
 
 class ScalarHead(torch.nn.Module):
-    """One number a position: weight [1, H], whole on every tensor-parallel rank.
+    """One number for each position: weight [1, H], whole on every tensor-parallel rank.
 
     Every rank computes the same scores from the same hidden states, so each has the weight's whole gradient already.
     """

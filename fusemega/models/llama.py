@@ -6,7 +6,7 @@ from fusemega.models.dense import DenseDecoder
 
 
 class Llama(DenseDecoder):
-    """`model_type` llama: the dense decoder as it is."""
+    """`model_type` llama: the unchanged dense decoder."""
 
     model_types: tuple[str, ...] = ("llama",)
     hf_class = "Llama"

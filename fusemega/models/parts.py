@@ -161,7 +161,7 @@ def without_left_out(layers: Sequence[Layer], block_configs: Any) -> tuple[Layer
         return tuple(layers)
     if not isinstance(block_configs, list) or len(block_configs) != len(layers):
         found = f"{len(block_configs)} entries" if isinstance(block_configs, list) else repr(block_configs)
-        raise UserError(f"config.json: block_configs: {found}, expected a list of {len(layers)}, one a layer")
+        raise UserError(f"config.json: block_configs: {found}, expected a list of {len(layers)}, one for each layer")
     out = []
     for number, (layer, entry) in enumerate(zip(layers, block_configs, strict=True)):
         where = f"config.json: block_configs[{number}]"

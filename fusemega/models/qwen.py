@@ -36,7 +36,9 @@ class Qwen2(DenseDecoder):
             full = layers if window is None else require_int(hf_config, "max_window_layers", minimum=0)
             return [None if layer < full else window for layer in range(layers)]
         if not isinstance(types, list) or len(types) != layers:
-            raise UserError(f"config.json: layer_types = {types!r}, expected a list of {layers} names, one a layer")
+            raise UserError(
+                f"config.json: layer_types = {types!r}, expected a list of {layers} names, one for each layer"
+            )
         for kind in types:
             choose("config.json: layer_types", str(kind), (_FULL, _SLIDING))
         if window is None and _SLIDING in types:

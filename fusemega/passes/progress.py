@@ -16,7 +16,7 @@ _LOG_SECONDS = 30.0
 
 @contextmanager
 def progress(what: str, total: int, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int], None]]:
-    """A function that is told of positions done, of `total`, and shows share, positions a second and the time left.
+    """A function that gets the number of positions done, of `total`, and shows share, speed and time left.
 
     Args:
         what: begins the line.

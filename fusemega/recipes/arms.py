@@ -30,7 +30,7 @@ SEED = 1234
 _SIZES = ("samples", "tokens", "bytes")
 # Of SmolLM2-135M-Instruct's 30, found one by one: the layer whose removal costs least on three training conversations
 # (cross-entropy 2.83 -> 2.91 -> 2.98 -> 3.08 -> 3.21 nats). A model that lost a third of its layers babbles, and
-# neither arm can mend that in minutes.
+# neither run can recover from that in minutes.
 CUT_LAYERS = (5, 14, 17, 18)
 
 

@@ -63,7 +63,7 @@ class ObjectiveSection(TaughtSettings):
 
 
 class MergeSection(Section):
-    """How the targets, one a source, become one. The target before training is the base."""
+    """How the targets, one for each source, are merged. The target before training is the base."""
 
     merge_method: str = Field("sce", description="as in a merge's run file")
     parameters: dict[str, Any] = Field({}, description="the method's settings")

@@ -46,7 +46,7 @@ class Chart:
         file: name of its PNG, without suffix.
         title, note: of the figure; the note says what the reader should know of the quantity.
         x_label: of the axis.
-        curves: one a run that has values.
+        curves: one for each run that has values.
         form: how values are written at the axis.
         from_zero: whether the axis begins at 0, for quantities whose ratio matters.
     """

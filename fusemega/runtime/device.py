@@ -145,11 +145,13 @@ def _disagreement(ranks: list[dict[str, str]]) -> str:
         first.setdefault(torch.device(found["device"]).type, rank)
     if len(first) > 1:
         told = ", ".join(f"rank {rank} on {ranks[rank]['host']} computes on {kind}" for kind, rank in first.items())
-        return f"all processes of a run compute on one kind of device, and {told}: set {WANTED} everywhere, or mend one"
+        return (
+            f"all processes of a run compute on one kind of device, and {told}: set {WANTED} everywhere, or repair one"
+        )
     owner: dict[tuple[str, str], int] = {}
     for rank, found in enumerate(ranks):
         other = owner.setdefault((found["host"], found["id"]), rank)
         if found["id"] and other != rank:
             where = f"the GPU {found['id']} of {found['host']}"
-            return f"ranks {other} and {rank} are both on {where}: start one process a GPU"
+            return f"ranks {other} and {rank} are both on {where}: start one process for each GPU"
     return ""

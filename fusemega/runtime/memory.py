@@ -41,7 +41,7 @@ def own_memory() -> int:
 def keep_freed_memory(largest: int | None = None) -> None:
     """Let glibc keep what is freed for what is allocated next, in this process. Other libraries: nothing happens.
 
-    Otherwise it maps each large block anew, and gives it back when it is freed; then the kernel clears the same memory
+    Otherwise it maps each large block again, and gives it back when it is freed; then the kernel clears the same memory
     page by page again and again.
 
     Args:

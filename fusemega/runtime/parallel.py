@@ -1,6 +1,6 @@
 """Process groups and parallel dimensions: one object that says who this process is.
 
-Importing this module enables the CPU backend where there is no CUDA, and mends megatron-core's own faults; nothing
+Importing this module enables the CPU backend if there is no CUDA, and fixes megatron-core's own faults; nothing
 above `runtime/` asks again. It raises UserError where an installed package would make megatron-core compute wrongly.
 """
 

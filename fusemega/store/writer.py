@@ -70,7 +70,7 @@ class StoreWriter:
         return key in self._known
 
     def add(self, key: bytes, row: Row) -> None:
-        """Buffers a row; a key that is already there is left as it is.
+        """Buffers a row; a key that is already there is not changed.
 
         Raises:
             UserError, ValueError: as `check_row`; nothing of it is stored.

@@ -84,7 +84,7 @@ class Rendered:
 
 
 def render_text(document: Text) -> Rendered:
-    """A text as it is: one message without header byte, eos ending at its length + 1."""
+    """An unchanged text: one message without header byte, eos ending at its length + 1."""
     length, num_bytes = len(document.text), len(document.text.encode())
     span = Span(0, length, length, (document.supervised_from, length), 0, False, 0, num_bytes)
     return Rendered(document.text, (span,), num_bytes + 1, framed=True)
@@ -124,7 +124,7 @@ class ChatRenderer:
             ignored: counts what the template was given and does not write, by name; None: it is refused.
 
         Raises:
-            BadRow: the template refuses the conversation, drops, repeats or rewrites a content, or takes no notice
+            BadRow: the template refuses the conversation, drops, repeats or rewrites a content, or ignores
                 of something that it was given.
             OverBudget: it needs more time, memory or output than a conversation may.
         """
@@ -265,7 +265,7 @@ class ChatRenderer:
         return self._template.render(messages, add_generation_prompt=ask, **settings)
 
     def _check_heeded(self, chat: Chat, text: str, ignored: Counter[str] | None) -> None:
-        """Refuses or counts what the template takes no notice of."""
+        """Refuses or counts fields that the template ignores."""
         messages = [given(message) for message in chat.messages]
         asked: str | None = None
         for name, value in chat.settings.items():

@@ -255,7 +255,7 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    """One row a line, blank ones at the end left out; a `.json` file may instead be one array of rows."""
+    """One row in each line, without blank lines at the end; a `.json` file may instead be one array of rows."""
     with open_regular(path) as raw:
         file: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         if path.name.endswith(_ARRAYS) and _begins_with_bracket(file):
@@ -292,7 +292,7 @@ def _begins_with_bracket(file: IO[bytes]) -> bool:
 
 def _array(path: Path, content: bytes) -> list[Any]:
     if len(content) > _ARRAY_BYTES:
-        raise UserError(f"{path}: an array of more than {_ARRAY_BYTES} bytes; write one row a line, as .jsonl")
+        raise UserError(f"{path}: an array of more than {_ARRAY_BYTES} bytes; write one row in each line, as .jsonl")
     try:
         value: list[Any] = parse_json(content, digits=_DIGITS, finite=False)
     except MalformedError as error:

@@ -30,7 +30,7 @@ from fusemega.text.tokenizer import Tokenizer
 
 _FORMAT = 7  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
-_COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value a token
+_COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value for each token
 _INDEX = np.dtype([("offset", "<i8"), ("num_bytes", "<i8"), ("file", "<i8"), ("row", "<i8"), ("key", "u1", 16)])
 _NO_TARGET = "window without supervised tokens"
 
@@ -301,7 +301,7 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
 
 @contextmanager
 def row_progress(what: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A function that is told of rows done, and shows their number on stderr where that is a terminal."""
+    """A function that gets the number of rows done, and shows it on stderr if that is a terminal."""
     columns = (SpinnerColumn(), TextColumn(what), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:

@@ -182,7 +182,7 @@ def find_between(
     found, turns = [], {}
     for i, message in enumerate(messages):
         if message.content.strip() not in text:
-            raise _rewritten(f"message {i} ({message.role}) does not stand in it as it is")
+            raise _rewritten(f"message {i} ({message.role}) is not in it unchanged")
         if not message.supervised:
             continue
         before = render(i, True) if i else ""

@@ -74,7 +74,7 @@ def update_export(
     check_export(output)
     if hf.exists() and _is_of(hf, record):
         return
-    _remove(hf, "is made anew")
+    _remove(hf, "is written again")
 
     def complete(made: Path) -> None:
         finish(made)

@@ -79,7 +79,7 @@ class TrainingSection(Section):
     keep_checkpoints: int | None = Field(
         None, ge=1, description="number of newest checkpoints to keep, besides the best one; default: all"
     )
-    async_save: bool = Field(False, description="write checkpoints in the background, while training goes on")
+    async_save: bool = Field(False, description="write checkpoints in the background while training continues")
     wandb_project: str | None = Field(None, description="also log to this project of Weights & Biases")
     export_hf: bool = Field(True, description="at the end, write output_dir/hf, a folder that transformers loads")
     export_dtype: Literal["source", "fp32", "bf16", "fp16"] = Field(

@@ -53,7 +53,7 @@ class Varm(Method):
         return () if settings.granularity == "parameter" else self.pass_names
 
     def remembered_bytes(self, elements: int, models: int) -> int:
-        """See `Method.remembered_bytes`: a Python number a cell, of all tensors that are merged together."""
+        """See `Method.remembered_bytes`: a Python number for each cell of all tensors that are merged together."""
         return elements // CELL * models * 32
 
     def passes(self, job: Job) -> Passes:
