@@ -114,7 +114,7 @@ class VocabularyMap:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Writes the map to a file, whole or not at all; an older one is replaced.
+        """Writes the map to a file, complete or not at all; an older one is replaced.
 
         Raises:
             UserError: the place cannot be written, something else than a map is there, or the disk is full.

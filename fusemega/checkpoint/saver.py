@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run, at once or in the background, each whole or not at all.
+"""Writes the checkpoints of a run, at once or in the background, each complete or not at all.
 
 A save has two parts. First every rank plans and takes a copy of what it writes: on a GPU to host memory, on a CPU by
 forking. Then a forked process writes, and notes the hashes of the files it wrote. When all ranks' processes have ended

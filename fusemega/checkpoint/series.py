@@ -77,7 +77,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The one the tracker names; where it is missing or a file of it has another size, the newest that is whole.
+    """The one the tracker names; where it is missing or a file of it has another size, the newest complete one.
 
     Returns:
         None where there are no checkpoints.
@@ -208,7 +208,7 @@ def _damage(folder: Path, world: World) -> str | None:
         damaged = damaged_files(folder, share=(world.rank, world.world_size))
     except UserError as error:
         return str(error)
-    return f"{folder / damaged[0]}: damaged: its hash is not the one recorded" if damaged else None
+    return f"{folder / damaged[0]}: damaged: its hash differs from the one recorded" if damaged else None
 
 
 def _refuse(root: Path, complaints: list[str]) -> None:

@@ -62,7 +62,7 @@ _PLAN_VERSION = 2
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion took.
+    """Time and memory of a conversion.
 
     Attributes:
         byte_count: written, without what an earlier call had finished.
@@ -90,7 +90,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
 
     Args:
         source: a local Hugging Face folder.
-        out: absent or empty; appears whole or not at all.
+        out: absent or empty; appears complete or not at all.
         workers: processes that copy.
         resume: continue from what an interrupted call has finished.
 
@@ -136,8 +136,8 @@ def export_megatron(
 
     Args:
         source: a folder that `import_hf` wrote; or a run's checkpoint, of which the fp32 main parameters are taken; or
-            a run's folder or its `checkpoints`: the newest that is whole.
-        out: absent or empty; appears whole or not at all.
+            a run's folder or its `checkpoints`: the newest complete one.
+        out: absent or empty; appears complete or not at all.
         dtype: of the written weights (rounded to nearest even where narrower); None: those of the Hugging Face folder
             that they come from.
         max_shard_size: bytes of weights in a file.

@@ -1,4 +1,4 @@
-"""Files on disk: others' files are read within limits; our own appear whole or not at all.
+"""Files on disk: others' files are read within limits; our own appear complete or not at all.
 
 Reading
     opening.py            opens regular files of a bounded size

@@ -164,8 +164,8 @@ class _Builder:
             if not math.isfinite(value):
                 raise self._wrong(node, f"{_short(text)} is larger than any number of 64 bits")
             return value
-        names = {"bool": "yes or no", "int": "integer", "float": "number"}
-        raise self._wrong(node, f"{_short(text)} is no {names[kind]}, as its tag says")
+        names = {"bool": "yes or no", "int": "an integer", "float": "a number"}
+        raise self._wrong(node, f"{_short(text)} is not {names[kind]}, as its tag says")
 
     def _text(self, node: yaml.ScalarNode) -> str:
         if found := _CONTROL.search(node.value):

@@ -157,7 +157,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
     Args:
         base: a Hugging Face folder.
         adapter: of peft's form.
-        out: absent or empty; appears whole or not at all.
+        out: absent or empty; appears complete or not at all.
         dtype: of the written weights; None: the base's.
 
     Returns:

@@ -37,7 +37,7 @@ def export_hf(
 
     Args:
         model: its configuration becomes config.json, with the source's vocabulary size.
-        out: absent or empty; appears whole or not at all.
+        out: absent or empty; appears complete or not at all.
         source_folder: where generation settings, tokenizer and chat template are copied from.
         world: the layout of `model`.
         dtype: of the written weights: one for all, or one for each HF tensor. None: those of `source_folder`'s

@@ -18,7 +18,7 @@ def check_written(folder: HFFolder) -> None:
     """Reads all weights, unless this process or another has done so and they were not touched since. One process.
 
     Raises:
-        UserError: weights are not those that were written.
+        UserError: weights were changed.
     """
     if not (folder.path / FILE).is_file():
         return
@@ -35,7 +35,7 @@ def damaged_weights(folder: HFFolder, again: bool = False) -> list[str]:
     """The files of weights, by relative path, that `integrity.json` does not list with the hash that they have.
 
     Args:
-        again: read them whatever is remembered of them.
+        again: read them even if their hashes are cached.
     """
     recorded = recorded_hashes(folder.path)
     hashes = {path: file_hash(path) if again else folder.hashes()[path]["file"] for path in folder.files()[1:]}

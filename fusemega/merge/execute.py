@@ -47,8 +47,8 @@ def execute(
     block_elements: int,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Merges every job that the journal does not have, or whose weights are not as it says: the largest first, so that
-    all processes end together.
+    """Merges every job that is not in the journal, or whose weights differ from it. The largest come first, so that all
+    processes end at about the same time.
 
     Returns:
         The report's rows, one for each tensor, in the plan's order.

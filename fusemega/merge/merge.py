@@ -41,7 +41,7 @@ REPORT, PAGE = "merge_report.json", "merge_report.html"
 
 @dataclass(frozen=True)
 class Options:
-    """How a merge is executed; nothing here changes a bit of its result.
+    """How a merge is executed; no option changes a bit of its result.
 
     Attributes:
         workers: processes; None: one for each core, at most 8.
@@ -128,20 +128,20 @@ def _with_adapter(base: Path, adapter: Path, scratch: Path) -> Path:
 def merge(
     plan: MergePlan, out: Path, options: Options, *, progress: Progress, page: Callable[[dict[str, Any]], str]
 ) -> dict[str, Any]:
-    """Executes a plan; the folder `out` appears whole or not at all.
+    """Executes a plan; the folder `out` appears complete or not at all.
 
-    What an interrupted merge has written is kept beside `out`, as `.NAME.incomplete`, for `options.resume`, also where
-    only one of its processes was killed; what one that met an error has written is not.
+    What an interrupted merge has written is kept beside `out` as `.NAME.incomplete`, for `options.resume`, also if only
+    one of its processes was killed. After an error it is removed.
 
     Args:
         plan: of `opened`.
         out: absent, or an empty folder.
         options: how.
-        progress: told of elements as they are written, those of an interrupted merge first.
+        progress: gets the number of elements written, first that of an interrupted merge.
         page: report -> the HTML page that is written beside it.
 
     Returns:
-        The report, as it stands in merge_report.json.
+        The report, as in merge_report.json.
 
     Raises:
         UserError: `out` is not empty, the disk is too small, a source is damaged or holds NaN or infinities.
@@ -185,7 +185,7 @@ def _locked_merge(
             with disk_errors(out):
                 return _merge(plan, partial, out, writer, journal, options, progress, page)
         except WorkerLost as error:
-            raise WorkerLost(f"{out}: {error}; --resume goes on with what is finished") from None
+            raise WorkerLost(f"{out}: {error}; --resume continues from what is finished") from None
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -34,7 +34,7 @@ _MEMORY = (GPU_MEMORY, CPU_MEMORY)
 
 
 def write_report(runs: Sequence[Run], out: Path) -> Path:
-    """Writes the folder `out`, whole or not at all; an older report there is replaced. Returns the page.
+    """Writes the folder `out`, complete or not at all; an older report there is replaced. Returns the page.
 
     Raises:
         UserError: `out` holds something else than a report, or cannot be written.

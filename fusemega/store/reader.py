@@ -56,7 +56,7 @@ class Store:
         """The row of a sample, or None. No other row is touched.
 
         Raises:
-            UserError: its bytes are not what was written.
+            UserError: its bytes were changed.
         """
         place = self._place(key)
         return None if place is None else place[0].row(place[1])

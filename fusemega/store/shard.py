@@ -145,7 +145,7 @@ class Shard:
         """Row `r` as it is on disk: [1] of `INDEX`, `begin` 0, and its codes. Equal for equal rows.
 
         Raises:
-            UserError: its bytes are not what was written.
+            UserError: its bytes were changed.
         """
         file = _mapped(self.path, self._version)
         codes = file[self._origin + int(self.index["begin"][r]) : self._origin + int(self._ends[r])]

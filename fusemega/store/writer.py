@@ -24,10 +24,10 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def check_store(folder: Path, manifest: Manifest) -> None:
-    """Whether a `StoreWriter` could begin, or go on, there; to be called before any long work. Writes nothing.
+    """Checks that a `StoreWriter` could start or continue there; call it before any long work. Writes nothing.
 
     Raises:
-        UserError: another manifest (naming the field), somebody's folder, a damaged shard, a path that is no folder.
+        UserError: another manifest (naming the field), another program's folder, a damaged shard, or no folder.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: exists and is not a sample store")
@@ -37,10 +37,10 @@ def check_store(folder: Path, manifest: Manifest) -> None:
 
 
 class StoreWriter:
-    """One of a store's writers (usually one a data-parallel rank); use as a context manager.
+    """One of a store's writers (usually one for each data-parallel rank); use as a context manager.
 
-    Rows become durable a shard at a time, when the buffer holds `shard_bytes`, at `flush` and at a clean exit;
-    a crash loses the buffer only. Keys that are durable already, whoever wrote them, are in `writer` and may be
+    Rows are written one shard at a time: when the buffer holds `shard_bytes`, at `flush` and at a clean exit. A crash
+    loses only the buffer. Keys that are durable already, whoever wrote them, are in `writer` and may be
     skipped before they are scored.
 
     Args:

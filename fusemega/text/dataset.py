@@ -127,7 +127,7 @@ def prepare(
     """The data set's samples, from the cache or tokenized now.
 
     The cached folder's name is a hash of the data's content (not of the files' names or places), the tokenizer, the
-    template and the settings; it appears whole or not at all. With several ranks, call it on one, wait, then call it
+    template and the settings; it appears complete or not at all. With several ranks, call it on one, wait, then call it
     on the others.
 
     Args:

@@ -63,9 +63,9 @@ TABLE: list[Bad] = [
     # Run files.
     _c("a list for a key", TRAIN, "train.yaml:1: malformed YAML: a key is a word, found a list", _run("? [a, b]\n: 1")),
     _c("yes for a key", TRAIN, "train.yaml:1: malformed YAML: a key is a word, found 'on'", _run("on: 1")),
-    _c("a tag that lies, int", TRAIN, "train.yaml:1: malformed YAML: 'abc' is no integer, as its tag says", _run("x: !!int abc")),
+    _c("a tag that lies, int", TRAIN, "train.yaml:1: malformed YAML: 'abc' is not an integer, as its tag says", _run("x: !!int abc")),
     _c("a tag that lies, float", TRAIN, "'abc' is not a number, as its tag says", _run("x: !!float abc")),
-    _c("a tag that lies, bool", TRAIN, "'maybe' is no yes or no, as its tag says", _run("x: !!bool maybe")),
+    _c("a tag that lies, bool", TRAIN, "'maybe' is not yes or no, as its tag says", _run("x: !!bool maybe")),
     _c("a date by tag", TRAIN, "the tag 'tag:yaml.org,2002:timestamp' means nothing here", _run("x: !!timestamp foo")),
     _c("a set", TRAIN, "means nothing here", _run("x: !!set {a, b}")),
     _c("a date that is none", TRAIN, "x: unknown key", _run("x: 2020-99-99")),

@@ -28,7 +28,7 @@ TABLE: list[Bad] = [
     _t("a template file that is a folder", TRAIN + " data.chat_template=model", "model: cannot read: Is a directory"),
     _t("a template file that drops contents", TRAIN + " data.chat_template=t.jinja", "t.jinja: cannot use its chat template", put("t.jinja", " ")),
     _d("tools that the template does not write", TRAIN, "data.jsonl:2: the row has tools, which the chat template ignores", rows({"messages": _TURNS, "tools": [{"name": "f"}]})),
-    _d("a setting that the template does not know", TRAIN, "data.jsonl:2: the row has thinks, of which", rows({"messages": _TURNS, "chat_template_kwargs": {"thinks": True}})),
+    _d("a setting that the template does not know", TRAIN, "data.jsonl:2: the row has thinks, which", rows({"messages": _TURNS, "chat_template_kwargs": {"thinks": True}})),
     _d("an image", TRAIN, "data.jsonl:2: messages[1].content[0] has the type 'image'; allowed: text", rows({"messages": [_TURNS[0], {"role": "assistant", "content": [{"type": "image"}]}]})),
     _d("a special token in a setting", TRAIN, "data.jsonl:2: the row spells the special token", rows({"messages": _TURNS, "chat_template_kwargs": {"x": "<|im_end|>"}})),
     _d("a prompt of another question", TRAIN, "data.jsonl:2: ", rows({"messages": _TURNS, "prompt": "b"})),

@@ -1,4 +1,4 @@
-"""Conversions that are killed, refused or out of disk: whole or not at all, and bitwise the same when they go on."""
+"""Conversions that are killed, refused or out of disk: complete or not at all, and bitwise the same when they go on."""
 
 from __future__ import annotations
 

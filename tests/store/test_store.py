@@ -1,4 +1,4 @@
-"""The store: what is written is what is read, by key, from any writer, whole or not at all."""
+"""The store: what is written is what is read, by key, from any writer, complete or not at all."""
 
 from __future__ import annotations
 

@@ -67,12 +67,12 @@ def flip(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a part cut": (lambda root: os.truncate(root / "iter_0000004" / "__0_0.distcp", 100), "__0_0.distcp: truncated"),
-    "a part gone": (lambda root: (root / "iter_0000004" / "__0_1.distcp").unlink(), "__0_1.distcp: integrity"),
+    "a part gone": (lambda root: (root / "iter_0000004" / "__0_1.distcp").unlink(), "__0_1.distcp: listed in integrity"),
     "a bit flipped": (
         lambda root: flip(root / "iter_0000004" / "__0_1.distcp"),
         "its hash differs from the one recorded",
     ),
-    "no state": (lambda root: (root / "iter_0000004" / "state.json").unlink(), "state.json: integrity.json lists"),
+    "no state": (lambda root: (root / "iter_0000004" / "state.json").unlink(), "state.json: listed in integrity.json"),
     "no manifest": (lambda root: (root / "iter_0000004" / FILE).unlink(), "integrity.json: cannot read"),
     "gone": (lambda root: shutil.rmtree(root / "iter_0000004"), "names iteration '4', which is not there"),
     "another tracker": (lambda root: (root / TRACKER).write_text("7"), "names iteration '7', which is not there"),
