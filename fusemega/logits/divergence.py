@@ -142,6 +142,7 @@ def compared_sums(
     *,
     group: dist.ProcessGroup | None = None,
     vocab_size: int,
+    softcap: float | None = None,
     teacher_softcap: float | None = None,
 ) -> Tensor:
     """fp64 [3]: sums over the tokens of log q_t(y_t), of KL(p_t || q_t), and of where both have the same likeliest id.
@@ -151,7 +152,7 @@ def compared_sums(
     chunk = default_chunk(weight_VH, torch.promote_types(hidden_TH.dtype, torch.float32), heads=2)
     common: dict[str, Any] = {"group": group, "vocab_size": vocab_size, "chunk_tokens": chunk}
     labels, nothing = Query(labels_T[:, None]), Query(labels_T.new_empty(len(labels_T), 0))
-    student = ChunkedHead(hidden_TH, weight_VH, [labels], softcap=None, **common)
+    student = ChunkedHead(hidden_TH, weight_VH, [labels], softcap=softcap, **common)
     teacher = ChunkedHead(teacher_hidden_TG, teacher_weight_VG, [nothing], softcap=teacher_softcap, **common)
     total = torch.zeros(3, dtype=torch.float64, device=hidden_TH.device)
     for rows in student.chunks:

@@ -67,7 +67,7 @@ def flip(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a part cut": (lambda root: os.truncate(root / "iter_0000004" / "__0_0.distcp", 100), "__0_0.distcp: truncated"),
-    "a part gone": (lambda root: (root / "iter_0000004" / "__0_1.distcp").unlink(), "__0_1.distcp: listed in integrity"),
+    "a part gone": (lambda root: (root / "iter_0000004" / "__0_1.distcp").unlink(), "__0_1.distcp: listed in"),
     "a bit flipped": (
         lambda root: flip(root / "iter_0000004" / "__0_1.distcp"),
         "its hash differs from the one recorded",
