@@ -63,8 +63,13 @@ class Architecture:
             spec: whose layers Megatron's names are those of.
 
         Example:
-            >>> [rule.megatron for rule in architecture_of(config).rules()][:2]  # doctest: +SKIP
+            >>> from fusemega.models.registry import architecture_of
+            >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+            >>> model = architecture_of({"model_type": "llama", "num_attention_heads": 2, **sizes})
+            >>> [rule.megatron for rule in model.rules()[:2]]
             ['embedding.word_embeddings.weight', 'decoder.layers.0.self_attention.linear_qkv.weight']
+            >>> list(model.rules()[1].hf_shapes().values())
+            [(8, 8), (8, 8), (8, 8)]
         """
         hidden = self.transformer_config["hidden_size"]
         body = "" if self.head == "none" else "model."  # transformers' bare model has no module around its body

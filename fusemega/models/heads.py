@@ -21,7 +21,12 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def class_name(hf_class: str, kind: HeadKind) -> str:
-    """transformers' name of a model: `class_name("Llama", "scalar")` is LlamaForSequenceClassification."""
+    """transformers' name of a model.
+
+    Example:
+        >>> class_name("Llama", "scalar")
+        'LlamaForSequenceClassification'
+    """
     return hf_class + next(ending for ending, found in _KINDS.items() if found == kind)
 
 

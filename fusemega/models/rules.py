@@ -116,7 +116,12 @@ class Replicated(Rule):
 
 @dataclass(frozen=True)
 class RowParallel(Rule):
-    """A matrix whose input dimension (dim 1) is split: Megatron's RowParallelLinear."""
+    """A matrix whose input dimension (dim 1) is split: Megatron's RowParallelLinear.
+
+    Example:
+        >>> RowParallel("fc2", "down", (5, 12)).pieces(WeightRanks(tp_size=2, tp_rank=1))
+        [Piece(hf='down', hf_box=((0, 5), (6, 12)), local_box=((0, 5), (0, 6)))]
+    """
 
     hf: str
     shape: tuple[int, int]
