@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -109,6 +110,28 @@ class Objective(Fields, ABC, Generic[Output]):
             The scalar to differentiate, already divided: micro-batches and data-parallel ranks simply add. And each
             term's sum over this micro-batch, unweighted and not divided, detached: with `counts` it gives the metric.
         """
+
+
+def check_data(objective: Objective[Any], dataset: TokenizedDataset) -> None:
+    """Refuses data of another unit than the objective's, and what its own `check_data` refuses.
+
+    Raises:
+        UserError: names the sample.
+    """
+    name = objective.Settings.model_fields["name"].default
+    wrong = np.flatnonzero(dataset.in_group != (objective.unit == "group"))
+    if len(wrong):
+        sample = dataset[int(wrong[0])]
+        if sample.group is None:
+            raise UserError(
+                f"{sample.source}: the row is one text, and objective.name {name} compares several responses to one "
+                "prompt; allowed: prompt with chosen and rejected, or prompt with responses"
+            )
+        raise UserError(
+            f"{sample.source}: the row has several responses to one prompt, and objective.name {name} learns one "
+            "text a row; allowed: messages, prompt and completion, or text"
+        )
+    objective.check_data(dataset)
 
 
 _OBJECTIVES: dict[str, type[Objective[Any]]] = {}

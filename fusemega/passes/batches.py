@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fusemega.errors import UserError
 from fusemega.passes.micro_batch import Fields, FieldShapes, MicroBatch, collate
+from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
 from fusemega.runtime.together import on_main
 from fusemega.text.data import DataConfig
@@ -62,32 +64,38 @@ class GlobalBatch:
 
 
 def global_batch(
-    dataset: TokenizedDataset, ids: Sequence[int] | np.ndarray, fields: Fields, shape: RowShape, world: World
+    dataset: TokenizedDataset, groups: Sequence[Sequence[int]], fields: Fields, shape: RowShape, world: World
 ) -> GlobalBatch:
-    """Pack the samples `ids`, deal the rows over data parallelism and collate this rank's part.
+    """Pack groups of samples, deal the rows over data parallelism and collate this rank's part.
 
+    A group is whole in one row, so in one micro-batch of one data-parallel rank; context-parallel ranks share it.
     Its tensors are in host memory; where the rank's device is a GPU in pinned memory, from which copies need no wait.
     """
-    lengths, multiple = dataset.lengths[np.asarray(ids)], world.layout.segment_multiple
-    places = padded(lengths, multiple)
+    multiple = world.layout.segment_multiple
+    lengths = dataset.lengths[np.concatenate([np.asarray(group, dtype=np.int64) for group in groups])]
+    starts = np.cumsum([0, *(len(group) for group in groups)])[:-1]
+    places, work = np.add.reduceat(padded(lengths, multiple), starts), np.add.reduceat(lengths**2, starts)
     bins = pack(places, shape.seq_length, shape.packing)
-    hands = deal(bins, lengths, world.dp_size, shape.micro_batch_size, world.layout.micro_batch_multiple)
+    hands = deal(bins, work, world.dp_size, shape.micro_batch_size, world.layout.micro_batch_multiple)
     micro_batches, samples = [], []
-    like = FieldShapes.of(fields, [dataset[0]])
+    like = FieldShapes.of(fields, [dataset[i] for i in dataset.unit(0)])
     hand = hands[world.dp_rank]
     for bins, tokens in zip(hand, micro_batch_tokens(hand, places, shape.unit, world.pp_size > 1), strict=True):
-        groups = [[dataset[int(ids[i])]] for row in bins for i in row]
-        batch = collate(groups, fields, tokens, shape.pad_id, like, multiple)
+        held = [[dataset[int(i)] for i in groups[number]] for row in bins for number in row]
+        batch = collate(held, fields, tokens, shape.pad_id, like, multiple)
         if world.cp_size > 1:
             batch = batch.context_part(world.cp_rank, world.cp_size)
         micro_batches.append(batch.pinned() if world.device.type == "cuda" else batch)
-        samples.append([sample for group in groups for sample in group])
+        samples.append([sample for group in held for sample in group])
     return GlobalBatch(micro_batches, samples, int(lengths.sum()))
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The batches of a training run, by iteration: a pure function of the data, the seed and the iteration."""
+    """The batches of a training run, by iteration: a pure function of the data, the seed and the iteration.
+
+    Of grouped data a global batch is `global_batch_size` groups, each of them whole.
+    """
 
     dataset: TokenizedDataset
     fields: Fields
@@ -98,12 +106,31 @@ class TrainingData:
 
     def step(self, iteration: int) -> GlobalBatch:
         """The batch of `iteration` (from 0), in host memory."""
-        ids = sample_ids(iteration, self.global_batch_size, len(self.dataset), self.seed)
-        return global_batch(self.dataset, ids, self.fields, self.shape, self.world)
+        units = sample_ids(iteration, self.global_batch_size, self.dataset.num_units, self.seed)
+        groups = [self.dataset.unit(int(i)) for i in units]
+        return global_batch(self.dataset, groups, self.fields, self.shape, self.world)
 
     def consumed_samples(self, iteration: int) -> int:
-        """Samples that finished iterations have used."""
+        """Samples that finished iterations have used; of grouped data, groups."""
         return iteration * self.global_batch_size
+
+
+def check_groups(dataset: TokenizedDataset, seq_length: int, parallel: ParallelConfig) -> None:
+    """Refuses a group that does not fit in one row once each of its samples is padded as the layout asks.
+
+    Raises:
+        UserError: names the row.
+    """
+    multiple = parallel.segment_multiple
+    places = np.add.reduceat(padded(dataset.lengths, multiple), dataset.starts)
+    longest = int(places.argmax())
+    if places[longest] > seq_length:
+        source = dataset[dataset.unit(longest)[0]].source
+        raise UserError(
+            f"{source}: its {len(dataset.unit(longest))} responses take {places[longest]} tokens, each padded to a "
+            f"multiple of {multiple} for context_parallel_size {parallel.context_parallel_size}, more than "
+            f"data.seq_length ({seq_length}): a group lies in one row"
+        )
 
 
 def prepare_together(

@@ -57,7 +57,7 @@ def score_samples(
     parts = [ordered[start : start + per_pass] for start in range(0, len(ordered), per_pass)]
 
     def build(number: int) -> GlobalBatch:
-        return global_batch(dataset, parts[number], Fields(), shape, world)
+        return global_batch(dataset, [[i] for i in parts[number]], Fields(), shape, world)
 
     done = 0
     with Prefetch(build, world.device, len(parts)) as batches:

@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,18 @@ from fusemega.files.json_files import read_json
 from fusemega.runtime.console import debug, phase, say
 from fusemega.text.chat import ChatRenderer, Rendered, render_text
 from fusemega.text.data import DataConfig, Row, Source
-from fusemega.text.document import BadRow, Chat, Document, NotLearnt, canonical, parse
+from fusemega.text.document import SCALARS, BadRow, Chat, Document, Group, NotLearnt, canonical, parse_row
 from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 
-_FORMAT = 7  # raise when the meaning of a cached file changes
+_FORMAT = 8  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
 _COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value for each token
-_INDEX = np.dtype([("offset", "<i8"), ("num_bytes", "<i8"), ("file", "<i8"), ("row", "<i8"), ("key", "u1", 16)])
+_INDEX = np.dtype(
+    [*((name, "<i8") for name in ("offset", "num_bytes", "file", "row", "group")), ("key", "u1", 16)]
+    + [(name, "<f8") for name in SCALARS]
+)
 _NO_TARGET = "window without supervised tokens"
 
 
@@ -43,6 +47,8 @@ class TokenizedDataset:
     Attributes:
         config: what was read.
         lengths: int64 [len(self)], tokens of each sample.
+        in_group: bool [len(self)], whether each sample belongs to a group.
+        starts: int64 [num_units], the first sample of each unit.
         num_supervised: supervised tokens of all samples.
         skipped: reason -> number of rows skipped, and of windows dropped for having no target.
         ignored: name -> number of unknown fields that were left out (`data.unknown_fields: ignore`).
@@ -74,6 +80,9 @@ class TokenizedDataset:
                 raise UserError(f"{path}: damaged data cache ({expected} bytes expected), delete its folder")
             self._columns[name] = np.memmap(path, dtype=dtype, mode="r")
         self.lengths: np.ndarray = np.diff(self._offsets)
+        groups = self._index["group"]
+        self.in_group: np.ndarray = groups >= 0
+        self.starts: np.ndarray = np.flatnonzero(~self.in_group | np.append(True, groups[1:] != groups[:-1]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenizedDataset, (self.folder, self._names, self.config)
@@ -93,15 +102,33 @@ class TokenizedDataset:
             num_bytes=int(entry["num_bytes"]),
             source=f"{self._names[entry['file']]}:{entry['row']}",
             places=np.asarray(self._columns["places"][tokens]),
+            group=None if entry["group"] < 0 else int(entry["group"]),
+            scalars={name: float(entry[name]) for name in SCALARS if not np.isnan(entry[name])},
         )
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether any sample belongs to a group."""
+        return bool(self.in_group.any())
+
+    @property
+    def num_units(self) -> int:
+        """How many groups of samples there are; a sample that belongs to none counts as one."""
+        return len(self.starts)
+
+    def unit(self, i: int) -> range:
+        """The samples of group `i`."""
+        return range(int(self.starts[i]), int(self.starts[i + 1]) if i + 1 < len(self.starts) else len(self))
 
     def in_words(self) -> str:
         """How much there is."""
-        return f"{len(self)} samples, {int(self.lengths.sum())} tokens, {self.num_supervised} supervised"
+        groups = f"{self.num_units} groups, " if self.is_grouped else ""
+        return f"{groups}{len(self)} samples, {int(self.lengths.sum())} tokens, {self.num_supervised} supervised"
 
     def contents(self) -> list[np.ndarray]:
         """All that the samples consist of, in order, without where they came from; views of the files."""
-        return [np.ascontiguousarray(self._index[name]) for name in ("key", "offset")] + list(self._columns.values())
+        names = ("key", "offset", *(("group", *SCALARS) if self.is_grouped else ()))
+        return [np.ascontiguousarray(self._index[name]) for name in names] + list(self._columns.values())
 
     def place(self, i: int) -> tuple[int, int]:
         """`Row.file` and `Row.number` of the row that sample `i` is of."""
@@ -198,31 +225,57 @@ class _Tokenize:
                 )
         return notes
 
-    def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Sample]]:
-        ready: list[tuple[Row, bytes, Rendered]] = []
+    def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Sample]]]:
+        """The samples of each row; those of a group, or some of one document."""
+        ready: list[tuple[Row, Document | Group, list[tuple[bytes, Rendered]]]] = []
         for row in rows:
             try:
                 if isinstance(row.value, BadRow):
                     raise row.value
-                document = parse(row.value, self.ignored, self._told)
-                ready.append((row, canonical(document), self._render(document)))
+                parsed = parse_row(row.value, self.ignored, self._told)
+                documents = parsed.documents if isinstance(parsed, Group) else (parsed,)
+                ready.append((row, parsed, [(canonical(each), self._render(each)) for each in documents]))
             except BadRow as error:
                 self._bad(row, error)
             except OverBudget as error:  # and so might all others of the rows: none is skipped for it
                 raise UserError(f"{self._place(row)}: {error}") from None
-        encodings = self.tokenizer.encode([rendered.text for _, _, rendered in ready])
-        for (row, identity, rendered), encoding in zip(ready, encodings, strict=True):
+        encodings = iter(self.tokenizer.encode([rendered.text for *_, parts in ready for _, rendered in parts]))
+        for row, parsed, parts in ready:
+            encoded = [next(encodings) for _ in parts]
             try:
-                document_tokens = annotate(rendered, encoding, self.tokenizer)
-                self._check_ids(document_tokens)
+                tokens = []
+                for (_, rendered), encoding in zip(parts, encoded, strict=True):
+                    tokens.append(annotate(rendered, encoding, self.tokenizer))
+                    self._check_ids(tokens[-1])
+                identities = [identity for identity, _ in parts]
+                if isinstance(parsed, Group):
+                    yield row, self._group(parsed, tokens, identities, row)
+                    continue
             except BadRow as error:
                 self._bad(row, error)
                 continue
-            for sample in cut(document_tokens, identity, self.config.seq_length, self._place(row)):
+            for sample in cut(tokens[0], identities[0], self.config.seq_length, self._place(row)):
                 if sample.supervised.any():
-                    yield row, sample
+                    yield row, [sample]
                 else:
                     self.skipped[_NO_TARGET] += 1
+
+    def _group(self, group: Group, tokens: Sequence[Annotated], identities: Sequence[bytes], row: Row) -> list[Sample]:
+        """A sample each; all of them fit in a row, and each has something to learn."""
+        total, longest = sum(len(each.ids) for each in tokens), self.config.seq_length
+        if total > longest:
+            raise BadRow(
+                "group longer than a row",
+                f"its {len(tokens)} responses have {total} tokens, each with the prompt, more than data.seq_length "
+                f"({longest}): a group lies in one row",
+            )
+        samples = []
+        for document, identity, scalars in zip(tokens, identities, group.scalars, strict=True):
+            (sample,) = cut(document, identity, longest, self._place(row))
+            if not sample.supervised.any():
+                raise BadRow("no target", "a response of the group has no token to learn")
+            samples.append(replace(sample, group=0, scalars=scalars))  # numbered where it is written
+        return samples
 
     def _render(self, document: Document) -> Rendered:
         if isinstance(document, Chat):
@@ -268,19 +321,24 @@ def _build(folder: Path, source: Source, tokenize: _Tokenize, progress: bool) ->
 
 
 def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -> None:
-    index: list[tuple[int, int, int, int, list[int]]] = []
-    num_tokens = num_supervised = 0
+    index: list[tuple[Any, ...]] = []
+    num_tokens = num_supervised = num_groups = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context((partial / f"{name}.bin").open("wb")) for name in _COLUMNS}
         advance = stack.enter_context(row_progress("tokenizing", progress))
         rows = itertools.islice(source.rows(), tokenize.config.limit)
         while batch := list(itertools.islice(rows, _BATCH)):
-            for row, sample in tokenize(batch):
-                index.append((num_tokens, sample.num_bytes, row.file, row.number, list(sample.key)))
-                for name, dtype in _COLUMNS.items():
-                    files[name].write(np.ascontiguousarray(getattr(sample, name), dtype=dtype).tobytes())
-                num_tokens += len(sample.ids)
-                num_supervised += int(sample.supervised.sum())
+            for row, samples in tokenize(batch):
+                group = -1 if samples[0].group is None else num_groups
+                num_groups += group >= 0
+                for sample in samples:
+                    scalars = (sample.scalars.get(name, np.nan) for name in SCALARS)
+                    place = (num_tokens, sample.num_bytes, row.file, row.number, group)
+                    index.append((*place, list(sample.key), *scalars))
+                    for name, dtype in _COLUMNS.items():
+                        files[name].write(np.ascontiguousarray(getattr(sample, name), dtype=dtype).tobytes())
+                    num_tokens += len(sample.ids)
+                    num_supervised += int(sample.supervised.sum())
             advance(len(batch))
         for file in files.values():
             file.flush()

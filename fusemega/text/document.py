@@ -1,8 +1,10 @@
-"""One row of data, in one of TRL's shapes, as a conversation or a text, or the reason it is neither.
+"""One row of data, in one of TRL's shapes, as a conversation, a text or a group of them, or the reason it is none.
 
 Shapes, tried in this order (a key whose value is null counts as absent):
     messages               [{"role": ..., "content": ...}, ...]: every assistant turn is supervised
     prompt + completion    two strings, or two lists of messages: only the completion is supervised
+    prompt + chosen + rejected    twice prompt + completion: a pair, of which the first response is preferred
+    prompt + responses     prompt + completion for each of a list: a group; rewards (or scores) has a number each
     text                   a string: everything is supervised
 
 A row may also have names and scores (`fields.NAMES`), some of which are reported once. A row and a message may have
@@ -15,6 +17,7 @@ counted. An empty text, list or object counts as absent.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,10 +101,38 @@ class Text:
 
 
 Document = Chat | Text
+SCALARS = ("chosen", "reward")
+"""Numbers that a response of a group may have: 1 for a pair's chosen and 0 for its rejected one; its reward."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and several responses to it: each a document of its own, of which the response alone is supervised.
+
+    Attributes:
+        documents: in the order of the row; chosen before rejected.
+        scalars: numbers of each, by name, of `SCALARS`.
+    """
+
+    documents: tuple[Document, ...]
+    scalars: tuple[Mapping[str, float], ...]
 
 
 def parse(row: object, ignored: Counter[str] | None = None, told: Counter[str] | None = None) -> Document:
-    """The conversation or text in `row`.
+    """The conversation or text in `row`. Arguments and errors as `parse_row`'s; a group is refused."""
+    found = parse_row(row, ignored, told)
+    if isinstance(found, Group):
+        raise BadRow("several responses", "the row has several responses to one prompt; allowed here: one text each")
+    return found
+
+
+def parse_row(row: object, ignored: Counter[str] | None = None, told: Counter[str] | None = None) -> Document | Group:
+    """The conversation, text or group in `row`.
+
+    Example:
+        >>> pair = parse_row({"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"})
+        >>> pair.documents[0], pair.scalars[0]
+        (Text(text='2 + 2 = 4', supervised_from=8), {'chosen': 1.0})
 
     Args:
         ignored: counts unknown fields by name, which are left out; None: they are refused.
@@ -109,7 +140,7 @@ def parse(row: object, ignored: Counter[str] | None = None, told: Counter[str] |
 
     Raises:
         NotLearnt: flags of the row or of its turns leave nothing to learn.
-        BadRow: not an object, none of the three shapes, wrong types, empty, no assistant turn, or an unknown field.
+        BadRow: not an object, none of the shapes, wrong types, empty, no assistant turn, or an unknown field.
     """
     if not isinstance(row, Mapping):
         raise BadRow("wrong type", f"a row is an object, found {kind(row)}")
@@ -117,7 +148,7 @@ def parse(row: object, ignored: Counter[str] | None = None, told: Counter[str] |
     if not present:
         raise BadRow("empty", "the row is empty")
     shape: tuple[str, ...]
-    document: Document
+    document: Document | Group
     if "messages" in present:
         shape = ("messages", *ROW_FIELDS)
         messages = _with_system(_messages(present["messages"], "messages", True, ignored), present)
@@ -127,8 +158,11 @@ def parse(row: object, ignored: Counter[str] | None = None, told: Counter[str] |
             shape += ("prompt",)
     elif "prompt" in present and "completion" in present:
         shape = ("prompt", "completion")
-        document = _prompt_completion(present, ignored)
+        (document,) = _responses(present, {"completion": present["completion"]}, ignored)
         shape += ROW_FIELDS if isinstance(document, Chat) else ()
+    elif "prompt" in present and present.keys() & {"chosen", "rejected", "responses"}:
+        document, shape = _group(present, ignored)
+        shape += ROW_FIELDS if isinstance(document.documents[0], Chat) else ()
     elif "text" in present:
         shape = ("text",)
         text = string(present["text"], "text")
@@ -138,7 +172,8 @@ def parse(row: object, ignored: Counter[str] | None = None, told: Counter[str] |
     else:
         raise BadRow(
             "unknown shape",
-            f"found the keys {', '.join(sorted(present))}; expected messages, or prompt and completion, or text",
+            f"found the keys {', '.join(sorted(present))}; expected messages, or prompt and completion, or text, "
+            "or prompt with chosen and rejected, or prompt with responses",
         )
     check_extras(present, (*shape, *NAMES), "the row", ignored)
     if told is not None:
@@ -194,17 +229,56 @@ def _check_prompt(prompt: object, messages: tuple[Message, ...]) -> None:
         )
 
 
-def _prompt_completion(row: Mapping[str, Any], ignored: Counter[str] | None) -> Document:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
+def _group(row: Mapping[str, Any], ignored: Counter[str] | None) -> tuple[Group, tuple[str, ...]]:
+    """A pair or the responses to a prompt, and the keys that say so."""
+    if "responses" not in row:
+        for key in ("chosen", "rejected"):
+            if key not in row:
+                raise BadRow("unknown shape", f"the row has no {key}; expected prompt with both chosen and rejected")
+        if row["chosen"] == row["rejected"]:
+            raise BadRow("no preference", "chosen and rejected are the same")
+        pair = _responses(row, {key: row[key] for key in ("chosen", "rejected")}, ignored)
+        return Group(tuple(pair), ({"chosen": 1.0}, {"chosen": 0.0})), ("prompt", "chosen", "rejected")
+    responses = row["responses"]
+    if not isinstance(responses, (list, tuple)):
+        raise BadRow("wrong type", f"responses is a list of responses, found {kind(responses)}")
+    if len(responses) < 2:
+        raise BadRow("empty", f"responses has {len(responses)}; a group has two or more")
+    documents = _responses(row, {f"responses[{i}]": response for i, response in enumerate(responses)}, ignored)
+    return Group(tuple(documents), _rewards(row, len(responses))), ("prompt", "responses", "rewards", "scores")
+
+
+def _rewards(row: Mapping[str, Any], count: int) -> tuple[Mapping[str, float], ...]:
+    given = [key for key in ("rewards", "scores") if not is_absent(row.get(key))]
+    if not given:
+        return ({},) * count
+    if len(given) > 1:
+        raise BadRow("unsupported field", "the row has rewards and scores; allowed: one of them")
+    key, values = given[0], row[given[0]]
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        found = f"{len(values)} of them" if isinstance(values, (list, tuple)) else kind(values)
+        raise BadRow("wrong type", f"{key} is a list of {count} numbers, one a response; found {found}")
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise BadRow("wrong type", f"{key}[{i}] is a finite number, found {str(value)[:40]!r}")
+    return tuple({"reward": float(value)} for value in values)
+
+
+def _responses(row: Mapping[str, Any], responses: Mapping[str, Any], ignored: Counter[str] | None) -> list[Document]:
+    """The row's prompt with each of the responses (by their names in the row), which alone are supervised."""
+    prompt = row["prompt"]
+    for key, response in responses.items():
+        if isinstance(prompt, str) != isinstance(response, str):
+            raise BadRow("wrong type", f"prompt and {key} must both be strings or both be lists of messages")
+    if isinstance(prompt, str):
         string(prompt, "prompt")
-        if not string(completion, "completion"):
-            raise BadRow("empty", "completion is empty")
-        return Text(prompt + completion, len(prompt))
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise BadRow("wrong type", "prompt and completion must both be strings or both be lists of messages")
-    before, after = _messages(prompt, "prompt", False, ignored), _messages(completion, "completion", True, ignored)
-    return _chat(_with_system(before + after, row), completion, row)
+        for key, response in responses.items():
+            if not string(response, key):
+                raise BadRow("empty", f"{key} is empty")
+        return [Text(prompt + response, len(prompt)) for response in responses.values()]
+    before = _messages(prompt, "prompt", False, ignored)
+    after = {key: _messages(response, key, True, ignored) for key, response in responses.items()}
+    return [_chat(_with_system(before + after[key], row), responses[key], row) for key in responses]
 
 
 def _chat(messages: tuple[Message, ...], learnable: Any, row: Mapping[str, Any]) -> Chat:

@@ -1,4 +1,4 @@
-"""Which samples make up a step: a pure function of (seed, step), so a resumed run needs only its step."""
+"""Which samples (or groups) make up a step: a pure function of (seed, step), so a resumed run needs only its step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def sample_ids(step: int, global_batch_size: int, num_samples: int, seed: int) -> np.ndarray:
-    """int64 [global_batch_size]: the samples of step `step` (from 0).
+    """int64 [global_batch_size]: the samples of step `step` (from 0); of grouped data, the groups.
 
     The run is an endless sequence of epochs, each a permutation of all samples drawn from (seed, epoch). Step n takes
     the places [n * global_batch_size, (n + 1) * global_batch_size) of this sequence, across the border of two epochs if

@@ -1,4 +1,4 @@
-"""A global batch of samples -> bins (rows of seq_length tokens) -> the micro-batches of every data-parallel rank.
+"""A global batch of samples (or groups) -> bins (rows of seq_length tokens) -> micro-batches of data-parallel ranks.
 
 Everything is a deterministic function of the samples' lengths, and the samples of a global batch are the same
 whatever the layout, the micro-batch size, and whether rows are packed. Attention never crosses a sample: each is a
@@ -25,6 +25,8 @@ def padded(lengths: Sequence[int] | np.ndarray | int, multiple: int) -> np.ndarr
 def pack(lengths: Sequence[int] | np.ndarray, seq_length: int, packed: bool) -> list[Bin]:
     """Indices of the samples in each bin: first fit by falling length (ties in order); or one sample a bin.
 
+    Groups are packed whole, as samples of their total length.
+
     Raises:
         ValueError: a sample longer than `seq_length`.
     """
@@ -49,7 +51,7 @@ def pack(lengths: Sequence[int] | np.ndarray, seq_length: int, packed: bool) -> 
 
 def deal(
     bins: Sequence[Bin],
-    lengths: Sequence[int] | np.ndarray,
+    work: Sequence[int] | np.ndarray,
     dp_size: int,
     micro_batch_size: int,
     multiple: int = 1,
@@ -57,13 +59,16 @@ def deal(
     """[dp rank][micro-batch] -> `micro_batch_size` bins; every rank gets the same number of micro-batches.
 
     That number is a multiple of `multiple`. The bins are filled up with empty ones to make it so, and dealt to and fro
-    by falling attention work (sum of squared lengths), so that ranks have about equal work at about the same time.
+    by falling attention work, so that ranks have about equal work at about the same time.
+
+    Args:
+        work: of each sample its squared length; of each group the sum of those.
     """
-    sizes = np.asarray(lengths, dtype=np.int64)
+    costs = np.asarray(work, dtype=np.int64)
     step = dp_size * micro_batch_size * multiple
     filled = [*bins, *([] for _ in range(-len(bins) % step))]
-    work = np.array([int((sizes[b] ** 2).sum()) if b else 0 for b in filled], dtype=np.int64)
-    order = np.argsort(-work, kind="stable").tolist()
+    sums = np.array([int(costs[b].sum()) if b else 0 for b in filled], dtype=np.int64)
+    order = np.argsort(-sums, kind="stable").tolist()
     hands: list[list[Bin]] = [[] for _ in range(dp_size)]
     for turn in range(0, len(order), dp_size):
         dealt = order[turn : turn + dp_size]

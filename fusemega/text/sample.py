@@ -21,8 +21,8 @@ Shape suffixes: L tokens of a window, P supervised tokens among them; W tokens a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class Sample:
         end_bytes: int32 [L]: where token i ends in the canonical stream, -1 where at no comparable place.
         num_bytes: UTF-8 bytes of content in the supervised tokens (closing tokens count 0).
         source: "file:row", for messages.
+        group: number of the group of samples that it belongs to; None: to none.
+        scalars: numbers of it, by name (`document.SCALARS`).
         places: uint8 [L], what each token is: `OF_TEXT` of a plain text and not of a conversation, `BEGINS` where a
             content begins behind it. None: of a conversation, and no content begins.
     """
@@ -56,6 +58,8 @@ class Sample:
     num_bytes: int
     source: str
     places: np.ndarray | None = None
+    group: int | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
     def is_place(self, place: int) -> np.ndarray:
         """bool [L]: whether each token is at such a place, `OF_TEXT` or `BEGINS`."""

@@ -18,8 +18,8 @@ from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import check_writable, write_durably
 from fusemega.hf.loadable import closing_id, settle
-from fusemega.losses.registry import Objective, build_objective
-from fusemega.passes.batches import RowShape, TrainingData, prepare_together
+from fusemega.losses.registry import Objective, build_objective, check_data
+from fusemega.passes.batches import RowShape, TrainingData, check_groups, prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.console import phase, say
 from fusemega.runtime.parallel import environment_rank, initialize
@@ -82,6 +82,16 @@ class Checked:
         cache = cache_folder() / "data"
         return prepare(data, self.source.tokenizer, cache, vocab_size=self.source.vocab_size, progress=True)
 
+    def check_data(self, dataset: TokenizedDataset) -> None:
+        """Refuses training data that the objective or the layout does not take.
+
+        Raises:
+            UserError: names the row.
+        """
+        check_data(self.objective, dataset)
+        if dataset.is_grouped:
+            check_groups(dataset, self.run.data.seq_length, self.run.parallel)
+
 
 def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer, Checked]:
     """Everything `train` does before its first step. Collective.
@@ -102,8 +112,8 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
         on_main(world, lambda: check_export(output))
     tokenizer = checked.source.tokenizer
     dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world)
-    checked.objective.check_data(dataset)
-    profiled = profile_of(run, len(dataset))
+    checked.check_data(dataset)
+    profiled = profile_of(run, dataset.num_units)
     if profiled is not None:
         on_main(world, profiled.check)
     training, unit = run.training, run.model.row_unit(run.parallel)

@@ -33,8 +33,8 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     if run.training.export_hf:
         check_export(Path(run.output_dir))
     dataset = checked.prepared(run.data)
-    checked.objective.check_data(dataset)
-    if (profiled := profile_of(run, len(dataset))) is not None:
+    checked.check_data(dataset)
+    if (profiled := profile_of(run, dataset.num_units)) is not None:
         profiled.check()
     held_out = None if run.evaluation is None else checked.prepared(run.evaluation.data)
     parallel = run.parallel
@@ -42,10 +42,11 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     files = Source(run.data).names
     named = f"{len(files)} file(s): {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}"
     training = run.training
-    length = f"{training.iterations(len(dataset))} iterations"
+    length = f"{training.iterations(dataset.num_units)} iterations"
     length += "" if training.train_iters else f" ({training.train_epochs:g} epochs)"
     newest = latest_checkpoint(Path(run.output_dir) / CHECKPOINTS)
     start = f"resumes after iteration {read_state(newest)['iteration']}" if newest else "starts from the loaded weights"
+    units = "groups" if dataset.is_grouped else "samples"
     lines = {
         "model": _in_words(checked.source),
         **{name: _in_words(source) for name, source in checked.frozen.items()},
@@ -53,7 +54,7 @@ def describe(run: TrainRun, nproc: int | None) -> str:
         "data": f"{named}; {dataset.in_words()}",
         **({} if held_out is None else {"held out": held_out.in_words()}),
         "rows": f"{run.data.seq_length} tokens, {'packed' if training.packing else 'one sample each'}, "
-        f"{training.micro_batch_size} a forward pass, {training.global_batch_size} samples an update",
+        f"{training.micro_batch_size} a forward pass, {training.global_batch_size} {units} an update",
         "objective": ", ".join(f"{key}={value}" for key, value in run.objective.model_dump().items()),
         "length": f"{length}; {start}",
         "output": run.output_dir,

@@ -68,7 +68,7 @@ class TrainingSection(Section):
 
     train_iters: int | None = Field(None, ge=1, description="number of updates; give this or train_epochs")
     train_epochs: float | None = Field(None, gt=0, description="passes over the data, in place of train_iters")
-    global_batch_size: int = Field(ge=1, description="samples in one update, in every layout")
+    global_batch_size: int = Field(ge=1, description="samples (or groups of them) in one update, in every layout")
     micro_batch_size: int = Field(1, ge=1, le=1 << 16, description="rows of data.seq_length tokens in one forward pass")
     packing: bool = Field(
         True, description="fill rows with several samples of the global batch; false: one sample in each row"

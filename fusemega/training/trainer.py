@@ -76,7 +76,7 @@ class Trainer:
         frozen: Mapping[str, FrozenModel] = MappingProxyType({}),
     ) -> Trainer:
         """Wrap the model; nothing hangs on its steps yet."""
-        train_iters = run.training.iterations(len(data.dataset))
+        train_iters = run.training.iterations(data.dataset.num_units)
         ddp, optimizer = wrap(gpt, run.optimizer)
         scheduler = schedule(optimizer, run.optimizer, train_iters)
         return cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, frozen)

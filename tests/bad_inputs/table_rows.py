@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from tests.bad_inputs.damage import fifo, folder, gone, key, put, rows
 from tests.bad_inputs.run import Bad, kind
-from tests.bad_inputs.table import SETTINGS, TEMPLATE, TRAIN
+from tests.bad_inputs.table import SETTINGS, TEACH, TEMPLATE, TRAIN
 
 _t, _d = kind("tokenizer"), kind("data")
 _HUGE = "{{ 'x' | center(3000000000) }}"
 
+_PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 _TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 # fmt: off
@@ -32,6 +33,10 @@ TABLE: list[Bad] = [
     _d("an image", TRAIN, "data.jsonl:2: messages[1].content[0] has the type 'image'; allowed: text", rows({"messages": [_TURNS[0], {"role": "assistant", "content": [{"type": "image"}]}]})),
     _d("a special token in a setting", TRAIN, "data.jsonl:2: the row spells the special token", rows({"messages": _TURNS, "chat_template_kwargs": {"x": "<|im_end|>"}})),
     _d("a prompt of another question", TRAIN, "data.jsonl:2: ", rows({"messages": _TURNS, "prompt": "b"})),
+    _d("a pair for a token loss", TRAIN, "data.jsonl:2: the row has several responses to one prompt, and objective.name sft learns one text a row", rows(_PAIR)),
+    _d("a pair to be cut", "split data.jsonl new.jsonl --tokenizers model sharded", "data.jsonl:2: the row has several responses to one prompt", rows(_PAIR)),
+    _d("rewards of other responses", TRAIN, "data.jsonl:2: rewards is a list of 2 numbers, one a response; found 1 of them", rows({"prompt": "a", "responses": ["b", "c"], "rewards": [1]})),
+    _d("responses longer than a row", TEACH, "data.jsonl:2: its 2 responses have", rows({"prompt": "a", "responses": ["b " * 30, "c " * 30]})),
     _d("a FIFO in a saved data set", TRAIN + " data.path=saved", "saved/train/data.arrow: a FIFO, not a regular file", folder("saved/train"), put("saved/dataset_dict.json", '{"splits": ["train"]}'), fifo("saved/train/data.arrow")),
     _t("a split by a template that needs memory", "split data.jsonl new.jsonl --tokenizers model sharded", "data.jsonl:1: model: its chat template needs more than", put(TEMPLATE, _HUGE)),
 ]  # fmt: skip

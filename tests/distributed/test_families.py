@@ -43,7 +43,8 @@ class Reference(NamedTuple):
 
     logits_SV: torch.Tensor
     gradients: dict[str, torch.Tensor]
-    coupled: dict[str, torch.Tensor]
+    sequences: dict[str, torch.Tensor]
+    groups: dict[str, torch.Tensor]
     norm: float
 
 
@@ -66,14 +67,17 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
             for part, text in zip(parts, texts[name], strict=True)
         ]
         tokens_S = torch.tensor(LENGTHS) - 1
-        coupled_loss = sequence_mean_loss(torch.stack(logp), tokens_S) / len(LENGTHS)
+        losses = [
+            sequence_mean_loss(torch.stack(logp), tokens_S) / len(LENGTHS),
+            sum(-torch.nn.functional.logsigmoid(0.1 * (logp[i] - logp[i + 1])) for i in (0, 2)) / 2,  # DPO's form
+            -sum(logp) / int(tokens_S.sum()),
+        ]
         keys, parameters = zip(*model.named_parameters(), strict=True)
-        coupled, gradients = (
-            dict(zip(keys, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))
-            for loss in (coupled_loss, -sum(logp) / int(tokens_S.sum()))
+        sequences, groups, gradients = (
+            dict(zip(keys, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True)) for loss in losses
         )
         norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm()
-        references[name] = Reference(logits_SV.detach(), gradients, coupled, float(norm))
+        references[name] = Reference(logits_SV.detach(), gradients, sequences, groups, float(norm))
     (work / "texts.json").write_text(json.dumps(texts))
     return work, references
 
@@ -114,11 +118,12 @@ def assert_gradients(folder: Path, gradients: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_gradients_of_a_loss_that_couples_tokens(
+def test_gradients_of_losses_that_couple_tokens_or_texts(
     references: tuple[Path, dict[str, Reference]], ranks: list[dict[str, Any]], name: str, layout: str
 ) -> None:
     work, reference = references[0], references[1][name]
-    assert_gradients(work / f"{name}.{layout}.sequences", reference.coupled)
+    assert_gradients(work / f"{name}.{layout}.sequences", reference.sequences)
+    assert_gradients(work / f"{name}.{layout}.groups", reference.groups)
 
 
 @pytest.mark.parametrize("name", MODELS)

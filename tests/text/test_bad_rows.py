@@ -17,6 +17,7 @@ from tests.text.toys import CORPUS, SPECIALS, byte_level, wrapped
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 GOOD = {"messages": [USER, ASSISTANT]}
+GROUP = {"prompt": "x", "responses": ["a", "b"]}
 SYSTEM = {"role": "system", "content": "be kind"}
 CALLS = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
@@ -81,6 +82,21 @@ BAD = [
     ({"messages": [USER, ASSISTANT | {"train": "no"}]}, "unsupported flag", "messages[1] has train: 'no'; allowed"),
     ({"messages": [USER | {"train": True}, ASSISTANT]}, "unsupported flag", "asks to train on a turn of role user"),
     ('{"text": "\\ud800"}', "invalid unicode", "lone surrogate at character 0"),
+    ({"prompt": "x", "chosen": "a"}, "unknown shape", "the row has no rejected; expected prompt with both"),
+    ({"chosen": "a", "rejected": "b"}, "unknown shape", "found the keys chosen, rejected; expected"),
+    ({"prompt": "x", "chosen": "a", "rejected": "a"}, "no preference", "chosen and rejected are the same"),
+    ({"prompt": "x", "chosen": "a", "rejected": ""}, "empty", "rejected is empty"),
+    ({"prompt": "x", "chosen": "a", "rejected": [ASSISTANT]}, "wrong type", "prompt and rejected must both be"),
+    ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": 1}, "unknown field", "the row has margin, which might"),
+    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [USER]}, "no assistant turn", "no assistant turn to learn"),
+    ({"prompt": "x", "responses": "ab"}, "wrong type", "responses is a list of responses, found a string"),
+    ({"prompt": "x", "responses": ["a"]}, "empty", "responses has 1; a group has two or more"),
+    ({"prompt": "x", "responses": ["a", 1]}, "wrong type", "prompt and responses[1] must both be strings"),
+    (GROUP | {"rewards": [1.0]}, "wrong type", "rewards is a list of 2 numbers, one a response; found 1 of them"),
+    (GROUP | {"scores": [1, True]}, "wrong type", "scores[1] is a finite number, found 'True'"),
+    (GROUP | {"scores": [1, float("nan")]}, "wrong type", "scores[1] is a finite number, found 'nan'"),
+    (GROUP | {"scores": [1, 2], "rewards": [1, 2]}, "unsupported field", "the row has rewards and scores; allowed:"),
+    (GROUP | {"responses": ["a", "word " * 2100]}, "group longer than a row", "more than data.seq_length (2048): a"),
     ({"text": "a </s> b"}, "special token in content", "'</s>' (character 2"),
 ]
 

@@ -295,3 +295,44 @@ def test_files_that_are_named_are_of_no_other_split(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     write(tmp_path / "test" / "rows.jsonl", ROWS)
     assert names("test/rows.jsonl", "test") == ["rows.jsonl"], "its folder's name says it"
+
+
+def test_groups_are_the_samples_of_one_row(tmp_path: Path) -> None:
+    question, answers = {"role": "user", "content": "hi"}, [{"role": "assistant", "content": c} for c in "xyz"]
+    rows = [
+        {"prompt": [question], "chosen": answers[:1], "rejected": answers[1:2]},
+        {"prompt": "one ", "responses": ["two", "three", "four"], "rewards": [0.5, -1, 2]},
+        {"prompt": "one ", "responses": ["two", "five"]},
+    ]
+    plain = [
+        *({"prompt": [question], "completion": [answer]} for answer in answers[:2]),
+        *({"prompt": "one ", "completion": word} for word in ("two", "three", "four", "two", "five")),
+    ]
+    path = write(tmp_path / "groups.jsonl", rows)
+    dataset = prepare(DataConfig(path=str(path)), byte_level(), tmp_path / "cache")
+    single = prepare(DataConfig(path=str(write(tmp_path / "p.jsonl", plain))), byte_level(), tmp_path / "cache")
+    # A store that was taught the responses one by one finds those of groups.
+    assert keys(dataset) == keys(single) and not single.is_grouped and single.num_units == len(plain)
+    for sample, wanted in zip(dataset, single, strict=True):
+        assert sample.ids.tolist() == wanted.ids.tolist() and sample.supervised.tolist() == wanted.supervised.tolist()
+    assert dataset.in_group.all() and [list(dataset.unit(i)) for i in range(dataset.num_units)] == [
+        [0, 1],
+        [2, 3, 4],
+        [5, 6],
+    ]
+    assert [sample.group for sample in dataset] == [0, 0, 1, 1, 1, 2, 2]
+    chosen, rewards = {"chosen": 1.0}, [{"reward": value} for value in (0.5, -1.0, 2.0)]
+    assert [sample.scalars for sample in dataset] == [chosen, {"chosen": 0.0}, *rewards, {}, {}]
+    assert dataset.in_words().startswith("3 groups, 7 samples, ")
+    # Other rewards are other data.
+    assert len(dataset.contents()) == len(single.contents()) + 3
+
+
+def test_a_group_longer_than_a_row_is_refused_or_skipped(tmp_path: Path) -> None:
+    rows = [{"prompt": "a ", "responses": [word * n for word in ("b ", "c ")]} for n in (2, 40)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=r"rows.jsonl:2: its 2 responses have \d+ tokens, .* more than .*seq_length"):
+        prepare(DataConfig(path=str(path), seq_length=64), byte_level(), tmp_path / "cache")
+    config = DataConfig(path=str(path), seq_length=64, on_bad_row="skip")
+    dataset = prepare(config, byte_level(), tmp_path / "cache")
+    assert dataset.num_units == 1 and dataset.skipped == {"group longer than a row": 1}

@@ -74,7 +74,7 @@ def test_every_layout_trains_on_the_same_positions(seed: int) -> None:
     for packed in (False, True):
         bins = pack(lengths, seq_length, packed)
         for dp, mbs in ((1, 1), (2, 1), (1, 4), (3, 2)):
-            ranks = deal(bins, lengths, dp, mbs)
+            ranks = deal(bins, np.square(lengths), dp, mbs)
             assert len(ranks) == dp and len({len(rank) for rank in ranks}) == 1
             rows = sum(len(rank) for rank in ranks) * mbs
             assert rows == -(-len(bins) // (dp * mbs)) * dp * mbs
@@ -141,7 +141,7 @@ def test_context_ranks_share_every_sample(seed: int, size: int) -> None:
     bins = pack(places, seq_length, packed=True)
     expected = sorted((i, int(t)) for i, sample in enumerate(samples) for t in sample.positions)
     seen = []
-    hand = deal(bins, lengths, 1, 2)[0]
+    hand = deal(bins, np.square(lengths), 1, 2)[0]
     for micro_batch, tokens in zip(hand, micro_batch_tokens(hand, places, multiple, alike=False), strict=True):
         held = [[samples[i] for i in b] for b in micro_batch]
         whole = collate(alone(held), TAGS, tokens, 0, FieldShapes.of(TAGS, samples[:1]), multiple)
@@ -169,7 +169,7 @@ def test_context_ranks_share_every_sample(seed: int, size: int) -> None:
 def test_the_interleaved_schedule_gets_whole_groups_of_micro_batches() -> None:
     bins = [[i] for i in range(5)]
     for dp, micro_batch, multiple, wanted in ((1, 1, 1, 5), (1, 1, 4, 8), (2, 1, 2, 4), (1, 2, 2, 4), (2, 3, 3, 3)):
-        ranks = deal(bins, [3] * 5, dp, micro_batch, multiple)
+        ranks = deal(bins, [9] * 5, dp, micro_batch, multiple)
         assert [len(rank) for rank in ranks] == [wanted] * dp
         dealt = sorted(i for rank in ranks for m in rank for b in m for i in b)
         assert dealt == list(range(5)) and all(len(m) == micro_batch for rank in ranks for m in rank)
@@ -193,7 +193,7 @@ def test_packing_is_tight_and_dealing_is_even() -> None:
     assert sorted(i for b in bins for i in b) == list(range(300))
     assert max(sum(lengths[i] for i in b) for b in bins) <= 128
     assert len(bins) <= 1.05 * sum(lengths) / 128 + 1
-    work = [sum(lengths[i] ** 2 for m in rank for b in m for i in b) for rank in deal(bins, lengths, 4, 2)]
+    work = [sum(lengths[i] ** 2 for m in rank for b in m for i in b) for rank in deal(bins, np.square(lengths), 4, 2)]
     assert max(work) < 1.02 * min(work)
     assert pack(lengths, 128, packed=True) == bins
 

@@ -4,7 +4,8 @@
 
 Leaves WORK/<name>.<layout>/ (the weights as they came back), WORK/<name>.<layout>.gradients/ (in the weights' place,
 the gradients of the mean next-token cross-entropy), for the models of SEQUENCES also WORK/<name>.<layout>.sequences/
-(those of a loss that couples the tokens of a text), and WORK/<name>.<layout>.logits.pt where rows are whole.
+and .groups/ (those of losses that couple the tokens of a text, and two texts), and WORK/<name>.<layout>.logits.pt where
+rows are whole.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdow
 from fusemega.text.packing import padded
 from fusemega.training.optimizer import OptimizerSection, wrap
 from tests.distributed.launch import report
+from tests.losses.pairwise import Pairwise
 from tests.losses.sequence_mean import SequenceMean
 
 TP2, TP4 = ({"tensor_model_parallel_size": size} for size in (2, 4))
@@ -71,8 +73,11 @@ def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
         sequences=torch.arange(len(texts)).repeat_interleave(counts),
         sequence_tokens=counts,
         last_tokens=torch.tensor(starts) + torch.tensor(lengths) - 1,
-        groups=torch.arange(len(texts)),
-        group_sizes=torch.ones(len(texts), dtype=torch.int64),
+        groups=torch.arange(len(texts)) // 2,  # pairs, of which the first text is chosen
+        group_sizes=torch.full((len(texts) // 2,), 2),
+        keys=(b"",) * len(texts),
+        sequence_fields={"number": (torch.arange(len(texts)) + 1.0) % 2},
+        group_fields={"has_rewards": torch.zeros(len(texts) // 2, dtype=torch.bool)},
         sources=("",) * len(texts),
         num_positions=len(positions),
     )
@@ -94,7 +99,8 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
     batch = row_of(texts, world.layout.segment_multiple)
     # Each data-parallel rank brings the same row, several times where the schedule wants several.
     times = world.dp_size * world.layout.micro_batch_multiple
-    denominators: dict[str, torch.Tensor | float] = {"lm": len(batch.labels) * times, "sequence": len(texts) * times}
+    counts = {"lm": len(batch.labels), "sequence": len(texts), "pairwise": len(texts) // 2}
+    denominators: dict[str, torch.Tensor | float] = {name: count * times for name, count in counts.items()}
     part = batch.context_part(world.cp_rank, world.cp_size) if world.cp_size > 1 else batch
 
     def backward(objective: Objective[Any]) -> None:
@@ -106,8 +112,11 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
             chunk.zero_grad_buffer()
         run_schedule(ddp, [part] * world.layout.micro_batch_multiple, loss_function, world, forward_only=False)
 
-    backward(SequenceMean())
-    coupled = [placement.parameter.main_grad.clone() for placement in placements(model, world)]
+    coupled: dict[str, list[torch.Tensor]] = {}
+    if folder.name in SEQUENCES:
+        for kind, objective in (("sequences", SequenceMean()), ("groups", Pairwise(Pairwise.Settings()))):
+            backward(objective)
+            coupled[kind] = [placement.parameter.main_grad.clone() for placement in placements(model, world)]
     backward(SFT())
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
@@ -124,11 +133,11 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
                 dist.all_gather(parts, gradient.contiguous(), group=world.tp_group)
                 unequal = max(unequal, *(float((part - parts[0]).abs().max()) for part in parts))
     export_hf(model, Path(f"{out}.gradients"), folder, world)
-    if folder.name in SEQUENCES:
+    for kind, gradients in coupled.items():
         with torch.no_grad():
-            for placement, gradient in zip(placements(model, world), coupled, strict=True):
+            for placement, gradient in zip(placements(model, world), gradients, strict=True):
                 placement.parameter.copy_(gradient)
-        export_hf(model, Path(f"{out}.sequences"), folder, world)
+        export_hf(model, Path(f"{out}.{kind}"), folder, world)
     return seen | {"unequal": unequal}
 
 
