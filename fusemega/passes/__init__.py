@@ -6,5 +6,6 @@
 * `forward.py`: Megatron's schedule over a step's micro-batches
 * `answers.py`: what a model says of a micro-batch
 * `frozen.py`: models that are asked and not trained, beside another
+* `layers.py`: hidden states inside a model, handed out while a pass runs
 * `score.py`: a model over a data set, forward only; `progress.py`: how far it is
 """

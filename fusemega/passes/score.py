@@ -1,6 +1,9 @@
 """A model over a data set, forward only: what evaluation during training, `eval` and `teach` share.
 
-Shape suffixes: N supervised positions of a micro-batch, H hidden size.
+It hands out final hidden states at supervised positions (`score_samples`), or hidden states of any layer at all tokens
+(`layer_states`).
+
+Shape suffixes: T tokens of a micro-batch, N supervised positions of it, H hidden size.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from fusemega.models.build import GPT
 from fusemega.passes.batches import GlobalBatch, RowShape, global_batch
 from fusemega.passes.forward import run_schedule
 from fusemega.passes.frozen import FrozenModel, ask_all
+from fusemega.passes.layers import Point, handed_out
 from fusemega.passes.micro_batch import Fields, MicroBatch
 from fusemega.passes.prefetch import Prefetch
 from fusemega.runtime.parallel import World
@@ -26,6 +30,8 @@ ROWS_PER_PASS = 16
 
 # (hidden_NH, batch, samples) -> whatever the pass collects on the last stage
 ScoreFunction = Callable[[torch.Tensor, MicroBatch, Sequence[Sample]], Any]
+# (point, hidden_TH, batch, samples) -> whatever the pass collects for it
+SeeFunction = Callable[[Point, torch.Tensor, MicroBatch, Sequence[Sample]], Any]
 
 
 @torch.no_grad()
@@ -51,6 +57,71 @@ def score_samples(
         on the last stage). The same number of times on every rank.
     """
     gpt.eval()
+    for done, part, batch in _passes(dataset, ids, shape, world):
+        samples = iter(batch.samples)
+
+        def loss(
+            hidden_NH: torch.Tensor, micro: MicroBatch, samples: Iterator[list[Sample]] = samples
+        ) -> tuple[torch.Tensor, Any]:
+            return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
+
+        micro_batches = ask_all(frozen, batch.micro_batches)
+        if advance is not None:
+            micro_batches = _Counted(micro_batches, int(dataset.lengths[part].sum()), advance)
+        collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True)
+        if isinstance(micro_batches, _Counted):
+            micro_batches.finish()
+        yield done, collected
+
+
+@torch.no_grad()
+def layer_states(
+    gpt: GPT,
+    dataset: TokenizedDataset,
+    ids: Sequence[int],
+    shape: RowShape,
+    points: Sequence[Point],
+    see: SeeFunction,
+    world: World,
+) -> Iterator[tuple[int, dict[Point, list[Any]]]]:
+    """`see` of the hidden states at the points, for every micro-batch of the samples `ids`, pass by pass.
+
+    Args:
+        points: layers, and where in them.
+        see: gets [T, H], the states of all tokens of the micro-batch (under context parallelism, of this rank's part of
+            each segment); called while the pass goes on, so what it keeps is what memory is needed for.
+
+    Yields:
+        (samples done so far on all ranks, what `see` returned for this rank's micro-batches of the pass, by point;
+        the points are those whose layers this rank's stage holds). The same number of times on every rank.
+
+    Raises:
+        ValueError: no such layer in the model.
+    """
+    gpt.eval()
+    for done, _, batch in _passes(dataset, ids, shape, world):
+        seen: dict[Point, list[Any]] = {}
+
+        def hand_out(
+            point: Point, hidden_TH: torch.Tensor, batch: GlobalBatch = batch, seen: dict[Point, list[Any]] = seen
+        ) -> None:
+            number = len(seen[point])
+            seen[point].append(see(point, hidden_TH, batch.micro_batches[number], batch.samples[number]))
+
+        with handed_out(gpt, points, hand_out, world) as held:
+            seen |= {point: [] for point in held}
+            run_schedule(list(gpt.chunks), batch.micro_batches, _nothing, world, forward_only=True)
+        yield done, seen
+
+
+def _nothing(hidden_NH: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, None]:
+    return hidden_NH.new_zeros(()), None
+
+
+def _passes(
+    dataset: TokenizedDataset, ids: Sequence[int], shape: RowShape, world: World
+) -> Iterator[tuple[int, list[int], GlobalBatch]]:
+    """(Samples up to the end of the pass, those of it, its batch on the device), pass by pass."""
     per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size
     # Samples of similar length share a pass; rows then pack well.
     ordered = sorted(ids, key=lambda i: -int(dataset.lengths[i]))
@@ -62,22 +133,8 @@ def score_samples(
     done = 0
     with Prefetch(build, world.device, len(parts)) as batches:
         for number, part in enumerate(parts):
-            batch = batches.take(number).on(world.device)
-            samples = iter(batch.samples)
-
-            def loss(
-                hidden_NH: torch.Tensor, micro: MicroBatch, samples: Iterator[list[Sample]] = samples
-            ) -> tuple[torch.Tensor, Any]:
-                return hidden_NH.new_zeros(()), score(hidden_NH, micro, next(samples))
-
             done += len(part)
-            micro_batches = ask_all(frozen, batch.micro_batches)
-            if advance is not None:
-                micro_batches = _Counted(micro_batches, int(dataset.lengths[part].sum()), advance)
-            collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True)
-            if isinstance(micro_batches, _Counted):
-                micro_batches.finish()
-            yield done, collected
+            yield done, part, batches.take(number).on(world.device)
 
 
 class _Counted(list[MicroBatch]):

@@ -60,7 +60,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
                 parameter.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)
         model.save_pretrained(work / name, max_shard_size="20KB")
         texts[name] = [torch.randint(0, settings["vocab_size"], (n,)).tolist() for n in LENGTHS]
-        logits_SV = torch.cat([model(torch.tensor([text])).logits[0] for text in texts[name]])
+        logits_SV, hidden = logits_and_hidden(model, texts[name])
+        torch.save(hidden, work / name / "hidden.pt")
         parts = logits_SV.split(LENGTHS)
         logp = [
             -torch.nn.functional.cross_entropy(part[:-1], torch.tensor(text[1:], dtype=torch.int64), reduction="sum")
@@ -103,6 +104,29 @@ def test_logits_gradients_and_bits(
         seen = result[f"{name} {layout}"]
         assert seen["unequal"] == 0  # what tensor-parallel ranks hold twice has one gradient
         assert seen["norm"] == pytest.approx(reference.norm, rel=1e-5)
+
+
+def logits_and_hidden(model: Any, texts: list[list[int]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of all tokens: the logits, and hidden states at the points that the worker asks for."""
+    inside: list[torch.Tensor] = []
+    norm = model.model.layers[1].post_attention_layernorm
+    hook = norm.register_forward_pre_hook(lambda _, args: inside.append(args[0][0].detach()))
+    found = [model(torch.tensor([text]), output_hidden_states=True) for text in texts]
+    hook.remove()
+    after_layer_2 = torch.cat([one.hidden_states[3][0].detach() for one in found])
+    hidden = {"output 2": after_layer_2, "input 3": after_layer_2, "mlp_input 1": torch.cat(inside)}
+    return torch.cat([one.logits[0] for one in found]), hidden
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hidden_states_inside_the_model(ranks: list[dict[str, Any]], layout: str) -> None:
+    """Each point comes out on the ranks of the stage that holds its layer, as transformers has it."""
+    for name in MODELS:
+        held = [result[f"{name} {layout}"]["hidden"] for result in ranks]
+        assert {point for errors in held for point in errors} == {"input 3", "mlp_input 1", "output 2"}
+        stages = 2 if "PP2" in layout else 1
+        assert all(sum(point in errors for errors in held) == len(ranks) // stages for point in ("input 3", "output 2"))
+        assert all(error < 2e-5 for errors in held for error in errors.values()), (name, held)
 
 
 def assert_gradients(folder: Path, gradients: dict[str, torch.Tensor]) -> None:

@@ -24,10 +24,12 @@ from fusemega.hf.load import load_hf
 from fusemega.losses.apply import objective_loss
 from fusemega.losses.registry import Objective
 from fusemega.losses.sft import SFT
-from fusemega.models.build import build_model, placements
+from fusemega.models.build import GPT, build_model, placements
 from fusemega.models.dense_logits import dense_logits
 from fusemega.passes.forward import run_schedule
+from fusemega.passes.layers import Point, handed_out
 from fusemega.passes.micro_batch import MicroBatch
+from fusemega.runtime.context_parallel import zigzag
 from fusemega.runtime.parallel import ParallelConfig, World, initialize, shutdown
 from fusemega.text.packing import padded
 from fusemega.training.optimizer import OptimizerSection, wrap
@@ -83,6 +85,37 @@ def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
     )
 
 
+POINTS = {"input 3": Point(3, "input"), "mlp_input 1": Point(1, "mlp_input"), "output 2": Point(2)}
+
+
+def hidden_errors(
+    model: GPT, batch: MicroBatch, part: MicroBatch, wanted: dict[str, torch.Tensor], world: World
+) -> dict[str, float]:
+    """Of the points that this rank holds: how far the states are from `wanted`, those of the texts' tokens."""
+    starts = (batch.position_ids[0] == 0).nonzero().flatten().tolist()
+    lengths = (batch.sequence_tokens + 1).tolist()
+    real = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+    found: dict[Point, list[torch.Tensor]] = {}
+
+    def nothing(hidden_NH: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, None]:
+        return hidden_NH.new_zeros(()), None
+
+    micro_batches = [part] * world.layout.micro_batch_multiple
+    with handed_out(model, list(POINTS.values()), lambda p, h: found.setdefault(p, []).append(h), world) as held:
+        run_schedule(list(model.chunks), micro_batches, nothing, world, forward_only=True)
+    assert set(held) == found.keys() and all(len(states) == len(micro_batches) for states in found.values())
+    errors = {}
+    for name, point in POINTS.items():
+        if point in found:
+            whole_TH = torch.full((batch.tokens.size(1), wanted[name].size(1)), torch.nan)
+            whole_TH[real] = wanted[name]
+            if world.cp_size > 1:
+                whole_TH = whole_TH[zigzag(batch.cu_seqlens, world.cp_rank, world.cp_size)]
+            here = ~whole_TH.isnan()
+            errors[name] = float((found[point][-1][here] - whole_TH[here]).abs().max())
+    return errors
+
+
 def one_model(folder: Path, label: str, texts: list[list[int]], world: World) -> dict[str, Any]:
     """Everything one model shows under one layout."""
     model = build_model(HFFolder(folder).architecture, world, torch.float32)
@@ -94,14 +127,15 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
         if logits_SV is not None and world.dp_rank == 0 and world.tp_rank == 0:
             torch.save(logits_SV, f"{out}.logits.pt")
 
+    batch = row_of(texts, world.layout.segment_multiple)
+    part = batch.context_part(world.cp_rank, world.cp_size) if world.cp_size > 1 else batch
+    hidden = hidden_errors(model, batch, part, torch.load(folder / "hidden.pt"), world)
     ddp, optimizer = wrap(model, OptimizerSection(lr=1e-3, use_distributed_optimizer=False, clip_grad=0.0))
     decay = {id(parameter): group["wd_mult"] for group in optimizer.param_groups for parameter in group["params"]}
-    batch = row_of(texts, world.layout.segment_multiple)
     # Each data-parallel rank brings the same row, several times where the schedule wants several.
     times = world.dp_size * world.layout.micro_batch_multiple
     counts = {"lm": len(batch.labels), "sequence": len(texts), "pairwise": len(texts) // 2}
     denominators: dict[str, torch.Tensor | float] = {name: count * times for name, count in counts.items()}
-    part = batch.context_part(world.cp_rank, world.cp_size) if world.cp_size > 1 else batch
 
     def backward(objective: Objective[Any]) -> None:
         def loss_function(hidden_NH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +155,7 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     unequal = 0.0
-    seen: dict[str, Any] = {"norm": norm, "decayed": [], "plain": []}
+    seen: dict[str, Any] = {"norm": norm, "decayed": [], "plain": [], "hidden": hidden}
     with torch.no_grad():
         for placement in placements(model, world):
             kind = "decayed" if decay[id(placement.parameter)] else "plain"

@@ -1,0 +1,121 @@
+"""A loss over groups with a reference in the job: the trainer's updates against DPO written out with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from benchmarks import tiny
+from fusemega.errors import UserError
+from fusemega.losses import registry
+from fusemega.losses.registry import register
+from fusemega.text.sample import Sample
+from fusemega.training.assembly import open_trainer
+from fusemega.training.dry_run import describe
+from fusemega.training.run_file import TrainRun
+from fusemega.training.trainer import Trainer
+from tests.losses.pairwise import Pairwise, write_groups
+
+MakeRun = Callable[..., TrainRun]
+BETA = 0.5
+CONSTANT = {"lr_decay_style": "constant", "lr_warmup_fraction": 0.0, "clip_grad": 0.0}
+
+
+@pytest.fixture(scope="module")
+def reference(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    write_groups(work / "groups.jsonl", work / "chat.jsonl")
+    return tiny.write_model(folder / "model", work / "chat.jsonl", seed=5)
+
+
+@pytest.fixture
+def grouped(make_run: MakeRun, work: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeRun]:
+    """`make_run` for the pairwise loss on groups, with a reference."""
+    monkeypatch.setattr(registry, "_OBJECTIVES", dict(registry._OBJECTIVES))
+    register("pairwise")(Pairwise)
+
+    def make(load: Path = reference, **sections: Any) -> TrainRun:
+        objective = {"name": "pairwise", "beta": BETA, "reference": {"load": str(load), "dtype": "fp32"}}
+        data = {"path": str(work / "groups.jsonl"), "seq_length": 512}
+        return make_run(objective=objective, data=data, **sections)
+
+    yield make
+
+
+def opened(run: TrainRun) -> Trainer:
+    return open_trainer(run)[0]
+
+
+def logp(model: Any, sample: Sample) -> Tensor:
+    ids, where = torch.tensor(sample.ids.astype("int64")), torch.tensor(sample.positions)
+    rows: Tensor = model(ids[None]).logits[0, where].log_softmax(1)
+    return rows.gather(1, ids[where + 1][:, None]).sum()
+
+
+def test_updates_equal_the_plain_form(grouped: MakeRun, work: Path, reference: Path) -> None:
+    trainer = opened(grouped(optimizer=CONSTANT, training={"global_batch_size": 4}))
+    model, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (work / "model", reference))
+    model.model.embed_tokens.padding_idx = None  # the turn's closing token too, whose gradient it would withhold
+    parameters = list(model.named_parameters())
+    adamw = torch.optim.AdamW(
+        [{"params": [p for _, p in parameters if (p.dim() > 1) == decayed], "weight_decay": 0.1 * decayed}
+         for decayed in (True, False)],
+        lr=2e-3,
+    )  # fmt: skip
+    kinds = set()
+    for iteration in range(2):
+        samples = [sample for part in trainer.data.step(iteration).samples for sample in part]
+        losses = []
+        for group in sorted({sample.group for sample in samples if sample.group is not None}):
+            members = [sample for sample in samples if sample.group == group]
+            with torch.no_grad():
+                before = torch.stack([logp(other, sample) for sample in members])
+            ratios = BETA * (torch.stack([logp(model, sample) for sample in members]) - before)
+            kinds.add(len(members))
+            if "chosen" in members[0].scalars:
+                losses.append(-torch.nn.functional.logsigmoid(ratios[0] - ratios[1]))
+            else:
+                target = torch.tensor([sample.scalars["reward"] for sample in members]).softmax(0)
+                losses.append(-(target * ratios.log_softmax(0)).sum())
+        assert len(losses) == 4
+        loss = torch.stack(losses).mean()
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+        adamw.step()
+        row = trainer.step()
+        assert row["pairwise loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad-norm"] == pytest.approx(norm.item(), rel=2e-5)
+        assert row["consumed-samples"] == 4 * (iteration + 1)
+    assert kinds == {2, 3}
+
+
+@pytest.mark.parametrize("change", [{"packing": False}, {"micro_batch_size": 3}], ids=str)
+def test_rows_do_not_change_the_curve(grouped: MakeRun, change: dict[str, Any]) -> None:
+    a, b = opened(grouped()).step(), opened(grouped(training=change)).step()
+    assert b["pairwise loss"] == pytest.approx(a["pairwise loss"], rel=1e-5)
+    assert b["grad-norm"] == pytest.approx(a["grad-norm"], rel=1e-4)
+
+
+def test_of_a_reference_one_number_a_sequence_is_kept(grouped: MakeRun) -> None:
+    trainer = opened(grouped())
+    for batch, answer in zip(
+        (batches := trainer.data.step(0).micro_batches), trainer.frozen["reference"].ask(batches), strict=True
+    ):
+        assert isinstance(answer, Tensor) and answer.shape == batch.sequence_tokens.shape and not answer.requires_grad
+
+
+def test_goes_on_with_the_same_reference_only(grouped: MakeRun, work: Path) -> None:
+    run = grouped()
+    assert "reference  " in describe(run, 1) and "groups an update" in describe(run, 1)
+    trainer = opened(run)
+    trainer.step()
+    trainer.save()
+    with pytest.raises(UserError, match="cannot resume: the checkpoint has objective = .* differ in reference"):
+        opened(grouped(load=work / "model"))
