@@ -129,8 +129,8 @@ def test_curves_and_resumed_curves(work: Path) -> None:
             "fusion": {"function": "avg_ce"},
             "lambda": 0.3,
         },
-        "sequence_mean": {"name": "sequence_mean"},
         "pairwise": {"name": "pairwise", "beta": 0.5, "reference": {"load": str(work / "wide"), "dtype": "fp32"}},
+        "sequence_mean": {"name": "sequence_mean"},
     }
     cases = {
         f"{objective}, {layout}": section(work, f"{objective} {layout}", settings, *LAYOUTS[layout])

@@ -57,14 +57,14 @@ def batches_of(dataset: TokenizedDataset, step: int, dp: int, cp: int, **shape: 
 @pytest.mark.parametrize(("dp", "cp"), [(1, 1), (2, 1), (3, 2), (1, 2)])
 @pytest.mark.parametrize("shape", [{}, {"packing": False}, {"micro_batch_size": 2}], ids=str)
 def test_a_global_batch_is_whole_groups(dataset: TokenizedDataset, dp: int, cp: int, shape: dict[str, Any]) -> None:
-    members = {dataset[i].key: u for u in range(GROUPS) for i in dataset.unit(u)}
-    assert dataset.num_units == GROUPS and len(members) == len(dataset)
+    members = {dataset[i].source: u for u in range(GROUPS) for i in dataset.unit(u)}
+    assert dataset.num_units == GROUPS == len(members)
     seen: list[int] = []
     for step in range(GROUPS // BATCH):
         for ranks in batches_of(dataset, step, dp, cp, **shape):
             for parts in zip(*ranks, strict=True):
                 whole = parts[0]
-                owners = [members[key] for key in whole.keys]
+                owners = [members[source] for source in whole.sources]
                 assert owners == [u for u in dict.fromkeys(owners) for _ in dataset.unit(u)], "whole, and in order"
                 seen += dict.fromkeys(owners)
                 numbers = list(dict.fromkeys(owners))
@@ -73,7 +73,7 @@ def test_a_global_batch_is_whole_groups(dataset: TokenizedDataset, dp: int, cp: 
                 assert whole.group_fields["has_rewards"].tolist() == [u < GROUPS - 1 for u in numbers]
                 assert OBJECTIVE.counts(whole) == {"pairwise": len(numbers)}
                 # Context-parallel ranks share the tokens; one of them has each sequence's last, where its text ends.
-                held = torch.stack([part.last_tokens for part in parts]) if whole.keys else torch.empty(cp, 0)
+                held = torch.stack([part.last_tokens for part in parts]) if owners else torch.empty(cp, 0)
                 assert ((held >= 0).sum(0) == 1).all()
                 last = [part.tokens[0, i].item() for s in range(len(owners)) for part in parts
                         if (i := int(part.last_tokens[s])) >= 0]  # fmt: skip

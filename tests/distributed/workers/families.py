@@ -77,7 +77,6 @@ def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
         last_tokens=torch.tensor(starts) + torch.tensor(lengths) - 1,
         groups=torch.arange(len(texts)) // 2,  # pairs, of which the first text is chosen
         group_sizes=torch.full((len(texts) // 2,), 2),
-        keys=(b"",) * len(texts),
         sequence_fields={"number": (torch.arange(len(texts)) + 1.0) % 2},
         group_fields={"has_rewards": torch.zeros(len(texts) // 2, dtype=torch.bool)},
         sources=("",) * len(texts),
