@@ -128,8 +128,8 @@ def check_data(objective: Objective[Any], dataset: TokenizedDataset) -> None:
                 "prompt; allowed: prompt with chosen and rejected, or prompt with responses"
             )
         raise UserError(
-            f"{sample.source}: the row has several responses to one prompt, and objective.name {name} learns one "
-            "text a row; allowed: messages, prompt and completion, or text"
+            f"{sample.source}: the row has several responses to one prompt, and objective.name {name} trains "
+            "on one text per row; allowed: messages, prompt and completion, or text"
         )
     objective.check_data(dataset)
 

@@ -273,7 +273,7 @@ class _Tokenize:
         for document, identity, scalars in zip(tokens, identities, group.scalars, strict=True):
             (sample,) = cut(document, identity, longest, self._place(row))
             if not sample.supervised.any():
-                raise BadRow("no target", "a response of the group has no token to learn")
+                raise BadRow("no target", "a response of the group has no token to train on")
             samples.append(replace(sample, group=0, scalars=scalars))  # numbered where it is written
         return samples
 

@@ -257,7 +257,7 @@ def _rewards(row: Mapping[str, Any], count: int) -> tuple[Mapping[str, float], .
     key, values = given[0], row[given[0]]
     if not isinstance(values, (list, tuple)) or len(values) != count:
         found = f"{len(values)} of them" if isinstance(values, (list, tuple)) else kind(values)
-        raise BadRow("wrong type", f"{key} is a list of {count} numbers, one a response; found {found}")
+        raise BadRow("wrong type", f"{key} is a list of {count} numbers, one per response; found {found}")
     for i, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise BadRow("wrong type", f"{key}[{i}] is a finite number, found {str(value)[:40]!r}")

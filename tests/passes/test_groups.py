@@ -92,7 +92,7 @@ def test_objectives_and_data_of_other_units_refuse_each_other(dataset: Tokenized
     (tmp_path / "one.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"]}\n{"text": "plain"}\n')
     mixed = prepare(DataConfig(path=str(tmp_path / "one.jsonl")), byte_level(None), tmp_path / "cache")
     check_data(OBJECTIVE, dataset)
-    with pytest.raises(UserError, match=r"rows.jsonl:1: the row has several responses .*objective.name sft learns"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the row has several responses .*objective.name sft trains"):
         check_data(SFT(), dataset)
     with pytest.raises(UserError, match=r"one.jsonl:2: the row is one text, and objective.name pairwise compares"):
         check_data(OBJECTIVE, mixed)
