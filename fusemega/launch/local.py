@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -127,14 +128,13 @@ def _forks() -> bool:
 
 
 def _forked_rank(argv: list[str], environment: dict[str, str]) -> None:
-    """A rank that the fork server forked: the parent's environment, torch's thread count, then the command."""
+    """A rank that the fork server forked: the parent's environment, torch's thread count, then `python -m fusemega`."""
     import torch
-
-    from fusemega.cli import main
 
     os.environ.clear()  # the fork server's is as old as itself
     os.environ.update(environment)
     signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # the fork server's is of its own
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # libgomp read the variable before it was set
-    main(argv)
+    sys.argv = ["fusemega", *argv]
+    runpy.run_module("fusemega", run_name="__main__", alter_sys=True)

@@ -1,5 +1,7 @@
 """What the ranks of every command import, for the process that they are forked from (`launch`)."""
 
+import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -8,6 +10,15 @@ from types import FrameType
 from fusemega.runtime import lifeline
 from fusemega.runtime.console import quiet_megatron
 from fusemega.runtime.meeting import LAUNCH_FOLDER
+
+# By name: the launcher knows nothing of what it launches, and another command's ranks import what they lack themselves.
+MODULES = (
+    "transformers.modeling_utils",  # AutoTokenizer imports it on first use, after the filters
+    "fusemega.cli",
+    "fusemega.scoring.evaluate",
+    "fusemega.scoring.teach",
+    "fusemega.training.assembly",
+)
 
 
 def _last_act(number: int, frame: FrameType | None) -> None:
@@ -24,8 +35,6 @@ if launcher := os.environ.pop(lifeline.PARENT, None):
 
 quiet_megatron()
 
-import transformers.modeling_utils  # noqa: E402, F401  (AutoTokenizer imports it on first use, after the filters)
-
-import fusemega.scoring.evaluate  # noqa: E402
-import fusemega.scoring.teach  # noqa: E402
-import fusemega.training.assembly  # noqa: E402, F401
+for _name in MODULES:
+    with contextlib.suppress(ImportError):  # a rank that needs it says what is wrong
+        importlib.import_module(_name)
