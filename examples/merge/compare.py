@@ -2,7 +2,7 @@
 
     python examples/merge/compare.py [--output runs/merge] [--steps 24] [--tokens 1024] [--held-out 24] [--nproc 1]
 
-Fetches SmolLM2-135M-Instruct, HumanEval, ASDiv and BoolQ's passages (fusemega/fixtures/data.py), trains one copy of the model
+Fetches SmolLM2-135M-Instruct, HumanEval, ASDiv and BoolQ's passages (`fusemega.fixtures`), trains one copy of the model
 on each with `fusemega train`, merges the three with `fusemega merge`, and scores base, parts and merges on held-out
 rows. Everything stays in the output folder, run files included; what is finished is skipped the next time. The last
 line is one JSON object.
