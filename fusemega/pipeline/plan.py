@@ -1,0 +1,101 @@
+"""Which stages of a graph would run now, and why. Reads records and contents, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Literal
+
+from fusemega.pipeline.graph import Graph
+from fusemega.pipeline.record import Contents, Record, changes, damage, read_record
+from fusemega.pipeline.stage import Stage
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done with a stage.
+
+    Attributes:
+        action: run: it runs. skip: it is finished. stop: it ended its branch before, for the same reasons.
+            wait: a stage that it needs ended the branch.
+        reason: in a few words.
+        anew: of a run: what an earlier one left is of no use, and removed first.
+        record: of the earlier run.
+    """
+
+    action: Literal["run", "skip", "stop", "wait"]
+    reason: str
+    anew: bool = True
+    record: Record | None = None
+
+
+def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = frozenset()) -> Verdict:
+    """Of one stage.
+
+    Args:
+        graph: the stage's.
+        stage: all that it needs is finished, or in `running`.
+        contents: of the files.
+        running: names of the stages that would run before; what they make is not known.
+
+    Raises:
+        UserError: a record or an input that cannot be read.
+    """
+    record = read_record(graph, stage)
+    makers = {name: graph.maker(path) for name, path in stage.inputs.items()}
+    to_come = {name for name, maker in makers.items() if maker in running}
+    if record is None:
+        return Verdict("run", "new")
+    if reasons := list(changes(stage, record, contents, to_come)):
+        return Verdict("run", "; ".join(reasons), record=record)
+    if to_come:
+        names = ", ".join(dict.fromkeys(f"{name} (of {makers[name]})" for name in stage.inputs if name in to_come))
+        return Verdict("run", f"its input {names} may change", anew=False, record=record)
+    if record.state == "stopped":
+        return Verdict("stop", record.reason, record=record)
+    if record.state == "failed":
+        return Verdict("run", f"failed before: {record.reason}", not stage.resumes, record)
+    if record.state == "begun":
+        return Verdict("run", "was interrupted", not stage.resumes, record)
+    if broken := damage(stage, record, contents):
+        return Verdict("run", broken, record=record)
+    return Verdict("skip", "finished", record=record)
+
+
+def plan(graph: Graph) -> dict[str, Verdict]:
+    """Name -> verdict of every stage, in the graph's order.
+
+    Raises:
+        UserError: see `verdict`.
+    """
+    contents, found = Contents(graph), {}
+    running: set[str] = set()
+    ended: set[str] = set()
+    everything = ""
+    for stage in graph.stages:
+        blocking = [name for name in graph.needs[stage.name] if name in ended]
+        if blocking or everything:
+            found[stage.name] = Verdict("wait", f"{(blocking or [everything])[0]} stopped")
+        else:
+            found[stage.name] = verdict(graph, stage, contents, running)
+        one = found[stage.name]
+        if one.action == "run":
+            running.add(stage.name)
+        elif one.action in ("stop", "wait"):
+            ended.add(stage.name)
+        if one.action == "stop" and one.record is not None and one.record.everything:
+            everything = stage.name
+    return found
+
+
+def plan_lines(graph: Graph) -> list[str]:
+    """The plan for a terminal: a line a stage, and the command of each that would run."""
+    words = {"run": "run", "skip": "skip", "stop": "stopped", "wait": "not run"}
+    lines, found = [], plan(graph)
+    width = max((len(name) for name in found), default=0)
+    for stage in graph.stages:
+        one = found[stage.name]
+        lines.append(f"{stage.name:<{width}}  {words[one.action]}: {one.reason}")
+        if one.action == "run":
+            lines.append(f"{'':<{width}}  $ {stage.command(graph.folder)}")
+    return lines

@@ -1,0 +1,184 @@
+"""What is written down of a stage: what it was made from, what came of it, and what has changed since.
+
+A stage's identity is its words and settings, in which paths of inputs and outputs are replaced by their names, and the
+content of each input. So an output folder that moves, or an input that is only touched, changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
+from fusemega.files.output import write_durably
+from fusemega.files.remembered import content_hash
+from fusemega.pipeline.graph import Graph
+from fusemega.pipeline.stage import Stage
+
+_FORMAT = "fusemega-stage-1"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The file `stages/NAME.json`.
+
+    Attributes:
+        state: begun (it runs, or was interrupted), failed, stopped (by its own decision), or finished.
+        made_from: see `made_from`.
+        inputs: name -> content hash.
+        outputs: name -> content hash, when finished.
+        result: of a function.
+        reason: of a failure or a stop.
+        everything: of a stop: it ends all of the graph.
+    """
+
+    state: Literal["begun", "failed", "stopped", "finished"]
+    made_from: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str] = field(default_factory=dict)
+    result: Any = None
+    reason: str = ""
+    everything: bool = False
+
+
+def record_file(graph: Graph, stage: Stage) -> Path:
+    """Where the stage's record is."""
+    return graph.records / f"{stage.name}.json"
+
+
+def read_record(graph: Graph, stage: Stage) -> Record | None:
+    """None: the stage never began.
+
+    Raises:
+        UserError: the file is no record, or one of another version of fusemega.
+    """
+    path = record_file(graph, stage)
+    if not path.exists():
+        if path.with_suffix(".begun").exists():
+            raise _of_another_version(path.with_suffix(".begun"))
+        return None
+    said = read_json(path, finite=False)
+    if said.pop("format", None) != _FORMAT or said.keys() != Record.__dataclass_fields__.keys():
+        raise _of_another_version(path)
+    return Record(**said)
+
+
+def write_record(graph: Graph, stage: Stage, record: Record) -> None:
+    """Replaces the stage's record atomically."""
+    graph.records.mkdir(parents=True, exist_ok=True)
+    write_durably(record_file(graph, stage), json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n")
+
+
+def made_from(stage: Stage) -> dict[str, Any]:
+    """The stage's words and settings as JSON, with `[kind, name, what follows]` in the place of its paths."""
+    known = [(path, "input", name) for name, path in stage.inputs.items()]
+    known += [(path, "output", name) for name, path in stage.outputs.items()]
+    known += [(path, "owned", str(number)) for number, path in enumerate(stage.owns)]
+    known += [(stage.run_file, "run file", "")] if stage.run_file else []
+    known.sort(key=lambda one: -len(one[0]))  # the innermost path names a file best
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [named(inner) for inner in value]
+        if isinstance(value, str):
+            for path, kind, name in known:
+                if value == path or value.startswith(path + "/"):
+                    return [kind, name, value[len(path) :]]
+        return value
+
+    whole = {"argv": named(stage.argv), "function": stage.function, "settings": named(stage.settings)}
+    return dict(json.loads(json.dumps(whole)))
+
+
+class Contents:
+    """Content hashes, each taken once as long as nothing is made.
+
+    Args:
+        graph: its folder also remembers hashes of files that are not touched.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._memory = graph.records / "hashes"
+        self._known: dict[str, str] = {}
+
+    def of(self, path: str) -> str:
+        """Of a file or folder.
+
+        Raises:
+            UserError: it is not there, or no plain file or folder.
+        """
+        if path not in self._known:
+            self._known[path] = content_hash(Path(path), self._memory)
+        return self._known[path]
+
+    def forget(self) -> None:
+        """Something was made or removed."""
+        self._known.clear()
+
+
+def changes(stage: Stage, record: Record, contents: Contents, to_come: set[str]) -> Iterator[str]:
+    """What the stage would be made from now and was not then, each in a few words.
+
+    Args:
+        stage: as it is now.
+        record: of what was made.
+        contents: of the files.
+        to_come: names of inputs whose content is not known yet.
+    """
+    now = made_from(stage)
+    for part in ("argv", "function"):
+        if record.made_from.get(part) != now[part]:
+            yield "its command changed"
+            break
+    if place := difference(record.made_from.get("settings"), now["settings"]):
+        yield f"its setting {place} changed"
+    if record.inputs.keys() != stage.inputs.keys():
+        yield f"its inputs are {', '.join(stage.inputs)}, and were {', '.join(record.inputs)}"
+        return
+    for name, path in stage.inputs.items():
+        if name not in to_come and record.inputs[name] != contents.of(path):
+            yield f"its input {name} changed"
+
+
+def damage(stage: Stage, record: Record, contents: Contents) -> str | None:
+    """Of a finished stage: which output is not as it was made. None: all are.
+
+    An output without a recorded hash is one that this version of the stage makes, and the earlier one did not.
+    """
+    for name, path in stage.outputs.items():
+        if not os.path.exists(path):
+            return f"its output {name} is missing"
+        if record.outputs.get(name) != contents.of(path):
+            return f"its output {name} is damaged: {path} is not as the stage made it"
+    return None
+
+
+def difference(before: Any, now: Any, at: str = "") -> str:
+    """The key path of the first difference between two JSON values; "" where there is none.
+
+    >>> difference({"teach": {"top_k": 10}}, {"teach": {"top_k": 20}})
+    'teach.top_k'
+    """
+    if type(before) is type(now) and isinstance(now, dict):
+        for key in [*now, *(key for key in before if key not in now)]:
+            inner = f"{at}.{key}" if at else str(key)
+            if (key in before) != (key in now):
+                return inner
+            if found := difference(before[key], now[key], inner):
+                return found
+        return ""
+    if type(before) is type(now) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return next(filter(None, (difference(b, n, f"{at}.{i}") for i, (b, n) in pairs)), "")
+    return "" if type(before) is type(now) and before == now else at or "(all)"
+
+
+def _of_another_version(path: Path) -> UserError:
+    return UserError(f"{path}: not a record of this version of fusemega; choose another output folder")

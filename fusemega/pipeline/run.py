@@ -1,0 +1,190 @@
+"""Runs a graph on this machine: what is finished is skipped, what was interrupted goes on, a stop is obeyed.
+
+A stage that fails ends those that need it. The others still run, since their work is kept; then the failure is raised.
+A signal ends everything at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusemega.errors import UserError
+from fusemega.files.lock import locked
+from fusemega.files.output import write_durably
+from fusemega.files.owned import drop_scratch, scratch_of
+from fusemega.launch.local import launch_ranks
+from fusemega.pipeline.call import write_call
+from fusemega.pipeline.functions import find_function
+from fusemega.pipeline.graph import Graph
+from fusemega.pipeline.plan import Verdict, verdict
+from fusemega.pipeline.record import Contents, Record, made_from, write_record
+from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
+from fusemega.runtime.console import say
+from fusemega.runtime.lifeline import child_environment
+
+_SIGNALLED = 128  # statuses from here on: a signal ended the command, or it ended by one
+
+
+@dataclass
+class Outcome:
+    """What came of a graph.
+
+    Attributes:
+        results: stage -> what its function returned; None for a command. Of finished stages.
+        stopped: stage -> reason, of those that ended their branch.
+        failed: stage -> message.
+        not_run: stage -> the stage that ended its branch.
+    """
+
+    results: dict[str, Any] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage is finished."""
+        return not self.not_run and not self.stopped
+
+
+class Interrupted(UserError):
+    """A signal ended a stage's command, and with it the graph's run."""
+
+
+def run(graph: Graph) -> Outcome:
+    """Runs each stage that is not finished, with a line before and after it. One run at a time in a folder.
+
+    Raises:
+        UserError: a stage failed (its message, and what was not run for it), or another process works in the folder.
+    """
+    outcome, contents = Outcome(), Contents(graph)
+    with locked(graph.folder):
+        graph.folder.mkdir(parents=True, exist_ok=True)
+        everything = ""
+        for stage in graph.stages:
+            ended = {**outcome.failed, **outcome.stopped, **outcome.not_run}
+            cause = next((name for name in graph.needs[stage.name] if name in ended), everything)
+            if cause:
+                outcome.not_run[stage.name] = cause
+                say(f"[{stage.name}] not run: it needs {cause}" if cause != everything else f"[{stage.name}] not run")
+                continue
+            try:
+                outcome.results[stage.name] = _done(graph, stage, contents)
+            except Stop as stop:
+                outcome.stopped[stage.name] = stop.reason
+                everything = stage.name if stop.everything else ""
+            except Interrupted:
+                raise
+            except UserError as error:
+                outcome.failed[stage.name] = str(error)
+                say(f"[{stage.name}] failed: {error}")
+    if outcome.failed:
+        message = next(iter(outcome.failed.values()))
+        others = list(outcome.failed)[1:]
+        also = f"; also failed: {', '.join(others)}" if others else ""
+        left = f"; not run: {', '.join(outcome.not_run)}" if outcome.not_run else ""
+        raise UserError(message + also + left)
+    return outcome
+
+
+def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
+    """The result of the stage, which runs if it must.
+
+    Raises:
+        Stop: the stage's decision, now or before.
+        UserError: it fails.
+    """
+    found = verdict(graph, stage, contents)
+    if found.action == "stop":
+        assert found.record is not None
+        say(f"[{stage.name}] stopped before: {found.reason}")
+        raise Stop(found.reason, found.record.everything)
+    if found.action == "skip":
+        assert found.record is not None
+        say(f"[{stage.name}] finished before, skipped")
+        return found.record.result
+    record = Record("begun", made_from(stage), {name: contents.of(path) for name, path in stage.inputs.items()})
+    _begin(graph, stage, found)
+    write_record(graph, stage, record)
+    say(f"[{stage.name}]" if found.reason == "new" else f"[{stage.name}] {found.reason}")
+    started = time.monotonic()
+    try:
+        result = _work(graph, stage)
+        contents.forget()
+        for name, path in stage.outputs.items():
+            if not os.path.exists(path):
+                raise UserError(f"stage {stage.name}: ended without its output {name}: {path}")
+    except Stop as stop:
+        say(f"[{stage.name}] stopped: {stop.reason}")
+        write_record(graph, stage, replace(record, state="stopped", reason=stop.reason, everything=stop.everything))
+        raise
+    except Interrupted:
+        raise
+    except UserError as error:
+        write_record(graph, stage, replace(record, state="failed", reason=str(error)))
+        raise
+    say(f"[{stage.name}] done in {time.monotonic() - started:.0f} s")
+    outputs = {name: contents.of(path) for name, path in stage.outputs.items()}
+    write_record(graph, stage, replace(record, state="finished", outputs=outputs, result=result))
+    return result
+
+
+def _begin(graph: Graph, stage: Stage, found: Verdict) -> None:
+    """Nothing of others is in the way, and nothing of an earlier run that this one cannot continue."""
+    if found.record is None:
+        for path in stage.owned():
+            if os.path.lexists(path):
+                what = f"exists, and stage {stage.name} did not make it"
+                raise UserError(f"{os.path.relpath(path)}: {what}; choose another output folder")
+    elif found.anew:
+        for path in stage.owned():
+            with locked(path):  # the stage's command may run by hand
+                drop_scratch(scratch_of(path))
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+    for path in stage.owned():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if stage.run_file and stage.argv:
+        write_run_file(graph.folder, stage)
+    if stage.function:
+        graph.records.mkdir(parents=True, exist_ok=True)
+        write_call(stage, graph.folder)
+
+
+def write_run_file(folder: Path, stage: Stage) -> None:
+    """The stage's settings as a run file, which anyone may run again by hand: its first line says how."""
+    path = Path(stage.run_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, f"# {stage.command(folder)}\n{yaml.safe_dump(stage.settings, sort_keys=False)}")
+
+
+def _work(graph: Graph, stage: Stage) -> Any:
+    """Runs the stage's function or command to its end; returns the function's result.
+
+    Raises:
+        Stop: of the function.
+        UserError: it failed.
+    """
+    if stage.function:
+        return find_function(stage.function)(**stage.settings)
+    if stage.argv[0] in LAUNCHED:
+        status = launch_ranks(stage.argv, stage.resources.processes)
+    else:
+        say(stage.command(graph.folder))
+        argv = [sys.executable, "-m", "fusemega", *stage.argv]
+        status = abs(code) + 128 if (code := subprocess.run(argv, env=child_environment()).returncode) < 0 else code
+    if status:
+        message = f"{stage.command(graph.folder)}: ended with status {status}; its messages are above"
+        raise (Interrupted if status >= _SIGNALLED else UserError)(message)
+    return None
