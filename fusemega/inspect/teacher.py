@@ -1,0 +1,134 @@
+"""`fusemega show teacher`: what a stored row teaches at each position, beside the text.
+
+Shape suffixes: P supervised positions of a sample, K ids of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fusemega.errors import UserError
+from fusemega.files.cache import cache_folder
+from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
+from fusemega.inspect.rows import Rows, samples_of_row, token_text
+from fusemega.losses.distill import Distill
+from fusemega.losses.fuse import Fuse
+from fusemega.store import Store
+from fusemega.text.data import DataConfig
+from fusemega.text.dataset import TokenizedDataset, prepare
+from fusemega.text.document import MASK_POLICY
+from fusemega.text.sample import Sample
+from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.run_file import TrainRun
+
+
+def show_taught(run: TrainRun, row: str | None, most: int) -> list[RenderableType]:
+    """The rows that the run's objective reads of one row of data, in the ids of the model in training.
+
+    Args:
+        row: as `samples_of_row` takes it.
+        most: how many ids of a position are shown.
+
+    Raises:
+        UserError: the objective reads no store, or it does not fit; no such row of data.
+    """
+    settings = run.objective
+    if isinstance(settings, Distill.Settings):
+        configs: list[tuple[str, TeacherStoreConfig]] = [("objective", settings)]
+    elif isinstance(settings, Fuse.Settings):
+        configs = [(f"objective.teachers[{i}]", config) for i, config in enumerate(settings.teachers)]
+    else:
+        raise UserError(f"objective.name: {settings.name} reads no stored rows; expected distill or fuse")
+    rows = Rows.of(run)
+    found = samples_of_row(rows.dataset, row)
+    drawings: list[RenderableType] = []
+    for where, config in configs:
+        temperature, tail = settings.temperature, settings.tail
+        teacher = TeacherStore(config, where, rows.tokenizer, rows.source.vocab_size, temperature, tail)
+        through = "" if config.map is None else f", through {config.map}"
+        drawings.append(Text(f"{where}: {config.store}{through}", style="bold"))
+        drawings += _rows(teacher, [rows.dataset[i] for i in found], rows.tokenizer, most)
+    return drawings
+
+
+def show_stored(store: Path, data: str, tokenizer: str, row: str | None, most: int) -> list[RenderableType]:
+    """The rows of a store for one row of data, in the scorer's own ids.
+
+    Args:
+        data: a file, folder or glob.
+        tokenizer: the scorer's folder or hub id.
+        row, most: as `show_taught`.
+
+    Raises:
+        UserError: a store of another tokenizer, or no such row of data.
+    """
+    manifest = Store.open(store).manifest
+    loaded = Tokenizer.load(tokenizer)
+    dataset = samples_of_store(store, data, loaded)
+    config = TeacherStoreConfig(store=str(store))
+    teacher = TeacherStore(config, "store", loaded, manifest.vocab_size, manifest.temperature, "residual")
+    found = samples_of_row(dataset, row)
+    return [Text(str(store), style="bold"), *_rows(teacher, [dataset[i] for i in found], loaded, most)]
+
+
+def samples_of_store(store: Path, data: str, tokenizer: Tokenizer) -> TokenizedDataset:
+    """The data's samples, in the windows of the store's scorer."""
+    opened = Store.open(store)
+    expected = {"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash, "mask_policy": MASK_POLICY}
+    opened.check(expected)
+    config = DataConfig.model_validate({"path": data, "seq_length": opened.manifest.truncation})
+    return prepare(config, tokenizer, cache_folder() / "data", vocab_size=opened.manifest.vocab_size, progress=True)
+
+
+def _rows(teacher: TeacherStore, samples: Sequence[Sample], tokenizer: Tokenizer, most: int) -> list[RenderableType]:
+    drawings: list[RenderableType] = []
+    for sample in samples:
+        drawings.append(Text(f"{sample.source}: key {sample.key.hex()}"))
+        row = teacher.row(sample, required=False)
+        if row is None:
+            drawings.append(Text("no row in the store"))
+            continue
+        drawings.append(
+            Text(f"cross-entropy of its own tokens {row.cross_entropy:.3f} nats a token; the label is marked with *")
+        )
+        targets = teacher.targets(row, sample)
+        table = Table(box=None, pad_edge=False)
+        for name in ("token", "the teacher's most probable tokens", "others"):
+            table.add_column(name, justify="right" if name == "others" else "left")
+        for p, position in enumerate(sample.positions.tolist()):
+            label = int(sample.ids[position + 1])
+            text = Text(f"|{token_text(tokenizer, label)}|", "bold green")
+            if not targets.mask_P[p]:
+                table.add_row(text, Text("nothing is known here: no token of the teacher ends at this byte", "dim"), "")
+                continue
+            table.add_row(text, _listed(targets.ids_PK[p], targets.logp_PK[p], label, tokenizer, most), _others(
+                targets.log_residual_P[p]
+            ))  # fmt: skip
+        drawings.append(table)
+    return drawings
+
+
+def _listed(ids_K: np.ndarray, logp_K: np.ndarray, label: int, tokenizer: Tokenizer, most: int) -> Text:
+    """The most probable ids of a position, and the label's wherever it comes."""
+    order = [int(k) for k in np.argsort(-logp_K, kind="stable") if ids_K[k] >= 0]
+    shown = [k for n, k in enumerate(order) if n < most or ids_K[k] == label]
+    text = Text()
+    for n, k in enumerate(shown):
+        is_label = int(ids_K[k]) == label
+        text.append(
+            f"{'  ' if n else ''}|{token_text(tokenizer, int(ids_K[k]))}|{'*' if is_label else ''} ",
+            "bold green" if is_label else "",
+        )
+        text.append(f"{np.exp(logp_K[k]):.1%}", "dim")
+    return text
+
+
+def _others(log_residual: float) -> str:
+    """The probability of all ids that are not listed."""
+    return f"{np.exp(log_residual):.1%}" if np.isfinite(log_residual) else "-"

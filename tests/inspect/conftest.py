@@ -1,0 +1,1 @@
+from tests.training.conftest import make_run, work  # noqa: F401  (fixtures)
