@@ -70,7 +70,7 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True)
-class Row:
+class RawRow:
     """One row: `file` indexes the source's `names`, `number` counts from 1 (lines, in a JSONL file); `value` is a
     BadRow where the line cannot be decoded."""
 
@@ -115,7 +115,7 @@ class Source:
                     digest.update(block)
         return digest.hexdigest()
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[RawRow]:
         """Every row in order.
 
         Raises:
@@ -123,12 +123,12 @@ class Source:
         """
         if self._dataset is not None:
             for number, value in enumerate(self._dataset, start=1):
-                yield Row(0, number, value)
+                yield RawRow(0, number, value)
             return
         for index, path in enumerate(self._files):
             try:
                 for number, value in _read(path):
-                    yield Row(index, number, value)
+                    yield RawRow(index, number, value)
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{path}: cannot read: {error}") from None
 

@@ -23,7 +23,7 @@ from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.runtime.console import debug, phase, say
 from fusemega.text.chat import ChatRenderer, Rendered, render_text
-from fusemega.text.data import DataConfig, Row, Source
+from fusemega.text.data import DataConfig, RawRow, Source
 from fusemega.text.document import SCALARS, BadRow, Chat, Document, Group, NotLearnt, canonical, parse_row
 from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.templates import OverBudget
@@ -56,7 +56,7 @@ class TokenizedDataset:
     """
 
     def __init__(self, folder: Path, names: Sequence[str], config: DataConfig) -> None:
-        """`names`: of the files that hold the rows, by `Row.file`; the folder, which goes by contents, has none."""
+        """`names`: of the files that hold the rows, by `RawRow.file`; the folder, which goes by contents, has none."""
         self.folder, self.config, self._names = folder, config, names
         try:
             meta = read_json(folder / "meta.json")
@@ -131,7 +131,7 @@ class TokenizedDataset:
         return [np.ascontiguousarray(self._index[name]) for name in names] + list(self._columns.values())
 
     def place(self, i: int) -> tuple[int, int]:
-        """`Row.file` and `Row.number` of the row that sample `i` is of."""
+        """`RawRow.file` and `RawRow.number` of the row that sample `i` is of."""
         return int(self._index["file"][i]), int(self._index["row"][i])
 
     @property
@@ -225,9 +225,9 @@ class _Tokenize:
                 )
         return notes
 
-    def __call__(self, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Sample]]]:
+    def __call__(self, rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, list[Sample]]]:
         """The samples of each row; those of a group, or some of one document."""
-        ready: list[tuple[Row, Document | Group, list[tuple[bytes, Rendered]]]] = []
+        ready: list[tuple[RawRow, Document | Group, list[tuple[bytes, Rendered]]]] = []
         for row in rows:
             try:
                 if isinstance(row.value, BadRow):
@@ -260,7 +260,9 @@ class _Tokenize:
                 else:
                     self.skipped[_NO_TARGET] += 1
 
-    def _group(self, group: Group, tokens: Sequence[Annotated], identities: Sequence[bytes], row: Row) -> list[Sample]:
+    def _group(
+        self, group: Group, tokens: Sequence[Annotated], identities: Sequence[bytes], row: RawRow
+    ) -> list[Sample]:
         """A sample each; all of them fit in a row, and each has something to learn."""
         total, longest = sum(len(each.ids) for each in tokens), self.config.seq_length
         if total > longest:
@@ -294,13 +296,13 @@ class _Tokenize:
                 f"token {self.tokenizer.token(worst)!r} has id {worst}, the model's vocabulary has {self.vocab_size}",
             )
 
-    def _bad(self, row: Row, error: BadRow) -> None:
+    def _bad(self, row: RawRow, error: BadRow) -> None:
         if self.config.on_bad_row == "error" and not isinstance(error, NotLearnt):
             hint = "" if "data." in error.detail else " (data.on_bad_row: skip would count and skip it)"
             raise UserError(f"{self._place(row)}: {error.detail}{hint}")
         self.skipped[error.reason] += 1
 
-    def _place(self, row: Row) -> str:
+    def _place(self, row: RawRow) -> str:
         return f"{self.source.names[row.file]}:{row.number}"
 
 

@@ -126,7 +126,7 @@ def test_hidden_states_inside_the_model(ranks: list[dict[str, Any]], layout: str
         assert {point for errors in held for point in errors} == {"input 3", "mlp_input 1", "output 2"}
         stages = 2 if "PP2" in layout else 1
         assert all(sum(point in errors for errors in held) == len(ranks) // stages for point in ("input 3", "output 2"))
-        assert all(error < 2e-5 for errors in held for error in errors.values()), (name, held)
+        assert all(error < 5e-6 for errors in held for error in errors.values()), (name, held)
 
 
 def assert_gradients(folder: Path, gradients: dict[str, torch.Tensor]) -> None:

@@ -90,7 +90,7 @@ POINTS = {"input 3": Point(3, "input"), "mlp_input 1": Point(1, "mlp_input"), "o
 def hidden_errors(
     model: GPT, batch: MicroBatch, part: MicroBatch, wanted: dict[str, torch.Tensor], world: World
 ) -> dict[str, float]:
-    """Of the points that this rank holds: how far the states are from `wanted`, those of the texts' tokens."""
+    """Of the points that this rank holds: the relative error against `wanted`, the states of the texts' tokens."""
     starts = (batch.position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = (batch.sequence_tokens + 1).tolist()
     real = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
@@ -111,7 +111,7 @@ def hidden_errors(
             if world.cp_size > 1:
                 whole_TH = whole_TH[zigzag(batch.cu_seqlens, world.cp_rank, world.cp_size)]
             here = ~whole_TH.isnan()
-            errors[name] = float((found[point][-1][here] - whole_TH[here]).abs().max())
+            errors[name] = float((found[point][-1][here] - whole_TH[here]).norm() / whole_TH[here].norm())
     return errors
 
 
