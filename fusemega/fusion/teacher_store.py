@@ -1,4 +1,4 @@
-"""One teacher: an open sample store, whose rows become targets in the target's ids.
+"""One teacher: an open sample store, whose rows are converted to targets with the target model's ids.
 
 Shape suffixes: P supervised positions of a sample, K ids of a row.
 """

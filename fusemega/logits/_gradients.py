@@ -1,4 +1,4 @@
-"""d_hidden and d_weight of a whole call of the vocabulary head, held from the forward pass to the backward one.
+"""d_hidden and d_weight of one call of the vocabulary head, kept from the forward to the backward pass.
 
 Shape suffixes: T tokens of the call, H hidden size, V this rank's vocabulary rows, padding included.
 """

@@ -1,8 +1,8 @@
 """Matrix products of the vocabulary head, whose results are never narrower than fp32.
 
-A product of bf16 matrices is summed in fp32, and then rounded to bf16 unless one asks otherwise. Logits of 20 would be
-off by up to 0.06: enough to change which ids are the ten most probable. On CUDA torch gives the sum itself
-(`out_dtype`, torch 2.8 and later); where it cannot, the operands are widened first, which is as exact and slower.
+A product of bf16 matrices is summed in fp32 and by default rounded to bf16. For logits of 20 the error would be up to
+0.06: enough to change which ids are the ten most probable. On CUDA torch can return the fp32 sum (`out_dtype`, torch
+2.8 and later). Otherwise the operands are widened first, which is equally exact and slower.
 
 Shapes: any [m, k], [k, n].
 """

@@ -1,9 +1,9 @@
-"""Exact divergences over the whole vocabulary between a model and a teacher that is computed beside it.
+"""Exact divergences over the whole vocabulary between a model and a teacher that runs in the same job.
 
 With p = softmax(teacher's logits / T) and q = softmax(student's logits / T):
 
-    forward_kl   KL(p || q)                                  covers whatever the teacher finds likely
-    reverse_kl   KL(q || p)                                  keeps to what the teacher finds likely
+    forward_kl   KL(p || q)                                  covers everything that the teacher finds likely
+    reverse_kl   KL(q || p)                                  stays within what the teacher finds likely
     jsd          KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2    (Agarwal et al., arXiv:2306.13649, at beta 1/2)
 
 Each is a sum over the vocabulary of d_v(p_v, q_v). With e_v = q_v dd_v/dq_v, up to a multiple of q_v, its gradient in
@@ -11,10 +11,10 @@ the student's scaled logits s = logits / T is
 
     dD/ds_v = e_v - q_v sum_u e_u
 
-so the vocabulary-parallel part of all three is the same pair of sums, and the second half of the gradient is that of a
-logsumexp, which `_head` knows. The cross-entropy on labels comes out of the same logits: a product each with the two
-weights, and two for the gradients. Logits exist one chunk of tokens at a time, those of both models; a chunk takes
-three all-reduces of a few numbers a token.
+so the vocabulary-parallel part of all three is the same pair of sums, and the second term of the gradient is that of a
+log-sum-exp, which `_head` already computes. The same logits give the cross-entropy on labels. In all there are four
+products: one with each model's weight, and two for the gradients. Both models' logits exist for one chunk of tokens at
+a time; a chunk needs three all-reduces of a few numbers for each token.
 
 Shape suffixes: T tokens, C tokens of a chunk, H hidden size, G the teacher's, V this rank's vocabulary rows, P rows of
 a panel of it.

@@ -1,12 +1,12 @@
 """Ids drawn from every token's own distribution: an unbiased row of a teacher (random sampling knowledge distillation,
 Anshumann et al., arXiv:2503.16870, with the teacher itself as proposal).
 
-Of S draws with replacement from p = softmax(logits / temperature), id v comes c_v times, and E[c_v / S] = p_v: a loss
-that is linear in the target, as cross-entropy is, has the dense target's loss and gradient as its expectation. The k
-most probable ids have not: what they leave out is always left out.
+In S draws with replacement from p = softmax(logits / temperature), id v occurs c_v times, and E[c_v / S] = p_v. So a
+loss that is linear in the target, as cross-entropy is, has the dense target's loss and gradient as its expectation. For
+the k most probable ids this is not true: the other ids are always left out.
 
-A draw is the inverse of the cumulative distribution over rising ids, at a uniform number that the caller gives: the
-same id however the vocabulary is spread over ranks, up to the rounding of float64.
+A draw is the inverse of the cumulative distribution in the order of ids, at a uniform number that the caller gives. It
+is the same id for every split of the vocabulary over ranks, up to the rounding of float64.
 
 Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary rows, S draws, R ranks.
 """

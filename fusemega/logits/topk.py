@@ -1,4 +1,4 @@
-"""The k most probable ids of every token, as a teacher's row: nothing larger than a chunk of logits is ever held.
+"""The k most probable ids of every token, as a teacher's row. Holds no more than one chunk of logits.
 
 Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary rows, K ids kept, R ranks.
 """

@@ -1,4 +1,4 @@
-"""Log-probabilities of a few ids per token from a vocabulary-parallel head: every loss of the project is made of them.
+"""Log-probabilities of a few ids per token from a vocabulary-parallel head; every loss uses them.
 
 Two entry points over one kernel (`_head`). With N tokens and chunks of `chunk_tokens`:
 

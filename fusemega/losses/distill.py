@@ -5,20 +5,20 @@
 with q^T = softmax(logits / T), q = q^1, and p the teacher's row, one of two ways:
 
 * `tail: residual`: p keeps the teacher's own probabilities and one more outcome, "any other id", whose student
-  probability is the sum over those ids. T must be the store's: a stored residual cannot be brought to another.
-* `tail: renormalise` (FuseLLM, arXiv:2401.10491; FuseChat, arXiv:2402.16107): p is the row's softmax over its k ids,
-  at temperature T whatever temperature it was stored at. What the teacher gave to other ids is shared out over the k.
+  probability is the sum over those ids. T must be the store's, because a stored residual cannot be converted.
+* `tail: renormalise` (FuseLLM, arXiv:2401.10491; FuseChat, arXiv:2402.16107): p is the softmax over the row's k ids at
+  temperature T, whatever temperature it was stored at. The mass of other ids is dropped.
 
-Rows of a `sampled` store (Anshumann et al., arXiv:2503.16870) have no other ids: p is the share of draws that each id
-had, whose expectation is the teacher's whole distribution. T must be the one they were drawn at.
+Rows of a `sampled` store (Anshumann et al., arXiv:2503.16870) have no other ids: p is each id's share of the draws,
+whose expectation is the teacher's whole distribution. T must be the temperature of the draws.
 
 The distillation term is multiplied by T^2 (Hinton et al., arXiv:1503.02531, section 2.1), so that its gradient keeps
 its size as T grows; the cross-entropy on labels is always at temperature 1. The metric `distill` is the mean of
 CE(p, q^T) itself, without lambda and without T^2.
 
-Where a teacher has another tokenizer, some positions of the target end inside one of its tokens. `unaligned: label`:
-there p is the label alone, as in FuseChat; so with a small lambda the target still learns how its own tokens go on.
-`nothing`, and samples without any row: such positions have the label's term only.
+If a teacher has another tokenizer, some positions of the target end inside one of its tokens. With `unaligned: label`,
+p is the label alone at these positions, as in FuseChat; so with a small lambda the target still learns how its own
+tokens continue. With `nothing`, and for samples without a row, such positions have only the label's term.
 
 Shape suffixes: N supervised positions of a micro-batch, P of one sample, K ids of a row, H hidden size, C positions of
 a chunk, M sums that metrics are made of.

@@ -1,10 +1,11 @@
-"""Distribution fusion: several teachers' stored rows become one target a position, then the loss is distillation's.
+"""Distribution fusion: several teachers' stored rows become one target for each position; the loss is that of
+`distill`.
 
     P_t = fusion(P_1t, ..., P_Jt)        L as in `fusemega.losses.distill` with p_t = P_t
 
-FuseLLM (arXiv:2401.10491) and FuseChat (arXiv:2402.16107). The target's own initial distribution is a teacher like the
-others: a store that `fusemega teach` wrote with the model that training starts from. Which teacher counts how much is
-decided from the stores' own figures, outside the training step.
+FuseLLM (arXiv:2401.10491) and FuseChat (arXiv:2402.16107). The target's own initial distribution can be one of the
+teachers: a store that `fusemega teach` wrote with the model that training starts from. The teachers' weights are
+computed from numbers in the stores, outside the training step.
 
 Shape suffixes: P supervised positions of a sample, J teachers.
 """

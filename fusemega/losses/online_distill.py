@@ -7,8 +7,8 @@ teacher, and D one of `losses.divergence`. As in `distill`, T^2 (Hinton et al., 
 size of the gradient as T grows, the cross-entropy on labels is at temperature 1, and the metric `distill` is the mean
 of D itself, without lambda and without T^2. Forward KL has the gradient of `distill` with every id listed.
 
-A teacher may have more vocabulary rows than the student, as models of one tokenizer pad differently: those rows name no
-token, and count nothing in p.
+A teacher may have more vocabulary rows than the student, because models of one tokenizer pad differently. These rows
+stand for no token and are left out of p.
 
 Shape suffixes: N supervised positions of a micro-batch, H a model's hidden size, V this rank's vocabulary rows, M sums
 that metrics are made of.

@@ -1,4 +1,4 @@
-"""How far a pass over a data set is: a bar on a terminal, a line every half minute in a log; rank 0 alone shows it."""
+"""Progress of a pass over a data set, shown by rank 0: a bar on a terminal, a line every half minute in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says to the person who watches it: one rank speaks, on stderr, without Megatron's known noise.
+"""Messages of a run to the user: rank 0 writes them to stderr, without Megatron's known warnings.
 
 Everything goes through the logger "fusemega" of Python's logging. `FUSEMEGA_LOG` says how much is shown: debug, info
 (the default), warning or error, from rank 0; or with `:all` from every rank, each line with its rank in front.

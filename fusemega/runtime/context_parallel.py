@@ -1,4 +1,4 @@
-"""Rows split over context-parallel ranks, zigzag, and put together again.
+"""Splits rows over context-parallel ranks in zigzag order, and joins them again.
 
 Every segment of a packed row is cut into 2 x CP pieces of equal length; rank r holds pieces r and 2 CP - 1 - r, so that
 under causal attention all ranks have equal work. The same split as Transformer Engine's and megatron-core's

@@ -1,8 +1,8 @@
-"""RMSNorm, SwiGLU and rotary positions on a CPU, each in one pass over memory a direction.
+"""RMSNorm, SwiGLU and rotary positions on a CPU, each in one pass over memory for forward and one for backward.
 
-Between the products a layer is bound by memory: torch walks through whole tensors once an operation, and autograd keeps
-what each one made. Here a block of rows goes through all operations while it lies in the cache, and backward starts
-from the inputs. Forward does the operations of the plain formula in their order, so it rounds as that does.
+Between the matrix products, memory bandwidth limits a layer: torch reads whole tensors once for each operation, and
+autograd keeps every result. Here a block of rows goes through all operations while it is in the cache, and backward
+starts from the inputs. Forward does the operations of the plain formula in the same order, so rounding is the same.
 
 Shape suffixes: R rows (tokens, or heads of tokens), H row size, F feed-forward size, T tokens, N heads, D head size.
 """

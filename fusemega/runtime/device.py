@@ -1,8 +1,8 @@
-"""Which device this process computes on, and that all processes of a run agree.
+"""Chooses the device of this process, and checks that all processes of a run agree.
 
-`FUSEMEGA_DEVICE` says what is wanted: `cuda`, `cpu` (GPUs are then hidden from this process), or nothing: the GPU where
-there is one. A machine that should have a GPU and whose CUDA does not work is refused, not computed around: the run
-would take weeks, and its peers would wait for it in another kind of process group.
+`FUSEMEGA_DEVICE` is `cuda`, `cpu` (GPUs are then hidden from this process), or unset: the GPU if there is one. A
+machine that should have a GPU but whose CUDA does not work is refused. On its CPU the run would take weeks, and the
+other processes would wait for it in another kind of process group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What this machine has, what it lacks, what that costs and what would break: the facts behind `fusemega env`."""
+"""The facts of `fusemega env`: what this machine has, what is missing, what that costs, and what would break."""
 
 from __future__ import annotations
 

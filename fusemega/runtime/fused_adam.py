@@ -1,8 +1,8 @@
-"""Adam where neither Transformer Engine nor apex brings one.
+"""Adam for machines without Transformer Engine and apex.
 
 megatron-core then falls back to torch.optim.AdamW, which keeps `step` as a tensor of each parameter. Its distributed
-optimizer cannot be loaded so: a run saves, and ends in an AssertionError when it resumes (optimizer/
-distrib_optimizer.py:642, which wants the state before it is there; then :825 and :940).
+optimizer cannot load such a state: a run saves, and ends with an AssertionError when it resumes (optimizer/
+distrib_optimizer.py:642, which expects the state before it exists; then :825 and :940).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The packages of GPU kernels that megatron-core looks for: Transformer Engine, and NVIDIA's apex.
 
-Both are optional, and megatron-core switches itself by whether they can be imported. So one that is there and is not
-what it seems does harm: a broken Transformer Engine keeps megatron-core from importing, and the unrelated web toolkit
-that is called `apex` on the Python registry makes it lose its norms.
+Both are optional, and megatron-core chooses its code by whether they can be imported. So a wrong package does harm:
+with a broken Transformer Engine megatron-core cannot be imported, and with the unrelated web toolkit that is called
+`apex` on the Python registry it loses its norms.
 """
 
 from __future__ import annotations

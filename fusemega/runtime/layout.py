@@ -1,4 +1,4 @@
-"""`parallel:` of a run file: how many processes share what. Needs neither torch nor a process group."""
+"""`parallel:` of a run file: the sizes of the parallel groups. Needs neither torch nor a process group."""
 
 from __future__ import annotations
 

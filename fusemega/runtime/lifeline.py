@@ -1,12 +1,12 @@
-"""No process outlives the one that it works for, however that one ends.
+"""Ends every process with the process that it works for, in whatever way that one ends.
 
-The parent that counts is a process of fusemega: the command for its workers, the launcher for its ranks, a rank for
-what it forks, a pipeline for the commands that it starts; and torchrun for its ranks. A process that somebody else
-started (a shell, srun, a daemon) is that one's business, and outlives it.
+This applies to parents that are processes of fusemega: a command and its workers, a launcher and its ranks, a rank and
+its forks, a pipeline and its commands; and to torchrun and its ranks. A process that another program started (a shell,
+srun, a daemon) is not tied to it.
 
-The kernel does it (PR_SET_PDEATHSIG), so it works as well for a process that is stopped or busy in a library. That
-signal comes when the *thread* dies that made the child, hence only children of main threads are tied so; children of
-other threads, and those of systems that know no such signal, look once a second whether their parent has changed.
+The kernel sends the signal (PR_SET_PDEATHSIG), so this also works for a process that is stopped or busy in a library.
+The signal is sent when the *thread* that made the child ends, so only children of main threads use it. Children of
+other threads, and of systems without this signal, check once a second whether their parent has changed.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The folder in which the ranks of a launch and their launcher meet: process ids, error lines, tracebacks.
 
     TMPDIR/fusemega-XXXXXXXX/
-      launcher             locked as long as the launcher lives; a folder whose lock is free is nobody's, and is removed
-      PID.pid              a rank that listens to the signals that its launcher passes on
-      error                the line of the first rank that met a UserError
-      traceback.RANK       of a rank that met another error; the launcher shows the one that began it
-      stopped              exit status of a run that a signal stopped in good order
+      launcher             locked while the launcher lives; a folder whose lock is free is left over, and is removed
+      PID.pid              a rank that handles the signals that its launcher passes on
+      error                the line of the first rank with a UserError
+      traceback.RANK       of a rank with another error; the launcher shows the first one
+      stopped              exit status of a run that a signal stopped regularly
 
-It is this process's temporary folder for multiprocessing's sockets too, so that nothing else is left behind.
+Multiprocessing's sockets are in this folder too, so that nothing else is left behind.
 """
 
 from __future__ import annotations

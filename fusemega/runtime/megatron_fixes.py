@@ -1,4 +1,4 @@
-"""Faults of megatron-core 0.16.1 itself, on any machine, and their mending. Paths are relative to `megatron/core`.
+"""Faults of megatron-core 0.16.1 itself, on any machine, and their fixes. Paths are relative to `megatron/core`.
 
 | fault | where | here |
 |---|---|---|

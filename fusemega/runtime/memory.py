@@ -1,4 +1,4 @@
-"""How much memory a process has needed at most, the GPU's or its own; and what happens to what it has freed."""
+"""Peak memory of a process, on the GPU and on the host; and how freed memory is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a conversion is: a bar with bytes a second and the time left on a terminal, a line a minute in a log."""
+"""Progress of a conversion: on a terminal a bar with bytes per second and time left, in a log one line per minute."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Process groups and parallel dimensions: one object that says who this process is.
 
 Importing this module enables the CPU backend if there is no CUDA, and fixes megatron-core's own faults; nothing
-above `runtime/` asks again. It raises UserError where an installed package would make megatron-core compute wrongly.
+above `runtime/` checks it again. It raises UserError if an installed package would make megatron-core compute wrongly.
 """
 
 from __future__ import annotations

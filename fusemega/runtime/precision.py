@@ -1,7 +1,7 @@
-"""Whose modules the layers are built of, and whether their matrix products run in FP8.
+"""Chooses the implementation of the layers, and whether their matrix products run in FP8.
 
-FP8 is Transformer Engine's alone. Without it megatron-core takes the settings, checks nothing and computes in bf16; so
-what is not available is refused here, with the reason, before anything is allocated.
+Only Transformer Engine has FP8. Without it megatron-core accepts the settings, checks nothing and computes in bf16. So
+unavailable settings are refused here, with the reason, before anything is allocated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every random generator of this process, taken and put back as byte tensors."""
+"""Saves and restores every random generator of this process, as byte tensors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Rotary positions of packed rows, with the cosines and sines of a row made once for all layers.
+"""Rotary positions of packed rows; the cosines and sines of a row are computed once for all layers.
 
 megatron-core computes them again in each layer, for queries and for keys, and each time reads the row's bounds from the
-device (models/common/embeddings/rope_utils.py:122, :188): on a GPU the host waits there twice a layer. Here the bounds
-come from `segments`, and the angles are kept until the next row.
+device (models/common/embeddings/rope_utils.py:122, :188), so on a GPU the host waits twice in each layer. Here the
+bounds come from `segments`, and the angles are kept until the next row.
 
 Shape suffixes: T tokens of this rank, N heads, D head size.
 """

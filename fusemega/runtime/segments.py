@@ -1,8 +1,8 @@
 """The segments of a packed row, known on the host.
 
-Every layer asks where the samples of its row begin. The answer is in `cu_seqlens`, a tensor on the device, and to read
-it there the host must wait for all the work that has been queued. So whoever lays out a row keeps its bounds, and
-`known` ties them to the tensor that Megatron hands from layer to layer; only a row that nobody described is read, once.
+Every layer needs the bounds of the samples in its row. They are in `cu_seqlens`, a tensor on the device, and to read it
+the host must wait for all queued work. So the code that builds a row keeps its bounds, and `known` connects them with
+the tensor that Megatron passes from layer to layer. Only a row without known bounds is read, once.
 """
 
 from __future__ import annotations

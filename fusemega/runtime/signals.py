@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted at once, acted on between steps, by all ranks together."""
+"""Signals that stop a run: recorded at once, handled between steps by all ranks together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all ranks of a job do together with files: one writes and checks, and every one of them hears of it."""
+"""File operations of all ranks together: one rank writes and checks, and all ranks get the result or the error."""
 
 from __future__ import annotations
 

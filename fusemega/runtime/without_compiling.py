@@ -1,9 +1,9 @@
-"""Start-up without a GPU: Megatron-core's fused functions stay as they are written.
+"""Faster start-up without a GPU: Megatron-core's fused functions are not compiled.
 
 Megatron-core decorates some thirty functions with `torch.compile` while it is imported. That alone imports torch's
 compiler, 2 of the 6 CPU seconds that every process of a run spends before it does anything, and no model that is built
 here calls one of these functions on the CPU. Megatron has a switch for it, `megatron.core.jit.disable_jit_fuser()`,
-which must be turned before the decorated functions are read, that is in the middle of the first `import megatron.core`.
+which must be called before the decorated functions are read, that is during the first `import megatron.core`.
 """
 
 from __future__ import annotations

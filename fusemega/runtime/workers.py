@@ -1,4 +1,4 @@
-"""A few processes on this machine that share a list of work items, and how much memory all of them took."""
+"""A few processes on this machine that share a list of work items, and the peak memory of all of them."""
 
 from __future__ import annotations
 

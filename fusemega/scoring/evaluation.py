@@ -1,7 +1,7 @@
-"""A model's log-probability of a data set: perplexity, and bits per byte, which compares across tokenizers.
+"""A model's log-probability of a data set: perplexity, and bits per byte, which is comparable across tokenizers.
 
-And how far it is from another model of its tokenizer, over the whole vocabulary: labels say what one author wrote, and
-not what else would have done.
+Also its distance from another model of the same tokenizer, over the whole vocabulary: labels are one author's text and
+do not say which other tokens would have been as good.
 
 Shape suffixes: N supervised positions of a micro-batch, H hidden size.
 """
