@@ -46,7 +46,9 @@ def head_kind(hf_config: Any, hf_class: str) -> HeadKind:
     if not isinstance(given, list) or len(given) != 1:
         raise UserError(f"config.json: architectures = {given!r}, expected a list of one name")
     kinds = {hf_class + ending: kind for ending, kind in _KINDS.items()}
-    kind = kinds[choose("config.json: architectures", str(given[0]), kinds)]
+    # The first folders of Llama say LLaMAForCausalLM.
+    name = {known.lower(): known for known in kinds}.get(str(given[0]).lower(), str(given[0]))
+    kind = kinds[choose("config.json: architectures", name, kinds)]
     if kind == "scalar":
         labels = _labels(hf_config)
         if labels != 1:

@@ -171,3 +171,8 @@ def test_public_families_refuse_a_softcap() -> None:
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
         with pytest.raises(UserError, match="unknown key 'final_logit_softcapping'"):
             architecture_of(CONFIG | {"model_type": model_type, "head_dim": 8, "final_logit_softcapping": 30.0})
+
+
+def test_an_old_spelling_of_a_class_is_read() -> None:
+    config = LlamaConfig(num_hidden_layers=1).to_dict()
+    assert architecture_of({**config, "architectures": ["LLaMAForCausalLM"]}).head == "vocabulary"
