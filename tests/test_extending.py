@@ -9,7 +9,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +82,21 @@ def repository(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def test_the_page(path: str, name: str, repository: None, request: pytest.FixtureRequest) -> None:
     test = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
     test(**{argument: request.getfixturevalue(argument) for argument in inspect.signature(test).parameters})
+
+
+def test_the_page_as_typed(tmp_path: Path) -> None:
+    """A new process finds every part, and the generated reference describes it."""
+    shutil.copytree(ROOT / "fusemega", tmp_path / "fusemega", ignore=shutil.ignore_patterns("__pycache__"))
+    for path, code in BLOCKS:
+        if path.startswith("fusemega/"):
+            with (tmp_path / path).open("a", encoding="utf-8") as file:
+                file.write("\n" + code)
+    show = "from fusemega.cli.reference import pages; print(*pages().values())"
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", show], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for heading in ("## `fusemega count`", "### `balanced`", "### `focal`", "### `hinge`"):
+        assert heading in run.stdout
 
 
 def test_every_part_has_a_test() -> None:
