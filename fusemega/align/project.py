@@ -44,11 +44,11 @@ class Side(Section):
 
 
 class TeacherSide(Side):
-    """The teacher: its tokenizer, and what it said about the data."""
+    """The teacher: its tokenizer and its store."""
 
 
 class TargetSide(Side):
-    """The model to be trained: its tokenizer, and what it said about the data before."""
+    """The model to be trained: its tokenizer, and the store of its own initial distribution."""
 
 
 class ProjectRun(Section):

@@ -31,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ModelConfig(Precision):
-    """Which weights, and the precision they are computed in."""
+    """The weights, and the precision of the computation."""
 
     load: str = Field(
         description="Hugging Face folder or hub id, a folder made by `fusemega convert import`, or a run's checkpoint "

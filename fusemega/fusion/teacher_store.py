@@ -27,7 +27,7 @@ from fusemega.text.tokenizer import SPACES, Tokenizer
 
 
 class TeacherStoreConfig(Section):
-    """A store of rows, and how its ids become the target's."""
+    """A teacher's store, and the map to the target's ids."""
 
     store: str = Field(description="folder of a sample store, written by `fusemega teach`")
     map: str | None = Field(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class FusionConfig(Section):
-    """How several teachers' distributions become one."""
+    """How several teachers' distributions are combined."""
 
     function: Literal["min_ce", "avg_ce", "blend"] = Field(
         "min_ce",
@@ -50,7 +50,7 @@ class FusionConfig(Section):
 
     @model_validator(mode="after")
     def _settings_act(self) -> FusionConfig:
-        """blend compares no cross-entropies, so it takes neither ce_per nor decide_in."""
+        """blend does not compare cross-entropies, so ce_per and decide_in are refused."""
         if self.function == "blend" and (idle := sorted(self.model_fields_set - {"function"})):
             raise ValueError(f"{idle[0]} has no effect on blend, which compares no cross-entropies; leave it out")
         return self
@@ -58,7 +58,7 @@ class FusionConfig(Section):
 
 @register("fuse")
 class Fuse(Taught):
-    """Several teachers, fused.
+    """The stored rows of several teachers, combined.
 
     Args:
         settings: as in the run file.

@@ -11,7 +11,7 @@ from fusemega.errors import UserError
 
 
 class ParallelConfig(Section):
-    """How the model is spread over processes. What is left of the world is data parallel."""
+    """How the model is split over processes. The remaining factor of the processes is data parallel."""
 
     tensor_model_parallel_size: int = Field(
         1, ge=1, description="number of ranks over which each layer's matrices are split"
@@ -55,18 +55,18 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _two_stages_send_apart(self) -> ParallelConfig:
-        """overlap_p2p_comm needs a virtual_pipeline_model_parallel_size, which with two stages needs it."""
+        """overlap_p2p_comm requires virtual_pipeline_model_parallel_size; with two stages the reverse also holds."""
         virtual = self.virtual_pipeline_model_parallel_size
         if self.overlap_p2p_comm and virtual is None:
             raise ValueError(
                 "overlap_p2p_comm has no effect without virtual_pipeline_model_parallel_size; set that, or leave it out"
             )
         # Two stages are each other's previous and next. Batched sends and receives then pair up in posting order, and
-        # hand over the wrong tensors without a word (pipeline_parallel/p2p_communication.py:16).
+        # silently deliver the wrong tensors (pipeline_parallel/p2p_communication.py:16).
         if virtual is not None and self.pipeline_model_parallel_size == 2 and not self.overlap_p2p_comm:
             raise ValueError(
                 "virtual_pipeline_model_parallel_size with pipeline_model_parallel_size 2 needs overlap_p2p_comm: true "
-                "(without it megatron-core computes wrongly), or 3 stages and more"
+                "(without it megatron-core gives wrong results), or at least 3 stages"
             )
         return self
 

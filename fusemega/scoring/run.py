@@ -21,7 +21,7 @@ class PassRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> PassRun:
-        """data.seq_length, and its product with micro_batch_size, suit context and sequence parallelism and FP8."""
+        """data.seq_length, and its product with micro_batch_size, must be multiples of what the layout and FP8 need."""
         keys = ("data.seq_length", "micro_batch_size")
         self.parallel.check_rows(self.data.seq_length, self.micro_batch_size, keys)
         self.model.check_row(self.data.seq_length * self.micro_batch_size, " x ".join(keys), self.parallel)

@@ -39,7 +39,7 @@ class OptimizerSection(Section):
 
     @model_validator(mode="after")
     def _min_below_peak(self) -> OptimizerSection:
-        """min_lr is at most lr."""
+        """min_lr must not be larger than lr."""
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         return self

@@ -32,7 +32,7 @@ class ProfileSection(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> ProfileSection:
-        """start is below stop; ranks are counted from 0, and none is listed twice."""
+        """start must be less than stop; ranks count from 0, each at most once."""
         if self.start >= self.stop:
             raise ValueError(f"start {self.start} is not below stop {self.stop}")
         if min(self.ranks) < 0:
@@ -64,7 +64,7 @@ class ProfileSection(Section):
 
 
 class TrainingSection(Section):
-    """How long, how large, how often."""
+    """Length, batch size, checkpoints, logging and export of a run."""
 
     train_iters: int | None = Field(None, ge=1, description="number of updates; give this or train_epochs")
     train_epochs: float | None = Field(None, gt=0, description="passes over the data, in place of train_iters")
@@ -176,8 +176,8 @@ class TrainRun(Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> TrainRun:
-        """data.seq_length, and its product with training.micro_batch_size, suit context and sequence parallelism and
-        FP8 (also the evaluation's)."""
+        """data.seq_length, and its product with training.micro_batch_size, must be multiples of what context and
+        sequence parallelism and FP8 need (also those of the evaluation)."""
         lengths = {"data.seq_length": self.data.seq_length}
         if self.evaluation is not None:
             lengths["evaluation.data.seq_length"] = self.evaluation.data.seq_length
