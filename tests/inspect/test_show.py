@@ -84,6 +84,17 @@ def test_packing_is_that_of_the_first_update(show: Show, run_file: Path, make_ru
             assert f"{source}{end - start}(" in part
 
 
+def test_groups(show: Show, make_run: MakeRun, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{n} + 1 = ", "chosen": f"{n + 1}.", "rejected": "I do not know."} for n in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run = make_run(data={"path": str(tmp_path / "pairs.jsonl")}, training={"global_batch_size": 2})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json", exclude_none=True)))
+    status, out, err = show("data", tmp_path / "run.yaml", "--row", 2)
+    assert status == 0, err
+    assert "pairs.jsonl:2, 1 of 2 samples of the row" in out and "1 + 1 = ⟦2.<|im_end|>⟧" in out
+    assert "⟦ I do not know.<|im_end|>⟧" in out and "4 samples in 2 groups of 2, 2" in out
+
+
 def test_layout(show: Show, run_file: Path) -> None:
     sizes = ("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2")
     status, out, _ = show("layout", run_file, *(f"parallel.{size}" for size in sizes), "--nproc", 8)

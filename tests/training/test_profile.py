@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fusemega.errors import UserError
-from fusemega.report.page import write_report
+from fusemega.report.page import render
 from fusemega.report.runs import open_runs
 from fusemega.training.assembly import open_trainer, train
 from fusemega.training.dry_run import describe
@@ -33,25 +33,25 @@ def spans(folder: Path) -> list[str]:
 
 def test_a_profile_and_its_report(make_run: MakeRun, tmp_path: Path) -> None:
     section: dict[str, Any] = {"start": 1, "stop": 3}
-    run = make_run(training={"profile": section, "save_interval": 2})
-    assert train(run) == 0
+    few = {"global_batch_size": 2, "train_iters": 3}
+    run = make_run(training={"profile": section, **few})
+    trainer, _ = open_trainer(run)
+    assert trainer.fit() == 0
     folder = tmp_path / "run"
     (table,) = read_profile(folder)
     assert (table.rank, table.start, table.stop) == (0, 1, 3) and spans(folder) == ["iteration 1", "iteration 2"]
     calls = {row.name: row.calls for row in table.operations}
-    # The model's 4 layers have one attention each, in each micro-batch of both iterations.
-    micro_batches = sum(
-        len(open_trainer(make_run(output_dir=str(tmp_path / "o")))[0].data.step(i).micro_batches) for i in (1, 2)
-    )
+    # Each of the model's 4 layers has one attention in each micro-batch of both iterations.
+    micro_batches = sum(len(trainer.data.step(i).micro_batches) for i in (1, 2))
     assert calls["aten::mm"] % micro_batches == 0 and calls["aten::mm"] >= 4 * micro_batches
     costs = [row.cpu_us for row in table.operations]
     assert costs == sorted(costs, reverse=True) and 0 < sum(costs) <= table.cpu_us * 1.0001 and table.gpu_us == 0
-    page = write_report(open_runs([folder]), tmp_path / "report").read_text(encoding="utf-8")
+    page = render(open_runs([folder]), [])
     assert "<h2>Top operations</h2>" in page and "<td>aten::mm</td>" in page and "iterations 1 to 2" in page
     # The same command again has nothing to do, and the profile stays; another profile replaces it.
     before = (folder / "profile" / "rank0.json").read_bytes()
     assert train(run) == 0 and (folder / "profile" / "rank0.json").read_bytes() == before
-    longer = make_run(output_dir=str(tmp_path / "run"), training={"profile": {"start": 0, "stop": 1}, "train_iters": 4})
+    longer = make_run(output_dir=str(tmp_path / "run"), training={"profile": {"start": 0, "stop": 1}, **few})
     trainer, _ = open_trainer(longer)
     trainer.iteration = 0
     trainer.fit()
@@ -59,7 +59,7 @@ def test_a_profile_and_its_report(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_early_keeps_what_was_recorded(make_run: MakeRun, tmp_path: Path) -> None:
-    trainer, _ = open_trainer(make_run(training={"profile": {"start": 1, "stop": 4}}))
+    trainer, _ = open_trainer(make_run(training={"profile": {"start": 1, "stop": 4}, "global_batch_size": 2}))
     checked = trainer.callback(Profile)
     for _ in range(2):
         checked.on_step_begin(trainer)
@@ -95,7 +95,7 @@ def test_refused(make_run: MakeRun, section: dict[str, Any], message: str, tmp_p
 
 def test_a_folder_of_something_else_stays(make_run: MakeRun, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run = make_run(training={"profile": {"start": 0, "stop": 1}})
+    run = make_run(training={"profile": {"start": 0, "stop": 1}, "train_iters": 1, "global_batch_size": 2})
     train(run)
     (folder / "profile" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"notes.txt: not a file of the profile"):
