@@ -143,7 +143,7 @@ def test_yaml() -> None:
         ("a: 1\nb: 2\na: 3", "the key 'a' occurs twice", 3),
         ("a: !!python/name:os.system x", "the tag 'tag:yaml.org,2002:python/name:os.system' means nothing here", 1),
         ("a: !!binary aGk=", "means nothing here", 1),
-        ("a: !!int 0b1", "'0b1' is no integer", 1),
+        ("a: !!int 0b1", "'0b1' is not an integer", 1),
         ("a: 9223372036854775808", "is not a 64-bit integer", 1),
         ("a: -1e999", "'-1e999' is larger than any number", 1),
         ("a: '\\0'\nb: \"\\0\"", r"a text with the character U\+0000", 2),
