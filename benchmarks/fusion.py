@@ -16,14 +16,16 @@ import argparse
 import json
 import statistics
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusemega.fixtures.data import domain_data, smollm2
 from fusemega.fixtures.tokenizers import tokenizer
-from fusemega.recipes.arms import cut, evaluate_here
-from fusemega.recipes.stages import Stages
+from fusemega.pipeline.functions import stage_function
+from fusemega.pipeline.run import run
+from fusemega.recipes.measures import evaluate_here
+from fusemega.recipes.prepare import cut
+from fusemega.recipes.steps import Steps
 
 DOMAINS = ("maths", "encyclopedia")
 SEQ_LENGTH, HELD_OUT_ROWS = 512, 24
@@ -34,10 +36,12 @@ TP, PP = 3, 2
 CUT_LAYERS = range(12, 22)
 
 
-def write_data(target: Path, folder: Path, tokens: int) -> dict[str, int]:
+@stage_function
+def write_data(target: str, out: str, tokens: int) -> dict[str, int]:
     """Files of rows: a teacher's own text, the target's text (half of it of each kind), held-out text."""
     from fusemega.text.tokenizer import Tokenizer
 
+    folder = Path(out)
     encode = Tokenizer.load(target).encode
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
@@ -61,21 +65,14 @@ def write_data(target: Path, folder: Path, tokens: int) -> dict[str, int]:
     return counts
 
 
-def training(load: str, out: Path, data: Path, objective: dict[str, Any], lr: float, **training: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(out),
-        "model": {"load": load, "dtype": "fp32"},
-        "parallel": {"tensor_model_parallel_size": TP, "pipeline_model_parallel_size": PP},
-        "data": {"path": str(data), "seq_length": SEQ_LENGTH},
-        "objective": objective,
-        "optimizer": {"lr": lr, "lr_warmup_fraction": 0.1, "adam_beta2": 0.95},
-        "training": training,
-    }
-
-
-def bits(load: str, held_out: Path) -> float:
-    data = {"path": str(held_out), "seq_length": SEQ_LENGTH}
-    return float(evaluate_here({"model": {"load": load, "dtype": "fp32"}, "data": data})["bits_per_byte"])
+@stage_function
+def bits(load: str, held_out: dict[str, str]) -> dict[str, float]:
+    """Bits per byte on the held-out text of each kind."""
+    found = {}
+    for domain, path in held_out.items():
+        data = {"path": path, "seq_length": SEQ_LENGTH}
+        found[domain] = float(evaluate_here({"model": {"load": load, "dtype": "fp32"}, "data": data})["bits_per_byte"])
+    return found
 
 
 def main() -> None:
@@ -88,49 +85,47 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="fusemega-fusion-"))
-    stages = Stages(work, TP * PP)
-    source, vocabulary, target = str(smollm2()), str(tokenizer("mistral_v3")), work / "target"
+    parallel = {"tensor_model_parallel_size": TP, "pipeline_model_parallel_size": PP}
+    steps = Steps(work, TP * PP, parallel, {"dtype": "fp32"})
+    source, vocabulary, data = str(smollm2()), str(tokenizer("mistral_v3")), work / "data"
 
-    stages.run("cut", list(CUT_LAYERS), partial(cut, source, work / "cut", CUT_LAYERS), (work / "cut",))
-    move = ("transplant", str(work / "cut"), str(target), "--tokenizer", vocabulary)
-    stages.run("transplant", move, lambda: stages.tool(*move), (target,))
-    data = work / "data"
-    tokens = stages.run("data", args.tokens, partial(write_data, target, data, args.tokens), (data,))
-    vocabulary_map = work / "smollm2.map"
-    align = ("align", source, vocabulary, str(vocabulary_map))
-    stages.run("align", align, lambda: stages.tool(*align), (vocabulary_map,))
+    settings = {"model": source, "out": str(work / "cut"), "drop": list(CUT_LAYERS)}
+    steps.call("cut", cut, settings, {"model": source}, outputs={"model": str(work / "cut")})
+    target = steps.transplant(str(work / "cut"), str(work / "target"), vocabulary)
+    settings = {"target": target, "out": str(data), "tokens": args.tokens}
+    steps.call("data", write_data, settings, {"target": target}, outputs={"rows": str(data)})
+    vocabulary_map = steps.align("smollm2", source, vocabulary)
+    held_out = {domain: str(data / f"held_out_{domain}.jsonl") for domain in DOMAINS}
+    text = {"path": str(data / "train.jsonl"), "seq_length": SEQ_LENGTH}
+    adam = {"lr_warmup_fraction": 0.1, "adam_beta2": 0.95}
 
-    teachers: dict[str, dict[str, str]] = {}
+    models, teachers = {"target": target}, {}
     for domain in DOMAINS:
-        out, store = work / f"teacher-{domain}", work / f"store-{domain}"
-        run = training(source, out, data / f"{domain}.jsonl", {"name": "sft"}, 1e-4, train_iters=args.finetune)
-        run["training"]["global_batch_size"] = 8
-        stages.run(f"finetune-{domain}", run, partial(stages.command, "train", f"finetune-{domain}", run), (out,))
-        rows = {key: run[key] for key in ("parallel", "data")} | {"store": str(store)}
-        rows |= {"model": {"load": str(out / "hf"), "dtype": "fp32"}}
-        rows["data"] = {"path": str(data / "train.jsonl"), "seq_length": SEQ_LENGTH}
-        stages.run(f"teach-{domain}", rows, partial(stages.command, "teach", f"teach-{domain}", rows), (store,))
-        teachers[domain] = {"store": str(store), "map": str(vocabulary_map)}
+        rows = {"path": str(data / f"{domain}.jsonl"), "seq_length": SEQ_LENGTH}
+        length = {"train_iters": args.finetune, "global_batch_size": 8}
+        tuned = steps.train(f"teacher-{domain}", source, rows, {"name": "sft"}, {"lr": 1e-4, **adam}, length)
+        teachers[domain] = {"store": steps.teach(domain, tuned, text), "map": vocabulary_map}
+        models[f"teacher {domain}"] = tuned
 
     shared = {"name": "fuse", "lambda": args.lambda_}
     objectives: dict[str, dict[str, Any]] = {"control": {"name": "sft"}}
     objectives |= {domain: shared | {"teachers": [teachers[domain]]} for domain in DOMAINS}
     objectives["fused"] = shared | {"teachers": list(teachers.values())}
-
-    def score(name: str, load: str) -> dict[str, float]:
-        files = {domain: data / f"held_out_{domain}.jsonl" for domain in DOMAINS}
-        return stages.run(f"eval-{name}", load, lambda: {domain: bits(load, file) for domain, file in files.items()})
-
-    models = {"target": str(target)} | {f"teacher {d}": str(work / f"teacher-{d}" / "hf") for d in DOMAINS}
-    table: dict[str, Any] = {name: score(name.replace(" ", "-"), load) for name, load in models.items()}
     for arm, objective in objectives.items():
-        runs = []
         for seed in range(args.seeds):
-            name, length = f"{arm}-{seed}", {"train_epochs": 1.0, "global_batch_size": 8, "seed": seed}
-            run = training(str(target), work / name, data / "train.jsonl", objective, args.lr, **length)
-            stages.run(name, run, partial(stages.command, "train", name, run), (work / name,))
-            runs.append(score(name, str(work / name / "hf")))
-        table[arm] = {domain: [of_seed[domain] for of_seed in runs] for domain in DOMAINS}
+            length = {"train_epochs": 1.0, "global_batch_size": 8, "seed": seed}
+            models[f"{arm}-{seed}"] = steps.train(
+                f"{arm}-{seed}", target, text, objective, {"lr": args.lr, **adam}, length
+            )
+    for name, load in models.items():
+        asked = {"load": load, "held_out": held_out}
+        steps.call(f"eval-{name.replace(' ', '-')}", bits, asked, {"model": load}, held_out)
+    results = run(steps.graph()).results
+    table: dict[str, Any] = {name: results[f"eval-{name.replace(' ', '-')}"] for name in list(models)[:3]}
+    tokens = results["data"]
+    for arm in objectives:
+        of_seeds = [results[f"eval-{arm}-{seed}"] for seed in range(args.seeds)]
+        table[arm] = {domain: [of_seed[domain] for of_seed in of_seeds] for domain in DOMAINS}
         print(arm, table[arm], flush=True)
     summary = {arm: {domain: spread(table[arm][domain]) for domain in DOMAINS} for arm in objectives}
     means = {arm: statistics.fmean(statistics.fmean(table[arm][d]) for d in DOMAINS) for arm in objectives}

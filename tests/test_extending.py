@@ -25,6 +25,8 @@ from fusemega import cli
 from fusemega.align import kinds
 from fusemega.losses import registry as losses
 from fusemega.merge import method as merging
+from fusemega.pipeline.functions import FUNCTIONS
+from fusemega.recipes import registry as recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -40,6 +42,8 @@ TESTS = [
 REGISTRIES: list[dict[str, Any]] = [
     cli.COMMANDS,
     kinds.KINDS,
+    recipes.MODULES,
+    FUNCTIONS,
     losses._OBJECTIVES,
     merging._METHODS,
 ]

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusemega.fixtures.data import DOMAINS, domain_data, smollm2
-from fusemega.recipes.arms import evaluate_here
-from fusemega.recipes.stages import Stages
+from fusemega.pipeline.functions import stage_function
+from fusemega.pipeline.run import run
+from fusemega.pipeline.stage import Stage
+from fusemega.recipes.measures import evaluate_here
+from fusemega.recipes.steps import Steps
 
 WEIGHTS = {"weight": 1 / 3}
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,26 +48,28 @@ def main() -> None:
     args = parser.parse_args()
     output: Path = args.output
     base = smollm2()
-    stages = Stages(output, args.nproc)
-    parts: dict[str, Path] = {}
-    held_out: dict[str, Path] = {}
+    steps = Steps(output, args.nproc, {}, {"dtype": "fp32"})
+    parts: dict[str, str] = {}
+    held_out: dict[str, str] = {}
+    output.mkdir(parents=True, exist_ok=True)
     for domain in DOMAINS:
         data = domain_data(domain)
         lines = data.held_out.read_text(encoding="utf-8").splitlines(keepends=True)
-        held_out[domain] = output / f"held_out_{domain}.jsonl"
-        held_out[domain].write_text("".join(lines[: args.held_out]), encoding="utf-8")
-        run = training_run(base, data.train, output / domain, args.steps, args.tokens)
-        stages.run(domain, run, partial(stages.command, "train", domain, run), (output / domain,))
-        parts[domain] = output / domain / "hf"
-    folders = {"base": base, **parts}
+        held_out[domain] = str(output / f"held_out_{domain}.jsonl")
+        Path(held_out[domain]).write_text("".join(lines[: args.held_out]), encoding="utf-8")
+        rows, training = {"path": str(data.train), "seq_length": 512}, {"train_iters": args.steps}
+        training["global_batch_size"] = max(1, args.tokens // 128)
+        optimizer = {"lr": 1e-4, "lr_warmup_fraction": 0.1}
+        parts[domain] = steps.train(domain, str(base), rows, {"name": "sft"}, optimizer, training)
+    folders = {"base": str(base), **parts}
     for name, (method, settings) in MERGES.items():
-        out = output / f"merged_{method}"
-        stages.run(method, [method, settings], partial(merge, method, settings, base, parts, out), (out,))
-        folders[name] = out
-    table = {
-        name: stages.run(f"scores-{name}", [args.held_out, str(folder)], partial(scores, folder, held_out))
-        for name, folder in folders.items()
-    }
+        steps.stages.append(merging(method, settings, str(base), parts, output / f"merged_{method}"))
+        folders[name] = str(output / f"merged_{method}")
+    for number, folder in enumerate(folders.values()):
+        asked = {"folder": folder, "held_out": held_out}
+        steps.call(f"scores-{number}", scores, asked, {"model": folder}, held_out)
+    results = run(steps.graph()).results
+    table = {name: results[f"scores-{number}"] for number, name in enumerate(folders)}
     print(f"{'bits per byte':24s}" + "".join(f"{domain:>14s}" for domain in DOMAINS) + f"{'mean':>14s}")
     for name, row in table.items():
         values = [row[domain] for domain in DOMAINS]
@@ -75,35 +77,23 @@ def main() -> None:
     print(json.dumps({"example": "merge", "steps": args.steps, "tokens": args.tokens, "bits_per_byte": table}))
 
 
-def training_run(base: Path, data: Path, out: Path, steps: int, tokens: int) -> dict[str, Any]:
-    """A run file of `fusemega train`: the same settings for every domain."""
-    return {
-        "output_dir": str(out),
-        "model": {"load": str(base), "dtype": "fp32"},
-        "data": {"path": str(data), "seq_length": 512},
-        "objective": {"name": "sft"},
-        "optimizer": {"lr": 1e-4, "lr_warmup_fraction": 0.1},
-        "training": {"train_iters": steps, "global_batch_size": max(1, tokens // 128)},
-    }
-
-
-def merge(method: str, settings: dict[str, Any], base: Path, parts: dict[str, Path], out: Path) -> str:
+def merging(method: str, settings: dict[str, Any], base: str, parts: dict[str, str], out: Path) -> Stage:
     """`fusemega merge` as anyone may type it."""
     chosen = list(parts.values())[:2] if method == "slerp" else list(parts.values())
     first, models = (chosen[0], chosen[1:]) if method == "slerp" else (base, chosen)
-    command = [sys.executable, "-m", "fusemega", "merge", str(out), "--method", method, "--base", str(first)]
-    command += ["--models", *map(str, models), *(f"parameters.{key}={value}" for key, value in settings.items())]
-    command += ["--resume"]  # an interrupted run of this script may have left one unfinished
-    subprocess.run(command, check=True)
-    return str(out)
+    words = ["merge", str(out), "--method", method, "--base", first]
+    words += ["--models", *models, *(f"parameters.{key}={value}" for key, value in settings.items()), "--resume"]
+    inputs = {"base": first} | {f"models.{number}": model for number, model in enumerate(models)}
+    return Stage(method, tuple(words), inputs=inputs, outputs={"model": str(out)}, resumes=True)
 
 
-def scores(folder: Path, held_out: dict[str, Path]) -> dict[str, float]:
+@stage_function
+def scores(folder: str, held_out: dict[str, str]) -> dict[str, float]:
     """Bits per byte of a model on every domain."""
     found = {}
     for domain, path in held_out.items():
-        data = {"path": str(path), "seq_length": 512}
-        evaluation = {"model": {"load": str(folder), "dtype": "fp32"}, "data": data}
+        data = {"path": path, "seq_length": 512}
+        evaluation = {"model": {"load": folder, "dtype": "fp32"}, "data": data}
         found[domain] = float(evaluate_here(evaluation)["bits_per_byte"])
     return found
 

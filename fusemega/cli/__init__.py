@@ -28,6 +28,7 @@ COMMANDS = {
     "teach": "Store a teacher's top-k distributions for a data set.",
     "align": "Make a vocabulary map from one tokenizer's ids to another's.",
     "project": "Map a store to another vocabulary with FuseLLM's and FuseChat's rules.",
+    "run": "Run a recipe: several commands in order, each only when it must.",
     "merge": "Merge fine-tuned variants of one model without loading them into memory.",
     "transplant": "Move a model onto another tokenizer's vocabulary.",
     "split": "Split long dialogues and texts so that they fit several tokenizers' windows.",

@@ -31,6 +31,7 @@ class Record:
         state: begun (it runs, or was interrupted), failed, stopped (by its own decision), or finished.
         made_from: see `made_from`.
         inputs: name -> content hash.
+        owns: what the stage makes or made, relative to the graph's folder: what may be removed.
         outputs: name -> content hash, when finished.
         result: of a function.
         reason: of a failure or a stop.
@@ -40,6 +41,7 @@ class Record:
     state: Literal["begun", "failed", "stopped", "finished"]
     made_from: dict[str, Any]
     inputs: dict[str, str]
+    owns: list[str]
     outputs: dict[str, str] = field(default_factory=dict)
     result: Any = None
     reason: str = ""
@@ -72,6 +74,15 @@ def write_record(graph: Graph, stage: Stage, record: Record) -> None:
     """Replaces the stage's record atomically."""
     graph.records.mkdir(parents=True, exist_ok=True)
     write_durably(record_file(graph, stage), json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n")
+
+
+def strangers(graph: Graph, stage: Stage) -> list[Path]:
+    """What is in the place of something that the stage makes, and the stage has not made."""
+    record = read_record(graph, stage)
+    known = set() if record is None else set(record.owns)
+    return [
+        path for path in stage.owned() if os.path.lexists(path) and os.path.relpath(path, graph.folder) not in known
+    ]
 
 
 def made_from(stage: Stage) -> dict[str, Any]:

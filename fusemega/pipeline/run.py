@@ -26,7 +26,7 @@ from fusemega.pipeline.call import write_call
 from fusemega.pipeline.functions import find_function
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.plan import Verdict, verdict
-from fusemega.pipeline.record import Contents, Record, made_from, write_record
+from fusemega.pipeline.record import Contents, Record, made_from, strangers, write_record
 from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
@@ -68,6 +68,7 @@ def run(graph: Graph) -> Outcome:
     """
     outcome, contents = Outcome(), Contents(graph)
     with locked(graph.folder):
+        _refuse_strangers(graph)
         graph.folder.mkdir(parents=True, exist_ok=True)
         everything = ""
         for stage in graph.stages:
@@ -112,8 +113,10 @@ def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
         assert found.record is not None
         say(f"[{stage.name}] finished before, skipped")
         return found.record.result
-    record = Record("begun", made_from(stage), {name: contents.of(path) for name, path in stage.inputs.items()})
-    _begin(graph, stage, found)
+    inputs = {name: contents.of(path) for name, path in stage.inputs.items()}
+    owns = [os.path.relpath(path, graph.folder) for path in stage.owned()]
+    record = Record("begun", made_from(stage), inputs, owns)
+    _begin(graph, stage, found)  # before the record: interrupted in between, it is done again
     write_record(graph, stage, record)
     say(f"[{stage.name}]" if found.reason == "new" else f"[{stage.name}] {found.reason}")
     started = time.monotonic()
@@ -138,14 +141,21 @@ def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
     return result
 
 
+def _refuse_strangers(graph: Graph) -> None:
+    """No stage finds something of others in the place of what it makes; to be called before anything is written.
+
+    Raises:
+        UserError: one does; or a record is none.
+    """
+    for stage in graph.stages:
+        for path in strangers(graph, stage):
+            what = f"exists, and stage {stage.name} did not make it"
+            raise UserError(f"{os.path.relpath(path)}: {what}; choose another output folder")
+
+
 def _begin(graph: Graph, stage: Stage, found: Verdict) -> None:
-    """Nothing of others is in the way, and nothing of an earlier run that this one cannot continue."""
-    if found.record is None:
-        for path in stage.owned():
-            if os.path.lexists(path):
-                what = f"exists, and stage {stage.name} did not make it"
-                raise UserError(f"{os.path.relpath(path)}: {what}; choose another output folder")
-    elif found.anew:
+    """Removes what an earlier run left and this one cannot continue; writes the run file."""
+    if found.record is not None and found.anew:
         for path in stage.owned():
             with locked(path):  # the stage's command may run by hand
                 drop_scratch(scratch_of(path))

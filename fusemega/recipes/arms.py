@@ -6,20 +6,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fusemega.errors import UserError
-from fusemega.files.cache import cache_folder
+from fusemega.files.lock import locked
 from fusemega.files.output import write_durably
 from fusemega.files.owned import replace_link
 from fusemega.fixtures import data as assets
+from fusemega.fixtures.data import DOMAINS
+from fusemega.pipeline.run import run
 from fusemega.recipes.measures import MEASURES, Found, answer, measure, panels, seen, table
-from fusemega.recipes.stages import Stages
+from fusemega.recipes.prepare import choose_rows, cut
+from fusemega.recipes.steps import Steps
 from fusemega.runtime.console import say
 from fusemega.training.records import read_metrics
 
@@ -64,7 +66,7 @@ SCALES = {
 
 
 class Arms:
-    """A pipeline's stages, its data and the settings that all arms have in common.
+    """A quickstart's stages, its data and the settings that all arms have in common.
 
     Args:
         options: of the command line, from `parser`.
@@ -73,16 +75,14 @@ class Arms:
 
     def __init__(self, options: argparse.Namespace, scale: Scale) -> None:
         self.options, self.scale, self.folder = options, scale, Path(options.out)
-        self.stages = Stages(self.folder, options.nproc or options.tp * options.pp)
-        self.parallel = {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
-        self.train_file = self.folder / "data" / "train.jsonl"
-        self.held_out_file = self.folder / "data" / "held_out.jsonl"
-        self.texts = {kind: self.folder / "data" / f"{kind}.jsonl" for kind in assets.DOMAINS}
-        self.texts = {TRAINED_KIND: self.held_out_file, **self.texts}
-        self.rows = {"path": str(self.train_file), "seq_length": SEQ_LENGTH}
+        parallel = {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
+        nproc = options.nproc or options.tp * options.pp
+        self.steps = Steps(self.folder, nproc, parallel, {"dtype": options.dtype})
+        self.texts = {kind: str(self.folder / "data" / f"{kind}.jsonl") for kind in ("train", "held_out", *DOMAINS)}
+        self.rows = {"path": self.texts["train"], "seq_length": SEQ_LENGTH}
 
-    def choose_data(self, models: Sequence[str]) -> dict[str, int]:
-        """The text to train on and to measure on, of a size that suits the tokenizers of all `models`.
+    def choose_data(self, models: Sequence[str]) -> None:
+        """The text to train on and to measure on, of a size that suits the tokenizers of all `models`, as stage data.
 
         Tokens are the first model's. With several tokenizers, conversations longer than a window of one of them are
         left out: windows that tokenizers cut at different bytes are no common samples.
@@ -91,52 +91,41 @@ class Arms:
         if (options.train is None) != (options.held_out is None):
             raise UserError("--train and --held-out: give both or neither")
         train, held_out = assets.chat_data() if options.train is None else (Path(options.train), Path(options.held_out))
-        sources = {self.train_file: train, self.held_out_file: held_out}
-        sources |= {self.texts[kind]: assets.domain_data(kind).held_out for kind in assets.DOMAINS}
-        sizes = {"tokens": scale.train_tokens, "measured_tokens": scale.measured_tokens, "seq_length": SEQ_LENGTH}
-        settings = {"models": list(models), "files": list(map(str, sources.values())), **sizes}
-        inputs = [*map(_resolved, models), *sources.values()]
-        work = partial(self._choose, models, sources)
-        return self.stages.run("data", settings, work, (self.folder / "data",), inputs)
+        sources = {"train": train, "held_out": held_out}
+        sources |= {kind: assets.domain_data(kind).held_out for kind in DOMAINS}
+        files = [
+            {
+                "source": str(source),
+                "out": self.texts[kind],
+                "tokens": scale.train_tokens if kind == "train" else scale.measured_tokens,
+            }
+            for kind, source in sources.items()
+        ]
+        settings = {"models": list(models), "files": files, "seq_length": SEQ_LENGTH}
+        read = {f"models.{number}": model for number, model in enumerate(models)}
+        inputs = {kind: str(path) for kind, path in sources.items()}
+        self.steps.call("data", choose_rows, settings, read, inputs, self.texts)
 
     def cut(self, model: str, out: Path) -> str:
-        """`model` without `CUT_LAYERS`, as folder `out`."""
-        settings = {"model": model, "cut": list(CUT_LAYERS)}
-        self.stages.run("cut", settings, partial(cut, model, out, CUT_LAYERS), (out,), [_resolved(model)])
+        """`model` without `CUT_LAYERS`, as folder `out`, as stage cut."""
+        settings = {"model": model, "out": str(out), "drop": list(CUT_LAYERS)}
+        self.steps.call("cut", cut, settings, {"model": model}, outputs={"model": str(out)})
         return str(out)
 
-    def model(self, load: str) -> dict[str, Any]:
-        """A run file's `model`."""
-        return {"load": load, "dtype": self.options.dtype}
-
     def teach(self, name: str, teacher: str) -> str:
-        """A teacher's rows of the training data, as stage `name`. Returns the store's folder."""
-        store = self.folder / "stores" / name
-        run: dict[str, Any] = {"model": self.model(teacher), "parallel": self.parallel, "data": self.rows}
-        run |= {"store": str(store), "top_k": TOP_K}
-        work = partial(self.stages.command, "teach", f"teach-{name}", run)
-        self.stages.run(f"teach-{name}", run, work, (store,), [_resolved(teacher)])
-        return str(store)
+        """A teacher's rows of the training data, as stage teach-`name`. Returns the store's folder."""
+        return self.steps.teach(name, teacher, self.rows, top_k=TOP_K)
 
     def train(self, target: str, objectives: Mapping[str, Mapping[str, Any]]) -> None:
-        """One copy of `target` an objective and seed, on the same tokens."""
+        """One copy of `target` for each objective and seed, on the same tokens."""
         scale = self.scale
         length = {"train_iters": scale.train_iters} if scale.train_iters else {"train_epochs": float(scale.passes)}
         kept = {"save_interval": 25, "keep_checkpoints": 1}  # 1.4 GB each
+        optimizer = {"lr": self.options.lr, "lr_warmup_fraction": 0.1, "adam_beta2": 0.95}
         for arm, objective in objectives.items():
             for seed in range(scale.seeds):
-                name = self.run_name(arm, seed)
-                run = {
-                    "output_dir": str(self.folder / name),
-                    "model": self.model(target),
-                    "parallel": self.parallel,
-                    "data": self.rows,
-                    "objective": dict(objective),
-                    "optimizer": {"lr": self.options.lr, "lr_warmup_fraction": 0.1, "adam_beta2": 0.95},
-                    "training": {"global_batch_size": scale.global_batch_size, "seed": SEED + seed, **length, **kept},
-                }
-                work = partial(self.stages.command, "train", name, run)
-                self.stages.run(name, run, work, (self.folder / name,), [_resolved(target)])
+                training = {"global_batch_size": scale.global_batch_size, "seed": SEED + seed, **length, **kept}
+                self.steps.train(self.run_name(arm, seed), target, self.rows, objective, optimizer, training)
 
     def run_name(self, arm: str, seed: int) -> str:
         """Of an arm's run with the seed of that number: the first has the arm's name."""
@@ -152,7 +141,7 @@ class Arms:
         reference: str | None = None,
         note: str = "",
     ) -> dict[str, Any]:
-        """Measure everything; write summary.json, summary.png and report/. Returns what the first holds.
+        """Run the stages and measure; write summary.json, summary.png and report/. Returns what the first holds.
 
         Args:
             target: the model that every arm began as.
@@ -168,24 +157,44 @@ class Arms:
             arm: [str(self.folder / name / "hf") for name in names] for arm, names in runs.items()
         }
         models |= {name: [load] for name, load in teachers.items()}
+        for name, loads in models.items():
+            for number, load in enumerate(loads):
+                self._measure(self.run_name(name, number), load, reference)
+            asked = {"folder": loads[0], "prompt": self.options.prompt, "tokens": self.scale.answer_tokens}
+            self.steps.call(f"answer-{name}", answer, asked, {"model": loads[0]})
+        with locked(self.folder):
+            results = run(self.steps.graph()).results
+            return self._summary(models, arms, teachers, results, title, started, reference, note)
+
+    def _summary(
+        self,
+        models: Mapping[str, Sequence[str]],
+        arms: Sequence[str],
+        teachers: Mapping[str, str],
+        results: Mapping[str, Any],
+        title: str,
+        started: float,
+        reference: str | None,
+        note: str,
+    ) -> dict[str, Any]:
+        """See `finish`; `results` are the stages'."""
         found: dict[str, Found] = {}
-        answers: dict[str, str] = {}
         kinds: dict[str, dict[str, int]] = {}
         for name, loads in models.items():
             for number, load in enumerate(loads):
-                one = self._measure(self.run_name(name, number), load, reference)
+                one = results[f"eval-{self.run_name(name, number)}"]
+                if load == reference:  # by definition
+                    one = {kind: {**of, "kl": 0.0, "same_top_1": 1.0} for kind, of in one.items()}
                 kinds = kinds or {kind: {key: of[key] for key in _SIZES} for kind, of in one.items()}
                 for kind, of in one.items():
                     for key in (m.key for m in MEASURES if m.key in of):
                         found.setdefault(name, {}).setdefault(kind, {}).setdefault(key, []).append(of[key])
-            asked = (loads[0], self.options.prompt, self.scale.answer_tokens)
-            answers[name] = self.stages.run(f"answer-{name}", asked, partial(answer, *asked), (), [_resolved(loads[0])])
         curves = {arm: _curve(self.folder / arm) for arm in arms}
         summary = {
             "title": title,
             "teachers": dict(teachers),
-            "target": target,
-            "layout": {"processes": self.stages.nproc, "TP": self.options.tp, "PP": self.options.pp},
+            "target": models["target"][0],
+            "layout": {"processes": self.steps.nproc, "TP": self.options.tp, "PP": self.options.pp},
             "train_tokens": {arm: curve[-1][0] for arm, curve in curves.items()},
             "seeds": self.scale.seeds,
             "bits_per_byte": {name: fmean(of[TRAINED_KIND]["bits_per_byte"]) for name, of in found.items()},
@@ -194,7 +203,7 @@ class Arms:
             "measures": found,
             "fused_folder": models[arms[-1]][0],
             "prompt": self.options.prompt,
-            "answers": answers,
+            "answers": {name: results[f"answer-{name}"] for name in models},
             "seen": f"{seen(found, TRAINED_KIND)} {note}".rstrip(),
             "seconds_this_time": round(time.monotonic() - started, 1),
         }
@@ -205,43 +214,18 @@ class Arms:
         write_arms_page(summary, panels(summary, fixed), curves, self.folder)
         return summary
 
-    def _measure(self, name: str, load: str, reference: str | None) -> dict[str, dict[str, Any]]:
-        """Kind of text -> what is found of one model, as stage eval-`name`."""
-        evaluation: dict[str, Any] = {"model": self.model(load)}
+    def _measure(self, name: str, load: str, reference: str | None) -> None:
+        """Stage eval-`name`: what is found of one model on each kind of text."""
+        model, run_file = {"dtype": self.options.dtype}, str(self.folder / f"eval-{name}.yaml")
+        evaluation: dict[str, Any] = {"model": {"load": load, **model}}
+        read = {"model": load}
         if reference is not None and load != reference:
-            evaluation["reference"] = self.model(reference)
-        evaluation["data"] = {"path": str(self.held_out_file), "seq_length": SEQ_LENGTH}
-        texts = {kind: str(path) for kind, path in self.texts.items()}
-        self.stages.write_run_file("eval", f"eval-{name}", evaluation, nproc=1)
-        stage, settings = f"eval-{name}", {"evaluation": evaluation, "texts": texts}
-        one = self.stages.run(stage, settings, partial(measure, evaluation, texts), (), [_resolved(load)])
-        if load == reference:  # by definition
-            one = {kind: {**of, "kl": 0.0, "same_top_1": 1.0} for kind, of in one.items()}
-        return dict(one)
-
-    def _choose(self, models: Sequence[str], sources: Mapping[Path, Path]) -> dict[str, int]:
-        """Of each file the first rows that fit into the budget; returns the number of tokens of each."""
-        self.train_file.parent.mkdir(parents=True, exist_ok=True)
-        counts = {}
-        for out, source in sources.items():
-            budget = self.scale.train_tokens if out == self.train_file else self.scale.measured_tokens
-            chosen, tokens = [], 0
-            for row, length in sorted(_lengths(models, source).items()):
-                if tokens + length <= budget:
-                    chosen.append(row)
-                    tokens += length
-            if not chosen:
-                raise UserError(f"{source}: none of its rows has at most {budget} tokens")
-            lines = source.read_text(encoding="utf-8").splitlines()
-            write_durably(out, "".join(lines[number - 1] + "\n" for number in chosen))
-            counts[out.stem] = tokens
-        return counts
-
-
-def _resolved(model: str) -> Path:
-    from fusemega.hf.hub import resolve
-
-    return Path(resolve(model))
+            evaluation["reference"] = {"load": reference, **model}
+            read["reference"] = reference
+        evaluation["data"] = {"path": self.texts["held_out"], "seq_length": SEQ_LENGTH}
+        texts = {TRAINED_KIND: self.texts["held_out"]} | {kind: self.texts[kind] for kind in DOMAINS}
+        settings = {"evaluation": evaluation, "texts": texts, "run_file": run_file}
+        self.steps.call(f"eval-{name}", measure, settings, read, texts, run_file=run_file)
 
 
 def link(place: Path, model: str) -> None:
@@ -287,7 +271,7 @@ def parser(prog: str, description: str | None, out: str, lr: float, lambda_: flo
     return made
 
 
-def run(
+def run_quickstart(
     parser: argparse.ArgumentParser,
     pipeline: Callable[[argparse.Namespace, Scale], dict[str, Any]],
 ) -> None:
@@ -302,47 +286,6 @@ def run(
         sys.exit(2)
     print(table(summary))
     say(f"wrote {options.out}/summary.json, summary.png and report/report.html")
-
-
-def cut(model: str, out: Path, drop: Collection[int]) -> list[int]:
-    """Writes `model` without the layers `drop` as folder `out`; returns those."""
-    from fusemega.hf.cut_layers import cut_layers
-    from fusemega.hf.hub import resolve
-    from fusemega.runtime.parallel import ParallelConfig, initialize
-
-    cut_layers(resolve(model), out, drop, initialize(ParallelConfig()))
-    return list(drop)
-
-
-def _lengths(models: Sequence[str], path: Path) -> dict[int, int]:
-    """Row number -> its tokens under the first model's tokenizer, of the rows that suit the tokenizers of all."""
-    from fusemega.hf.hub import resolve
-    from fusemega.text.data import DataConfig
-    from fusemega.text.dataset import prepare
-    from fusemega.text.tokenizer import Tokenizer
-
-    common: dict[int, int] | None = None
-    for model in models:
-        config = DataConfig(path=str(path), seq_length=SEQ_LENGTH)
-        samples = prepare(config, Tokenizer.load(resolve(model)), cache_folder() / "data", progress=True)
-        lengths: dict[int, int] = {}
-        windows: dict[int, int] = {}
-        for sample in samples:
-            row = int(sample.source.rsplit(":", 1)[1])
-            lengths[row] = lengths.get(row, 0) + len(sample.ids)
-            windows[row] = windows.get(row, 0) + 1
-        if len(models) > 1:
-            lengths = {row: length for row, length in lengths.items() if windows[row] == 1}
-        common = lengths if common is None else {row: n for row, n in common.items() if row in lengths}
-    return common or {}
-
-
-def evaluate_here(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """`fusemega eval` in this process: one model of this size needs no launch."""
-    from fusemega.config import validate
-    from fusemega.scoring.evaluate import EvalRun, evaluate
-
-    return evaluate(validate(EvalRun, evaluation, "eval"))[0].model_dump()
 
 
 def _curve(output: Path) -> list[tuple[float, float]]:

@@ -1,6 +1,6 @@
 """FuseLLM and FuseChat from one recipe file: split, teach, align, train, merge, measure.
 
-    python -m fusemega.recipes.fusion RECIPE.yaml [KEY=VALUE ...]
+    fusemega run RECIPE.yaml [KEY=VALUE ...]
 
 * FuseLLM (Wan et al., 2024, arXiv:2401.10491): one training run on all sources at once. No `merge` section.
 * FuseChat (Wan et al., 2024, arXiv:2402.16107 and 2408.07990): one training run a source, which gives targets of the
@@ -12,33 +12,29 @@ skipped the next time. On a cluster, submit those run files and start the recipe
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from fusemega.runtime.console import quiet_megatron, say
-
-quiet_megatron()
-
-from fusemega.checkpoint.open_model import ModelConfig  # noqa: E402
-from fusemega.config import Section, load  # noqa: E402
-from fusemega.errors import UserError  # noqa: E402
-from fusemega.files.output import write_durably  # noqa: E402
-from fusemega.hf.folder import HFFolder  # noqa: E402
-from fusemega.hf.hub import resolve  # noqa: E402  (after the filters are set)
-from fusemega.losses.distill import TaughtSettings  # noqa: E402
-from fusemega.losses.fuse import FusionConfig  # noqa: E402
-from fusemega.recipes.stages import Stages  # noqa: E402
-from fusemega.runtime.layout import ParallelConfig  # noqa: E402
-from fusemega.text.tokenizer import Tokenizer  # noqa: E402
-from fusemega.training.optimizer import OptimizerSection  # noqa: E402
-from fusemega.training.run_file import TrainingSection  # noqa: E402
+from fusemega.checkpoint.open_model import ModelConfig
+from fusemega.config import Section
+from fusemega.files.json_files import read_json
+from fusemega.files.output import write_durably
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.hub import resolve
+from fusemega.losses.distill import TaughtSettings
+from fusemega.losses.fuse import FusionConfig
+from fusemega.pipeline.graph import Graph
+from fusemega.pipeline.run import Outcome
+from fusemega.recipes.registry import Recipe
+from fusemega.recipes.steps import Steps
+from fusemega.runtime.layout import ParallelConfig
+from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.optimizer import OptimizerSection
+from fusemega.training.run_file import TrainingSection
 
 
 class TeachSection(Section):
@@ -72,6 +68,7 @@ class MergeSection(Section):
 class FusionRecipe(Section):
     """A recipe file."""
 
+    recipe: Literal["fuse"] = Field("fuse", description="the kind of recipe: FuseLLM and FuseChat")
     output_dir: str = Field(description="output folder")
     nproc: int = Field(1, ge=1, description="processes of the stages that run a model, on this machine")
     target: str = Field(description="the model that training starts from (the papers' pivot): HF folder or hub id")
@@ -93,6 +90,13 @@ class FusionRecipe(Section):
         " sources",
     )
 
+    @model_validator(mode="after")
+    def _exported(self) -> FusionRecipe:
+        """`training.export_hf` must stay true: the exported folders are what is merged and measured."""
+        if not self.training.export_hf:
+            raise ValueError("training.export_hf: false, and the folder hf is what the recipe makes; leave it out")
+        return self
+
     @field_validator("model")
     @classmethod
     def _no_load(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -110,26 +114,44 @@ class FusionRecipe(Section):
         return value
 
 
-class Recipe:
-    """A recipe at work."""
+class Fuse(Recipe[FusionRecipe]):
+    """`recipe: fuse`, FuseLLM and FuseChat."""
+
+    Settings = FusionRecipe
+
+    def graph(self, settings: FusionRecipe) -> Graph:
+        """See `Recipe.graph`."""
+        return _Work(settings).steps.graph()
+
+    def finish(self, settings: FusionRecipe, outcome: Outcome) -> list[str]:
+        """See `Recipe.finish`."""
+        work = _Work(settings)
+        bits = {name: _bits_per_byte(path) for name, path in work.figures.items()}
+        summary = {"result": work.result, "bits_per_byte": bits or None}
+        write_durably(work.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        lines = [f"  {name:<20} {value:.4f} bits per byte" for name, value in bits.items()]
+        return [*lines, f"the result is {work.result}"]
+
+
+RECIPE = Fuse()
+
+
+class _Work:
+    """The stages of one recipe file.
+
+    Attributes:
+        result: folder of the model that everything is for.
+        figures: model -> file of `fusemega eval`; empty where nothing is measured.
+    """
 
     def __init__(self, recipe: FusionRecipe) -> None:
         self.recipe, self.folder = recipe, Path(recipe.output_dir)
-        self.stages = Stages(self.folder, recipe.nproc)
-        self.parallel = recipe.parallel.model_dump(exclude_defaults=True)
-        self.text = str(self.folder / "data.jsonl")
-        self.data = self._rows(self.text)
-
-    def run(self) -> dict[str, Any]:
-        """Every stage that is not finished yet; returns what summary.json holds.
-
-        Raises:
-            UserError: whatever a stage refuses.
-        """
-        recipe = self.recipe
+        self.steps = Steps(self.folder, recipe.nproc, recipe.parallel.model_dump(exclude_defaults=True), recipe.model)
         models = {"target": recipe.target, **recipe.sources}
-        self._split(list(models.values()))
-        stores = {name: {"store": self._teach(name, load)} for name, load in models.items()}
+        text = self.steps.split(recipe.data, str(self.folder / "data.jsonl"), list(models.values()), recipe.seq_length)
+        self.data = self._rows(text)
+        settings = recipe.teach.model_dump() | {"temperature": recipe.objective.temperature}
+        stores = {name: {"store": self.steps.teach(name, load, self.data, **settings)} for name, load in models.items()}
         target_hash = Tokenizer.load(resolve(recipe.target)).content_hash
         for name, source in recipe.sources.items():
             if Tokenizer.load(resolve(source)).content_hash != target_hash:
@@ -140,81 +162,50 @@ class Recipe:
         else:
             trained = {f"target-{name}": self._train(f"target-{name}", [own, one]) for name, one in stores.items()}
             trained["merged"] = self._merge(recipe.merge, list(trained.values()))
-        bits = {name: self._evaluate(name, load) for name, load in (models | trained).items()}
-        summary = {"result": list(trained.values())[-1], "bits_per_byte": bits if recipe.held_out else None}
-        write_durably(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        return summary
-
-    def _split(self, models: list[str]) -> None:
-        recipe, out = self.recipe, Path(self.text)
-        command = ["split", recipe.data, self.text, "--tokenizers", *models, "--max-tokens", str(recipe.seq_length)]
-        inputs = [Path(recipe.data), *(Path(resolve(model)) for model in models)]  # every later stage follows this one
-        self.stages.run("split", command, lambda: self.stages.tool(*command), (out,), inputs)
-
-    def _teach(self, name: str, model: str) -> str:
-        store = self.folder / "stores" / name
-        run = {"model": self._model(model), "parallel": self.parallel, "data": self.data, "store": str(store)}
-        run |= self.recipe.teach.model_dump() | {"temperature": self.recipe.objective.temperature}
-        stage = f"teach-{name}"
-        self.stages.run(stage, run, partial(self.stages.command, "teach", stage, run), (store,))
-        return str(store)
+        self.result = list(trained.values())[-1]
+        self.figures: dict[str, str] = {}
+        if recipe.held_out is not None:
+            held_out = self._rows(recipe.held_out)
+            self.figures = {
+                name: self.steps.evaluate(name, load, held_out) for name, load in (models | trained).items()
+            }
 
     def _align(self, name: str, source: str) -> str:
-        out = self.folder / "maps" / f"{name}.map"
-        command = ["align", source, self.recipe.target, str(out), "--kind", self.recipe.align.kind]
-        if self.recipe.align.kind.startswith("ms"):
-            command += ["--data", self.text]
-            if self.recipe.unknown_fields != "error":
-                command += ["--unknown-fields", self.recipe.unknown_fields]
-        self.stages.run(f"align-{name}", command, lambda: self.stages.tool(*command), (out,))
-        return str(out)
+        kind, unknown = self.recipe.align.kind, self.recipe.unknown_fields
+        if not kind.startswith("ms"):
+            return self.steps.align(name, source, self.recipe.target, "--kind", kind)
+        options = [] if unknown == "error" else ["--unknown-fields", unknown]
+        return self.steps.align(name, source, self.recipe.target, "--kind", kind, *options, data=self.data["path"])
 
     def _train(self, name: str, teachers: list[dict[str, str]]) -> str:
-        recipe, out = self.recipe, self.folder / name
-        run = {
-            "output_dir": str(out),
-            "model": self._model(recipe.target),
-            "parallel": self.parallel,
-            "data": self.data,
-            "objective": {"name": "fuse", "teachers": teachers, **recipe.objective.model_dump(exclude_defaults=True)},
-            "optimizer": recipe.optimizer.model_dump(exclude_defaults=True),
+        recipe = self.recipe
+        return self.steps.train(
+            name,
+            recipe.target,
+            self.data,
+            {"name": "fuse", "teachers": teachers, **recipe.objective.model_dump(exclude_defaults=True)},
+            recipe.optimizer.model_dump(exclude_defaults=True),
             # What is merged is rounded once, at the end: in bf16 a small update is mostly rounding.
-            "training": recipe.training.model_dump(exclude_defaults=True)
+            recipe.training.model_dump(exclude_defaults=True)
             | ({} if recipe.merge is None else {"export_dtype": "fp32"}),
-        }
-        self.stages.run(name, run, partial(self.stages.command, "train", name, run), (out,))
-        return str(out / "hf")
+        )
 
     def _merge(self, merge: MergeSection, targets: list[str]) -> str:
-        out = self.folder / "merged"
         run: dict[str, Any] = {"merge_method": merge.merge_method, "models": [{"model": load} for load in targets]}
         if merge.merge_method != "linear":
             run["base_model"] = self.recipe.target
         run["parameters"] = merge.parameters
         run["dtype"] = _dtype_of(self.recipe.target)
-        run_file = self.stages.write_run_file("merge", "merge", run, nproc=1)
-        command = ["merge", str(run_file), str(out), "--resume"]
-        self.stages.run("merge", run, lambda: self.stages.tool(*command), (out,))
-        return str(out)
-
-    def _evaluate(self, name: str, model: str) -> float | None:
-        if self.recipe.held_out is None:
-            return None
-        output = self.folder / f"eval-{name}.json"
-        data = self._rows(self.recipe.held_out)
-        run = {"model": self._model(model), "parallel": self.parallel, "data": data, "output": str(output)}
-        stage = f"eval-{name}"
-        work = partial(self.stages.command, "eval", stage, run)
-        self.stages.run(stage, run, work, (output,), [self.recipe.held_out])
-        return float(json.loads(output.read_text(encoding="utf-8"))["bits_per_byte"])
+        return self.steps.merge(run)
 
     def _rows(self, path: str) -> dict[str, Any]:
         unknown = self.recipe.unknown_fields
         asked = {} if unknown == "error" else {"unknown_fields": unknown}
         return {"path": path, "seq_length": self.recipe.seq_length, **asked}
 
-    def _model(self, load: str) -> dict[str, Any]:
-        return {"load": load, **self.recipe.model}
+
+def _bits_per_byte(path: str) -> float:
+    return float(read_json(Path(path))["bits_per_byte"])
 
 
 def _dtype_of(model: str) -> str:
@@ -222,27 +213,3 @@ def _dtype_of(model: str) -> str:
     folder = HFFolder(resolve(model))
     most, _ = Counter(str(folder.dtype(name)) for name in folder).most_common(1)[0]
     return most.removeprefix("torch.")
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fusemega.recipes.fusion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="YAML recipe; examples/fusellm and examples/fusechat have commented ones")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value of the recipe")
-    options = parser.parse_args()
-    try:
-        summary = Recipe(load(FusionRecipe, options.recipe, options.overrides)).run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    for name, bits in (summary["bits_per_byte"] or {}).items():
-        print(f"  {name:<20} {bits:.4f} bits per byte")
-    say(f"the result is {summary['result']}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,14 @@ Every figure of an arm is a list with a value a seed; the target and the teacher
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import yaml
+
+from fusemega.files.output import write_durably
+from fusemega.pipeline.functions import stage_function
 from fusemega.report.plots import Panel
 
 # kind of text -> measure -> a value a seed, of one model
@@ -31,21 +36,33 @@ MEASURES = (
 )
 
 
-def measure(evaluation: dict[str, Any], texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+@stage_function
+def measure(evaluation: dict[str, Any], texts: Mapping[str, str], run_file: str) -> dict[str, dict[str, Any]]:
     """Kind of text -> what `fusemega eval` finds of it, in this process: a model of this size needs no launch.
 
     Args:
         evaluation: its run file; `data.path` is each of the texts in turn.
         texts: kind -> JSONL.
+        run_file: where it is written, for whoever wants to repeat the evaluation by hand.
     """
     from fusemega.config import validate
     from fusemega.scoring.evaluate import EvalRun, Scorer
 
+    write_durably(Path(run_file), f"# fusemega eval {run_file}\n{yaml.safe_dump(evaluation, sort_keys=False)}")
     run = validate(EvalRun, evaluation, "eval")
     scorer = Scorer(run)
     return {kind: scorer.score(run.data.model_copy(update={"path": path})).model_dump() for kind, path in texts.items()}
 
 
+def evaluate_here(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """`fusemega eval` in this process: one model of this size needs no launch."""
+    from fusemega.config import validate
+    from fusemega.scoring.evaluate import EvalRun, evaluate
+
+    return evaluate(validate(EvalRun, evaluation, "eval"))[0].model_dump()
+
+
+@stage_function
 def answer(folder: str, prompt: str, tokens: int) -> str:
     """What transformers, loading the folder, answers greedily."""
     import torch

@@ -24,7 +24,7 @@ from fusemega.runtime.console import quiet_megatron
 quiet_megatron()
 
 from fusemega.fixtures import data as assets  # noqa: E402  (after the filters are set)
-from fusemega.recipes.arms import Arms, Scale, link, parser, run  # noqa: E402
+from fusemega.recipes.arms import Arms, Scale, link, parser, run_quickstart  # noqa: E402
 
 
 def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def main() -> None:
     arguments = parser("fusemega.recipes.quickstart", __doc__, "runs/quickstart", lr=1e-4, lambda_=0.1)
     arguments.add_argument("--teacher", help="HF folder or hub id (default: SmolLM2-135M-Instruct)")
     arguments.add_argument("--target", help="HF folder or hub id with the teacher's tokenizer (default: teacher, cut)")
-    run(arguments, quickstart)
+    run_quickstart(arguments, quickstart)
 
 
 if __name__ == "__main__":

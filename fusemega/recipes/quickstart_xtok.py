@@ -23,7 +23,7 @@ quiet_megatron()
 from fusemega.errors import UserError  # noqa: E402
 from fusemega.fixtures import data as assets  # noqa: E402  (after the filters are set)
 from fusemega.fixtures.tokenizers import tokenizer  # noqa: E402
-from fusemega.recipes.arms import Arms, Scale, link, parser, run  # noqa: E402
+from fusemega.recipes.arms import Arms, Scale, link, parser, run_quickstart  # noqa: E402
 
 NOT_SHOWN = "That fusion across tokenizers pays has not been shown at this size: take this as one run, and no proof."
 
@@ -38,27 +38,22 @@ def quickstart_xtok(options: argparse.Namespace, scale: Scale) -> dict[str, Any]
     smollm2 = str(assets.smollm2())
     teachers = {"smollm2": smollm2} | dict(map(_named, options.teacher))
     arms = Arms(options, scale)
-    folder, stages = arms.folder, arms.stages
+    folder, steps = arms.folder, arms.steps
     for name, load in teachers.items():
         link(folder / "teachers" / name, load)
-    cut, target = arms.cut(smollm2, folder / "cut"), folder / "target"
-    vocabulary = str(tokenizer("mistral_v3"))
-    move = ("transplant", cut, str(target), "--tokenizer", vocabulary)
-    stages.run("transplant", move, lambda: stages.tool(*move), (target,))
-    arms.choose_data([str(target), *teachers.values()])
-    sources = []
-    for name, load in teachers.items():
-        store, out = arms.teach(name, load), folder / "maps" / f"{name}.map"
-        align = ("align", load, vocabulary, str(out))
-        stages.run(f"align-{name}", align, lambda command=align: stages.tool(*command), (out,))  # type: ignore[misc]
-        sources.append({"store": store, "map": str(out)})
+    cut, vocabulary = arms.cut(smollm2, folder / "cut"), str(tokenizer("mistral_v3"))
+    target = steps.transplant(cut, str(folder / "target"), vocabulary)
+    arms.choose_data([target, *teachers.values()])
+    sources = [
+        {"store": arms.teach(name, load), "map": steps.align(name, load, vocabulary)} for name, load in teachers.items()
+    ]
     objectives: dict[str, dict[str, Any]] = {
         "control": {"name": "sft"},
         "fused": {"name": "fuse", "teachers": sources, "lambda": options.lambda_},
     }
-    arms.train(str(target), objectives)
+    arms.train(target, objectives)
     title = "fusemega quickstart across tokenizers"
-    return arms.finish(str(target), list(objectives), teachers, title, started, note=NOT_SHOWN)
+    return arms.finish(target, list(objectives), teachers, title, started, note=NOT_SHOWN)
 
 
 def _named(argument: str) -> tuple[str, str]:
@@ -76,7 +71,7 @@ def main() -> None:
     arguments.add_argument(
         "--teacher", action="append", default=[], metavar="NAME=HF", help="a further teacher: HF folder or hub id"
     )
-    run(arguments, quickstart_xtok)
+    run_quickstart(arguments, quickstart_xtok)
 
 
 if __name__ == "__main__":

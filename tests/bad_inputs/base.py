@@ -3,7 +3,7 @@
 model/        a Hugging Face folder                     sharded/    the same in several shards, with an index
 megatron/     what `convert import` made of it          padded/     the same with rows for more ids
 data.jsonl    conversations and a text
-train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files that name these
+train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files that name these; recipe.yaml
 fuse.yaml, project.yaml, map.npz                        the same tokenizer's store, taught through a map
 store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
 """
@@ -59,6 +59,18 @@ FILES: dict[str, dict[str, Any]] = {
     "teach.yaml": {**TEACH, "store": "new"},
     "more.yaml": TEACH,
     "eval.yaml": {"model": MODEL, "data": DATA, "output": "new.json"},
+    "recipe.yaml": {
+        "recipe": "fuse",
+        "output_dir": "new",
+        "target": "model",
+        "sources": {"one": "sharded"},
+        "model": {"dtype": "fp32"},
+        "data": "data.jsonl",
+        "held_out": "data.jsonl",
+        "optimizer": {"lr": 1e-3},
+        "training": {"train_iters": 2, "global_batch_size": 2},
+        "merge": {},
+    },
 }
 
 

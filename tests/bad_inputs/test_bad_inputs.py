@@ -40,7 +40,7 @@ def test_the_table_says_each_thing_once_and_covers_every_kind() -> None:
 
 COMMANDS = [f"train {name}.yaml" for name in ("train", "distill", "online", "resume")]
 COMMANDS += ["teach teach.yaml", "teach more.yaml"]
-COMMANDS += ["train fuse.yaml", "project project.yaml", "align model model new.npz"]
+COMMANDS += ["train fuse.yaml", "project project.yaml", "align model model new.npz", "run recipe.yaml --dry-run"]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "eval eval.yaml", "convert export megatron out"])

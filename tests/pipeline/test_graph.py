@@ -247,6 +247,8 @@ def test_nothing_of_others_is_touched(seven: Seven) -> None:
     with pytest.raises(UserError, match="upper.txt: exists, and stage upper did not make it"):
         seven.run()
     assert (seven.folder / "upper.txt").read_text() == "mine"
+    assert [path.name for path in seven.folder.iterdir()] == ["upper.txt"], "nothing is begun"
+    (seven.folder / "stages").mkdir()
     (seven.folder / "stages" / "count.json").write_text('{"identity": "0", "result": null}')
     (seven.folder / "upper.txt").unlink()
     with pytest.raises(UserError, match="count.json: not a record of this version"):
@@ -281,3 +283,13 @@ def test_a_graph_that_does_not_fit_is_refused(
     with pytest.raises(UserError) as refused:
         Graph("o", stages)
     assert words in str(refused.value)
+
+
+def test_an_output_in_another_place_removes_nothing_there(seven: Seven) -> None:
+    seven.run()
+    other = seven.folder / "other.txt"
+    other.write_text("mine")
+    moved = Stage("aside", ("env",), outputs={"text": str(other)})
+    with pytest.raises(UserError, match="other.txt: exists, and stage aside did not make it"):
+        run(Graph(seven.folder, [moved]))
+    assert other.read_text() == "mine"

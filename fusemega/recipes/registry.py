@@ -1,0 +1,71 @@
+"""Recipes by name: what `recipe:` of a recipe file picks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from fusemega.config import Section, read_yaml, validate
+from fusemega.errors import UserError, choose
+from fusemega.files.lock import locked
+from fusemega.pipeline.graph import Graph
+from fusemega.pipeline.run import Outcome, run
+
+S = TypeVar("S", bound=Section)
+
+DEFAULT = "fuse"
+MODULES = {"fuse": "fusemega.recipes.fusion"}
+"""Name -> module with a `Recipe` named `RECIPE`, imported when a file asks for it."""
+
+
+class Recipe(Generic[S]):
+    """A kind of recipe file: its settings, the graph that they describe, and what is said at the end.
+
+    Attributes:
+        Settings: of the file; it has the keys `recipe` and `output_dir`.
+    """
+
+    Settings: type[S]
+
+    def graph(self, settings: S) -> Graph:
+        """The stages. Writes nothing.
+
+        Raises:
+            UserError: a model or file that is not there, stages that do not fit together.
+        """
+        raise NotImplementedError
+
+    def finish(self, settings: S, outcome: Outcome) -> list[str]:
+        """Writes a summary of the finished graph into the output folder. Returns lines for the terminal."""
+        raise NotImplementedError
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe[Any], Any]:
+    """A recipe and its settings from a file; `recipe` is `fuse` where the file leaves it out.
+
+    Raises:
+        UserError: the file is malformed, its kind is unknown, or a setting is wrong.
+    """
+    values = read_yaml(path, overrides)
+    name = values.get("recipe", DEFAULT)
+    if not isinstance(name, str):
+        raise UserError(f"{path}: recipe: found {name!r}; allowed: {', '.join(MODULES)}")
+    recipe: Recipe[Any] = importlib.import_module(MODULES[choose(f"{path}: recipe", name, MODULES)]).RECIPE
+    return recipe, validate(recipe.Settings, values, path)
+
+
+def run_recipe(recipe: Recipe[Any], settings: Any) -> list[str]:
+    """Runs every stage that is not finished; returns lines for the terminal.
+
+    Raises:
+        UserError: a stage failed.
+    """
+    graph = recipe.graph(settings)
+    with locked(graph.folder):
+        outcome = run(graph)
+        if outcome.complete:
+            return recipe.finish(settings, outcome)
+    stopped = [f"{name} stopped: {reason}" for name, reason in outcome.stopped.items()]
+    return [*stopped, f"not run: {', '.join(outcome.not_run) or 'nothing'}"]

@@ -1,0 +1,25 @@
+"""Malformed recipe files."""
+
+from __future__ import annotations
+
+from tests.bad_inputs.damage import put
+from tests.bad_inputs.run import Bad, kind
+
+RUN = "run recipe.yaml"
+
+_c = kind("configuration")
+
+# fmt: off
+TABLE: list[Bad] = [
+    _c("no such recipe file", "run nowhere.yaml", "nowhere.yaml: cannot read the run file: No such file"),
+    _c("an unknown recipe", RUN + " recipe=fusr", "recipe.yaml: recipe: unknown name 'fusr' (did you mean 'fuse'?); allowed: fuse"),
+    _c("a recipe that is a list", RUN + " 'recipe=[fuse]'", "recipe.yaml: recipe: found ['fuse']; allowed: fuse"),
+    _c("a misspelt key of a recipe", RUN + " teach.topk=3", "teach.topk: unknown key (did you mean 'top_k'?)"),
+    _c("a run file for a recipe", "run train.yaml", "train.yaml: objective.teachers"),
+    _c("a source that is not there", RUN + " sources.two=./nowhere", "nowhere: no such model folder"),
+    _c("text that is not there", RUN + " data=dat.jsonl", "stage split: input data: dat.jsonl: no such file or folder, and no stage makes it"),
+    _c("held-out text that is not there", RUN + " held_out=nowhere.jsonl --dry-run", "stage eval-target: input data: nowhere.jsonl: no such file"),
+    _c("a source's name for two stages", RUN + " sources.a=model sources.merged=model", "'merged' names folders"),
+    _c("nothing exported", RUN + " training.export_hf=false", "training.export_hf: false, and the folder hf is what the recipe makes"),
+    _c("a stage's output is there", RUN, "new/data.jsonl: exists, and stage split did not make it", put("new/data.jsonl", "")),
+]
