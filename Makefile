@@ -27,7 +27,7 @@ test: lint
 
 # No launches, no training, no whole commands, no real weights.
 FAST := tests/test_config.py tests/test_examples.py tests/test_extending.py tests/files tests/text tests/fusion/test_fusion.py \
-	tests/fusion/test_cross_tokenizer.py tests/losses tests/logits tests/store tests/hf tests/report tests/cli/test_main.py \
+	tests/fusion/test_cross_tokenizer.py tests/losses tests/logits tests/store tests/hf tests/pipeline tests/report tests/cli/test_main.py \
 	tests/cli/test_reference.py tests/models/test_rules.py tests/models/test_stages.py tests/models/test_llama.py \
 	tests/merge/test_vocabulary.py tests/merge/test_rounding.py tests/merge/test_folders.py tests/align/test_maps.py \
 	tests/align/test_positions.py tests/align/test_projection.py tests/align/test_mined.py tests/align/test_vocabulary.py

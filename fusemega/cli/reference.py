@@ -40,6 +40,7 @@ def config_page() -> str:
     from fusemega.losses.registry import objective_named, objective_names
     from fusemega.merge.method import find_method, method_names
     from fusemega.merge.run import MergeRun
+    from fusemega.recipes.fusion import FusionRecipe
     from fusemega.scoring.evaluate import EvalRun
     from fusemega.scoring.teach import TeachRun
     from fusemega.training.run_file import TrainRun
@@ -50,13 +51,14 @@ def config_page() -> str:
         "project": ProjectRun,
         "eval": EvalRun,
         "merge": MergeRun,
+        "run": FusionRecipe,
     }
     lines = [
         "# Run files\n",
         _WRITTEN,
-        "YAML, read by `fusemega train`, `teach`, `project`, `eval` and `merge`. Any value can be replaced on the",
-        "command line, as in `optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys that are not",
-        "listed here are refused, and so is a key that occurs twice.\n",
+        "YAML, read by `fusemega train`, `teach`, `project`, `eval`, `merge` and `run` (recipes). Any value can be",
+        "replaced on the command line, as in `optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys",
+        "that are not listed here are refused, and so is a key that occurs twice.\n",
     ]
     sections: dict[type[Section], str] = {}
     for verb, run in runs.items():

@@ -14,7 +14,7 @@ from fusemega.runtime.console import tell
 if TYPE_CHECKING:
     from fusemega.training.run_file import TrainRun
 
-app = typer.Typer(no_args_is_help=True, help="A look inside what a run file names: data, layout, teachers' rows.")
+app = typer.Typer(no_args_is_help=True, help="A look inside a run file: data, layout, teachers' rows, stages.")
 
 HTML = Annotated[Path | None, typer.Option(help="Write an HTML page there instead; it must not exist yet.")]
 ROW = Annotated[
@@ -81,6 +81,27 @@ def teacher(
             raise UserError(f"{path}: a run file names its data and its model; leave --data and --tokenizer out")
         drawings = show_taught(_run(path, overrides), row, most)
     show(drawings, f"{path}: teacher", html)
+
+
+@app.command("stages")
+def stages(
+    recipe_file: Annotated[Path, typer.Argument(help="YAML recipe, as of fusemega run.", metavar="RECIPE")],
+    overrides: OVERRIDES = None,
+    html: HTML = None,
+) -> None:
+    """The stages of RECIPE: what each needs, reads and makes, and its command. Writes nothing.
+
+    `fusemega run RECIPE --dry-run` says which of them would run now, and why.
+    """
+    from rich.text import Text
+
+    from fusemega.errors import printable
+    from fusemega.inspect.page import show
+    from fusemega.recipes.registry import read_recipe
+
+    recipe, settings = read_recipe(recipe_file, overrides or [])
+    lines = recipe.graph(settings).lines()
+    show([Text(printable("\n".join(lines)), no_wrap=True, overflow="ignore")], f"{recipe_file}: stages", html)
 
 
 @app.command("key")

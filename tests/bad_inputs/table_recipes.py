@@ -15,7 +15,7 @@ TABLE: list[Bad] = [
     _c("an unknown recipe", RUN + " recipe=fusr", "recipe.yaml: recipe: unknown name 'fusr' (did you mean 'fuse'?); allowed: fuse"),
     _c("a recipe that is a list", RUN + " 'recipe=[fuse]'", "recipe.yaml: recipe: found ['fuse']; allowed: fuse"),
     _c("a misspelt key of a recipe", RUN + " teach.topk=3", "teach.topk: unknown key (did you mean 'top_k'?)"),
-    _c("a run file for a recipe", "run train.yaml", "train.yaml: objective.teachers"),
+    _c("a run file for a recipe", "run train.yaml", "train.yaml: target: required, and not given"),
     _c("a source that is not there", RUN + " sources.two=./nowhere", "nowhere: no such model folder"),
     _c("text that is not there", RUN + " data=dat.jsonl", "stage split: input data: dat.jsonl: no such file or folder, and no stage makes it"),
     _c("held-out text that is not there", RUN + " held_out=nowhere.jsonl --dry-run", "stage eval-target: input data: nowhere.jsonl: no such file"),
