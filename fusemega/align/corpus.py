@@ -17,8 +17,8 @@ from fusemega.text.dataset import TokenizedDataset
 
 R = TypeVar("R")
 Pair = tuple[int, int]
-_CHUNK = 32  # pairs a piece of work
-_WORTH = 8  # pieces for which it is worth starting one more process
+_CHUNK = 32  # pairs in one work item
+_WORTH = 8  # work items for which one more process is worth starting
 _SAY_SECONDS = 15.0
 
 

@@ -62,7 +62,7 @@ def first_piece_map(
     for u, content in enumerate(source.contents):
         if content and content not in index and (pieces := cut(content)):
             first = target.contents[pieces[0]]
-            if first and content.startswith(first):  # else the piece that comes first is unknown
+            if first and content.startswith(first):  # otherwise the first piece is unknown
                 other_S[u] = pieces[0]
     return assembled("first_piece", source, target, other_S, {}, before_text or {})
 
@@ -242,7 +242,7 @@ def _map(
         "identical": int(same_S.sum()),
         "mapped": int((table_S[usable] >= 0).sum()),
         "target_tokens_reached": int((per_target > 0).sum()),
-        # How many source tokens share one target token -> how many target tokens that happens to.
+        # Number of source tokens that share a target token -> number of such target tokens.
         "sharing": {str(n): count for n, count in sorted(Counter(per_target[per_target > 0].tolist()).items())},
     }
     return VocabularyMap(

@@ -21,7 +21,7 @@ import numba
 import numpy as np
 from numba.extending import intrinsic
 
-_BLOCK = 512  # strings asked for in one piece of work
+_BLOCK = 512  # strings in one work item
 _WORD = 64
 
 
@@ -49,7 +49,7 @@ class Nearest:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._alphabet = np.unique(_codes(strings))
-        # By length, and within one length in the order given.
+        # Sorted by length, and within one length in the given order.
         lengths_N = np.array([len(text) for text in strings], dtype=np.int64)
         self._order_N = np.argsort(lengths_N, kind="stable")
         self._strings = self._numbered([strings[i] for i in self._order_N])

@@ -29,7 +29,7 @@ def cutter(tokenizer: Tokenizer, vocabulary: Vocabulary) -> Callable[[bytes], li
         if vocabulary.marker == "Ġ":
             return tokenize(byte_level_form(content))
         found: list[int] = []
-        # Bytes that are no whole character have the byte tokens alone.
+        # Bytes that are not a complete character are only in byte tokens.
         for part in _NOT_TEXT.split(content.decode("utf-8", "surrogateescape")):
             if _NOT_TEXT.fullmatch(part):
                 byte = part.encode("utf-8", "surrogateescape")

@@ -132,7 +132,7 @@ def _project_all(
     aligner = Aligner.of(*words, vocabulary_map, pad_to, source.store.manifest.vocab_size)
     counts: Counter[str] = Counter()
     with StoreWriter(folder, manifest) as writer:
-        distinct = {target.data.keys[t]: (s, t) for s, t in reversed(pairs)}  # of equal samples the first
+        distinct = {target.data.keys[t]: (s, t) for s, t in reversed(pairs)}  # the first of several equal samples
         missing = [pair for key, pair in reversed(distinct.items()) if key not in writer]
         if len(missing) < len(distinct):
             say(f"{len(distinct) - len(missing)} samples are in {folder} already")

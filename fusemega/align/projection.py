@@ -59,7 +59,7 @@ def sum_duplicates(ids_PK: np.ndarray, logp_PK: np.ndarray) -> tuple[np.ndarray,
         ids_PK, logp_PK: as of `project`, but an id may stand several times.
     """
     top_P1, mass_PK = _scaled(np.where(ids_PK >= 0, logp_PK, -np.inf))
-    # Equal ids side by side, in the order given: the first takes the sum, the others vanish.
+    # Equal ids become neighbours, in the given order: the first gets the sum, the others are removed.
     ids_PK, mass_PK = _ordered(np.argsort(ids_PK, axis=1, kind="stable"), ids_PK.astype(np.int64), mass_PK)
     is_first_PK = np.ones(ids_PK.shape, dtype=bool)
     is_first_PK[:, 1:] = ids_PK[:, 1:] != ids_PK[:, :-1]
@@ -71,7 +71,7 @@ def sum_duplicates(ids_PK: np.ndarray, logp_PK: np.ndarray) -> tuple[np.ndarray,
     with np.errstate(divide="ignore"):
         summed_PK = np.where(kept_PK, np.log(sum_PK) + top_P1, -np.inf)
     ids_PK = np.where(kept_PK, ids_PK, -1)
-    # An entry of probability 0 stands before the padding.
+    # An entry of probability 0 comes before the padding.
     falling_PK = np.argsort(np.where(kept_PK, -np.maximum(summed_PK, -1e30), np.inf), axis=1, kind="stable")
     ids_PK, summed_PK = _ordered(falling_PK, ids_PK, summed_PK)
     return ids_PK, summed_PK.astype(np.float32)

@@ -168,7 +168,7 @@ def _widened(ids_PK: np.ndarray, logp_PK: np.ndarray, k: int) -> tuple[np.ndarra
 def _filled(ids_PK: np.ndarray) -> np.ndarray:
     """Ids of probability 0 in place of padding, none twice in a row: a store's rows list K distinct ids."""
     k = ids_PK.shape[1]
-    unused_PC = np.ones((len(ids_PK), 2 * k), dtype=bool)  # of the ids below 2 k at least k are not listed
+    unused_PC = np.ones((len(ids_PK), 2 * k), dtype=bool)  # at least k of the ids below 2 k are not listed
     rows, columns = np.nonzero((ids_PK >= 0) & (ids_PK < 2 * k))
     unused_PC[rows, ids_PK[rows, columns]] = False
     spare_PK = np.argsort(~unused_PC, axis=1, kind="stable")[:, :k]

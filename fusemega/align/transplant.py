@@ -205,7 +205,9 @@ def _write(
 ) -> None:
     rules = source.architecture.rules()
     by_rows = {name for rule in rules if isinstance(rule, VocabRows) for name in rule.hf_shapes()}
-    copies = source.architecture.copies()  # a tied model's head is left out: the configuration says it
+    copies = (
+        source.architecture.copies()
+    )  # the head of a tied model is left out: the configuration says that it is tied
     infos = []
     for name in source:
         shape = source.shape(name)

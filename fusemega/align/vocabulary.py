@@ -173,7 +173,7 @@ def _in_chat(tokenizer: Tokenizer, contents: list[bytes | None]) -> tuple[int | 
     turns = (Message("user", "a", False), Message("assistant", "a", True))
     try:
         rendered = renderer.render(Chat(turns))
-    except BadRow:  # some templates insist on a system message; the renderer has made sure that one of these works
+    except BadRow:  # some templates require a system message; the renderer has checked that one of the two works
         rendered = renderer.render(Chat((Message("system", "a", False), *turns)))
     # The space before Llama-2's " </s>" is the template's own: it has no place in the canonical stream.
     chat, closing = tokenizer.encode([rendered.text, renderer.closing.strip()])

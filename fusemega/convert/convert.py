@@ -106,7 +106,7 @@ def import_hf(source: str | Path, out: str | Path, *, workers: int = 1, resume: 
     items, chunks, global_shapes = _plan_import(folder)
     identity = _identity("import", folder.files())
     with start_workers(workers) as pool:
-        if workers > 1:  # a second of imports that only the end needs
+        if workers > 1:  # avoids a second of imports that only the end needs
             threading.Thread(target=import_module, args=("torch.distributed.checkpoint",), daemon=True).start()
         _check_copies(folder, pool)
         with unfinished_folder(out, identity, resume, sum(item.nbytes for item in items), say) as unfinished:

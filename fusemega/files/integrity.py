@@ -127,7 +127,7 @@ def unlisted(folder: Path) -> list[str]:
 
 
 def _others(folder: Path, listed: Collection[str]) -> list[str]:
-    # What NFS keeps of a file that somebody deleted while it was open is nobody's.
+    # NFS keeps files that were deleted while open under other names; they belong to nobody.
     names = [name for name in _files(folder) if not name.rpartition("/")[2].startswith(".nfs")]
     return [name for name in names if name not in listed and name != FILE]
 

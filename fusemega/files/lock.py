@@ -52,9 +52,8 @@ def locked(path: str | Path) -> Iterator[None]:
         if os.getpid() == key[0]:  # not in a process that was forked meanwhile
             del _held[key]
             if descriptor is not None:
-                os.unlink(
-                    lock
-                )  # before it is let go: whoever waits for this file finds that it has no name, or another
+                # While it is still locked: a process that waits for this file then finds another one, or none.
+                os.unlink(lock)
                 os.close(descriptor)
             for folder in made:
                 try:

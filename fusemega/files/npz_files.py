@@ -41,7 +41,7 @@ def read_arrays(path: str | Path, dtypes: Mapping[str, str], what: str = "") -> 
                 return {name: _read(archive, f"{name}.npy", np.dtype(dtype)) for name, dtype in dtypes.items()}
         except MalformedArraysError:
             raise
-        except Exception as error:  # zipfile and its decompressors have a dozen types for bytes that are no archive
+        except Exception as error:  # zipfile and its decompressors raise a dozen exception types for invalid archives
             raise MalformedArraysError(f"{type(error).__name__}: {error}") from None
 
 

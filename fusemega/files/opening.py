@@ -71,7 +71,7 @@ def refuse_special_files(folder: Path) -> None:
         try:
             mode = path.stat().st_mode
         except OSError:
-            continue  # a link to nowhere: whoever needs it says so
+            continue  # a dangling link: code that needs it reports it
         kind = next((name for name, holds in _KINDS.items() if holds(mode)), None)
         if kind is not None:
             raise UserError(f"{path}: {kind}, not a regular file")

@@ -95,7 +95,7 @@ def read_pickle(path: str | Path, names: Callable[[str, str], Any], what: str) -
         return _Unpickler(content, names).load()
     except KeyError as error:
         raise UserError(f"{path}: not {what}: it has an opcode or a value that is not allowed ({error})") from None
-    except Exception as error:  # bytes that are no pickle end in any of a dozen types
+    except Exception as error:  # invalid pickles raise any of a dozen exception types
         raise UserError(f"{path}: not {what}: {first_line(error)}") from None
 
 

@@ -101,7 +101,7 @@ class _Sources:
             if self.world.rank == holder:
                 flat = self._pack(self.parameters[rule.megatron], pieces)
                 if holder != 0:
-                    # Only when the main process is there: meanwhile it may write for longer than a GPU's group waits.
+                    # Wait for the main process first: it may write for longer than the timeout of a GPU's group.
                     dist.recv(torch.empty(1), src=0, group=self.world.host_group)
                     dist.send(flat, dst=0)
             else:

@@ -109,7 +109,7 @@ def _tokenizer(folder: Path, reference: Tokenizer, notes: list[str]) -> Tokenize
         found = None
     if found is not None and _same(found, reference):
         return found
-    # Another class by another configuration: what was trained with is written out, under the class that takes it as is.
+    # The configuration selects another class: write the training tokenizer, with the class that loads it unchanged.
     (folder / "tokenizer.json").write_text(reference.hf.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}

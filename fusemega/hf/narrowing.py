@@ -22,7 +22,7 @@ def narrowed(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
     out = values.to(dtype)
     if out.dtype == values.dtype or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
         return out
-    if not torch.isfinite(out.sum()):  # one pass; which element, only where there is one
+    if not torch.isfinite(out.sum()):  # one pass; the element is searched only if there is one
         lost = torch.isfinite(values) & ~torch.isfinite(out)
         if lost.any():
             most = torch.finfo(dtype).max

@@ -117,7 +117,7 @@ class _Work:
                     results = [step(self._load(place, None if checked else near)) for place in blocks]
                     checked = True
         except StopIteration as end:
-            merge, results = end.value, None  # what is needed of the results, `merge` has
+            merge, results = end.value, None  # `merge` holds what it needs of the results
         agreed = 0.0
         written = xxhash.xxh3_128()
         for place in blocks:

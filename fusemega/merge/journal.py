@@ -66,7 +66,7 @@ class Journal:
                 if finished is None:
                     raise UserError(f"{self.path}:{number}: not a finished job; delete {folder} and leave --resume out")
                 self.done |= finished
-        # Whole lines only, and in one step: a kill at any moment leaves a journal that can be gone on with.
+        # Only complete lines, in one write: after a kill at any moment the journal can be continued.
         kept = [json.dumps(fingerprint), *(_line(name, done) for name, done in self.done.items())]
         write_durably(self.path, "\n".join(kept) + "\n")
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the merge runs)

@@ -219,7 +219,7 @@ def _merge(
     else:
         write_integrity(partial, leave_out=[JOURNAL])
         publish(partial, out)
-        (out / JOURNAL).unlink()  # not before: publishing waits for the disk, and may be interrupted too
+        (out / JOURNAL).unlink()  # only now: publishing waits for the disk and may be interrupted, too
     return report
 
 

@@ -191,7 +191,7 @@ def _guess(
         high = float(sample[last]) * (1 + slack) if last < size else math.inf
         within = sample[np.searchsorted(sample, max(low, _SMALLEST)) : np.searchsorted(sample, high, "right")]
         values = within[np.flatnonzero(np.diff(within, prepend=np.float32(-1)))]
-        # A block remembers a value once, so few values are few members however often they occur.
+        # A block stores each value once, so few distinct values give few members, however often they occur.
         if min(len(within) / size * elements, len(values) * (1 + elements / CELL)) > MAX_MEMBERS:
             return None
         out.append(_Bracket(low, high, tuple(values.tolist()) if len(values) <= _FEW and not slack else ()))
@@ -276,7 +276,7 @@ def _scan_one(keys: Keys, block: Block, stream: int, rough: np.ndarray, bracket:
     values = np.array(bracket.values, np.float32)
     counts = np.array([np.count_nonzero(rough == value) for value in values], np.int32)
     marks = None if keys.exact is None else _Marks(np.packbits(above), None)
-    if left > counts.sum():  # not only the values that the sample has
+    if left > counts.sum():  # other values than those of the sample
         within = np.logical_not(np.logical_or(above, below))
         places = np.flatnonzero(within)
         true = rough.take(places) if keys.exact is None else keys.exact(block, stream, places)
@@ -285,7 +285,7 @@ def _scan_one(keys: Keys, block: Block, stream: int, rough: np.ndarray, bracket:
         counts = often.astype(np.int32)
         if marks:
             marks.open = np.packbits(within)
-    # Zeros are asked for in the first stream, and where they may be taken.
+    # Nonzero keys are counted in the first stream, and where zeros may be selected.
     nonzero = _nonzero(rough) if stream == 0 or bracket.low == 0 else 0
     return _Scanned(len(rough), nonzero, int(number), values, counts, marks)
 

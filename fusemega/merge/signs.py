@@ -31,7 +31,7 @@ def agreeing_sums(
     for delta, weight in zip(deltas, weights, strict=True):
         if weight == 0:
             continue
-        delta.mul_(sign_n)  # now of the weight's sign where it agrees
+        delta.mul_(sign_n)  # now has the sign of the weight where it agrees
         (torch.gt if weight > 0 else torch.lt)(delta, 0, out=agrees)
         pairs += agrees.sum().item()
         numerator.addcmul_(delta, agrees, value=weight)

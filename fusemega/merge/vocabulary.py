@@ -172,7 +172,7 @@ def _union(folders: Sequence[HFFolder], sizes: list[int], files: Sequence[Vocabu
     rows = max(sizes[0], following)
     maps: list[np.ndarray | None] = []
     for place, (own, size) in enumerate(zip(ids, sizes, strict=True)):
-        # The base's rows without a token (padding) stay what they are.
+        # The base's rows without a token (padding) are not changed.
         rows_of = np.where(np.arange(rows) < size, np.arange(rows), -1) if place == 0 else np.full(rows, -1)
         for token, row in merged.items():
             found = own.get(token, -1)

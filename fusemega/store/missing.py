@@ -17,7 +17,7 @@ from fusemega.text.data import Source
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.document import BadRow, Chat, Document, canonical, parse
 
-_TURNS = 8  # assistant turns of which every choice is tried
+_TURNS = 8  # up to this many assistant turns, every combination is tried
 _TRIES = 1 << 20  # keys looked for, of each kind
 
 
@@ -45,7 +45,7 @@ def _document(dataset: TokenizedDataset, i: int) -> Document | None:
     for row in Source(dataset.config).rows():
         if (row.file, row.number) == (file, number):
             try:
-                return parse(row.value, Counter())  # which fields are unknown was told when the data was read
+                return parse(row.value, Counter())  # unknown fields were reported when the data was read
             except BadRow:
                 return None
     return None

@@ -227,7 +227,7 @@ class ChatRenderer:
         content_end = max([start, *(each.end for each in mine)])
         times = text.count(self.closing, content_end, limit) if self.closing else 0
         calls = _calls(message)
-        # The last text of a turn is closed where it ends; behind calls the closing token says where that is.
+        # The last text of a turn ends at the closing token; after tool calls only that token shows where.
         if calls and times != 1 or times > 1 and not text.startswith(self.closing, content_end):
             raise BadRow(
                 "template rewrites content",
@@ -273,14 +273,14 @@ class ChatRenderer:
                 continue
             asked = asked or self._apply(messages, chat.settings, True)
             rest = {key: kept for key, kept in chat.settings.items() if key != name}
-            # A setting of the template's own may be at its default: another value then makes the difference.
+            # A template's setting may be at its default value: then try another value.
             others = [rest, *([rest | {name: other}] if (other := _another(value)) is not None else [])]
             if any(self._differs(messages, settings, text, asked) for settings in others):
                 self._heeded.add(name)
             else:
                 _not_heeded(name, "the row", ignored)
         for name in (*CALLS, "name"):
-            # A tool's name is an id of the call: most templates tell the two by their order.
+            # A tool's name identifies the call: most templates match calls and results by order.
             holders = [i for i, m in enumerate(messages) if m.get(name) and (name != "name" or m["role"] != "tool")]
             if not holders or name in self._heeded:
                 continue

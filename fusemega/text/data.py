@@ -41,7 +41,7 @@ _SPLITS = {
 _SHARD = re.compile(r"([\w.-]+)-\d{5}-of-\d{5}\.")  # as datasets writes them: train_sft-00000-of-00003.parquet
 _ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json"}  # beside the rows, by datasets and model folders
 _LINE_BYTES, _ARRAY_BYTES = 64 * MIB, 1024 * MIB
-_DIGITS = 4000  # of a number in a row, whose digits may be what is taught
+_DIGITS = 4000  # of a number in a row, which may be training data
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 

@@ -237,7 +237,7 @@ class _Tokenize:
                 ready.append((row, parsed, [(canonical(each), self._render(each)) for each in documents]))
             except BadRow as error:
                 self._bad(row, error)
-            except OverBudget as error:  # and so might all others of the rows: none is skipped for it
+            except OverBudget as error:  # other rows might exceed it too, so none is skipped for it
                 raise UserError(f"{self._place(row)}: {error}") from None
         encodings = iter(self.tokenizer.encode([rendered.text for *_, parts in ready for _, rendered in parts]))
         for row, parsed, parts in ready:

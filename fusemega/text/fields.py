@@ -126,7 +126,7 @@ def row_settings(row: Mapping[str, Any]) -> dict[str, Any]:
             settings[name] = [dict(_mapping(e, f"{name}[{i}]")) for i, e in enumerate(_decoded(row[name], name, list))]
     if not is_absent(row.get("chat_template_kwargs")):
         for name, value in _decoded(row["chat_template_kwargs"], "chat_template_kwargs", dict).items():
-            if value is None:  # columns of other rows, in a file of columns
+            if value is None:  # in columnar files, a column of other rows
                 continue
             if not str(name).isidentifier() or name in _reserved() or name in settings:
                 raise BadRow(

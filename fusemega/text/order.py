@@ -31,7 +31,7 @@ def sample_ids(step: int, global_batch_size: int, num_samples: int, seed: int) -
 
 @lru_cache(maxsize=4)
 def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    # Raw bits of a counter-based generator, sorted: numpy promises those streams for ever, `permutation`'s it does not.
+    # Sorted raw bits of a counter-based generator: numpy guarantees these streams, but not those of `permutation`.
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
     permutation = np.argsort(bits, kind="stable")
     permutation.flags.writeable = False

@@ -178,7 +178,7 @@ def cut(document: Annotated, canonical: bytes, seq_length: int, source: str) -> 
         high = document.stream_length if end == length else int(reached[end - 1])
         supervised = document.supervised[begin:end].copy()
         supervised[:1] = False
-        # Long tool calls have no bytes in the canonical stream: windows of them are told by their number.
+        # Long tool calls have no bytes in the canonical stream, so their windows are distinguished by number.
         identity = canonical if low < high else canonical + b"\n%d" % begin
         yield Sample(
             key=sample_key(identity, low, high),

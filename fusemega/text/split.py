@@ -192,14 +192,14 @@ def _units(value: _RowValue) -> _Units:
 
 def _turns(value: _RowValue) -> _Units:
     messages = value["messages"]
-    value = {key: field for key, field in value.items() if key != "prompt"}  # the first part's question, of no other
+    value = {key: field for key, field in value.items() if key != "prompt"}  # only the first part has the question
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     system, units = messages[:first], [[]]  # type: tuple[list[Any], list[list[Any]]]
     for message in messages[first:]:
         if units[-1] and units[-1][-1]["role"] == "assistant" != message["role"]:
             units.append([])
         units[-1].append(message)
-    if units[-1][-1]["role"] != "assistant":  # a question without an answer is no part of its own
+    if units[-1][-1]["role"] != "assistant":  # a question without an answer is not a part
         units[-2:] = [units[-2] + units[-1]]
     return _Units(
         len(units), lambda i, j: value | {"messages": system + [m for u in units[i:j] for m in u]}, [False] * len(units)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder, whose modules are not to be taken for others of their name
+    del sys.path[0]  # this folder, so that its modules do not shadow others of the same name
 
 import json
 import marshal
@@ -32,7 +32,7 @@ from jinja2 import ext, nodes, parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MEMORY = 512 << 20  # bytes of address space, beside what a long conversation needs
+MEMORY = 512 << 20  # bytes of address space, plus what a long conversation needs
 _LONGEST_REASON = 1000
 # Templates that print today's date would make samples differ from one day to the next. This fixed one is that on which
 # Llama-3.2's own template falls back.
@@ -42,7 +42,7 @@ _TODAY = datetime(2024, 7, 26)
 def main() -> None:
     """Answers requests until there are no more."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # they are for the parent, whose end is this process's
+        signal.signal(number, signal.SIG_IGN)  # signals are for the parent; this process ends with it
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

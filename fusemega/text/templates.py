@@ -27,7 +27,7 @@ from fusemega.text.document import BadRow
 from fusemega.text.tokenizer import Tokenizer
 
 SECONDS = 5.0  # of processor time for a rendering
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that transformers takes for one another
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that transformers treats as equal
 
 
 class OverBudget(UserError):
@@ -136,7 +136,7 @@ class _Process:
                 reply = template_process.receive(self._running.stdout)
             except BrokenPipeError:
                 reply = b""
-            except BaseException:  # half a message has been read: what follows would be taken for the next reply
+            except BaseException:  # a partial message was read: the rest would be mistaken for the next reply
                 self.end()
                 raise
             if not reply:

@@ -78,7 +78,7 @@ def merge_by_sign(
         deltas = sparse(block)
         wanted = torch.zeros_like(deltas[0])
         for delta, weight in zip(deltas, weights, strict=True):
-            # Rounded first, as everybody does it: with `alpha` two opposite ones need not cancel.
+            # Rounded before the sum, as in other implementations: with `alpha`, two opposite values might not cancel.
             wanted.add_(torch.mul(delta, weight))
         merged, share, agreed = agreeing_sums(deltas, weights, elect(wanted))
         if settings.normalize:
