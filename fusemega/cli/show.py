@@ -31,7 +31,7 @@ def data(
     tokens: Annotated[bool, typer.Option("--tokens", help="List every token: id, text, where it ends.")] = False,
     html: HTML = None,
 ) -> None:
-    """A row of the data that RUN_FILE trains on: which tokens are learnt, its key; and how samples are packed.
+    """A row of the data of RUN_FILE: its samples with the supervised tokens marked, and how samples are packed.
 
     Without --row, the first row. Nothing is allocated; tokenized data go to the cache, where a run will look for them.
     """
@@ -65,7 +65,7 @@ def teacher(
     tokenizer: Annotated[str | None, typer.Option(help="Of a store: the scorer's folder or hub id.")] = None,
     html: HTML = None,
 ) -> None:
-    """What a teacher's stored row says at each learnt token of a row of data, as text with probabilities.
+    """What a teacher's stored row says at each supervised token of a row of data, as text with probabilities.
 
     Of a run file, in the vocabulary of the model in training, through the map if there is one.
     """

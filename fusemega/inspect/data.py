@@ -52,7 +52,7 @@ def show_data(run: TrainRun, row: str | None, tokens: bool) -> list[RenderableTy
 def _sample(sample: Sample, tokenizer: Tokenizer, which: str) -> list[RenderableType]:
     head = Text(f"{sample.source}{which}", style="bold")
     about = (
-        f"key {sample.key.hex()}; {len(sample.ids)} tokens, {int(sample.supervised.sum())} of them learnt: "
+        f"key {sample.key.hex()}; {len(sample.ids)} tokens, {int(sample.supervised.sum())} of them supervised: "
         f"those in ⟦ ⟧, {sample.num_bytes} bytes of text"
     )
     text = Text()
@@ -64,7 +64,7 @@ def _sample(sample: Sample, tokenizer: Tokenizer, which: str) -> list[Renderable
 
 def _tokens(sample: Sample, tokenizer: Tokenizer) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("position", "id", "token", "learnt", "ends at byte"):
+    for name in ("position", "id", "token", "supervised", "ends at byte"):
         table.add_column(name, justify="right" if name in ("position", "id", "ends at byte") else "left")
     for i in range(len(sample.ids)):
         learnt, end = bool(sample.supervised[i]), int(sample.end_bytes[i])
@@ -112,7 +112,7 @@ def _micro_batch(number: int, batch: MicroBatch) -> list[RenderableType]:
         colour = _COLOURS[i % len(_COLOURS)]
         bar.append("█▓▒░"[i % 4] * width, colour)
         legend.append(f"{'  ' if i else ''}{batch.sources[i]}", colour)
-        legend.append(f" {length} ({supervised[i]} learnt)")
+        legend.append(f" {length} ({supervised[i]} supervised)")
     grouped = (
         ""
         if len(batch.group_sizes) == len(batch.sources)

@@ -136,7 +136,12 @@ def _draw(chart: Chart, size: tuple[float, float]) -> plt.Figure:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = _MOST_POINTS) -> list[tuple[float, float]]:
-    """At most about `most` points: of each stretch the lowest and the highest, in order, and gaps where they were."""
+    """At most about `most` points: of each stretch the lowest and the highest, in order, and gaps where they were.
+
+    Example:
+        >>> thinned([(i, float(i % 10)) for i in range(20)], most=4)
+        [(0, 0.0), (9, 9.0), (10, 0.0), (19, 9.0)]
+    """
     if len(points) <= most:
         return list(points)
     step = math.ceil(len(points) / (most // 2))
@@ -150,7 +155,12 @@ def thinned(points: Sequence[tuple[float, float]], most: int = _MOST_POINTS) -> 
 
 
 def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Each value with its neighbours, a fiftieth of the series together, averaged; fewer at the ends."""
+    """Each value with its neighbours, a fiftieth of the series together, averaged; fewer at the ends.
+
+    Example:
+        >>> running_mean([(1, 2.0), (2, 4.0), (3, 9.0)])
+        [(1, 3.0), (2, 5.0), (3, 6.5)]
+    """
     half = max(1, len(points) // 100)
     sums, counts = [0.0], [0]
     for _, value in points:

@@ -51,6 +51,24 @@ class StoreWriter:
 
     Raises:
         UserError: another manifest (naming the field), a damaged shard, a folder that cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from fusemega.store import Store
+        >>> about = {"weights": "w", "tokenizer": "t", "template": None, "mask_policy": "all", "truncation": 8}
+        >>> manifest = Manifest(**about, temperature=1.0, top_k=2, vocab_size=100)
+        >>> row = Row(
+        ...     ids_hash=bytes(8), end_bytes=np.int32([4]), ids_PK=np.int32([[7, 42]]),
+        ...     logp_PK=np.log(np.float32([[0.5, 0.25]])), log_residual_P=np.log(np.float32([0.25])),
+        ...     sum_logp=-0.7, num_bytes=3,
+        ... )
+        >>> key = bytes(16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with StoreWriter(folder, manifest) as writer:
+        ...         writer.add(key, row)
+        ...     found = Store.open(folder).get(key)
+        >>> found.ids_PK, np.exp(found.logp_PK).round(1)
+        (array([[ 7, 42]], dtype=int32), array([[0.5, 0.2]], dtype=float32))
     """
 
     def __init__(self, path: str | Path, manifest: Manifest, *, writer_id: int = 0, shard_bytes: int = 1 << 24) -> None:

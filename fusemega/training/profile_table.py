@@ -62,6 +62,15 @@ def read_profile(run: Path) -> list[ProfileTable]:
 
     Raises:
         UserError: a file there cannot be read, or is no such table.
+
+    Example:
+        >>> import tempfile
+        >>> table = ProfileTable(0, 2, 4, [Operation("aten::mm", 96, 1500.0, 0.0)], 2000.0, 0.0)
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     (Path(run) / PROFILE).mkdir()
+        ...     table.write(Path(run) / PROFILE)
+        ...     read_profile(Path(run)) == [table]
+        True
     """
     tables = [_read(path) for path in (run / PROFILE).glob("rank*.json")]
     return sorted(tables, key=lambda table: table.rank)

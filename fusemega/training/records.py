@@ -49,6 +49,14 @@ def read_rows(path: Path) -> tuple[list[dict[str, float]], bool]:
 
     Raises:
         UserError: it cannot be read, or a line is no object of numbers with an iteration; names the line.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        ...     _ = file.write('{"iteration": 1, "lm loss": 2.5}\\n{"iteration": 2, "lm')
+        ...     file.flush()
+        ...     read_rows(Path(file.name))
+        ([{'iteration': 1, 'lm loss': 2.5}], True)
     """
     if not path.exists():
         return [], False

@@ -133,6 +133,15 @@ class TrainingSection(Section):
 
         Raises:
             UserError: names the number.
+
+        Example:
+            >>> groups = {"granularity": "full", "method": "uniform", "num_layers": 3}
+            >>> settings = {f"recompute_{name}": value for name, value in groups.items()}
+            >>> section = TrainingSection(train_iters=1, global_batch_size=1, **settings)
+            >>> section.check_recompute([6, 3])
+            >>> section.check_recompute([4])  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            fusemega.errors.UserError: training.recompute_num_layers: 3 with ... of 4 layers; allowed: 1, 2, 4
         """
         layers = self.recompute_num_layers
         if layers is None:
