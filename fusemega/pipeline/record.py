@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
@@ -21,6 +21,17 @@ from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.stage import Stage
 
 _FORMAT = "fusemega-stage-1"
+_KINDS: dict[str, type] = {
+    "format": str,
+    "state": str,
+    "made_from": dict,
+    "inputs": dict,
+    "owns": list,
+    "outputs": dict,
+}
+_KINDS |= {"reason": str, "everything": bool}
+
+State = Literal["begun", "failed", "stopped", "finished"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Record:
         everything: of a stop: it ends all of the graph.
     """
 
-    state: Literal["begun", "failed", "stopped", "finished"]
+    state: State
     made_from: dict[str, Any]
     inputs: dict[str, str]
     owns: list[str]
@@ -65,7 +76,8 @@ def read_record(graph: Graph, stage: Stage) -> Record | None:
             raise _of_another_version(path.with_suffix(".begun"))
         return None
     said = read_json(path, finite=False)
-    if said.pop("format", None) != _FORMAT or said.keys() != Record.__dataclass_fields__.keys():
+    kinds = {key: type(value) for key, value in said.items() if key != "result"}
+    if kinds != _KINDS or said.pop("format") != _FORMAT or said["state"] not in get_args(State):
         raise _of_another_version(path)
     return Record(**said)
 

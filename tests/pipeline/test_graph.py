@@ -249,10 +249,15 @@ def test_nothing_of_others_is_touched(seven: Seven) -> None:
     assert (seven.folder / "upper.txt").read_text() == "mine"
     assert [path.name for path in seven.folder.iterdir()] == ["upper.txt"], "nothing is begun"
     (seven.folder / "stages").mkdir()
-    (seven.folder / "stages" / "count.json").write_text('{"identity": "0", "result": null}')
     (seven.folder / "upper.txt").unlink()
-    with pytest.raises(UserError, match="count.json: not a record of this version"):
-        seven.run()
+    record, whole = seven.folder / "stages" / "count.json", {"format": "fusemega-stage-1", "state": "begun"}
+    whole |= {"made_from": {}, "inputs": [], "owns": [], "outputs": {}, "result": 1, "reason": "", "everything": False}
+    for malformed in ({"identity": "0", "result": None}, whole, whole | {"inputs": {}, "state": "begone"}):
+        record.write_text(json.dumps(malformed))
+        with pytest.raises(UserError, match="count.json: not a record of this version"):
+            seven.run()
+    record.write_text(json.dumps(whole | {"inputs": {}}))
+    assert seven.run() == ALL
 
 
 def stage(name: str, reads: str = "", makes: str = "", function: str = "") -> Stage:
