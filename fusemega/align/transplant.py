@@ -205,9 +205,8 @@ def _write(
 ) -> None:
     rules = source.architecture.rules()
     by_rows = {name for rule in rules if isinstance(rule, VocabRows) for name in rule.hf_shapes()}
-    copies = (
-        source.architecture.copies()
-    )  # the head of a tied model is left out: the configuration says that it is tied
+    # The head of a tied model is left out: the configuration says that it is tied
+    copies = source.architecture.copies()
     infos = []
     for name in source:
         shape = source.shape(name)

@@ -145,9 +145,8 @@ def replace_link(place: Path, target: Path) -> None:
     if os.path.lexists(place) and before not in known:
         raise UserError(f"{place}: exists and was not made by fusemega, which would put a link there; move it away")
     place.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(
-        f"{before}\n{target}\n", encoding="utf-8"
-    )  # both targets, because a kill may come before the rename
+    # Both targets, because a kill may come before the rename
+    note.write_text(f"{before}\n{target}\n", encoding="utf-8")
     made = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     made.symlink_to(target)
     os.replace(made, place)

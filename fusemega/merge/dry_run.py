@@ -56,9 +56,8 @@ def progress_bar(plan: MergePlan) -> Iterator[Progress]:
     """A bar with the time left on a terminal, and a line every half minute elsewhere, both on stderr."""
     total = sum(tensor.spec.elements for tensor in plan.tensors.values())
     if sys.stderr.isatty():
-        with Bar(
-            console=console(), auto_refresh=False
-        ) as bar:  # a refresh thread must not exist when processes are forked
+        # A refresh thread must not exist when processes are forked
+        with Bar(console=console(), auto_refresh=False) as bar:
             task = bar.add_task(f"merging by {plan.method.name}", total=total)
 
             def show(count: int) -> None:
