@@ -158,5 +158,5 @@ def test_maps_of_other_sizes_are_refused(tmp_path: Path) -> None:
             teacher(tmp_path / name, source, target, changed)
     config = TeacherStoreConfig(store=str(tmp_path / "long/store"), map=str(tmp_path / "right"))
     made.save(tmp_path / "right")
-    with pytest.raises(UserError, match="the map leads to id 4915., and the model in training has a vocabulary of 900"):
+    with pytest.raises(UserError, match="the map contains id 4915., and the model in training has a vocabulary of 900"):
         TeacherStore(config, "objective", target, 900, 1.0, "residual")
