@@ -36,6 +36,9 @@ from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.optimizer import OptimizerSection
 from fusemega.training.run_file import TrainingSection
 
+if __name__ == "__main__":
+    raise SystemExit("error: a recipe runs with `fusemega run RECIPE.yaml`")  # as it did with this module
+
 
 class TeachSection(Section):
     """Rows of every source and of the target itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,8 @@ def test_who_needs_whom_and_what_reruns(place: Path, capsys: pytest.CaptureFixtu
             assert runs["teach-target"] == "its input data (of split) may change"
         else:
             assert list(runs) == reruns, runs
+
+
+def test_the_module_names_the_command() -> None:
+    with pytest.raises(SystemExit, match="fusemega run RECIPE.yaml"):
+        runpy.run_module("fusemega.recipes.fusion", run_name="__main__")
