@@ -1,20 +1,25 @@
 """An objective applied to what a model gives: one micro-batch's part of the loss.
 
-Shape suffixes: N supervised positions of a micro-batch, H hidden size.
+Shape suffixes: N tokens whose hidden states the objective reads, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
-from fusemega.passes.forward import hidden_states, sequence_log_probs
+from fusemega.passes.forward import hidden_states, last_rows, sequence_log_probs, sequence_scores
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.runtime.parallel import World
+
+
+def rows_read(objective: Objective[Any]) -> Callable[[MicroBatch], torch.Tensor]:
+    """Which tokens of a row the objective reads the hidden states of, for `run_schedule`."""
+    return last_rows if objective.wants == "score" else lambda batch: batch.positions
 
 
 def objective_loss(
@@ -27,8 +32,13 @@ def objective_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A micro-batch's part of the loss, and of each term's sum: see `Objective.loss`. Only on the last stage.
 
+    Args:
+        hidden_NH: of the tokens that `rows_read` names.
+
     Of unit sequence or group, collective over context parallelism: each of its ranks gets the whole value.
     """
+    if objective.wants == "score":
+        return objective.loss(sequence_scores(gpt, hidden_NH, batch, world), batch, denominators)
     states = hidden_states(gpt, hidden_NH, world)
     output = states if objective.unit == "token" else sequence_log_probs(states, batch, world)
     return objective.loss(output, batch, denominators)

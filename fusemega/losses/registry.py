@@ -49,6 +49,8 @@ class Objective(Fields, ABC, Generic[Output]):
         terms: names of the parts of the loss, each with a denominator of its own.
         unit: what the loss is a sum over, and what a global batch counts: a `group` is all that the loss has to see
             together, such as a pair, and lies in one micro-batch.
+        wants: of unit sequence or group, the number that `loss` gets of each sequence: "logp" of its supervised tokens,
+            or "score", what a scalar head gives for its last token. The model in training has to have that head.
         frozen: the frozen models that it asks, by name, which is also their key in its section of the run file. Their
             answers are in the micro-batch's `answers` under that name; nothing passes back to them.
     """
@@ -56,6 +58,7 @@ class Objective(Fields, ABC, Generic[Output]):
     Settings: ClassVar[type[ObjectiveSettings]]
     terms: ClassVar[tuple[str, ...]]
     unit: ClassVar[Literal["token", "sequence", "group"]]
+    wants: ClassVar[Literal["logp", "score"]] = "logp"
     frozen: Mapping[str, Request] = MappingProxyType({})
 
     @classmethod
@@ -101,8 +104,8 @@ class Objective(Fields, ABC, Generic[Output]):
         Args:
             output: what the model in training gives for the micro-batch. Of unit token: `HiddenStates`, for
                 `logits.vocab.fused_token_loss` and its like. Of unit sequence or group: a tensor [S] of fp32 or wider,
-                the log-probability of each sequence's supervised tokens, summed, the same on every rank that shares
-                them.
+                the same on every rank that shares the tokens: the log-probability of each sequence's supervised
+                tokens, summed, or its score, as `wants` says.
             batch: labels, bounds, this objective's fields, and what its frozen models say.
             denominators: each term's count over the whole step, at least 1.
 

@@ -51,6 +51,7 @@ def run_schedule(
     world: World,
     *,
     forward_only: bool,
+    rows: Callable[[MicroBatch], torch.Tensor] = lambda batch: batch.positions,
 ) -> list[Any]:
     """Megatron's schedule over one step's micro-batches.
 
@@ -60,6 +61,7 @@ def run_schedule(
             there are several pipeline stages; and as many as the layout's `micro_batch_multiple` asks for.
         loss_function: called on the last stage, micro-batch by micro-batch in order.
         forward_only: no backward.
+        rows: which of the row's tokens `loss_function` gets the hidden states of; the supervised positions if left out.
 
     Returns:
         What `loss_function` collected, a list over micro-batches; empty except on the last stage.
@@ -70,7 +72,7 @@ def run_schedule(
         output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=_packed(batch))
 
         def loss(hidden_T1H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-            value, collected = loss_function(supervised_hidden(hidden_T1H, batch.positions, world), batch)
+            value, collected = loss_function(supervised_hidden(hidden_T1H, rows(batch), world), batch)
             # The middle value is Megatron's token count; ours are in the loss already.
             return value, torch.zeros((), dtype=torch.int, device=world.device), collected
 
@@ -108,6 +110,25 @@ def sequence_log_probs(states: HiddenStates, batch: MicroBatch, world: World) ->
     logp_N = sparse_log_probs(states.hidden_NH, states.weight_VH, query, **states.head).logp_TK[:, 0]
     logp_S = logp_N.new_zeros(len(batch.sequence_tokens)).index_add(0, batch.sequences, logp_N)
     return sum_over_context(logp_S, world.cp_group) if world.cp_size > 1 else logp_S
+
+
+def last_rows(batch: MicroBatch) -> torch.Tensor:
+    """int64 [S], for `run_schedule`: each sequence's last token, or any token where another rank has that."""
+    return batch.last_tokens.clamp(min=0)
+
+
+def sequence_scores(gpt: GPT, hidden_SH: torch.Tensor, batch: MicroBatch, world: World) -> torch.Tensor:
+    """[S]: what a scalar head gives for each sequence's last token; differentiable. Only on the last stage.
+
+    Collective over context parallelism: each of its ranks gets all scores, and passes the gradient to its own tokens.
+
+    Args:
+        hidden_SH: of the rows that `last_rows` names.
+    """
+    scores_S = gpt.scores(hidden_SH)
+    if world.cp_size == 1:
+        return scores_S
+    return sum_over_context(torch.where(batch.last_tokens >= 0, scores_S, 0.0), world.cp_group)
 
 
 def total_over_ranks(

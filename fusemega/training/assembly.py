@@ -18,7 +18,8 @@ from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import check_writable, write_durably
 from fusemega.hf.loadable import closing_id, settle
-from fusemega.losses.registry import Objective, build_objective, check_data
+from fusemega.losses.registry import Objective, build_objective, check_data, objective_named
+from fusemega.models.heads import HeadKind
 from fusemega.passes.batches import RowShape, TrainingData, check_groups, prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.console import phase, say
@@ -63,9 +64,16 @@ class Checked:
             require_wandb()
         if run.training.profile is not None:
             run.training.profile.check_world(world_size)
-        source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template)
+        scores = objective_named(run.objective.name).wants == "score"
+        heads: tuple[HeadKind, ...] = ("scalar",) if scores else ("vocabulary",)
+        source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template, heads)
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
+        if scores and run.evaluation is not None:
+            raise UserError(
+                "evaluation: measures a model's log-probability, and objective.name "
+                f"{run.objective.name} trains a model that gives a score; leave it out"
+            )
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
         frozen = {}
         for name, request in objective.frozen.items():

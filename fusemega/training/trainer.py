@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fusemega.errors import UserError
 from fusemega.files.output import disk_errors
-from fusemega.losses.apply import objective_loss
+from fusemega.losses.apply import objective_loss, rows_read
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
 from fusemega.passes.batches import GlobalBatch, TrainingData
@@ -145,6 +145,7 @@ class Trainer:
             loss_function,
             self.world,
             forward_only=False,
+            rows=rows_read(self.objective),
         )
         totals = total_over_ranks(collected, 1 + len(self.objective.terms), self.world, self._adding_ranks)
         # The one place where the host waits for the numbers of a step, before the update.

@@ -28,7 +28,7 @@ from fusemega.training.assembly import open_trainer
 from fusemega.training.run_file import TrainRun
 from tests.distributed.launch import run_ranks
 from tests.distributed.workers.training import compared
-from tests.losses.pairwise import Pairwise, write_groups
+from tests.losses.pairwise import Pairwise, PairwiseScores, write_groups, write_scalar
 from tests.losses.sequence_mean import SequenceMean
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -54,6 +54,7 @@ TRIED = {
     "online_distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
     "fuse": ["CP2 x PP2 x VPP2, recompute"],
     "sequence_mean": ["CP2 x DP2, overlapped"],
+    "pairwise_scores": ["TP2+SP x PP2", "CP2 x DP2, overlapped"],
     "pairwise": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
 }
 WHOLE = 384  # tokens in which every conversation is one window for either tokenizer
@@ -69,6 +70,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
     chat = tiny.write_chat(folder / "chat.jsonl", rows=24, characters=200)
     write_groups(folder / "groups.jsonl", chat)
     tiny.write_model(folder / "model", chat)
+    write_scalar(folder / "scalar", folder / "model")
     tiny.write_model(folder / "teacher", chat, seed=1)
     tiny.write_model(folder / "wide", chat, seed=2, hidden_size=32, tie_word_embeddings=False)
     tiny.pad_vocabulary(folder / "wide", 517)
@@ -95,12 +97,14 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
 def section(
     work: Path, name: str, objective: dict[str, Any], parallel: Any, training: Any, optimizer: Any
 ) -> dict[str, Any]:
-    path = work / ("groups.jsonl" if objective["name"] == "pairwise" else "chat.jsonl")
+    grouped = objective["name"].startswith("pairwise")
+    path = work / ("groups.jsonl" if grouped else "chat.jsonl")
+    model = "scalar" if objective["name"] == "pairwise_scores" else "model"
     return {
         "output_dir": str(work / "runs" / name),
-        "model": {"load": str(work / "model"), "dtype": "fp32"},
+        "model": {"load": str(work / model), "dtype": "fp32"},
         "parallel": parallel,
-        "data": {"path": str(path), "seq_length": WHOLE if objective["name"] in ("fuse", "pairwise") else 128},
+        "data": {"path": str(path), "seq_length": WHOLE if objective["name"] == "fuse" or grouped else 128},
         "objective": objective,
         "optimizer": {"lr": 2e-3, "weight_decay": 0.1, "lr_warmup_fraction": 0.2, **optimizer},
         "training": {"train_iters": 4, "global_batch_size": 6, "export_hf": False, **training},
@@ -110,6 +114,7 @@ def section(
 def test_curves_and_resumed_curves(work: Path) -> None:
     register("sequence_mean")(SequenceMean)
     register("pairwise")(Pairwise)
+    register("pairwise_scores")(PairwiseScores)
     objectives = {
         "sft": {"name": "sft"},
         "distill": {"name": "distill", "store": str(work / "store"), "tail": "residual", "lambda": 0.3},
@@ -130,6 +135,7 @@ def test_curves_and_resumed_curves(work: Path) -> None:
             "lambda": 0.3,
         },
         "pairwise": {"name": "pairwise", "beta": 0.5, "reference": {"load": str(work / "wide"), "dtype": "fp32"}},
+        "pairwise_scores": {"name": "pairwise_scores", "beta": 1.0},
         "sequence_mean": {"name": "sequence_mean"},
     }
     cases = {
@@ -148,7 +154,7 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         trainer, checked = open_trainer(run)
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
-        assert len(losses) == (1 if objective in ("sft", "sequence_mean", "pairwise") else 3)
+        assert len(losses) == (1 if objective in ("sft", "sequence_mean", "pairwise", "pairwise_scores") else 3)
         if objective == "sft":
             scored = compared(trainer, objectives["online_distill"]["teacher"])
             assert scored["kl"] > 0.01 and 0 < scored["same_top_1"] < 1

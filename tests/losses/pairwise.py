@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fusemega.checkpoint.open_model import ModelConfig, weights_hash
 from fusemega.losses.registry import Objective, ObjectiveSettings
@@ -74,6 +75,15 @@ class Pairwise(Objective[Tensor]):
         return total / denominators["pairwise"], {"pairwise": total.detach()}
 
 
+class PairwiseScores(Pairwise):
+    """The same of a scalar head's scores (Bradley-Terry, of pairs)."""
+
+    class Settings(Pairwise.Settings):
+        name: Literal["pairwise_scores"] = "pairwise_scores"  # type: ignore[assignment]
+
+    wants = "score"
+
+
 def pairwise_loss(ratio: Tensor, target: Tensor) -> Tensor:
     """Of one group: the cross-entropy of softmax(ratio) with the target distribution."""
     return -(target * ratio.log_softmax(0)).sum()
@@ -91,3 +101,13 @@ def write_groups(path: Path, chat: Path) -> Path:
                 row = {"prompt": [question], "responses": [[good], other, [turns[i + 2][1]]], "rewards": [1, 0.5, -2]}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def write_scalar(path: Path, source: Path) -> Any:
+    """The model of a folder with a random scalar head, in transformers and in a folder with its tokenizer."""
+    torch.manual_seed(0)
+    settings = {"num_labels": 1, "pad_token_id": 0, "dtype": torch.float32}
+    model = AutoModelForSequenceClassification.from_pretrained(source, **settings)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(path)
+    return model

@@ -20,7 +20,7 @@ from fusemega.training.assembly import open_trainer
 from fusemega.training.dry_run import describe
 from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
-from tests.losses.pairwise import Pairwise, write_groups
+from tests.losses.pairwise import Pairwise, PairwiseScores, write_groups, write_scalar
 
 MakeRun = Callable[..., TrainRun]
 BETA = 0.5
@@ -39,6 +39,7 @@ def grouped(make_run: MakeRun, work: Path, reference: Path, monkeypatch: pytest.
     """`make_run` for the pairwise loss on groups, with a reference."""
     monkeypatch.setattr(registry, "_OBJECTIVES", dict(registry._OBJECTIVES))
     register("pairwise")(Pairwise)
+    register("pairwise_scores")(PairwiseScores)
 
     def make(load: Path = reference, **sections: Any) -> TrainRun:
         objective = {"name": "pairwise", "beta": BETA, "reference": {"load": str(load), "dtype": "fp32"}}
@@ -119,3 +120,43 @@ def test_goes_on_with_the_same_reference_only(grouped: MakeRun, work: Path) -> N
     trainer.save()
     with pytest.raises(UserError, match="cannot resume: the checkpoint has objective = .* differ in reference"):
         opened(grouped(load=work / "model"))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_scores_of_a_scalar_head(
+    grouped: MakeRun, make_run: MakeRun, work: Path, tmp_path: Path, packing: bool
+) -> None:
+    """Of each sequence's last token, as transformers scores it alone."""
+    model = write_scalar(tmp_path / "scalar", work / "model")
+    model.model.embed_tokens.padding_idx = None  # as above
+    sections: dict[str, Any] = {
+        "model": {"load": str(tmp_path / "scalar")},
+        "data": {"path": str(work / "groups.jsonl"), "seq_length": 512},
+        "objective": {"name": "pairwise_scores", "beta": 1.0},
+        "optimizer": CONSTANT,
+        "training": {"global_batch_size": 4, "packing": packing},
+    }
+    trainer = opened(make_run(**sections))
+    samples = [sample for part in trainer.data.step(0).samples for sample in part]
+    losses = []
+    for group in sorted({sample.group for sample in samples if sample.group is not None}):
+        members = [sample for sample in samples if sample.group == group]
+        ids = [torch.tensor(sample.ids.astype("int64"))[None] for sample in members]
+        scores = torch.cat([model.score(model.model(each).last_hidden_state[:, -1])[0] for each in ids])
+        if "chosen" in members[0].scalars:
+            losses.append(-torch.nn.functional.logsigmoid(scores[0] - scores[1]))
+        else:
+            target = torch.tensor([sample.scalars["reward"] for sample in members]).softmax(0)
+            losses.append(-(target * scores.log_softmax(0)).sum())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+    row = trainer.step()
+    assert row["pairwise loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["grad-norm"] == pytest.approx(norm.item(), rel=2e-5)
+    with pytest.raises(UserError, match="evaluation: measures a model's log-probability"):
+        opened(make_run(**sections, evaluation={"data": sections["data"], "interval": 1}))
+    with pytest.raises(UserError, match="allowed here: LlamaForCausalLM"):
+        opened(make_run(model=sections["model"]))
+    with pytest.raises(UserError, match="allowed here: LlamaForSequenceClassification"):
+        opened(make_run(**{**sections, "model": {"load": str(work / "model")}}))

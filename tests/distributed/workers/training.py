@@ -33,7 +33,7 @@ from fusemega.training.optimizer import complete_parameters
 from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
-from tests.losses.pairwise import Pairwise
+from tests.losses.pairwise import Pairwise, PairwiseScores
 from tests.losses.sequence_mean import SequenceMean
 
 
@@ -78,6 +78,7 @@ def last_rows(trainer: Trainer) -> dict[str, list[float]] | None:
 def main() -> None:
     register("sequence_mean")(SequenceMean)
     register("pairwise")(Pairwise)
+    register("pairwise_scores")(PairwiseScores)
     # So small that even this model has several, and communication something to overlap with.
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=20_000)
     asked = json.loads(Path(sys.argv[1]).read_text())
