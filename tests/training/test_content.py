@@ -178,5 +178,5 @@ def test_a_dry_run_refuses_what_the_run_refuses(
     with pytest.raises(UserError) as of_run:
         train(make_run(**sections))
     assert str(of_dry_run.value) == str(of_run.value)
-    words = {"a row": "no row in the store", "bad": "bad.jsonl:1: ", "a folder": "no folder of a training run"}
+    words = {"a row": "no row in the store", "bad": "bad.jsonl:1: ", "a folder": "not the folder of a training run"}
     assert next(found for start, found in words.items() if fault.startswith(start)) in str(of_run.value)
