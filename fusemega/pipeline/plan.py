@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.record import Contents, Record, changes, damage, read_record
+from fusemega.pipeline.record import Contents, StageRecord, changes, damage, read_record
 from fusemega.pipeline.stage import Stage
 
 
@@ -26,7 +26,7 @@ class Verdict:
     action: Literal["run", "skip", "stop", "wait"]
     reason: str
     anew: bool = True
-    record: Record | None = None
+    record: StageRecord | None = None
 
 
 def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = frozenset()) -> Verdict:

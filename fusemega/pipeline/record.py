@@ -35,7 +35,7 @@ State = Literal["begun", "failed", "stopped", "finished"]
 
 
 @dataclass(frozen=True)
-class Record:
+class StageRecord:
     """The file `stages/NAME.json`.
 
     Attributes:
@@ -64,7 +64,7 @@ def record_file(graph: Graph, stage: Stage) -> Path:
     return graph.records / f"{stage.name}.json"
 
 
-def read_record(graph: Graph, stage: Stage) -> Record | None:
+def read_record(graph: Graph, stage: Stage) -> StageRecord | None:
     """None: the stage never began.
 
     Raises:
@@ -79,10 +79,10 @@ def read_record(graph: Graph, stage: Stage) -> Record | None:
     kinds = {key: type(value) for key, value in said.items() if key != "result"}
     if kinds != _KINDS or said.pop("format") != _FORMAT or said["state"] not in get_args(State):
         raise _of_another_version(path)
-    return Record(**said)
+    return StageRecord(**said)
 
 
-def write_record(graph: Graph, stage: Stage, record: Record) -> None:
+def write_record(graph: Graph, stage: Stage, record: StageRecord) -> None:
     """Replaces the stage's record atomically."""
     graph.records.mkdir(parents=True, exist_ok=True)
     write_durably(record_file(graph, stage), json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n")
@@ -146,7 +146,7 @@ class Contents:
         self._known.clear()
 
 
-def changes(stage: Stage, record: Record, contents: Contents, to_come: set[str]) -> Iterator[str]:
+def changes(stage: Stage, record: StageRecord, contents: Contents, to_come: set[str]) -> Iterator[str]:
     """What the stage would be made from now and was not then, each in a few words.
 
     Args:
@@ -170,7 +170,7 @@ def changes(stage: Stage, record: Record, contents: Contents, to_come: set[str])
             yield f"its input {name} changed"
 
 
-def damage(stage: Stage, record: Record, contents: Contents) -> str | None:
+def damage(stage: Stage, record: StageRecord, contents: Contents) -> str | None:
     """Of a finished stage: which output is not as it was made. None: all are.
 
     An output without a recorded hash is one that this version of the stage makes, and the earlier one did not.

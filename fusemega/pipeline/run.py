@@ -26,7 +26,7 @@ from fusemega.pipeline.call import write_call
 from fusemega.pipeline.functions import find_function
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.plan import Verdict, verdict
-from fusemega.pipeline.record import Contents, Record, made_from, strangers, write_record
+from fusemega.pipeline.record import Contents, StageRecord, made_from, strangers, write_record
 from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
@@ -115,7 +115,7 @@ def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
         return found.record.result
     inputs = {name: contents.of(path) for name, path in stage.inputs.items()}
     owns = [os.path.relpath(path, graph.folder) for path in stage.owned()]
-    record = Record("begun", made_from(stage), inputs, owns)
+    record = StageRecord("begun", made_from(stage), inputs, owns)
     _begin(graph, stage, found)  # before the record: interrupted in between, it is done again
     write_record(graph, stage, record)
     say(f"[{stage.name}]" if found.reason == "new" else f"[{stage.name}] {found.reason}")

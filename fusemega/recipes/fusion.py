@@ -117,7 +117,7 @@ class FusionRecipe(Section):
         return value
 
 
-class Fuse(Recipe[FusionRecipe]):
+class FuseRecipe(Recipe[FusionRecipe]):
     """`recipe: fuse`, FuseLLM and FuseChat."""
 
     Settings = FusionRecipe
@@ -136,7 +136,7 @@ class Fuse(Recipe[FusionRecipe]):
         return [*lines, f"the result is {work.result}"]
 
 
-RECIPE = Fuse()
+RECIPE = FuseRecipe()
 
 
 class _Work:

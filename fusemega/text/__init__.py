@@ -1,10 +1,13 @@
 """From rows of chat or text to token sequences that know which tokens are targets.
 
 data.py       files and datasets -> rows
-document.py   rows -> conversations or texts, with the reasons for refusing one
+document.py   rows -> conversations, texts or groups, with the reasons for refusing one
+fields.py     what a row and a message may hold besides
+split.py      long documents cut so that they fit several tokenizers' windows
 tokenizer.py  a HF fast tokenizer, its hashes, its offsets
+vocabulary_files.py  what a model folder's files say of its vocabulary
 templates.py  a chat template, rendered within a budget (by template_process.py, in a process of its own)
-chat.py       a conversation -> rendered text and the spans of its contents
+chat.py       a conversation -> rendered text; spans.py: where its contents lie in it
 sample.py     one tokenization + spans -> windows of tokens, their keys and coordinates
 dataset.py    all samples of a data set, tokenized once, memory-mapped
 order.py      which samples make up step n
