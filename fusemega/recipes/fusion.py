@@ -46,6 +46,18 @@ class TeachSection(Section):
     top_k: int = Field(10, ge=1, description="log-probabilities stored for each position")
 
 
+class SourceSection(Section):
+    """A source. Its path alone stands for `load`."""
+
+    load: str = Field(description="HF folder or hub id")
+    teach: TeachSection | None = Field(None, description="for this source in place of the recipe's `teach`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"load": value} if isinstance(value, str) else value
+
+
 class AlignSection(Section):
     """How the ids of a source with another tokenizer become the target's."""
 
@@ -75,7 +87,7 @@ class FusionRecipe(Section):
     output_dir: str = Field(description="output folder")
     nproc: int = Field(1, ge=1, description="processes of the stages that run a model, on this machine")
     target: str = Field(description="the model that training starts from (the papers' pivot): HF folder or hub id")
-    sources: dict[str, str] = Field(min_length=1, description="name -> HF folder or hub id")
+    sources: dict[str, SourceSection] = Field(min_length=1, description="name -> HF folder or hub id, or a section")
     model: dict[str, Any] = Field({}, description="section `model` of every run file, without `load`")
     parallel: ParallelConfig = ParallelConfig()
     data: str = Field(description="JSONL of conversations or texts")
@@ -110,7 +122,7 @@ class FusionRecipe(Section):
 
     @field_validator("sources")
     @classmethod
-    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+    def _names(cls, value: dict[str, SourceSection]) -> dict[str, SourceSection]:
         for name in value:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name in ("target", "merged"):
                 raise ValueError(f"{name!r} names folders: letters, digits, and . - _ ; not target, not merged")
@@ -150,13 +162,13 @@ class _Work:
     def __init__(self, recipe: FusionRecipe) -> None:
         self.recipe, self.folder = recipe, Path(recipe.output_dir)
         self.steps = Steps(self.folder, recipe.nproc, recipe.parallel.model_dump(exclude_defaults=True), recipe.model)
-        models = {"target": recipe.target, **recipe.sources}
+        sources = {name: source.load for name, source in recipe.sources.items()}
+        models = {"target": recipe.target, **sources}
         text = self.steps.split(recipe.data, str(self.folder / "data.jsonl"), list(models.values()), recipe.seq_length)
         self.data = self._rows(text)
-        settings = recipe.teach.model_dump() | {"temperature": recipe.objective.temperature}
-        stores = {name: {"store": self.steps.teach(name, load, self.data, **settings)} for name, load in models.items()}
+        stores = {name: {"store": self._teach(name, load)} for name, load in models.items()}
         target_hash = Tokenizer.load(resolve(recipe.target)).content_hash
-        for name, source in recipe.sources.items():
+        for name, source in sources.items():
             if Tokenizer.load(resolve(source)).content_hash != target_hash:
                 stores[name]["map"] = self._align(name, source)
         own = stores.pop("target")
@@ -172,6 +184,12 @@ class _Work:
             self.figures = {
                 name: self.steps.evaluate(name, load, held_out) for name, load in (models | trained).items()
             }
+
+    def _teach(self, name: str, load: str) -> str:
+        source = self.recipe.sources.get(name)
+        teach = source.teach if source is not None and source.teach is not None else self.recipe.teach
+        settings = teach.model_dump() | {"temperature": self.recipe.objective.temperature}
+        return self.steps.teach(name, load, self.data, **settings)
 
     def _align(self, name: str, source: str) -> str:
         kind, unknown = self.recipe.align.kind, self.recipe.unknown_fields

@@ -12,7 +12,7 @@ import yaml
 from benchmarks import tiny
 from fusemega import cli
 from fusemega.pipeline.plan import plan
-from fusemega.pipeline.record import Contents, Record, made_from, write_record
+from fusemega.pipeline.record import Contents, StageRecord, made_from, write_record
 from fusemega.recipes.registry import read_recipe
 
 RECIPE = {
@@ -77,10 +77,14 @@ def test_who_needs_whom_and_what_reruns(place: Path, capsys: pytest.CaptureFixtu
     for stage in graph.stages:
         contents = Contents(graph)
         inputs, outputs = ({name: contents.of(p) for name, p in of.items()} for of in (stage.inputs, stage.outputs))
-        write_record(graph, stage, Record("finished", made_from(stage), inputs, [], outputs))
+        write_record(graph, stage, StageRecord("finished", made_from(stage), inputs, [], outputs))
     for overrides, reruns in (
         ([], []),
         (["align.kind=exact"], ["align-other", "target-other", "merge", "eval-target-other", "eval-merged"]),
+        (
+            ["sources.alike.load=alike", "sources.alike.teach.top_k=3"],
+            ["teach-alike", "target-alike", "merge", "eval-target-alike", "eval-merged"],
+        ),
         (["sources.third=alike"], ["split", "teach-third", "target-third", "merge", "eval-third"]),
         (["output_dir=./out"], []),
     ):
