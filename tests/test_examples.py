@@ -10,7 +10,7 @@ from fusemega.align.project import ProjectRun
 from fusemega.config import Section, load
 from fusemega.merge import methods  # noqa: F401  (registers them)
 from fusemega.merge.method import find_method
-from fusemega.merge.run import read_run
+from fusemega.merge.run_file import read_run
 from fusemega.recipes.fusion import FusionRecipe
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.teach import TeachRun

@@ -103,7 +103,7 @@ def _run(
 ) -> tuple[Any, list[str], str]:
     """The run, notes on how it was read, and what to call it in messages."""
     from fusemega.config import apply_overrides, read_yaml, validate
-    from fusemega.merge.run import MergeRun, from_mergekit
+    from fusemega.merge.run_file import MergeRun, from_mergekit
 
     source = paths[0] if method is None else "command line"
     if method is None:

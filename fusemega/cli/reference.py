@@ -39,7 +39,7 @@ def config_page() -> str:
     from fusemega.align.project import ProjectRun
     from fusemega.losses.registry import objective_named, objective_names
     from fusemega.merge.method import find_method, method_names
-    from fusemega.merge.run import MergeRun
+    from fusemega.merge.run_file import MergeRun
     from fusemega.recipes.fusion import FusionRecipe
     from fusemega.scoring.evaluate import EvalRun
     from fusemega.scoring.teach import TeachRun

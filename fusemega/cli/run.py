@@ -29,7 +29,7 @@ def command(
     output_dir and can be run by hand. Run the same command again to continue after an interruption. A stage that fails
     ends those that need it; the others still run, and the exit status is 2.
     """
-    from fusemega.pipeline.plan import plan_lines
+    from fusemega.pipeline.verdict import plan_lines
     from fusemega.recipes.registry import read_recipe, run_recipe
 
     recipe, settings = read_recipe(recipe_file, overrides or [])

@@ -4,7 +4,7 @@ A product of bf16 matrices is summed in fp32 and by default rounded to bf16. For
 0.06: enough to change which ids are the ten most probable. On CUDA torch can return the fp32 sum (`out_dtype`, torch
 2.8 and later). Otherwise the operands are widened first, which is equally exact and slower.
 
-Shapes: any [m, k], [k, n].
+Shape suffixes: any [m, k], [k, n].
 """
 
 from __future__ import annotations

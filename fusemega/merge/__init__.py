@@ -3,7 +3,7 @@
 A plan is made first: every output tensor, its sources and its settings. Then each tensor passes block by block through
 one method.
 
-    run.py                the run file, in mergekit's words; settings.py: settings of one tensor
+    run_file.py           the run file, in mergekit's words; settings.py: settings of one tensor
     merge.py              from run file to folder
     plan.py               what will be done, and every check; jobs.py: which tensors belong together
     dry_run.py            the plan as text, and progress

@@ -10,7 +10,7 @@ from typing import Any
 from fusemega.config import Section, validate
 from fusemega.errors import UserError, nearest
 from fusemega.merge.method import Job, Method, TensorSpec
-from fusemega.merge.run import MergeRun, ModelEntry
+from fusemega.merge.run_file import MergeRun, ModelEntry
 from fusemega.merge.settings import filters, fits, resolve
 
 LAYER = re.compile(r".*\blayers\.(\d+)\.")

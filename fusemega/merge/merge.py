@@ -31,7 +31,7 @@ from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
 from fusemega.merge.rounding import of_models, warnings
-from fusemega.merge.run import MergeRun
+from fusemega.merge.run_file import MergeRun
 from fusemega.merge.vocabulary import extend_tokenizer
 from fusemega.runtime.console import say, warn
 from fusemega.runtime.workers import WorkerLost, default_workers

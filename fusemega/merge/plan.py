@@ -19,7 +19,7 @@ from fusemega.hf.ranges import RangeReader
 from fusemega.hf.safetensors_writer import TensorInfo, plan_shards
 from fusemega.merge.jobs import plan_jobs
 from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Job, Method, TensorSpec, find_method
-from fusemega.merge.run import MergeRun
+from fusemega.merge.run_file import MergeRun
 from fusemega.merge.sources import TensorSource
 from fusemega.merge.statistics import CELL
 from fusemega.merge.template import plan_template

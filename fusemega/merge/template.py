@@ -9,7 +9,7 @@ from dataclasses import replace
 from fusemega.errors import UserError
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.side_files import read_template
-from fusemega.merge.run import MergeRun
+from fusemega.merge.run_file import MergeRun
 from fusemega.merge.vocabulary import MergedVocabulary
 
 

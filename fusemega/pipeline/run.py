@@ -25,9 +25,9 @@ from fusemega.launch.local import launch_ranks
 from fusemega.pipeline.call import write_call
 from fusemega.pipeline.functions import find_function
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.plan import Verdict, verdict
 from fusemega.pipeline.record import Contents, StageRecord, made_from, strangers, write_record
 from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
+from fusemega.pipeline.verdict import Verdict, verdict
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
 

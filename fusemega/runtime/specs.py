@@ -1,6 +1,6 @@
 """Layer specs: one that needs neither Transformer Engine nor apex, and Transformer Engine's.
 
-Shapes: S sequence (or all tokens T of a packed row, R of them on a context-parallel rank), B batch, N query heads,
+Shape suffixes: S sequence (or all tokens T of a packed row, R of them on a context-parallel rank), B batch, N query heads,
 G key/value heads, D head size.
 """
 

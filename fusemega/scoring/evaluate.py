@@ -21,7 +21,7 @@ from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.parallel import World, environment_rank, initialize
 from fusemega.runtime.together import on_main
 from fusemega.scoring.evaluation import Evaluation, evaluate_model
-from fusemega.scoring.run import PassRun
+from fusemega.scoring.run_file import PassRun
 from fusemega.text.data import DataConfig
 
 

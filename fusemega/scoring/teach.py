@@ -33,7 +33,7 @@ from fusemega.passes.score import score_samples
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World, initialize
 from fusemega.runtime.together import on_main
-from fusemega.scoring.run import PassRun
+from fusemega.scoring.run_file import PassRun
 from fusemega.store import Manifest, Row, Store, StoreWriter, check_store
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample

@@ -11,7 +11,7 @@ from fusemega.cli.reference import pages
 from fusemega.config import Section
 from fusemega.losses.registry import objective_named, objective_names
 from fusemega.merge.method import find_method, method_names
-from fusemega.merge.run import MergeRun, ModelEntry
+from fusemega.merge.run_file import MergeRun, ModelEntry
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.teach import TeachRun
 from fusemega.training.run_file import TrainRun

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fusemega.config import validate
 from fusemega.merge.merge import Options, merge, opened
-from fusemega.merge.run import MergeRun, from_mergekit
+from fusemega.merge.run_file import MergeRun, from_mergekit
 from fusemega.report.merge_page import merge_page
 
 CONFIG: dict[str, Any] = {

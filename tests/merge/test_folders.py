@@ -14,7 +14,7 @@ import yaml
 
 from fusemega.errors import UserError
 from fusemega.merge.merge import Options
-from fusemega.merge.run import from_mergekit
+from fusemega.merge.run_file import from_mergekit
 from fusemega.merge.settings import resolve
 from tests.merge.conftest import (
     CONFIG,

@@ -20,9 +20,9 @@ from fusemega.errors import UserError
 from fusemega.pipeline import run as running
 from fusemega.pipeline.functions import name_of, stage_function
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.plan import plan, plan_lines
 from fusemega.pipeline.run import Outcome, run
 from fusemega.pipeline.stage import Resources, Stage, Stop
+from fusemega.pipeline.verdict import plan, plan_lines
 
 DID: list[str] = []
 FAILING: dict[str, Exception] = {}

@@ -11,8 +11,8 @@ import yaml
 
 from benchmarks import tiny
 from fusemega import cli
-from fusemega.pipeline.plan import plan
 from fusemega.pipeline.record import Contents, StageRecord, made_from, write_record
+from fusemega.pipeline.verdict import plan
 from fusemega.recipes.registry import read_recipe
 
 RECIPE = {
