@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 SEQ_LENGTH = 256
@@ -166,6 +167,15 @@ class Version:
                 kept = {key: value for key, value in row.items() if key in CURVES or name == "evaluations.jsonl"}
                 yield json.dumps(kept, sort_keys=True).encode()
 
+    @staticmethod
+    def _map(path: Path) -> Iterator[bytes]:
+        """All that a map holds but the time that it took to make."""
+        with np.load(path) as arrays:
+            facts = json.loads(arrays["facts"].tobytes())
+            del facts["statistics"]["seconds"]
+            yield json.dumps(facts, sort_keys=True).encode()
+            yield from (name.encode() + arrays[name].tobytes() for name in sorted(arrays.files) if name != "facts")
+
     def _convert(self) -> None:
         self.command("convert", "import", str(self.inputs / "target"), "megatron")
         self.keep_files("imported", self.out / "megatron", "weights/*.distcp")
@@ -177,7 +187,7 @@ class Version:
         for kind in ("first_piece", "exact", "mined", "ms"):
             data = ["--data", str(self.inputs / "chat.jsonl")] if kind == "ms" else []
             self.command("align", teacher, target, f"{kind}.map", "--kind", kind, *data)
-            self.keep_files(f"map, {kind}", self.out, f"{kind}.map")
+            self.keep(f"map, {kind}", *self._map(self.out / f"{kind}.map"))
         self.command("transplant", target, "transplanted", "--tokenizer", teacher)
         self.keep_files("transplanted", self.out / "transplanted", "*.safetensors")
         tokenizers = ["--tokenizers", target, teacher, "--max-tokens", "100"]

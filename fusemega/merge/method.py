@@ -8,7 +8,8 @@
 So a method reads like its formula, and knows nothing of files, block sizes or workers. Whatever these are, it must
 give the same bits: it may combine elements at one position, `cell_sums`, and exact counts, and nothing else.
 
-Shape suffixes: K models (without the base), n elements of one block, flat. A delta is a model's element minus the base's.
+Shape suffixes: K models (without the base), n elements of one block, flat. A delta is a model's element minus the
+base's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Layer specs: one that needs neither Transformer Engine nor apex, and Transformer Engine's.
 
-Shape suffixes: S sequence (or all tokens T of a packed row, R of them on a context-parallel rank), B batch, N query heads,
-G key/value heads, D head size.
+Shape suffixes: S sequence (or all tokens T of a packed row, R of them on a context-parallel rank), B batch, N query
+heads, G key/value heads, D head size.
 """
 
 from __future__ import annotations
