@@ -45,7 +45,7 @@ def write_integrity(
         known: hashes that the writer has taken already, by path relative to `folder` with forward slashes; such a file
             is not read again.
         threads: files hashed at once (hashing leaves Python's lock).
-        leave_out: relative paths of files that will go.
+        leave_out: relative paths of files that will be removed.
     """
     known = known or {}
     names = [name for name in _files(folder) if name not in (FILE, *leave_out)]
@@ -59,7 +59,7 @@ def write_integrity(
 
 
 def check_sizes(folder: Path) -> None:
-    """Every file that the manifest names is there, at its size, and no other file. Reads no contents.
+    """Checks that every file that the manifest names is there with its size, and no other file. Reads no contents.
 
     Raises:
         UserError: names the first file that is missing, of another size or not listed, or says that the manifest is
@@ -82,7 +82,7 @@ def check_sizes(folder: Path) -> None:
 
 
 def recorded_hashes(folder: Path) -> dict[str, str]:
-    """Relative path -> hash, as the manifest has them.
+    """The hashes in the manifest, by relative path.
 
     Raises:
         UserError: the manifest is missing or malformed.
@@ -109,7 +109,7 @@ def damaged_files(folder: Path, threads: int = 4, share: tuple[int, int] = (0, 1
 
 
 def check_contents(folder: Path, threads: int = 4) -> None:
-    """Every byte is what the manifest says. Reads everything once.
+    """Checks that every file has the hash in the manifest. Reads everything once.
 
     Raises:
         UserError: as `check_sizes`; or names a file that is damaged.
@@ -127,7 +127,7 @@ def unlisted(folder: Path) -> list[str]:
 
 
 def _others(folder: Path, listed: Collection[str]) -> list[str]:
-    # NFS keeps files that were deleted while open under other names; they belong to nobody.
+    # NFS renames a file that is deleted while open to .nfs...; it goes when it is closed.
     names = [name for name in _files(folder) if not name.rpartition("/")[2].startswith(".nfs")]
     return [name for name in names if name not in listed and name != FILE]
 

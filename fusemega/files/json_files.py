@@ -22,7 +22,7 @@ LINES_BYTES = 1 << 30
 
 
 class MalformedError(ValueError):
-    """Not JSON, or beyond the bounds. The message says what is wrong, and not in which file.
+    """The text is not JSON, or exceeds a limit. The message says what is wrong, but not in which file.
 
     Attributes:
         line: counted from 1, where it is known.
@@ -42,7 +42,7 @@ def parse_json(content: bytes | str, *, digits: int = INTEGER_DIGITS, finite: bo
         finite: refuse NaN, Infinity, and what is larger than a float can be.
 
     Raises:
-        MalformedError: see there.
+        MalformedError: the text is not JSON, or exceeds a limit.
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
@@ -66,8 +66,8 @@ def read_json(path: str | Path, limit: int = TEXT_BYTES, what: str = "", finite:
 
     Args:
         limit: the most bytes it may have.
-        what: as of `open_regular`.
-        finite: as of `parse_json`.
+        what: as in `open_regular`.
+        finite: as in `parse_json`.
 
     Raises:
         UserError: it cannot be read, is malformed or beyond the bounds (with its line), or no object.

@@ -20,9 +20,9 @@ from pathlib import Path
 from fusemega.errors import UserError, printable
 
 _FIRST_WORD = "fusemega"
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
 _held: dict[tuple[int, str], int] = {}
-"""(process, lock file) -> how many blocks of that process hold it: a command's own steps do not shut each other out."""
+"""(process, lock file) -> how many blocks of that process hold it, so that nested steps do not block each other."""
 
 
 @contextmanager
@@ -52,7 +52,8 @@ def locked(path: str | Path) -> Iterator[None]:
         if os.getpid() == key[0]:  # not in a process that was forked meanwhile
             del _held[key]
             if descriptor is not None:
-                # While it is still locked: a process that waits for this file then finds another one, or none.
+                # Removed while still locked: a process that opened this file before sees, once it has the lock, that
+                # the name is gone or belongs to another file, and tries again (`_is_at`).
                 os.unlink(lock)
                 os.close(descriptor)
             for folder in made:
@@ -82,6 +83,7 @@ def _place(path: str | Path) -> tuple[Path, list[Path]]:
 def _take(lock: Path, path: str | Path) -> int | None:
     """The open lock file; None where the file system has no locks."""
     while True:
+        # NOFOLLOW and NONBLOCK: a link that somebody put here is not followed, and a FIFO is not waited for.
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         except OSError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fusemega.files.boxes import Box, volume, whole
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""torch's names of the data types that weights are stored in, and their sizes."""
+"""Bytes of an element, for the data types that weights are stored in, by torch's names."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def as_is(stored: Stored) -> Assembled:
 
 
 def window(moves: Iterable[Move], box: Box, at: tuple[int, ...]) -> list[Move]:
-    """What `moves` put into `box`, as moves into another tensor whose element `at` is the box's first.
+    """The parts of `moves` that fall into `box`, as moves into another tensor, in which the box begins at element `at`.
 
-    So a tensor is cut (`at` = 0) and put together (`at` = where the part belongs), and rules compose with the chunks
-    that some other layout has written.
+    This cuts a tensor (`at` = 0) or puts one together (`at` = where the part belongs). So rules can be applied to the
+    chunks that another layout has written.
     """
     out = []
     for move in moves:

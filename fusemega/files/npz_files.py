@@ -21,19 +21,19 @@ ARRAY_BYTES = 1 << 30
 
 
 class MalformedArraysError(ValueError):
-    """No such archive, or one with other arrays than expected. The message does not name the file."""
+    """The file is no such archive, or has other arrays than expected. The message does not name the file."""
 
 
 def read_arrays(path: str | Path, dtypes: Mapping[str, str], what: str = "") -> dict[str, np.ndarray]:
     """One-dimensional arrays by name; others in the file are left unread.
 
     Args:
-        dtypes: of the arrays, as numpy spells them: {"table": "<i4"}.
-        what: as of `open_regular`.
+        dtypes: type of each array by its name, as numpy spells types: {"table": "<i4"}.
+        what: as in `open_regular`.
 
     Raises:
         UserError: the file cannot be opened.
-        MalformedArraysError: see there.
+        MalformedArraysError: no such archive, or other arrays than expected.
     """
     with open_regular(path, what) as file:
         try:

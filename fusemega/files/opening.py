@@ -17,8 +17,8 @@ from fusemega.errors import UserError
 
 MIB = 1 << 20
 TEXT_BYTES = 64 * MIB
-"""The most of a file that is read whole, unless its reader says otherwise. Gemma's tokenizer.json has 33 MiB."""
-NAME_BYTES = 255  # of a part of a path, on every file system in use
+"""Size limit of files that are read whole, unless the caller gives another. Gemma's tokenizer.json has 33 MiB."""
+NAME_BYTES = 255  # the limit for one part of a path on the usual file systems
 
 _KINDS: dict[str, Callable[[int], bool]] = {
     "a FIFO": stat.S_ISFIFO,
@@ -28,7 +28,7 @@ _KINDS: dict[str, Callable[[int], bool]] = {
 
 
 def open_regular(path: str | Path, what: str = "") -> BufferedReader:
-    """The regular file at `path`, opened to be read; links are followed.
+    """Opens the regular file at `path` for reading; links are followed.
 
     Args:
         what: what the file should be, for the message: "cannot read the run file".
@@ -56,13 +56,12 @@ def open_regular(path: str | Path, what: str = "") -> BufferedReader:
 
 
 def require_regular(path: str | Path, what: str = "") -> None:
-    """`open_regular`, for a file that a library will open itself."""
+    """Checks a file as `open_regular` does, for a library that will open it itself."""
     open_regular(path, what).close()
 
 
 def refuse_special_files(folder: Path) -> None:
-    """A library that will read the files of a folder, and of the folders in it, meets regular files and folders alone;
-    links are followed.
+    """Refuses special files in a folder and in the folders in it, before a library reads them; links are followed.
 
     Raises:
         UserError: a FIFO, a socket or a device is there.
@@ -86,6 +85,7 @@ def read_bytes(path: str | Path, limit: int = TEXT_BYTES, what: str = "") -> byt
     with open_regular(path, what) as file:
         size = os.fstat(file.fileno()).st_size
         try:
+            # One byte more than allowed shows that the file grew beyond the limit after its size was read.
             content = file.read(limit + 1) if size <= limit else b""
         except OSError as error:
             raise UserError(f"{path}: cannot read{f' {what}' if what else ''}: {error.strerror}") from None
@@ -107,7 +107,7 @@ def read_text(path: str | Path, limit: int = TEXT_BYTES, what: str = "") -> str:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative path that a file gives stays below the folder it is of, and can be the path of a file."""
+    """Whether a relative path that was read from a file stays below its folder, and is a valid path of a file."""
     parts = name.split("/")
     return (
         name.isprintable()

@@ -17,7 +17,7 @@ from fusemega.files.lock import locked
 from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
 
 INSIDE = "out"
-"""Of a temporary folder: the file or folder that becomes the output."""
+"""Name, in a temporary folder, of the file or folder that becomes the output."""
 
 
 def refuse_existing(path: Path) -> None:
@@ -37,7 +37,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a path that nothing could be written to; to be called before any long work. Makes nothing.
+    """Refuses a path that could not be written; to be called before any long work. Creates nothing.
 
     Raises:
         UserError: a file stands where a folder would have to be, or the nearest existing folder cannot be written.
@@ -64,7 +64,7 @@ def new_folder(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
 
     Args:
         path: the folder to appear; absent, or present and empty.
-        needed_bytes: refused at once when the disk has less.
+        needed_bytes: size of the output; the call is refused at once when the disk has less room.
 
     Raises:
         UserError: the folder is not empty, cannot be made, another process is making it, or the disk is full; nothing
@@ -100,7 +100,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
 def scratch(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """The empty temporary folder `.NAME.incomplete` of an output, on its file system; removed when the block ends.
 
-    No other process has the output's lock meanwhile. What a killed process left there is taken over.
+    The block holds the output's lock. What a killed process left in the folder is removed first.
 
     Raises:
         UserError: see `new_folder`; or a file or folder that is not ours has that name.
@@ -127,16 +127,17 @@ def check_room(path: Path, place: Path, needed_bytes: int) -> None:
 
 def publish_file(temporary: Path, path: Path) -> None:
     """Rename a finished file to `path`, in place of an older one, on disk before the function returns."""
+    # The content goes to disk before the name: otherwise a power failure could leave the name on an empty file.
     _sync(temporary)
     real = Path(os.path.realpath(path))
     os.replace(temporary, real)
-    _sync(real.parent)
+    _sync(real.parent)  # a rename is on disk only when the folder that holds the name is
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a finished folder to `path`, with all its files on disk before and the name after."""
+    """Rename a finished folder to `path`. All its files are on disk before the rename, and the new name after it."""
     for folder, _, files in os.walk(temporary):
-        for name in [*files, "."]:
+        for name in [*files, "."]:  # the folder itself holds the names of its files
             _sync(os.path.join(folder, name))
     os.rename(temporary, path)
     _sync(path.parent)

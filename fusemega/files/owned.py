@@ -1,4 +1,4 @@
-"""Removes and replaces only what fusemega made, as the folders themselves prove.
+"""Removes and replaces only what fusemega made; marks in the folders themselves prove it.
 
 A temporary folder `.NAME.incomplete` has a marker from its first moment to its last. A folder that may be replaced (a
 report) has a list of its files with their hashes: a file that is not in the list, or was changed, belongs to somebody
@@ -62,9 +62,10 @@ def mark_scratch(place: Path) -> None:
 
 
 def drop_scratch(place: Path) -> None:
-    """Removes a temporary folder if it is ours, its marker last; nothing else, and never with an error."""
+    """Removes a temporary folder if it is ours, and nothing else; never with an error."""
     if not os.path.lexists(place) or not is_scratch(place):
         return
+    # The marker goes last: what a kill in the middle leaves is still known as ours, and can be removed later.
     for inner in place.iterdir():
         if inner.name != MARKER:
             _remove(inner)
@@ -91,7 +92,7 @@ def check_replaceable(folder: Path, kind: str, inputs: Iterable[Path] = ()) -> N
 
     Args:
         folder: the output.
-        kind: of folder, as `write_list` got it.
+        kind: what the folder is, as given to `write_list`.
         inputs: what is read; an output that is one of them, or above one, is refused.
 
     Raises:
@@ -132,7 +133,7 @@ def remove_listed(folder: Path) -> None:
 
 
 def replace_link(place: Path, target: Path) -> None:
-    """`place` becomes a link to `target`, also where it is a link that this function has set; at no moment is it gone.
+    """Makes `place` a link to `target`. Replaces a link only if this function made it; `place` is never absent then.
 
     Raises:
         UserError: something else is there.
@@ -145,8 +146,8 @@ def replace_link(place: Path, target: Path) -> None:
     if os.path.lexists(place) and before not in known:
         raise UserError(f"{place}: exists and was not made by fusemega, which would put a link there; move it away")
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Both targets, because a kill may come before the rename
+    # The note names both targets, because a kill may come before the rename.
     note.write_text(f"{before}\n{target}\n", encoding="utf-8")
     made = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     made.symlink_to(target)
-    os.replace(made, place)
+    os.replace(made, place)  # a link cannot be changed in place, and removing it first would leave a gap

@@ -17,7 +17,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """The rows in order, as mappings of column names to Python values.
 
     Raises:
-        UserError: it cannot be read, is no whole parquet file, or its rows cannot be values of Python.
+        UserError: it cannot be read, is not a whole parquet file, or has values that Python cannot hold.
     """
     import pyarrow.parquet  # slow to import, and needed only here
 

@@ -27,7 +27,7 @@ _ALLOWED = """
 
 
 class Record:
-    """Stands for a class whose code is not run: holds as attributes what the pickle says of an instance."""
+    """Stands for a class whose code is not run: its attributes are the instance's state in the pickle."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -37,7 +37,7 @@ class Record:
             self.__dict__.update(state)
 
 
-# The reader in Python, whose instructions can be chosen; C Python's takes half the time.
+# The implementation in Python, because its table of opcodes can be replaced; the one in C takes half the time.
 _PYTHON: Any = pickle._Unpickler
 
 
@@ -83,24 +83,25 @@ def read_pickle(path: str | Path, names: Callable[[str, str], Any], what: str) -
     """The value of a pickle.
 
     Args:
-        names: what a (module, name) that the pickle names becomes: `Record`, or a harmless function or value. It
+        names: returns what a (module, name) in the pickle stands for: `Record`, or a harmless function or value. It
             raises UnpicklingError where the name is not allowed.
         what: what the file should be, for the message: "an index of ...".
 
     Raises:
-        UserError: it cannot be read, is no such pickle, or names or does something else; nothing was called then.
+        UserError: it cannot be read, is no such pickle, or has a name or an opcode that is not allowed, which is
+            not executed.
     """
     content = read_bytes(path, PICKLE_BYTES)
     try:
         return _Unpickler(content, names).load()
-    except KeyError as error:
+    except KeyError as error:  # from `dispatch`, which lacks all other opcodes
         raise UserError(f"{path}: not {what}: it has an opcode or a value that is not allowed ({error})") from None
     except Exception as error:  # invalid pickles raise any of a dozen exception types
         raise UserError(f"{path}: not {what}: {first_line(error)}") from None
 
 
 def load_torch(source: str | Path | IO[bytes]) -> Any:
-    """What `torch.save` wrote, without data (tensors are on the device `meta`), by torch's own restricted reader.
+    """Loads what `torch.save` wrote, without data (tensors on the device `meta`), with torch's restricted reader.
 
     Raises:
         pickle.UnpicklingError: it is damaged, or names something that no tensor needs.

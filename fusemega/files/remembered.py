@@ -26,13 +26,13 @@ _SETTLED_SECONDS = 2.0
 
 
 def remembered(files: Sequence[Path], what: str, find: Callable[[], Any], memory: Path) -> Any:
-    """`find()`, or what it returned when it was last asked and the files were as they are.
+    """The result of `find()`, from the cache if the files are unchanged since it was computed.
 
     Args:
-        files: what it reads; links are followed.
-        what: it finds: a word for each kind.
-        find: its result is JSON-able, and decided by the contents of the files alone.
-        memory: folder to remember in; where it cannot be written, nothing is remembered.
+        files: the files that `find` reads; links are followed.
+        what: name of the kind of result; each kind is cached separately.
+        find: its result is JSON-able, and depends on the contents of the files alone.
+        memory: folder of the cache; where it cannot be written, nothing is cached.
     """
     before, newest = _state(files, what)
     begun = time.time()
@@ -42,6 +42,7 @@ def remembered(files: Sequence[Path], what: str, find: Callable[[], Any], memory
             return said[what]
     value = find()
     with contextlib.suppress(OSError):
+        # The state is compared again, because a file may have changed while `find` read it.
         if newest < begun - _SETTLED_SECONDS and _state(files, what)[0] == before:
             memory.mkdir(parents=True, exist_ok=True)
             write_durably(note, json.dumps({what: value}))
@@ -49,14 +50,14 @@ def remembered(files: Sequence[Path], what: str, find: Callable[[], Any], memory
 
 
 def content_hash(path: Path, memory: Path) -> str:
-    """Of a file's bytes; or of the names and bytes of a folder's files, hidden ones left out. 32 hex digits.
+    """Hash, 32 hex digits, of a file's bytes, or of the names and bytes of a folder's files without hidden ones.
 
     Args:
         path: links are followed.
-        memory: as of `remembered`.
+        memory: as in `remembered`.
 
     Raises:
-        UserError: there is nothing, or no plain file.
+        UserError: nothing is there, or something else than regular files.
     """
     real = Path(os.path.realpath(path))
     if not real.exists():
@@ -79,7 +80,7 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def _state(files: Sequence[Path], what: str) -> tuple[str, float]:
-    """A name for the files as they are; and when the newest was last changed, in seconds since 1970."""
+    """Hash of what identifies the files' state; and when the newest was last changed, in seconds since 1970."""
     real = [Path(os.path.realpath(file)) for file in files]
     stats = [(str(file), file.stat()) for file in real]
     state = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino) for name, s in stats]

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: its tensors and their places. Reads no weights."""
+"""Reads the header of a safetensors file: its tensors and where they lie. Reads no weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusemega.files.opening import open_regular
 HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _DIMENSIONS = 16
 _FILE_BYTES = 1 << 60
-# Bits of an element; of other types the size is not checked (who reads one refuses its type).
+# Bits of an element. For other types the size is not checked: code that reads such a tensor refuses its type.
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
 _BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
 
@@ -40,7 +40,7 @@ def read_header(path: Path) -> list[Tensor]:
     """The tensors of a file in the order of their bytes, which fill the file without a gap.
 
     Raises:
-        UserError: it cannot be read, or its size or header is not what the other says.
+        UserError: it cannot be read, its header is malformed, or its size and header disagree.
     """
     with open_regular(path) as file:
         try:

@@ -1,4 +1,4 @@
-"""Loads tokenizers from any source: their files are checked before transformers reads them; a panic is an error.
+"""Loads tokenizers from any source: checks their files before transformers reads them, and turns panics into errors.
 
 transformers and the tokenizers library raise anything from OSError to a bare Exception. The library's compiled code
 also panics, which is not an Exception, and it allocates arrays as large as an id says.
@@ -22,7 +22,7 @@ from fusemega.files.pickles import first_line
 
 JSON_BYTES = 256 * MIB
 TEMPLATE_BYTES = 4 * MIB
-_ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME = threading.Lock()  # for file descriptor 2, which all threads share
 IDS = 1 << 25  # the most that stores can code
 _JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
@@ -31,7 +31,7 @@ def load_pretrained(source: str | Path, trust_remote_code: bool = False) -> Any:
     """transformers' tokenizer in a local folder, or of a hub id.
 
     Raises:
-        UserError: nothing there that transformers can load, or a file of it beyond the bounds.
+        UserError: nothing is there that transformers can load, or one of its files exceeds a limit.
     """
     from transformers import AutoTokenizer
 
@@ -46,7 +46,7 @@ def tokenizer_errors(what: str, quietly: bool = False) -> Iterator[None]:
     """Turns whatever the libraries raise, panics too, into a UserError that begins with `what`.
 
     Args:
-        quietly: keep from stderr what a panic writes there itself; not for what several threads do at once.
+        quietly: keep a panic's own message off stderr; not for blocks that several threads run at once.
     """
     try:
         with _panics_unheard() if quietly else nullcontext():
@@ -61,7 +61,7 @@ def tokenizer_errors(what: str, quietly: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _panics_unheard() -> Iterator[None]:
-    """Compiled code writes a panic's message, and where asked a page of its stack, to file descriptor 2 itself."""
+    """Keeps off stderr what compiled code writes to file descriptor 2 itself: a panic's message and its backtrace."""
     if not _ONE_AT_A_TIME.acquire(blocking=False):
         yield
         return
@@ -88,10 +88,10 @@ def _panics_unheard() -> Iterator[None]:
 
 
 def read_tokenizer_json(folder: Path) -> dict[str, Any]:
-    """A folder's tokenizer.json, {} where there is none, after a look at all its tokenizer's JSON files.
+    """A folder's tokenizer.json, {} where there is none. All JSON files of the tokenizer are checked first.
 
     Raises:
-        UserError: one, or a chat template, is malformed or beyond the bounds, an added token is none, or an id is none.
+        UserError: a JSON file or a chat template is malformed or too large, or an added token or an id is invalid.
     """
     refuse_special_files(folder)
     for template in (folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")):

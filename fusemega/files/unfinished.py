@@ -2,7 +2,7 @@
 
 .OUT.incomplete/
   .fusemega        marks the folder as ours (`owned.py`)
-  journal.jsonl    a line of JSON that says what is being made; then a line for each finished item
+  journal.jsonl    a line of JSON with the identity of the output; then a line for each finished item
   out/             the output's files, complete or not; renamed to OUT
 """
 
@@ -30,7 +30,7 @@ class Unfinished:
 
     Attributes:
         folder: where it is written.
-        finished: what the journal holds of items that were finished before, by name.
+        finished: results of the finished items, by name; those of an interrupted call come from the journal.
     """
 
     def __init__(self, folder: Path, finished: dict[str, Any], journal: TextIO) -> None:
@@ -39,7 +39,7 @@ class Unfinished:
         self._journal = journal
 
     def record(self, name: str, result: Any) -> None:
-        """An item is finished, its bytes on disk: it will not be made again. `result` is JSON-able."""
+        """Notes in the journal that an item, whose bytes are on disk, need not be made again. `result` is JSON-able."""
         self._journal.write(json.dumps([name, result]) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
@@ -54,10 +54,10 @@ def unfinished_folder(
 
     Args:
         path: absent, or an empty folder.
-        identity: what decides every byte of the output (JSON-able). An output begun with another is not continued.
+        identity: everything that the output's bytes depend on (JSON-able). An output begun with another is refused.
         resume: continue from what an interrupted call has left, if anything; otherwise it is deleted.
-        needed_bytes: of the whole output; refused at once when the disk has less.
-        say: told, in a line, what is kept when the block does not end well.
+        needed_bytes: size of the whole output; the call is refused at once when the disk has less room.
+        say: called with a line about what is kept when the block does not end well.
 
     Raises:
         UserError: `path` is not empty or cannot be made, what is there was begun with another `identity`, or the disk
@@ -77,6 +77,8 @@ def unfinished_folder(
             drop_scratch(place)
             mark_scratch(place)
             folder.mkdir()
+        # st_blocks (always of 512 bytes) is what the disk has allocated; a length would count holes before items that
+        # were written out of order.
         present = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
         try:
             check_room(path, folder, needed_bytes - present)
@@ -102,11 +104,11 @@ def unfinished_folder(
 
 
 def _read_journal(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Its items; the last line of a killed process may be half a line, and is dropped from the file too."""
+    """The journal's items. Half a line that a killed process left at the end is also removed from the file."""
     lines, torn = read_lines(path, finite=False)
     if not lines:
         return {}
-    if lines[0][1] != json.loads(json.dumps(identity)):
+    if lines[0][1] != json.loads(json.dumps(identity)):  # as JSON gives it back: tuples become lists
         raise UserError(
             f"{path.parent}: was started from other files or with other options, so it cannot be resumed; "
             f"leave --resume out to start again"

@@ -31,12 +31,12 @@ _FLOAT = re.compile(
     rf"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:{_EXPONENT})?|\.[0-9][0-9_]*(?:{_EXPONENT})?|[0-9][0-9_]*{_EXPONENT})"
 )
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-# What no name of a file, no text for a model and no terminal has a use for.
+# Characters that no file name, no text for a model and no terminal needs.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """Only composes: a node's tag says what it is, and `_Builder` makes the value."""
+    """Composes nodes only: a node's tag says its type, and `_Builder` makes the value."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(_TAG) in ("null", "bool", "merge")]
@@ -49,7 +49,7 @@ for _kind, _pattern in (("int", _INTEGER), ("float", _FLOAT), ("float", _NOT_FIN
 
 
 class MalformedYamlError(ValueError):
-    """Not YAML, or beyond the bounds. The message says what is wrong, and not in which file.
+    """The text is not YAML, or exceeds a limit. The message says what is wrong, but not in which file.
 
     Attributes:
         line: counted from 1, where it is known.
@@ -64,7 +64,7 @@ def parse_yaml(text: str) -> Any:
     """The value of one YAML document: None, bool, int, float, str, and lists and mappings (of str keys) of these.
 
     Raises:
-        MalformedYamlError: see there.
+        MalformedYamlError: the text is not YAML, or exceeds a limit.
     """
     try:
         node = yaml.compose(text, _Loader)
