@@ -1,5 +1,5 @@
-"""Ranks of a command, started and watched.
+"""Starts and watches the ranks of a command.
 
-* `local.py`: several processes on this machine; `ranks.py`: their ends, and what is said of them
-* `preloaded.py`: what they import, once for all
+* `local.py`: starts several processes on this machine; `ranks.py`: waits for their ends and reports failures
+* `preloaded.py`: the imports that forked ranks share
 """

@@ -30,7 +30,7 @@ _JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, si
 
 
 def warm_up() -> None:
-    """Begins, in the background, to import what ranks need. For a command that is about to launch some."""
+    """Begins to import what ranks need, in the background; for a command that is about to launch ranks."""
     if not _forks():
         return
     multiprocessing.set_forkserver_preload(["fusemega.launch.preloaded"])
@@ -111,7 +111,7 @@ def _start(argv: Sequence[str], environment: dict[str, str], rank: int) -> Rank:
 
 @contextmanager
 def _passing_on(ranks: Ranks) -> Iterator[None]:
-    """Signals for this process are the ranks' too. What is ignored (nohup) stays so."""
+    """Passes this process's signals on to the ranks. Signals that are ignored (nohup) stay ignored."""
     heard = filter(is_heard, _JOB_SIGNALS)
     previous = {number: signal.signal(number, lambda number, _: ranks.signal(number)) for number in heard}
     try:
@@ -131,10 +131,10 @@ def _forked_rank(argv: list[str], environment: dict[str, str]) -> None:
     """A rank that the fork server forked: the parent's environment, torch's thread count, then `python -m fusemega`."""
     import torch
 
-    os.environ.clear()  # the fork server's is as old as itself
+    os.environ.clear()  # the fork server's environment is that of its start
     os.environ.update(environment)
-    signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # the fork server's is of its own
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # the fork server's handler is for itself alone (`preloaded`)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _JOB_SIGNALS)  # inherited: the fork server blocks them (`warm_up`)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # libgomp read the variable before it was set
     sys.argv = ["fusemega", *argv]
     runpy.run_module("fusemega", run_name="__main__", alter_sys=True)

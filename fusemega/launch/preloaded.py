@@ -22,12 +22,12 @@ MODULES = (
 
 
 def _last_act(number: int, frame: FrameType | None) -> None:
-    """The launcher has been killed: its folder goes, then this process, and with it the ranks."""
+    """Called when the launcher has been killed: removes its folder and ends this process, and with it the ranks."""
     shutil.rmtree(os.environ[LAUNCH_FOLDER], ignore_errors=True)
     os._exit(1)
 
 
-# The server would not see the launcher's end by itself: the ranks hold the pipe that is to tell it, too.
+# The fork server would not notice the launcher's end by itself: the pipe that should tell it is held by the ranks too.
 if launcher := os.environ.pop(lifeline.PARENT, None):
     signal.signal(signal.SIGUSR2, _last_act)
     lifeline.die_with(int(launcher), by=signal.SIGUSR2)
@@ -36,5 +36,5 @@ if launcher := os.environ.pop(lifeline.PARENT, None):
 quiet_megatron()
 
 for _name in MODULES:
-    with contextlib.suppress(ImportError):  # a rank that needs it says what is wrong
+    with contextlib.suppress(ImportError):  # a rank that needs the module reports the error
         importlib.import_module(_name)

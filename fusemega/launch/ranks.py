@@ -22,7 +22,7 @@ from fusemega.runtime.meeting import is_echo
 
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 1.0
-_TO_GO_SECONDS = 30.0  # as torchrun's
+_TO_GO_SECONDS = 30.0  # as torchrun
 _ECHO_SECONDS = 2.0
 # Sent to be obeyed. Others end a process from outside (the kernel's killer of those that take too much memory) or
 # because of a fault in a library.
@@ -39,7 +39,7 @@ class Rank:
         poll: its exit status, negative for a signal; None while it runs.
         status: the last answer of `poll`.
         resident_bytes: the most memory that it was seen to hold.
-        told: whether it has been said that it is stopped.
+        told: whether the user has been told that it is stopped.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class Rank:
         return f"rank {self.rank} (process {self.pid} on {socket.gethostname()})"
 
     def look(self) -> None:
-        """Notes its memory; says once that it is stopped."""
+        """Notes its peak memory; tells the user once when it is stopped."""
         try:
             status = Path(f"/proc/{self.pid}/status").read_text()
         except OSError:
@@ -71,10 +71,10 @@ class Rank:
 
 
 class Ranks:
-    """All of them.
+    """All ranks of a launch.
 
     Args:
-        folder: where they leave what they have to say.
+        folder: the meeting folder, in which ranks leave their errors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Ranks:
         self._kills_before = _kernel_kills()
 
     def add(self, rank: Rank) -> None:
-        """One more; a signal that has come meanwhile is passed on to it as well."""
+        """Adds a rank, and passes on to it a signal that came while it was started."""
         self._ranks.append(rank)
         if self._asked is not None:
             self._send([rank], self._asked)
@@ -92,7 +92,7 @@ class Ranks:
     def signal(self, number: int) -> None:
         """Passes a signal on; kills where somebody has asked before."""
         if number == signal.SIGUSR1:
-            for joined in self._folder.glob("*.pid"):  # before it has joined it would die of it
+            for joined in self._folder.glob("*.pid"):  # a rank that has not joined yet would die of the signal
                 self._send([rank for rank in self._ranks if rank.pid == int(joined.stem)], number)
         elif self._asked is None:
             self._asked = number
@@ -101,7 +101,7 @@ class Ranks:
             self._send(self._running(), signal.SIGKILL)
 
     def wait(self) -> int:
-        """Until all have ended, or one has failed and the others have been ended.
+        """Waits until all have ended, or one has failed and the others have been ended.
 
         Returns:
             The launch's status, as `launch_ranks` says.
@@ -124,17 +124,17 @@ class Ranks:
             return 128 + self._asked
         if failed:
             killed = [rank for rank in failed if rank.status is not None and rank.status < 0]
-            self._leave_time(_ECHO_SECONDS)  # they are about to lose the connection, and end by that
+            self._leave_time(_ECHO_SECONDS)  # the others are about to lose the connection, and end because of that
             self.end()
             return self._explain(killed)
         stopped = self._folder / "stopped"
         return int(stopped.read_text()) if stopped.is_file() else 0
 
     def end(self) -> None:
-        """Asks those that still run to end, and kills those that have not after 30 s."""
+        """Asks the ranks that still run to end, and kills those that have not ended after 30 s."""
         self._send(self._running(), signal.SIGTERM)
         self._leave_time(_TO_GO_SECONDS)
-        self._send(self._running(), signal.SIGKILL)  # one that is stopped, or waits in a library, heeds nothing else
+        self._send(self._running(), signal.SIGKILL)  # a rank that is stopped, or waits in a library, ignores the rest
         while self._running():
             time.sleep(_POLL_SECONDS)
 
@@ -155,7 +155,7 @@ class Ranks:
                 os.kill(rank.pid, number)
 
     def _explain(self, killed: list[Rank]) -> int:
-        """Says what began it. The ranks `killed` ended by a signal that nobody here had sent."""
+        """Reports the first failure. The ranks `killed` ended by a signal that this process had not sent."""
         if killed:
             first = killed[0]
             number = -(first.status or 0)
