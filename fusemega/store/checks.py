@@ -1,4 +1,7 @@
-"""Checks that a row agrees with its store's manifest, before it is written and by `store verify`."""
+"""Checks that a row agrees with its store's manifest, before it is written and by `store verify`.
+
+Shape suffixes: P positions, K entries of a position, U listed entries of all positions.
+"""
 
 from __future__ import annotations
 

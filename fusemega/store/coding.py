@@ -60,7 +60,7 @@ def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray,
 
     def bits(count: int, width: int) -> np.ndarray:
         nonlocal at
-        begin, at = at, at + -(-count * width // 8)
+        begin, at = at, at + -(-count * width // 8)  # whole bytes: -(-a // b) rounds up
         return _unpack(padded, begin, count, width)
 
     if manifest.rows == "top_k":
@@ -118,7 +118,7 @@ def _pack(numbers: np.ndarray, width: int) -> bytes:
 
 
 def _unpack(data: bytes, begin: int, count: int, width: int) -> np.ndarray:
-    """int32 [count] from `_pack`: of each number the four bytes in which it begins, shifted. Hence width <= 25."""
+    """int32 [count] from `_pack`: the four bytes from where a number begins, shifted by up to 7. Hence width <= 25."""
     words = np.ndarray(len(data) - begin - _SPARE, "<u4", data, begin, strides=(1,))
     places = np.arange(0, count * width, width)
     numbers = words[places >> 3]
@@ -136,6 +136,7 @@ def _encode_logp(logp: np.ndarray) -> np.ndarray:
 def _encode_ends(end_bytes: np.ndarray) -> bytes:
     ends = end_bytes.astype(np.int64)
     somewhere = ends >= 0
+    # For each position, 1 + the index of the last one up to it that ends somewhere; 0 where there is none yet.
     last = np.maximum.accumulate(np.where(somewhere, np.arange(1, len(ends) + 1), 0))
     steps = np.diff(np.append(0, ends)[last], prepend=0)
     codes = np.where(somewhere, np.where((steps >= 0) & (steps < _NOWHERE), steps, _FAR), _NOWHERE)

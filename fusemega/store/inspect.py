@@ -12,11 +12,12 @@ from fusemega.store.shard import INDEX
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """JSON-able: the manifest's fields but for those of the other kind of rows, and these.
+    """JSON-able: the manifest's fields without those of the other kind of rows, and the following.
 
-    samples, positions, shards, size_bytes (of all shards), bytes_per_position (of the same), text_bytes (UTF-8 bytes of
-    the supervised tokens), and the mean cross-entropies on those, in nats, at temperature 1: cross_entropy_per_token of
-    the scorer's own tokenizer, cross_entropy_per_byte to compare scorers by. Means of nothing are None.
+    samples, positions, shards, size_bytes (of all shards), bytes_per_position (size_bytes / positions), text_bytes
+    (UTF-8 bytes of the supervised tokens), and the mean cross-entropies of these tokens, in nats, at temperature 1:
+    cross_entropy_per_token for the scorer's own tokenizer, cross_entropy_per_byte for comparing scorers. Without
+    positions, means are None.
 
     Raises:
         UserError: as `Store.open`.

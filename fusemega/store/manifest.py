@@ -27,16 +27,16 @@ class Manifest(Section):
         weights: hash of the scorer's HF folder.
         tokenizer, template: hashes of the scorer's tokenizer and chat template (template None for plain text).
         mask_policy: which tokens are supervised, by name.
-        truncation: tokens of the windows that documents were cut into.
+        truncation: length in tokens of the windows that documents were cut into.
         temperature: temperature at which log-probs and residuals are stored, or of the distribution drawn from.
         rows: `top_k`: the most probable ids of each position; `sampled`: ids drawn from its distribution.
-        top_k: ids a position, of `top_k` rows.
-        num_samples, seed: draws a position, with replacement, and their seed, of `sampled` rows.
-        vocab_size: of the scorer; ids are below it.
-        projected: of a store in another vocabulary than its scorer's (`fusemega project`): how it came about. Then
-            `tokenizer`, `template` and `vocab_size` are those of the vocabulary that it is in.
-        versions: of the packages that wrote it; informative, never compared.
-        format: of the shards.
+        top_k: for `top_k` rows: ids at each position.
+        num_samples, seed: for `sampled` rows: draws at each position, with replacement, and their seed.
+        vocab_size: size of the scorer's vocabulary; ids are below it.
+        projected: for a store that `fusemega project` brought into another vocabulary: how it was made. Then
+            `tokenizer`, `template` and `vocab_size` are those of the new vocabulary.
+        versions: versions of the packages that wrote the store; informative, never compared.
+        format: format version of the shards.
     """
 
     weights: str
@@ -56,7 +56,7 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Manifest:
-        """The keys of this kind of rows are there, and no others."""
+        """Checks that the keys of this kind of rows are there, and those of the other kind are not."""
         for name, kind in (("top_k", "top_k"), ("num_samples", "sampled"), ("seed", "sampled")):
             if (getattr(self, name) is not None) != (kind == self.rows):
                 raise ValueError(f"{name}: {'missing' if kind == self.rows else 'not'} with rows: {self.rows}")
@@ -66,14 +66,14 @@ class Manifest(Section):
 
     @property
     def entries(self) -> int:
-        """K, entries a position."""
+        """K, the number of entries at each position."""
         entries = self.top_k if self.rows == "top_k" else self.num_samples
         assert entries is not None
         return entries
 
     @property
     def hash(self) -> bytes:
-        """8 bytes, of everything but `versions`: what a shard says it is of."""
+        """Hash, 8 bytes, of everything but `versions`; each shard records it."""
         text = json.dumps(self.model_dump(exclude={"versions"}), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
@@ -100,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_format(path: Path, found: Any) -> None:
-    """Before the other fields, which belong to the format."""
+    """Refuses another format; called before the other fields are checked, because they depend on the format."""
     if found is not None and found != _FORMAT:
         raise UserError(
             f"{path}: the store's format is {found}, and this version reads {_FORMAT}: the encoding of rows "
@@ -109,7 +109,7 @@ def _check_format(path: Path, found: Any) -> None:
 
 
 def check_claim(folder: Path, manifest: Manifest) -> None:
-    """Whether `folder` may be this scorer's store. Writes nothing.
+    """Checks that `folder` may be this scorer's store. Writes nothing.
 
     Raises:
         UserError: it is a store of another manifest (names the field), or holds something else.

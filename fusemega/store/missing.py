@@ -22,7 +22,7 @@ _TRIES = 1 << 20  # keys looked for, of each kind
 
 
 def why_missing(store: Store, dataset: TokenizedDataset, i: int) -> str:
-    """One clause on sample `i`, which has no row in the store."""
+    """The reason, as one clause, why the store has no row of sample `i`."""
     document = _document(dataset, i)
     if document is not None:
         if window := _window(store, document):
@@ -40,7 +40,7 @@ def why_missing(store: Store, dataset: TokenizedDataset, i: int) -> str:
 
 
 def _document(dataset: TokenizedDataset, i: int) -> Document | None:
-    """The document that sample `i` is of; None where its rows cannot be read any more."""
+    """The document of sample `i`; None where its row can no longer be read."""
     file, number = dataset.place(i)
     for row in Source(dataset.config).rows():
         if (row.file, row.number) == (file, number):
@@ -52,10 +52,10 @@ def _document(dataset: TokenizedDataset, i: int) -> Document | None:
 
 
 def _length(document: Document) -> int:
-    """Bytes of its canonical stream."""
+    """Length in bytes of the document's canonical stream."""
     if isinstance(document, Chat):
         return document.stream_length
-    return len(document.text.encode()) + 1
+    return len(document.text.encode()) + 1  # its eos
 
 
 def _window(store: Store, document: Document) -> tuple[int, int] | None:
@@ -69,7 +69,7 @@ def _window(store: Store, document: Document) -> tuple[int, int] | None:
 def _has(
     store: Store, document: Document, windows: Iterator[tuple[int, int]] | list[tuple[int, int]]
 ) -> tuple[int, int] | None:
-    """The first of the windows whose row the store has. Keys as of `fusemega.text.sample.sample_key`."""
+    """The first of the windows whose row the store has. Keys are made as in `fusemega.text.sample.sample_key`."""
     begun = hashlib.blake2b(canonical(document), digest_size=16)
     for low, high in windows:
         key = begun.copy()

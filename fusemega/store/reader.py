@@ -62,14 +62,15 @@ class Store:
         return None if place is None else place[0].row(place[1])
 
     def coded(self, key: bytes) -> tuple[np.ndarray, bytes] | None:
-        """The row as it is on disk: see `Shard.coded`. Raises as `get`."""
+        """The row as it is on disk, as `Shard.coded` returns it. Raises as `get`."""
         place = self._place(key)
         return None if place is None else place[0].coded(place[1])
 
     def rows_hash(self, keys: Iterable[bytes]) -> str:
-        """32 hex digits over the rows of samples, in order, by their checksums; one that is missing counts too.
+        """Hash, 32 hex digits, of the rows of samples, in order. A missing row changes it too.
 
-        The same for equal rows in whatever shards, beside whatever others. Reads none of them.
+        It is made from the rows' checksums, so no row is read. Equal rows give equal hashes, whatever shards they are
+        in, and whatever other rows are there.
         """
         digest, missing = xxhash.xxh3_128(), np.zeros(1, dtype=INDEX).tobytes()
         for key in keys:
@@ -78,7 +79,7 @@ class Store:
                 digest.update(missing)
             else:
                 entry = place[0].index[place[1] : place[1] + 1].copy()
-                entry["begin"] = 0
+                entry["begin"] = 0  # where the row lies in its shard does not count
                 digest.update(entry.tobytes())
         return digest.hexdigest()
 

@@ -1,4 +1,7 @@
-"""A row: what one scorer says about one sample."""
+"""A row: what one scorer says about one sample.
+
+Shape suffixes: P positions, K entries of a position.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Row:
         log_residual_P: float32, log of the mass of all other tokens, at that temperature; `sampled`: -inf.
         sum_logp: summed log-prob of the supervised tokens themselves, at temperature 1, in nats.
         num_bytes: UTF-8 bytes of the supervised tokens.
-        num_scored: tokens that `sum_logp` is of, the scorer's own; None: P.
+        num_scored: number of the scorer's own tokens that `sum_logp` sums over; None: P.
     """
 
     ids_hash: bytes
@@ -41,10 +44,10 @@ class Row:
 
     @property
     def mean_logp(self) -> float:
-        """`sum_logp` a token of the scorer's own tokenizer, in nats."""
+        """`sum_logp` per token of the scorer's own tokenizer, in nats."""
         return self.sum_logp / (self.num_scored or self.num_tokens)
 
     @property
     def cross_entropy(self) -> float:
-        """-`mean_logp`: nats a token of the scorer's own tokenizer, at temperature 1."""
+        """-`mean_logp`: nats per token of the scorer's own tokenizer, at temperature 1."""
         return -self.mean_logp

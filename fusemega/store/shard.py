@@ -3,6 +3,8 @@
 Layout, all little-endian: a header (`_HEADER`), the index (`INDEX`, one entry for each row), and the encoded rows
 (`coding`) one after the other. Header and index are checked when a shard is opened, a row's own bytes when it is read;
 no other bytes are read at that time.
+
+Shape suffixes: R rows of a shard, P positions of a row, K entries of a position.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from fusemega.store.manifest import Manifest
 from fusemega.store.row import Row
 
 _MAGIC, _OLD_MAGIC = b"FMSTORE2", b"FMSTORE1"
-# magic; hash of the manifest; rows; bytes of their codes; checksum of the index; then the checksum of all that
+# magic; hash of the manifest; number of rows; bytes of their codes; CRC-32 of the index. A CRC-32 of these follows.
 _HEADER, _CHECKSUM = struct.Struct("<8s8sQQI"), struct.Struct("<I")
 KEY_BYTES, HASH_BYTES = 16, 8
 INDEX = np.dtype(
@@ -88,7 +90,7 @@ class Shard:
         index: [R] of `INDEX`.
 
     Raises:
-        UserError: no shard of the store whose manifest this is, a truncated or a damaged one, naming the path.
+        UserError: not a shard of the store with this manifest, or truncated or damaged; names the path.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -123,7 +125,7 @@ class Shard:
         self._version = (stat.st_ino, stat.st_mtime_ns)
 
     def _check_index(self, size: int) -> None:
-        """A checksum says that the index is what was written, not that it makes sense."""
+        """Checks that the index makes sense; its checksum only proves that it is what was written."""
         index, begin = self.index, self.index["begin"]
         smallest, largest = coded_bytes(index["positions"].astype(np.int64), self._manifest)
         num_bytes = self._ends - begin
@@ -160,7 +162,7 @@ class Shard:
         """Row `r` of the shard.
 
         Raises:
-            UserError: as `coded`, or its bytes stand for no row of this store.
+            UserError: as `coded`, or its bytes do not encode a row of this store.
         """
         (entry,), codes = self.coded(r)
         scored = int(entry["num_scored"])
@@ -183,7 +185,7 @@ class Shard:
 
 @lru_cache(maxsize=_MAPPED)
 def _mapped(path: Path, version: tuple[int, int]) -> mmap.mmap:
-    """The whole file; `version` tells a file from an earlier one of the same name."""
+    """The whole file, mapped; `version` keeps the cache from returning an earlier file of the same name."""
     try:
         with open_regular(path) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,4 +1,7 @@
-"""Checks every row of a store, and whether it covers a data set."""
+"""Checks every row of a store, and whether it covers a data set.
+
+Shape suffixes: P positions, K entries of a position.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ class Coverage:
     """How many of a data set's samples have their row in a store.
 
     Attributes:
-        samples: of the data set.
-        missing: without a row.
-        other_tokenization: with a row of other token ids, or of other positions.
-        first_bad: "file:row" of the first that is either, or None.
+        samples: number of samples of the data set.
+        missing: number of them without a row.
+        other_tokenization: number of them whose row has other token ids, or other positions.
+        first_bad: "file:row" of the first sample that is either, or None.
     """
 
     samples: int

@@ -45,9 +45,9 @@ class StoreWriter:
 
     Args:
         path: the store's folder, made if absent.
-        manifest: of this scorer; a store begun under another is refused.
+        manifest: this scorer's manifest; a store begun with another is refused.
         writer_id: distinct for writers that run at the same time.
-        shard_bytes: of the buffer, before it is written.
+        shard_bytes: size of the buffer from which on it is written.
 
     Raises:
         UserError: another manifest (naming the field), a damaged shard, a folder that cannot be written.
@@ -74,6 +74,7 @@ class StoreWriter:
     def __init__(self, path: str | Path, manifest: Manifest, *, writer_id: int = 0, shard_bytes: int = 1 << 24) -> None:
         self._folder, self._manifest, self._writer_id, self._shard_bytes = Path(path), manifest, writer_id, shard_bytes
         claim_manifest(self._folder, manifest)
+        # Only those with this writer's id: other writers may be writing theirs now.
         for leftover in self._folder.glob(f".shard-{writer_id:05d}-*.partial"):
             leftover.unlink(missing_ok=True)
         paths = shard_paths(self._folder)
