@@ -57,7 +57,7 @@ from fusemega.runtime.workers import Workers, start_workers
 # A chunk is read whole by every rank that needs a part of it, so it is small; a file is the unit of resumption.
 CHUNK_BYTES = 64 << 20
 ITEM_TARGET_BYTES = 256 << 20
-_PLAN_VERSION = 2
+_PLAN_VERSION = 2  # part of a journal's identity: an output that was begun under another plan is not continued
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Report:
     """Time and memory of a conversion.
 
     Attributes:
-        byte_count: written, without what an earlier call had finished.
-        seconds: from the call to the output's name.
-        peak_bytes: resident memory of all processes together, at most.
+        byte_count: bytes written, without those that an earlier call had finished.
+        seconds: from the call until the output has its name.
+        peak_bytes: the most resident memory of all processes together.
         processes: this one and those that copied.
     """
 
@@ -135,8 +135,8 @@ def export_megatron(
     """Megatron folder to Hugging Face folder. One process calls it.
 
     Args:
-        source: a folder that `import_hf` wrote; or a run's checkpoint, of which the fp32 main parameters are taken; or
-            a run's folder or its `checkpoints`: the newest complete one.
+        source: a folder that `import_hf` wrote; or a run's checkpoint, from which the fp32 main parameters are taken;
+            or a run's folder or its `checkpoints`, which stand for the newest complete checkpoint.
         out: absent or empty; appears complete or not at all.
         dtype: of the written weights (rounded to nearest even where narrower); None: those of the Hugging Face folder
             that they come from.
@@ -144,7 +144,7 @@ def export_megatron(
         workers: processes that copy.
         resume: continue from what an interrupted call has finished.
         iteration: of a run's folder, this checkpoint rather than the newest.
-        finish: called with the folder when all but its name is there; None: `settle`, for a run's checkpoint.
+        finish: called with the written folder before it gets its name; None: `settle`, if it is a run's checkpoint.
 
     Raises:
         UserError: the source is not a Megatron folder, `out` is not empty, the disk is full; a weight is too large for
@@ -152,7 +152,8 @@ def export_megatron(
     """
     refuse_existing(Path(out))
     folder = open_megatron(source, iteration)
-    check_contents(folder.path, threads=workers)  # a first reading: a file's hash is of all its bytes, in their order
+    # A reading of its own: a file's hash needs all its bytes in order, and the copy reads them tensor by tensor.
+    check_contents(folder.path, threads=workers)
     if finish is None and isinstance(folder, RunCheckpoint):
         finish = partial(_settled, checkpoint=folder)
     settings: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "workers": workers}
@@ -160,7 +161,10 @@ def export_megatron(
 
 
 def _settled(made: Path, checkpoint: RunCheckpoint) -> None:
-    """The run's own export does the same; what comes from an imported folder has that folder's files as they were."""
+    """Checks and corrects the files beside a run's weights, as the run's own export does.
+
+    An export from an imported folder keeps that folder's files as they were.
+    """
     from fusemega.hf.loadable import settle  # imports transformers
 
     for note in settle(made, checkpoint.hf, chats=checkpoint.chats):
@@ -177,7 +181,7 @@ def export_folder(
     resume: bool = False,
     finish: Callable[[Path], None] | None = None,
 ) -> Report:
-    """`export_megatron` of an open folder, which may be one of Hugging Face's form too: then only types change."""
+    """`export_megatron` for an open folder. In a Hugging Face folder, which is allowed too, only types change."""
     begun = time.monotonic()
     out = Path(out)
     refuse_existing(out)
@@ -203,6 +207,7 @@ def export_folder(
             (unfinished.folder / "config.json").write_text(config + "\n", encoding="utf-8")
             if finish is not None:
                 finish(unfinished.folder)
+            # An item's hash is its file's hash only if the item is the whole file.
             parts = Counter(item.file for item in items)
             alone = [item for item in items if parts[item.file] == 1]
             write_integrity(unfinished.folder, {item.file: unfinished.finished[item.name][0] for item in alone})
@@ -210,7 +215,7 @@ def export_folder(
 
 
 def _plan_import(folder: HFFolder) -> tuple[list[Item], list[StoredChunk], dict[str, tuple[int, ...]]]:
-    """The `.distcp` files, each an item; what the index says of them; and the shapes of the global tensors."""
+    """The `.distcp` files, each an item; their chunks, for the index; and the shapes of the global tensors."""
     all_places = places(folder.architecture)
     dtypes: dict[str, set[torch.dtype]] = {}
     for place in all_places:
@@ -258,7 +263,7 @@ def _parameter_bytes(place: Place, dtype: str) -> int:
 
 
 def _plan_export(tensors: Mapping[str, Assembled], shards: Mapping[str, list[TensorInfo]]) -> list[Item]:
-    """Runs of tensors of the safetensors files; the first of each file begins with its header."""
+    """Items of consecutive tensors of the safetensors files; the first item of each file begins with its header."""
     items = []
     for file, shard in shards.items():
         at = 0
@@ -288,13 +293,13 @@ def _grouped(values: Iterable[Any], nbytes: Any, target: int) -> list[list[Any]]
 
 
 def _identity(kind: str, files: Iterable[Path]) -> dict[str, Any]:
-    """What decides the output: the source's files as they are now, and the plan's own numbers."""
+    """What the output depends on: the source's files as they are now, and the plan's own numbers."""
     seen = {str(path): [(status := path.stat()).st_size, status.st_mtime_ns] for path in files}
     return {"kind": kind, "version": [_PLAN_VERSION, CHUNK_BYTES, ITEM_TARGET_BYTES], "files": seen}
 
 
 def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, digests: bool) -> int:
-    """Make the items that are not finished; the bytes that were written."""
+    """Makes the items that are not finished; returns the number of bytes written."""
     begun = [item for item in items if item.name in unfinished.finished]
     sound = partial(item_is, str(unfinished.folder))
     hashed = ((item, str(unfinished.finished[item.name][0])) for item in begun)
@@ -320,7 +325,7 @@ def _report(byte_count: int, begun: float, pool: Workers) -> Report:
 
 
 def _check_copies(folder: HFFolder, pool: Workers) -> None:
-    """A tied model's folder may hold the head too: then it must be the embedding."""
+    """Checks that a tied model's folder that holds the head too holds the embedding there."""
     pairs = [
         (as_is(folder.stored(copy)), as_is(folder.stored(original)))
         for copy, original in folder.architecture.copies().items()

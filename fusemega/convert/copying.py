@@ -109,7 +109,7 @@ def _at_least(buffer: bytearray, size: int) -> bytearray:
 
 
 def _convert(values: object, source: Stored, target: Assembled) -> object:
-    """To the target's type as torch rounds, both sides as unsigned integers."""
+    """Converts to the target's type with torch's rounding; numpy sees both sides as unsigned integers."""
     import numpy as np
     import torch
 
@@ -181,6 +181,7 @@ def write_item(root: str, sources: bool, item: Item) -> Written:
     path = Path(root, item.file)
     digests = _Digests()
     written = xxhash.xxh3_128()
+    # Opened without O_TRUNC: other items of the same file may be there already.
     with (
         Reader(digests if sources else None) as reader,
         open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file,
@@ -228,6 +229,6 @@ def item_is(root: str, journaled: tuple[Item, str]) -> bool:
 
 
 def same_bits(pair: tuple[Assembled, Assembled]) -> bool:
-    """Whether two tensors of one shape and type hold the same bits; NaNs and signed zeros by theirs."""
+    """Whether two tensors of one shape and type hold the same bits, also in NaNs and signed zeros."""
     with Reader() as ours, Reader() as theirs:  # two, because a reader has one block
         return all(a == b for a, b in zip(ours.blocks(pair[0]), theirs.blocks(pair[1]), strict=True))

@@ -1,4 +1,7 @@
-"""Verifies that a conversion changed nothing: bit for bit over any two folders, and by logits on a text."""
+"""Verifies that a conversion changed nothing: bit for bit over any two folders, and by logits on a text.
+
+Shape suffixes: S tokens, V vocabulary; a scalar head has [1, 1] in its place, and H is a hidden size.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,8 @@ class Differences:
         missing: names that only one side has.
         config: keys of config.json whose values differ, other than those about storage.
         damaged: files whose bytes are not those that their folder's integrity manifest describes.
-        byte_count: of the weights compared, one side's.
-        peak_bytes: resident memory of all processes together, at most.
+        byte_count: bytes of the compared weights on one side.
+        peak_bytes: the most resident memory of all processes together.
     """
 
     tensors: int
@@ -119,7 +122,7 @@ def verify(hf: str | Path, other: str | Path, *, workers: int = 1) -> Difference
 
 
 def _in_one_type(a: Assembled, b: Assembled) -> tuple[Assembled, Assembled]:
-    """Both in the wider of the two stored types, to which each converts exactly."""
+    """The two tensors in the wider of their stored types, to which each converts exactly."""
     wide = str(torch.promote_types(getattr(torch, a.dtype), getattr(torch, b.dtype))).removeprefix("torch.")
     return Assembled(a.name, a.shape, wide, a.moves), Assembled(b.name, b.shape, wide, b.moves)
 
@@ -127,10 +130,10 @@ def _in_one_type(a: Assembled, b: Assembled) -> tuple[Assembled, Assembled]:
 def logit_difference(hf: str | Path, other: str | Path, world: World, text: str) -> float:
     """The largest absolute difference of the two folders' fp32 logits on the first tokens of a text. Collective.
 
-    Of models with a scalar head, that of their scores of the text; of models without a head, of their hidden states.
+    Models with a scalar head are compared by their scores of the text, models without a head by their hidden states.
 
-    transformers computes those of an HF folder, Megatron under this layout those of a Megatron folder; each holds its
-    model whole, in fp32.
+    For an HF folder transformers computes the logits, for a Megatron folder Megatron under this layout. Each holds its
+    whole model in fp32.
 
     Args:
         hf, other: as in `verify`; the first one's tokenizer is used.
@@ -155,7 +158,7 @@ def logit_difference(hf: str | Path, other: str | Path, world: World, text: str)
 
 
 def _logits(folder: str | Path, world: World, ids: list[int]) -> torch.Tensor | None:
-    """[S, V] on the CPU; of a Megatron folder, on its last pipeline stage only."""
+    """Logits [S, V] on the CPU; for a Megatron folder on its last pipeline stage only, elsewhere None."""
     if not is_megatron_folder(folder):
         return transformers_logits(Path(folder), ids, HFFolder(folder).architecture)
     from fusemega.models.dense_logits import dense_logits
