@@ -49,8 +49,8 @@ class MegatronFolder:
     Attributes:
         path, weights, hf: the folder and its parts.
         config: the model's `config.json`.
-        dtypes: of each tensor of the Hugging Face folder that it comes from.
-        content_hash: 32 hex digits, of configuration and weights: an imported folder's is that of its source.
+        dtypes: type of each tensor of the Hugging Face folder that the weights come from.
+        content_hash: hash, 32 hex digits, of configuration and weights; an imported folder has that of its source.
 
     Raises:
         UserError: not such a folder, or a file of it is missing or truncated.
@@ -73,7 +73,7 @@ class MegatronFolder:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What its configuration says of the model, read when it is first asked for.
+        """The architecture in its configuration, read when it is first asked for.
 
         Raises:
             UserError: the configuration is refused.
@@ -90,7 +90,7 @@ class MegatronFolder:
         return source_hash
 
     def _dtypes(self) -> dict[str, torch.dtype]:
-        """Of each tensor, as it was imported."""
+        """The type of each tensor when it was imported."""
         given = self.manifest.get("dtypes")
         if not isinstance(given, dict) or not given:
             raise UserError(f"{self.path / MANIFEST}: dtypes is not a mapping of tensors to types")
@@ -100,7 +100,7 @@ class MegatronFolder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Holds every tensor's own type exactly."""
+        """One type that holds the values of every tensor exactly."""
         return common_dtype(self.dtypes.values())
 
     def load(
@@ -130,11 +130,11 @@ class MegatronFolder:
 class RunCheckpoint(MegatronFolder):
     """A checkpoint of a training run, as a model.
 
-    Its `content_hash` is of the files as they were written: a model exported from it has another.
+    Its `content_hash` covers the files as they were written, so a model exported from it has another hash.
 
     Attributes:
-        iteration: its updates.
-        chats: whether it is taught to close the turns of conversations.
+        iteration: number of updates before it was saved.
+        chats: whether the model was taught to close the turns of conversations.
     """
 
     _format, _remedy = _RUN_FORMAT, "resume the run with the version that began it, or export it there"
@@ -164,11 +164,11 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def open_megatron(path: str | Path, iteration: int | None = None) -> MegatronFolder:
-    """The imported folder `path`; or of a run's folder or its `checkpoints` the newest checkpoint that is whole.
+    """Opens an imported folder, or a checkpoint of a run: by default the newest complete one.
 
     Args:
-        path: either, or a checkpoint itself.
-        iteration: another checkpoint of the run than the newest.
+        path: an imported folder, a run's folder or its `checkpoints`, or a checkpoint itself.
+        iteration: the checkpoint of a run to open instead of the newest.
 
     Raises:
         UserError: as `MegatronFolder`; the run has no (such) checkpoint; `iteration` is given for another folder.
@@ -196,12 +196,12 @@ def describe_run(
     """Write `hf/` and `manifest.json` of a checkpoint that is being written.
 
     Args:
-        folder: being written.
-        hf: where the small files of the model in training are.
-        config: its configuration.
-        dtypes: of the tensors that it was loaded from.
+        folder: the checkpoint's folder.
+        hf: folder with the small files of the model in training.
+        config: the model's configuration.
+        dtypes: types of the tensors that it was loaded from.
         chats: whether it is taught to close the turns of conversations.
-        chat_template: with which it is trained, in place of its own.
+        chat_template: template with which it is trained, in place of its own.
     """
     (folder / "hf").mkdir(exist_ok=True)
     copy_side_files(hf, folder / "hf")
@@ -220,9 +220,9 @@ def describe_source(folder: Path, source: HFFolder, names: Iterable[str], digest
     """Write `hf/` and `manifest.json` of a folder that is being imported.
 
     Args:
-        folder: being written.
+        folder: the folder being written.
         source: what is imported.
-        names: its tensors that are stored.
+        names: those of its tensors that are stored.
         digests: XXH3-128 of its tensors, as far as they are known.
     """
     (folder / "hf").mkdir(exist_ok=True)

@@ -44,18 +44,18 @@ class ModelSource:
     """A checked model: nothing is allocated until `build`.
 
     Args:
-        chat_template: a file in place of the tokenizer's template.
-        heads: kinds that will do.
+        chat_template: a file used in place of the tokenizer's template.
+        heads: the kinds of head that are accepted.
 
     Attributes:
         config: the section it was opened from.
         hf: the folder with the configuration and the tokenizer (and, for Hugging Face folders, the weights).
         architecture: what its `config.json` says of the model.
-        hf_config: the file itself.
+        hf_config: the content of that `config.json`.
         tokenizer: the folder's.
         vocab_size: the model's, without padding.
-        chunk_sizes: how many layers pipeline stages, or their pieces, have.
-        pad_id: what fills up rows, inside that vocabulary; nothing is computed from it.
+        chunk_sizes: the numbers of layers that pipeline stages, or their virtual stages, have.
+        pad_id: id that fills up rows, below `vocab_size`; nothing is computed from it.
 
     Raises:
         UserError: the folder is damaged, of an unknown architecture, or with another head; the layout does not divide
@@ -102,7 +102,7 @@ class ModelSource:
         return _hash_of(self._source)
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Of each tensor of the Hugging Face folder that the weights come from."""
+        """The type of each tensor of the Hugging Face folder that the weights come from."""
         if isinstance(self._source, MegatronFolder):
             return self._source.dtypes
         return {name: self._source.dtype(name) for name in self._source}
@@ -113,8 +113,10 @@ class ModelSource:
         return self._source
 
     def note_length(self, seq_length: int) -> None:
-        """Says where samples can be longer than what the model's positions are meant for: rope computes them all the
-        same, and every family here has rope."""
+        """Tells the user if samples can be longer than the texts that the model was trained on.
+
+        It is no error, because every family here has rope, which computes any position.
+        """
         longest = longest_text(self.hf_config)
         if seq_length > longest:
             say(
@@ -127,7 +129,7 @@ class ModelSource:
         return plan_reads(self._source, self._parallel)
 
     def build(self, world: World, recompute: Mapping[str, Any] = MappingProxyType({})) -> GPT:
-        """This rank's part of the model, with its weights. Collective. Arguments as `build_model`'s."""
+        """This rank's part of the model, with its weights. Collective. Arguments as in `build_model`."""
         with phase(f"{self.config.load} is built and its weights are read"):
             if isinstance(self._source, MegatronFolder):
                 return self._source.load(world, self.dtype, self.kernels, recompute)

@@ -26,12 +26,12 @@ from fusemega.runtime.layout import ParallelConfig
 
 @dataclass(frozen=True)
 class RankReads:
-    """What one rank reads, alike for its data- and context-parallel peers.
+    """What one rank reads; its data- and context-parallel peers read the same.
 
     Attributes:
         pp_rank, tp_rank: its place.
-        tensors: how many tensors it reads something of.
-        boxes: how many boxes of them; each is one read of the file (in a Megatron folder, one for each tensor).
+        tensors: number of tensors of which it reads at least a part.
+        boxes: number of boxes of them; each is one read of the file (in a Megatron folder, one for each tensor).
         nbytes: bytes of weights in those boxes.
         files: weight files it opens; 0 where the format does not say (Megatron's).
     """
@@ -93,7 +93,7 @@ def table(reads: Sequence[RankReads]) -> str:
 
 
 def size(nbytes: int) -> str:
-    """Decimal units, three digits or more."""
+    """A size as text, in decimal units, with three digits or more."""
     for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= scale:
             return f"{nbytes / scale:.{2 if nbytes < 10 * scale else 1}f} {unit}"

@@ -69,8 +69,8 @@ class _Save:
 class CheckpointSaver:
     """One save at a time. Every method is collective.
 
-    Leaving the `with` block waits for a save that is in progress, also where the training has failed: what it writes
-    was taken before.
+    Leaving the `with` block waits for a save that is in progress, also after a UserError in the training: the copy that
+    it writes was taken before.
 
     Args:
         root: the run's `checkpoints` folder.
@@ -79,7 +79,7 @@ class CheckpointSaver:
         keep: how many of the newest checkpoints to keep; None: all.
 
     Attributes:
-        writers_bytes: the most that the processes which wrote this rank's part of a save held beside it.
+        writers_bytes: the most memory that the processes which wrote this rank's part of a save held besides its own.
     """
 
     def __init__(self, root: Path, world: World, in_background: bool, keep: int | None) -> None:
@@ -94,7 +94,8 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, UserError):  # raised on every rank
+        # `wait` is collective. Only a UserError is raised on every rank; after others, some ranks would wait for ever.
+        if kind is None or issubclass(kind, UserError):
             self.wait()
 
     def save(
@@ -115,7 +116,7 @@ class CheckpointSaver:
             describe: writes what else belongs into the folder; called by the main process.
 
         Returns:
-            the folder, which is there already unless saves go on in the background.
+            the folder; in the background, it does not exist yet.
 
         Raises:
             UserError: this save, or the one before it in the background, failed; a full disk, for example.
@@ -151,7 +152,7 @@ class CheckpointSaver:
         return final
 
     def poll(self) -> None:
-        """Finalise a save whose writers have ended, everywhere; returns at once where they have not.
+        """Finalise a save whose writers have ended on all ranks; returns at once if they have not.
 
         Raises:
             UserError: it failed.
@@ -187,11 +188,11 @@ class CheckpointSaver:
             saving.temporary.mkdir()
 
     def _take_notes(self, saving: _Save) -> None:
-        """What this rank's writers noted of their memory; before the main process removes it."""
+        """Reads what this rank's writers noted of their memory, before the main process removes the note."""
         note = saving.temporary / f"{self._world.rank}{_HASHES}"
         if note.is_file():
             self.writers_bytes = max(self.writers_bytes, int(read_json(note)["memory"]))
-        self._world.barrier()
+        self._world.barrier()  # the main process removes the notes in the next step
 
     def _publish(
         self,
@@ -207,6 +208,8 @@ class CheckpointSaver:
             (saving.temporary / STATE).write_text(text, encoding="utf-8")
             describe(saving.temporary)
             write_integrity(saving.temporary, hashes)
+            # A kill between any two of these steps leaves a whole checkpoint: the tracker is moved only when the new
+            # folder is on disk under its name, and older checkpoints are removed only after that.
             make_way(saving.final)
             publish(saving.temporary, saving.final)
             drop_scratch(saving.place)
@@ -229,20 +232,20 @@ class CheckpointSaver:
 def _write_and_hash(
     write: Callable[..., None], folder: Path, trainer: int, rank: int, buckets: list[Any], results: Any
 ) -> None:
-    """Megatron's writer, then the hashes of its files. In the background, this is the forked process's main function.
+    """Runs Megatron's writer, then hashes its files. In the background, it is the forked process's main function.
 
     Args:
         write: called with the last three arguments.
-        folder: written into.
+        folder: the folder written into.
         trainer: id of the process that trains.
-        rank: of that process.
+        rank: rank of that process.
         buckets: (path, name below `folder`, contents) of each file.
         results: where `write` puts what it found.
     """
     if os.getpid() != trainer:
         gc.disable()  # it would free CUDA tensors of the training process
         for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)  # the trainer notes them, and waits for this process
+            signal.signal(number, signal.SIG_IGN)  # the trainer handles them, and waits for this process
     write(rank, buckets, results)
     # If a file is missing or the disk is full, `results` say so.
     with contextlib.suppress(OSError, UserError):
@@ -255,7 +258,7 @@ def _write_and_hash(
 
 
 def _measured_write(transforms: Any, **given: Any) -> None:
-    """Megatron's writer of one file, a process of its own, which notes what it has held."""
+    """Megatron's writer of one file, which is a process of its own; it also notes the memory that it held."""
     _write_bucket(transforms, **given)
     with contextlib.suppress(OSError):
         Path(f"{given['write_bucket'][0]}{_MEMORY}").write_text(str(own_memory()), encoding="ascii")
@@ -276,7 +279,7 @@ def _collect_hashes(folder: Path) -> dict[str, str]:
 
 
 def _check_shared(folder: Path) -> None:
-    """Every file that the index names is seen from here; on a disk of its own, a node's files would be missing."""
+    """Checks that this process sees every file that the index names; not so if a node wrote to a disk of its own."""
     for where in read_index(folder / ".metadata").storage_data.values():
         if not (folder / where.relative_path).is_file():
             raise UserError(
@@ -286,9 +289,9 @@ def _check_shared(folder: Path) -> None:
 
 
 class _WriteResults:
-    """What Megatron's writer found, on its way to the process that forked it: a file without name that both hold.
+    """Passes the results of Megatron's writer to the process that forked it, in a file without name that both hold.
 
-    Megatron's own is a queue of a manager: one more process for every rank, which outlives a rank that is killed.
+    Megatron itself uses a manager's queue: one more process for every rank, which outlives a rank that is killed.
     """
 
     def __init__(self) -> None:
@@ -302,7 +305,8 @@ class _WriteResults:
         """What was put last and not taken yet.
 
         Raises:
-            ChildProcessError: nothing, or not all of it: a writer that fails puts its exception.
+            ChildProcessError: nothing or only a part is there, so the writer was killed: one that fails puts its
+                exception.
         """
         self._file.seek(0)
         try:

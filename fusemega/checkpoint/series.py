@@ -34,7 +34,7 @@ CHECKPOINTS = "checkpoints"
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = "state.json"
 _TRACKER_TEMPORARY = re.compile(rf"{re.escape(TRACKER)}\.[0-9a-f]{{8}}\.tmp")
-_told: set[Path] = set()
+_told: set[Path] = set()  # checkpoints of which the user was told that they are kept
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
@@ -77,7 +77,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The one the tracker names; where it is missing or a file of it has another size, the newest complete one.
+    """The checkpoint that the tracker names; if that is missing or a file has another size, the newest complete one.
 
     Returns:
         None where there are no checkpoints.
@@ -119,10 +119,10 @@ def find_checkpoint(root: Path, world: World) -> Path | None:
 
 
 def prune_checkpoints(root: Path, keep: int, newest: int, also: Path | None) -> None:
-    """Removes all but the `keep` newest checkpoints of iterations up to `newest`, and the one `also`. By one process.
+    """Removes the checkpoints up to iteration `newest`, but keeps the `keep` newest of them and `also`. One process.
 
-    Later ones are left over from before the run went back to an older checkpoint; they will be written again. One that
-    holds files of others stays.
+    Later checkpoints are from before the run went back to an older one; they stay until they are written again. A
+    checkpoint that holds files of others stays too.
     """
     for folder in _folders(root, newest)[keep:]:
         if folder == also:
@@ -141,14 +141,14 @@ def retire(folder: Path) -> None:
         UserError: something that is not ours has the name of the temporary folder that it takes.
     """
     doomed = folder.with_suffix(".tmp")
-    drop_scratch(doomed)
+    drop_scratch(doomed)  # left by a kill in an earlier call
     mark_scratch(doomed)
     os.rename(folder, doomed / INSIDE)
     drop_scratch(doomed)
 
 
 def make_way(folder: Path) -> None:
-    """Nothing is at `folder` when this returns: a checkpoint is removed, and what holds files of others moved aside."""
+    """Frees the name `folder`: removes a checkpoint, and moves aside whatever holds files of others."""
     if not os.path.lexists(folder):
         return
     if folder.is_dir() and not folder.is_symlink() and not unlisted(folder):
@@ -163,6 +163,7 @@ def remove_leftovers(root: Path) -> None:
     """Removes what killed processes left: unfinished checkpoints, trackers not yet renamed."""
     for leftover in root.glob("iter_*.tmp"):
         drop_scratch(leftover)
+    # A kill in `write_durably` leaves a temporary file with the number or a part of it; anything else is not ours.
     for tracker in root.glob(f"{TRACKER}.*.tmp"):
         if _TRACKER_TEMPORARY.fullmatch(tracker.name) and re.fullmatch(rb"\d{,18}", read_bytes(tracker)):
             tracker.unlink(missing_ok=True)

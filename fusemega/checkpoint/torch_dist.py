@@ -1,4 +1,4 @@
-"""Megatron distributed checkpoints (format torch_dist): loading and saving weights, and errors of any of them."""
+"""Megatron distributed checkpoints (format torch_dist): loads and saves weights, and turns errors into UserErrors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fusemega.runtime.parallel import host_group
 
 MIB = 1 << 20
 
-# How torch's restricted unpickler calls what it refuses.
+# The messages in which torch's restricted unpickler names what it refuses.
 _UNSAFE_NAME = re.compile(r"GLOBAL ([\w.]+) (?:was not an allowed global|whose module)")
 
 # It logs what a writer process raised; `checkpoint_errors` says it, once and with the path.
@@ -64,11 +64,11 @@ def load_model(model: GPT, path: str | Path) -> None:
     check_files(Path(path))
     with checkpoint_errors(f"{path}: does not fit this model, or is damaged"):
         wanted = loadable_state(model, path)
-        if model.config.params_dtype == torch.float32:  # in bf16 they are the same, rounded
+        if model.config.params_dtype == torch.float32:  # a bf16 model needs the stored weights: these, rounded
             wanted = _from_main(wanted, path)
         names = list(wanted)
         loaded = dist_checkpointing.load(wanted, str(path))
-    # A training checkpoint's settings of the optimizer come along.
+    # From a training checkpoint `load` also returns the optimizer's settings.
     fill_from_state(model, {name: loaded[name] for name in names})
 
 
@@ -86,7 +86,7 @@ def loadable_state(model: GPT, path: str | Path) -> dict[str, Any]:
 
 
 def _from_main(state: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The same, asked of a run's fp32 main parameters where the checkpoint has them."""
+    """The same state, with the keys of a run's fp32 main parameters where the checkpoint has them."""
     main = main_parameters(value.key for value in load_sharded_metadata(str(path)).values())
     return {
         name: replace(value, key=main[value.key]) if isinstance(value, ShardedTensor) and value.key in main else value
@@ -111,7 +111,7 @@ def _is_extra(name: str) -> bool:
 
 
 def check_files(path: Path) -> None:
-    """The small files of a distributed checkpoint are there, whole, and name nothing that could run.
+    """Checks that the small files of a distributed checkpoint are there, whole, and name nothing that could run.
 
     To be called before megatron-core reads them: it unpickles `.metadata` freely, and `common.pt` where the environment
     says so (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD).
@@ -142,19 +142,19 @@ def checkpoint_errors(what: str, written: Path | None = None) -> Iterator[None]:
     """Turns what saving and loading raise, here or on another rank, into a UserError that begins with `what`.
 
     Args:
-        written: the folder being written; torch's serializer does not say that the disk under it is full.
+        written: the folder being written; torch's serializer does not report that its disk is full.
     """
     try:
         yield
     except CheckpointException as error:  # torch's, not an Exception: raised on every rank when any of them failed
         causes = [cause for cause, _ in error.failures.values()]
         reason = [_reason(causes[0], written) if causes else None]
-        # A failed save tells the cause to its coordinator alone.
+        # A failed save reports the cause to its coordinator alone.
         dist.broadcast_object_list(reason, src=0, group=host_group())
         raise UserError(f"{what}: {reason[0]}") from error
     except (CheckpointingException, KeyError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         if is_echo(error):
-            raise  # another rank has ended: no fault of this checkpoint's
+            raise  # another rank has ended; the checkpoint is not at fault
         raise UserError(f"{what}: {_reason(error, written)}") from error
 
 
@@ -170,7 +170,7 @@ def _reason(error: BaseException, written: Path | None) -> str:
 
 
 def _load_checked_object(planner: MCoreLoadPlanner, item: Any, value: io.BytesIO) -> None:
-    """`load_bytes`, for objects that torch's restricted unpickler reads too."""
+    """`load_bytes`, but only for objects that torch's restricted unpickler reads too."""
     load_torch(value)
     value.seek(0)
     _load_object(planner, item, value)

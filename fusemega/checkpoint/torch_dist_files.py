@@ -63,12 +63,12 @@ class Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter, without the dimension of layers."""
+        """The parameter's shape, without the dimension of layers."""
         return self.global_shape if self.layer is None else self.global_shape[1:]
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """Its offset along the dimension of layers, if it has one."""
+        """The parameter's offset along the dimension of layers; () if it has none."""
         return () if self.layer is None else (self.layer,)
 
     def extra_state(self) -> str | None:
@@ -101,11 +101,11 @@ class StoredChunk:
     """One entry of a `.distcp` file.
 
     Attributes:
-        key: of the global tensor, or of an object.
-        offsets: of the chunk in the global tensor; None for an object.
-        sizes: of the chunk.
+        key: key of the global tensor, or of an object.
+        offsets: where the chunk begins in the global tensor; None for an object.
+        sizes: the chunk's shape.
         dtype: torch's name.
-        file, start, length: bytes of a file, relative to the checkpoint.
+        file, start, length: the entry's bytes in a file, whose path is relative to the checkpoint.
     """
 
     key: str
@@ -118,7 +118,7 @@ class StoredChunk:
 
 
 class _Gap(io.RawIOBase):
-    """Keeps what is written before and after the one gap that a writer seeks over."""
+    """A file that keeps what is written before and after the one gap that its writer seeks over."""
 
     def __init__(self) -> None:
         self.parts = [bytearray()]
@@ -155,8 +155,8 @@ def empty_object() -> bytes:
 
 
 def write_metadata(folder: Path, chunks: Iterable[StoredChunk], global_shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The small files, given the chunks that the `.distcp` files hold. The same chunks give the same bytes."""
-    # Here, because it takes a second: `convert.import_hf` has it imported while the chunks are copied.
+    """Writes the small files for the chunks that the `.distcp` files hold. The same chunks give the same bytes."""
+    # Imported here, because it takes a second: `convert.import_hf` imports it in a thread while chunks are copied.
     from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
     from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -187,13 +187,13 @@ def write_metadata(folder: Path, chunks: Iterable[StoredChunk], global_shapes: M
 
 
 def main_parameters(keys: Iterable[str]) -> dict[str, str]:
-    """Of a checkpoint's keys, those of weights that have an fp32 main parameter -> its key."""
+    """Key of a weight -> key of its fp32 main parameter, for those of a checkpoint's weights that have one."""
     found = {key.removeprefix(prefix): key for key in keys for prefix in _MAIN if key.startswith(prefix)}
     return found
 
 
 class Checkpoint:
-    """The weights of a checkpoint that any layout has written; of a run's, the fp32 main parameters where it has them.
+    """The weights of a checkpoint written under any layout; for a run's, the fp32 main parameters where it has them.
 
     No other optimizer state is opened.
 
@@ -214,6 +214,7 @@ class Checkpoint:
                 if getattr(index, "offset", None) is None:  # an object, such as an extra state
                     continue
                 key = weights.get(index.fqn, index.fqn)
+                # Left out: a weight that has a main parameter, which takes its place, and all other state.
                 if key in main and index.fqn == key or key.startswith(("optimizer.", "random_state.")):
                     continue
                 self.shapes[key] = tuple(metadata.state_dict_metadata[index.fqn].size)
@@ -233,7 +234,7 @@ class Checkpoint:
         return [self.path / ".metadata", *sorted(chunks)]
 
     def hf_tensors(self, architecture: Architecture) -> dict[str, Assembled]:
-        """Each HF tensor, in the model's order, as boxes of the chunks; each in the type it is stored in.
+        """Each HF tensor, in the model's order, as boxes of the chunks, in the type in which it is stored.
 
         Raises:
             UserError: the checkpoint lacks a part of the model.
@@ -292,7 +293,7 @@ def _without_leading(move: Move) -> Move:
 
 
 def _open_chunk(key: str, path: Path, file: IO[bytes], where: Any) -> Stored:
-    """Where a chunk's data lie: its header says, which is read without them."""
+    """Where a chunk's data lies in its file. Reads the chunk's header, not the data."""
     try:
         view = cast(IO[bytes], _View(file, where.offset, where.length))
         tensor = load_torch(view)

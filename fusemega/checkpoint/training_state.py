@@ -36,10 +36,11 @@ _SAVE_FORMAT = {**_OPTIMIZER_FORMAT, "distrib_optim_fully_reshardable_mem_effici
 
 
 def training_state(gpt: GPT, optimizer: MegatronOptimizer, world: World) -> dict[str, Any]:
-    """What is saved of this rank. Collective."""
+    """This rank's part of what a checkpoint holds. Collective."""
     model_state = gpt.sharded_state_dict()
     optimizer_state = optimizer.sharded_state_dict({"model": model_state}, metadata=_SAVE_FORMAT)
-    if optimizer_state.get("param_state", ()) is None:  # on another rank; megatron-core compares what is not sharded
+    # None where another rank holds it; removed, because megatron-core compares what is not sharded between ranks.
+    if optimizer_state.get("param_state", ()) is None:
         del optimizer_state["param_state"]
     return {
         "model": model_state,
