@@ -1,4 +1,4 @@
-"""Hugging Face folders: opened and checked, read into models, written, and what else is done with a folder.
+"""Hugging Face folders: opens and checks them, reads them into models, writes them, and more.
 
 * `folder.py`: a folder's configuration, tensors and files, by name; `check.py`: that a family can take it
 * `load.py`, `export.py`: a model filled from a folder, and written as one

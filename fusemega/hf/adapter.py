@@ -6,8 +6,8 @@ for each module that has a pair of A [r, in] and B [out, r]; `rank_pattern` and 
 alpha of their own. An embedding's pair is added transposed: A [r, V], B [H, r]. Modules of `modules_to_save` and
 trained biases stand in the adapter whole, and take the place of the base's. Sums are in fp32, rounded once.
 
-What an adapter's configuration says beside that is refused unless it has no bearing on the merged weights: a list of
-what is known, so that a new kind of adapter is not merged as an old one.
+Any other setting of an adapter's configuration is refused, unless it is listed here as one that does not change the
+merged weights. So a new kind of adapter is not merged as an old one.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PAIR = re.compile(r"(.+)\.lora_(?:(embedding)_)?([AB])(?:\.weight)?")
 _USED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-# Of training, or of which modules got an adapter, which the tensors say themselves; torch's Linear ignores
-# fan_in_fan_out, and there is nothing else here.
+# Settings of training, or of the choice of modules, which the tensors show themselves; fan_in_fan_out does not matter
+# for torch's Linear, and there are no other layers here.
 _INERT = {
     *("auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode"),
     *("layers_pattern", "layers_to_transform", "lora_dropout", "modules_to_save", "peft_version", "revision"),
     *("runtime_config", "target_modules", "task_type", "loftq_config", "eva_config", "megatron_core"),
 }
-# Initialisations that leave the base as it was; the others (pissa, olora, corda, loftq...) train beside a changed one.
+# Initialisations that leave the base as it was; with the others (pissa, olora, corda, loftq...) it is changed too.
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -97,7 +97,7 @@ class Adapter:
             raise UserError(f"{path / WEIGHTS}: holds no tensors")
 
     def merged(self, name: str) -> torch.Tensor:
-        """A tensor of the base with the adapter in it: in fp32 (or wider) where it changes, else as the base has it."""
+        """A tensor of the base with the adapter merged: in fp32 (or wider) if it changes, otherwise as in the base."""
         value = self._replaced.get(name)
         value = self.base.read(name, whole(self.base.shape(name))) if value is None else value
         if name not in self._pairs:
@@ -109,7 +109,7 @@ class Adapter:
 
     @property
     def changed(self) -> int:
-        """How many tensors of the base it changes."""
+        """Number of tensors of the base that the adapter changes."""
         return len(self._pairs.keys() | self._replaced.keys())
 
     def _read(self) -> dict[str, torch.Tensor]:
@@ -161,10 +161,10 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
         dtype: of the written weights; None: the base's.
 
     Returns:
-        How many tensors were changed, and of how many; what `settle` has to say.
+        How many tensors were changed, and of how many; the notes of `settle`.
 
     Raises:
-        UserError: see `Adapter`; values too large for `dtype`; before anything else is written.
+        UserError: see `Adapter`; values that are not finite in `dtype`; `out` does not appear then.
     """
     refuse_existing(out)
     source = HFFolder(base)
@@ -200,7 +200,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
 
 
 def _scales(config: dict[str, Any], file: Path) -> Callable[[str], tuple[int, float]]:
-    """Module -> its r, and what multiplies its product.
+    """A function from a module's name to its r and the factor s of its product.
 
     Raises:
         UserError: another kind of adapter, or a setting that is not supported.

@@ -10,11 +10,11 @@ from fusemega.models.architecture import Architecture
 
 
 def check_tensors(folder: HFFolder, architecture: Architecture | None = None) -> None:
-    """The folder holds exactly the tensors of its architecture, with those shapes. Reads no weights.
+    """Checks that the folder holds exactly the tensors of its architecture, with their shapes. Reads no weights.
 
     Args:
         folder: an open folder.
-        architecture: another one than its own.
+        architecture: used in place of the folder's own.
 
     Raises:
         UserError: names the first tensor that is missing, unexpected, or of another shape or type.
@@ -30,16 +30,16 @@ def check_tensors(folder: HFFolder, architecture: Architecture | None = None) ->
             raise UserError(
                 f"{folder.path}: tensor {name} has shape {list(folder.shape(name))}, and config.json says {list(shape)}"
             )
-        folder.dtype(name)
+        folder.dtype(name)  # raises for quantised weights
     for name in sorted(present - expected.keys() - copies.keys()):
         raise UserError(f"{folder.path}: tensor {name} is not part of this architecture")
 
 
 def check_copies(folder: HFFolder) -> None:
-    """A tied model's folder may hold its head too; then it must be the embedding. Reads both, block by block.
+    """Checks that the head of a tied model's folder, if it is there, equals the embedding. Reads both, block by block.
 
     Raises:
-        UserError: it is not.
+        UserError: they differ.
     """
     for copy, original in folder.architecture.copies().items():
         if copy not in folder:

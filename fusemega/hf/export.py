@@ -60,7 +60,7 @@ def export_hf(
             if world.is_main:
                 write_file(temporary / file, shard, _present(values))
             else:
-                for _ in values:
+                for _ in values:  # every rank takes part in the transfer of each tensor
                     pass
         if world.is_main:
             copy_side_files(source, temporary)
@@ -73,7 +73,7 @@ def export_hf(
 
 
 class _Sources:
-    """Who holds what, and the transport of one whole HF tensor to the main process."""
+    """Knows which rank holds what, and brings one whole HF tensor at a time to the main process."""
 
     def __init__(self, model: GPT, model_placements: list[Placement], world: World) -> None:
         self.world = world
@@ -82,6 +82,7 @@ class _Sources:
         self.parameters = {placement.rule.megatron: placement.parameter for placement in model_placements}
         mine = (world.dp_rank, world.tp_rank, set(self.parameters))
         everyone = world.from_all(mine)
+        # Reversed, so that of several ranks with the same part the lowest remains.
         self.ranks: dict[tuple[str, int], int] = {
             (name, tp_rank): rank
             for rank, (dp_rank, tp_rank, names) in reversed(list(enumerate(everyone)))
@@ -114,7 +115,7 @@ class _Sources:
         return whole
 
     def _pack(self, parameter: torch.nn.Parameter, pieces: list[Piece]) -> torch.Tensor:
-        """One message, however many pieces."""
+        """All pieces as one flat tensor, so that one message carries them."""
         return torch.cat([parameter.detach()[slices(piece.local_box)].flatten() for piece in pieces])
 
 

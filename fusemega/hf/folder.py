@@ -1,4 +1,4 @@
-"""A Hugging Face model folder from any source: safetensors only, every shard checked before any is used."""
+"""Opens a Hugging Face model folder from any source: safetensors only; every shard is checked before any is used."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# Of the configuration, these say where weights came from and how they are stored, not what the model computes.
+# Keys of the configuration that say where weights came from and how they are stored, not what the model computes.
 _STORAGE_KEYS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor, as `Tensor` has it, and its file."""
+    """The fields of a `Tensor`, and its file."""
 
     shard: Path
     dtype: str
@@ -78,7 +78,7 @@ class HFFolder:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What its configuration says of the model, read when it is first asked for.
+        """The architecture in its configuration, read when it is first asked for.
 
         Raises:
             UserError: the configuration is refused.
@@ -161,9 +161,9 @@ class HFFolder:
         return digest.hexdigest()
 
     def hashes(self) -> dict[Path, dict[str, Any]]:
-        """Of each file of weights `file`, its XXH3-128, and `tensors`, that of each tensor by name.
+        """For each file of weights: `file`, its XXH3-128, and `tensors`, the XXH3-128 of each tensor by name.
 
-        Reads all weights once, in one go, at the speed of the disk; not again while the files are not touched.
+        Reads all weights once, in the order of their bytes; not again as long as the files are not touched.
         """
         if self._hashes is None:
             memory = cache_folder() / "hashes"
@@ -242,6 +242,7 @@ def _shard_hashes(shard: Path, entries: Mapping[str, _Entry]) -> dict[str, Any]:
         while count := file.readinto(buffer):
             block = memoryview(buffer)[:count]
             whole.update(block)
+            # The tensor that begins first is the last of `left`. One that goes on in the next block stays there.
             while left and entries[left[-1]].start < at + count:
                 entry = entries[left[-1]]
                 tensors[left[-1]].update(block[max(entry.start - at, 0) : max(entry.stop - at, 0)])

@@ -1,4 +1,4 @@
-"""A model folder by path or by hub id."""
+"""Finds a model folder by path or by hub id."""
 
 from __future__ import annotations
 

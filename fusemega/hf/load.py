@@ -32,7 +32,7 @@ def load_hf(model: GPT, folder: str | Path, world: World) -> None:
 
 
 def _check_copies(model: GPT, source: HFFolder, world: World) -> None:
-    """A tied model's folder may hold the head too: then it must be the embedding, on the rows this rank has read."""
+    """Checks that the head of a tied model's folder, if there, equals the embedding on the rows this rank has read."""
     copies = {original: copy for copy, original in model.architecture.copies().items() if copy in source}
     for placement in placements(model, world):
         for piece in placement.pieces:

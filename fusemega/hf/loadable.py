@@ -32,7 +32,7 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
 
     Args:
         folder: with configuration, tokenizer and generation settings; it may lack weights.
-        trained_with: the tokenizer that its rows belong to, or the folder of it.
+        trained_with: the tokenizer to which the rows of the model belong, or its folder.
         chats: whether the model was taught conversations by the folder's chat template.
         ends: other ids at which generation has to stop.
 
@@ -43,7 +43,7 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
         UserError: transformers cannot load it, or loads another tokenizer than `trained_with`; a token that ends turns
             or texts has no row.
     """
-    if not any((folder / name).is_file() for name in FILES[:4]):
+    if not any((folder / name).is_file() for name in FILES[:4]):  # those that can hold a vocabulary
         return []
     reference = trained_with if isinstance(trained_with, Tokenizer) else _known(trained_with)
     if reference is None:
@@ -94,7 +94,7 @@ def stop_ids(folder: Path) -> list[int]:
 
 
 def _known(folder: Path) -> Tokenizer | None:
-    """None where transformers cannot load the source's tokenizer either: a copy of it is as good as it was."""
+    """The source's tokenizer; None if transformers cannot load it either, so that its copy need not load."""
     try:
         return Tokenizer.load(folder)
     except UserError:
@@ -102,7 +102,7 @@ def _known(folder: Path) -> Tokenizer | None:
 
 
 def _tokenizer(folder: Path, reference: Tokenizer, notes: list[str]) -> Tokenizer:
-    """The folder's tokenizer, which cuts text as `reference` does."""
+    """The folder's tokenizer; corrected if it does not cut text as `reference` does."""
     try:
         found: Tokenizer | None = Tokenizer.load(folder)
     except UserError:
@@ -136,14 +136,14 @@ def _with_template(folder: Path, found: Tokenizer, reference: Tokenizer, notes: 
 
 
 def _same(found: Tokenizer, reference: Tokenizer) -> bool:
-    """Whether both cut the probes alike, with what comes before a text and between added tokens."""
+    """Whether both have the same prefix, and cut the probes and a text of added tokens alike."""
     texts = [*PROBES, "a".join(sorted(reference.added_tokens)[:64])]
     pairs = zip(found.encode(texts), reference.encode(texts), strict=True)
     return found.prefix_ids == reference.prefix_ids and all(a.ids.tolist() == b.ids.tolist() for a, b in pairs)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """config.json, which transformers can load as the generation settings can be."""
+    """config.json, after a check that transformers can load it and the generation settings."""
     from transformers import AutoConfig, GenerationConfig
 
     for name, kind in (("config.json", AutoConfig), (GENERATION, GenerationConfig)):
@@ -156,7 +156,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _stop_at(folder: Path, config: dict[str, Any], wanted: list[int], tokenizer: Tokenizer) -> list[str]:
-    """Adds `wanted` to where generation stops."""
+    """Adds the ids `wanted` to those at which generation stops; returns a note if there were any to add."""
     found = stop_ids(folder)
     missing = [i for i in dict.fromkeys(wanted) if i not in found]
     if not missing:

@@ -15,7 +15,9 @@ from fusemega.runtime.console import warn
 
 
 def check_written(folder: HFFolder) -> None:
-    """Reads all weights, unless this process or another has done so and they were not touched since. One process.
+    """Compares the weights with `integrity.json`. One process.
+
+    Reads them all, unless this process or another has done so and they were not touched since.
 
     Raises:
         UserError: weights were changed.
@@ -32,19 +34,20 @@ def check_written(folder: HFFolder) -> None:
 
 
 def damaged_weights(folder: HFFolder, again: bool = False) -> list[str]:
-    """The files of weights, by relative path, that `integrity.json` does not list with the hash that they have.
+    """The files of weights, by relative path, whose hash is not the one in `integrity.json`.
 
     Args:
         again: read them even if their hashes are cached.
     """
     recorded = recorded_hashes(folder.path)
+    # The first of the files is config.json.
     hashes = {path: file_hash(path) if again else folder.hashes()[path]["file"] for path in folder.files()[1:]}
     found = {path.relative_to(folder.path).as_posix(): digest for path, digest in hashes.items()}
     return sorted(name for name, digest in found.items() if recorded.get(name) != digest)
 
 
 def changed_files(folder: HFFolder) -> list[str]:
-    """Of configuration, tokenizer and the like, those that were changed, removed or added."""
+    """The files of configuration, tokenizer and the like that were changed, removed or added."""
     there = {name: file_hash(folder.path / name) for name in side_files(folder.path)}
     listed = {name: digest for name, digest in recorded_hashes(folder.path).items() if is_side_file(name)}
     return sorted(name for name in there.keys() | listed.keys() if there.get(name) != listed.get(name))

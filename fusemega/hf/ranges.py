@@ -21,7 +21,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 class RangeReader:
-    """Flat element ranges of a folder's tensors."""
+    """Reads flat element ranges of a folder's tensors."""
 
     def __init__(self, folder: HFFolder) -> None:
         self.folder = folder
@@ -30,7 +30,7 @@ class RangeReader:
         self._opening = threading.Lock()
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Elements `start` to `start + len(out)` of a tensor, row-major, into `out`, which has the tensor's dtype.
+        """Reads elements `start` to `start + len(out)` of a tensor, row-major, into `out`, which has its dtype.
 
         Raises:
             UserError: the file cannot be read, or has become shorter than it was.
@@ -97,7 +97,7 @@ class RangeWriter:
                 at += info.nbytes
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        """`values`, of the tensor's dtype, from element `start` of tensor `name` on."""
+        """Writes `values`, which have the tensor's dtype, from element `start` of tensor `name` on."""
         descriptor, at, dtype = self._places[name]
         if values.dtype != dtype:
             raise RuntimeError(f"{name}: planned {dtype}, got {values.dtype}")
@@ -108,18 +108,18 @@ class RangeWriter:
             view, at = view[count:], at + count
 
     def read(self, name: str) -> Iterator[memoryview]:
-        """The bytes that a tensor has by now, in blocks that are overwritten by the next."""
+        """The bytes that a tensor has so far, in blocks; each block overwrites the one before."""
         descriptor, at, _ = self._places[name]
         left, buffer = self._sizes[name], bytearray(_BLOCK_BYTES)
         while left:
             count = os.preadv(descriptor, [memoryview(buffer)[:left]], at)
             if count == 0:
-                return  # it was cut off: the hash will say so
+                return  # the file was cut off: the caller's hash will differ
             yield memoryview(buffer)[:count]
             at, left = at + count, left - count
 
     def sync(self) -> None:
-        """What has been written is on the disk when this returns."""
+        """Puts on disk what has been written so far."""
         for descriptor in self._descriptors:
             os.fdatasync(descriptor)
 

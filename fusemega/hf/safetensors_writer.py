@@ -71,12 +71,12 @@ def file_header(tensors: list[TensorInfo]) -> bytes:
         }
         at += info.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-len(encoded) % 8)  # so that the weights begin at a multiple of 8 bytes
     return len(encoded).to_bytes(8, "little") + encoded
 
 
 def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Tensor]) -> None:
-    """One file. `values` yields the tensors in the order of `tensors`, on any device, of that dtype and shape."""
+    """Writes one file. `values` yields the tensors, in the order of `tensors` and of that dtype and shape."""
     with open(path, "wb") as file:
         file.write(file_header(tensors))
         for info, value in zip(tensors, values, strict=True):
@@ -86,7 +86,7 @@ def write_file(path: Path, tensors: list[TensorInfo], values: Iterator[torch.Ten
 
 
 def raw_bytes(value: torch.Tensor) -> memoryview:
-    """A tensor's elements as a file holds them; no copy where it lies contiguous on the CPU."""
+    """A tensor's elements as a file holds them; not copied if it is contiguous and on the CPU."""
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 

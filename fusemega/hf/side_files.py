@@ -14,7 +14,7 @@ from fusemega.files.json_files import read_json
 from fusemega.files.opening import read_text
 
 TEMPLATE = "chat_template.jinja"
-# Beside the weights, what a user of the folder needs. Never Python code.
+# What a user of the folder needs beside the weights. Never Python code.
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -41,7 +41,7 @@ def copy_side_files(source: Path, out: Path) -> None:
 
 
 def side_files(folder: Path) -> list[str]:
-    """Those that `folder` has, and config.json, as relative paths."""
+    """The side files that `folder` has, and config.json, as relative paths."""
     below = [path for name in _SIDE_FOLDERS for path in (folder / name).rglob("*")]
     files = [*(folder / name for name in ("config.json", *_SIDE_FILES)), *below]
     return sorted(path.relative_to(folder).as_posix() for path in files if path.is_file())
@@ -67,7 +67,7 @@ def read_template(folder: Path) -> str | None:
 
 
 def write_template(folder: Path, template: str) -> None:
-    """Makes it the folder's only default chat template."""
+    """Makes `template` the folder's only default chat template."""
     (folder / "chat_template.json").unlink(missing_ok=True)
     config = folder / "tokenizer_config.json"
     settings = read_json(config) if config.is_file() else {}
