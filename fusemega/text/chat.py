@@ -30,14 +30,15 @@ class Span:
     Attributes:
         start, end: the content.
         closing_end: end of the turn's closing token; equal to `end` where the template has none there.
-        supervised: range of targets: a token is one iff it *ends* in (supervised[0], supervised[1]]; None for none.
+        supervised: range of targets: a token is a target iff it *ends* in (supervised[0], supervised[1]]; or None.
         base: byte of the canonical stream at which the message begins.
         has_header: whether the canonical stream has its virtual header byte (conversations do, texts do not).
         stripped_bytes: UTF-8 bytes that the template removed from the content's beginning.
         num_bytes: UTF-8 bytes of the whole message in the canonical stream, between header and end of turn.
-        offset: bytes of those before this text: a message may be several texts, with the template's between them.
-        is_open: what follows the text's last character is the template's, and no other template's.
-        is_spelt: whether the characters are the text's own; not those of JSON.
+        offset: how many of these bytes lie before this text: a message may be several texts, with the template's own
+            text between them.
+        is_open: whether text that only this template writes follows, so that the end is no comparable place.
+        is_spelt: whether the characters are the text's own, and not its spelling in JSON.
     """
 
     start: int
@@ -55,12 +56,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a model writes in a turn with more than a content: targets are the tokens that end in (start, end].
+    """A turn in which the model writes more than a content. Targets are the tokens that end in (start, end].
 
     Attributes:
         start, end: characters of the rendered text.
         closing: byte of the canonical stream at which the closing token ends; None where nothing closes the turn.
-        texts: ranges of characters whose bytes count.
+        texts: ranges of characters whose bytes count as target bytes.
     """
 
     start: int
@@ -84,7 +85,7 @@ class Rendered:
 
 
 def render_text(document: Text) -> Rendered:
-    """An unchanged text: one message without header byte, eos ending at its length + 1."""
+    """A text, unchanged: one message without header byte; its eos ends at its length + 1."""
     length, num_bytes = len(document.text), len(document.text.encode())
     span = Span(0, length, length, (document.supervised_from, length), 0, False, 0, num_bytes)
     return Rendered(document.text, (span,), num_bytes + 1, framed=True)
@@ -112,7 +113,7 @@ class ChatRenderer:
         self._special = re.compile("|".join(map(re.escape, specials)) or "(?!)")
         self._tokenizer = tokenizer
         self._pieces: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[list[str], list[int]]] = {}
-        self._heeded: set[str] = set()
+        self._heeded: set[str] = set()  # fields that the template was seen to use
         self.counts: Counter[str] = Counter()
         self.closing = self._learn_closing()
 
@@ -121,11 +122,11 @@ class ChatRenderer:
         template leaves out with its block).
 
         Args:
-            ignored: counts what the template was given and does not write, by name; None: it is refused.
+            ignored: counts fields that the template was given and does not write, by name; None: they are refused.
 
         Raises:
             BadRow: the template refuses the conversation, drops, repeats or rewrites a content, or ignores
-                of something that it was given.
+                something that it was given.
             OverBudget: it needs more time, memory or output than a conversation may.
         """
         text = self._apply([given(message) for message in chat.messages], chat.settings)
@@ -140,8 +141,8 @@ class ChatRenderer:
         return self._spans(text, chat, found, turns)
 
     def _place(self, chat: Chat, text: str) -> tuple[list[Placed] | None, list[Cell]]:
-        """Where the cells lie by the first rule, and those of reasoning that were left out; None where it does not
-        apply."""
+        """Where the cells lie by the first rule, or None if it does not apply; and the cells of reasoning that the
+        template left out."""
         messages = chat.messages
         whole = Outline(messages)
         cut = Outline(messages, self._tags)
@@ -159,7 +160,8 @@ class ChatRenderer:
         return None, []
 
     def _without_dropped(self, chat: Chat, missing: list[Cell]) -> Chat:
-        """Turns whose reasoning the template leaves out once others follow are not what the model writes: context."""
+        """The conversation in which turns are only context if the template leaves out their reasoning once others
+        follow: the model would not write them so."""
         turns = {cell.message for cell in missing if chat.messages[cell.message].supervised}
         for i in sorted(turns):
             outline = Outline(chat.messages[: i + 1], self._tags)
@@ -193,7 +195,7 @@ class ChatRenderer:
         spans, turns, base = [], [], 0
         for i, message in enumerate(chat.messages):
             mine = [each for each in placed if each.cell.message == i]
-            num_bytes = message.stream_length - 2
+            num_bytes = message.stream_length - 2  # without header and end of turn
             ends = mine[-1].end if mine else None
             closes = ends is not None and text.startswith(self.closing, ends)
             whole = len(mine) == 1 and mine[0].cell.text == message.content and between is None
@@ -242,7 +244,7 @@ class ChatRenderer:
         return Turn(start, end, base + message.stream_length if times else None, tuple(texts))
 
     def _begins(self, chat: Chat, i: int, text: str, mine: Sequence[Placed]) -> int:
-        """Where what the model writes of message `i` begins: behind the generation prompt."""
+        """Where the text that the model writes in message `i` begins: after the generation prompt."""
         first = min((each.start for each in mine), default=len(text))
         try:
             prompt = self._first(chat, i, True) if i else ""
@@ -315,8 +317,8 @@ class ChatRenderer:
             return True
 
     def _refuse_special_tokens(self, chat: Chat, contents: bool) -> None:
-        """Of what the template is given beside contents none may spell a special token; nor, by the second rule, where
-        no spans tell it, may `contents`."""
+        """Refuses special tokens in what the template is given beside contents. With `contents`, refuses them there
+        too: by the second rule, no spans of all contents are known in which they would be found."""
         spelled: list[tuple[str, Any]] = [("the row", chat.settings)]
         for i, message in enumerate(chat.messages):
             spelled.append((f"message {i}", [message.content if contents else "", message.reasoning, message.fields]))
@@ -329,6 +331,7 @@ class ChatRenderer:
 
     def _learn_pieces(self, chat: Chat, outline: Outline, shown: tuple[int, ...]) -> tuple[list[str], list[int]]:
         """The template's literal pieces around the cells `shown`, and the order in which it writes those."""
+        # Only then do the pieces depend on the roles alone, so that they can be kept.
         plain = (
             not chat.settings
             and all(not m.fields and not m.reasoning for m in chat.messages)

@@ -188,7 +188,7 @@ def _expand(path: str, split: str | None) -> list[Path]:
 
 
 def _check_named(file: Path, split: str | None) -> None:
-    """A file that is named is read whole: what `split` says of it may not be anything else."""
+    """Refuses a `split` that contradicts the name of a file given by name, because such a file is read whole."""
     says = _splits_in(Path(file.name)) or {"train"} | _splits_in(Path(file.parent.name, "x"))
     if split is not None and _SPLITS.get(split, split) not in says:
         raise UserError(
@@ -198,7 +198,8 @@ def _check_named(file: Path, split: str | None) -> None:
 
 
 def _of_glob(path: str, files: list[Path], split: str | None) -> list[Path]:
-    """All that it hits where that is of one split; else those of `split`, which has to be said."""
+    """All files that the glob matches, if they are of one split; otherwise those of `split`, which must be given."""
+    # The folder before the first wildcard: only what lies below it can tell splits apart.
     base = Path(re.split(r"[*?[]", path)[0] + "x").parent
     names = {frozenset(_splits_in(file.relative_to(base))) for file in files}
     if len(names) == 1 and split is None:
@@ -210,7 +211,8 @@ def _of_glob(path: str, files: list[Path], split: str | None) -> list[Path]:
 
 
 def _splits_in(file: Path) -> set[str]:
-    """The splits that a path's words say; a library that writes shards names the split, whatever words are in that."""
+    """The splits named by the words of a path. In the names that libraries give to shards, all before the number is
+    the split, whatever words are in it."""
     if shard := _SHARD.match(file.name):
         return {_SPLITS.get(shard[1], shard[1])}
     words = re.split("[^a-z0-9]+", str(file).lower().removesuffix("".join(file.suffixes).lower()))

@@ -42,7 +42,7 @@ _NO_TARGET = "window without supervised tokens"
 class TokenizedDataset:
     """Samples by index, from a folder that `prepare` wrote; arrays are views of memory-mapped files.
 
-    Pickled, it is its folder's name and those of the files.
+    A pickle of it holds only the names of its folder and of the data files.
 
     Attributes:
         config: what was read.
@@ -56,7 +56,7 @@ class TokenizedDataset:
     """
 
     def __init__(self, folder: Path, names: Sequence[str], config: DataConfig) -> None:
-        """`names`: of the files that hold the rows, by `RawRow.file`; the folder, which goes by contents, has none."""
+        """`names`: the data files' names, by `RawRow.file`; they are not in the folder, which depends on contents."""
         self.folder, self.config, self._names = folder, config, names
         try:
             meta = read_json(folder / "meta.json")
@@ -121,7 +121,7 @@ class TokenizedDataset:
         return range(int(self.starts[i]), int(self.starts[i + 1]) if i + 1 < len(self.starts) else len(self))
 
     def in_words(self) -> str:
-        """How much there is."""
+        """The amount of data, in words."""
         groups = f"{self.num_units} groups, " if self.is_grouped else ""
         return f"{groups}{len(self)} samples, {int(self.lengths.sum())} tokens, {self.num_supervised} supervised"
 
@@ -131,7 +131,7 @@ class TokenizedDataset:
         return [np.ascontiguousarray(self._index[name]) for name in names] + list(self._columns.values())
 
     def place(self, i: int) -> tuple[int, int]:
-        """`RawRow.file` and `RawRow.number` of the row that sample `i` is of."""
+        """`RawRow.file` and `RawRow.number` of the row of sample `i`."""
         return int(self._index["file"][i]), int(self._index["row"][i])
 
     @property
@@ -191,7 +191,7 @@ _SAID: set[str] = set()
 
 
 def _say_left_out(names: tuple[str, ...], dataset: TokenizedDataset) -> None:
-    """Once a process, however many tokenizers read the same rows."""
+    """Says what was left out, once in a process, however many tokenizers read the same rows."""
     fields = [f"left out the field {name!r} {count} times" for name, count in dataset.ignored.items()]
     rows = [f"skipped {count} ({reason})" for reason, count in dataset.skipped.items()]
     for found in (fields, rows, *([note] for note in dataset.notes)):
@@ -226,7 +226,7 @@ class _Tokenize:
         return notes
 
     def __call__(self, rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, list[Sample]]]:
-        """The samples of each row; those of a group, or some of one document."""
+        """The samples of each row: those of a group together, those of a document one by one."""
         ready: list[tuple[RawRow, Document | Group, list[tuple[bytes, Rendered]]]] = []
         for row in rows:
             try:
@@ -263,7 +263,7 @@ class _Tokenize:
     def _group(
         self, group: Group, tokens: Sequence[Annotated], identities: Sequence[bytes], row: RawRow
     ) -> list[Sample]:
-        """A sample each; all of them fit in a row, and each has something to learn."""
+        """One sample for each document of the group. Raises BadRow unless they fit in one row and each has a target."""
         total, longest = sum(len(each.ids) for each in tokens), self.config.seq_length
         if total > longest:
             raise BadRow(

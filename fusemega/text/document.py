@@ -57,8 +57,8 @@ class Message:
 
     Attributes:
         role, content: as given.
-        supervised: what the model writes of it, from reasoning to closing token, are targets.
-        reasoning: what goes before the content.
+        supervised: whether what the model writes of it, from reasoning to closing token, is trained on.
+        reasoning: the reasoning before the content; "" for none.
         fields: others that the template is given (`fields.message_fields`).
     """
 
@@ -111,7 +111,7 @@ class Group:
 
     Attributes:
         documents: in the order of the row; chosen before rejected.
-        scalars: numbers of each, by name, of `SCALARS`.
+        scalars: numbers of each document, by name; the names are in `SCALARS`.
     """
 
     documents: tuple[Document, ...]
@@ -215,13 +215,14 @@ def _with_system(messages: tuple[Message, ...], row: Mapping[str, Any]) -> tuple
 
 
 def _check_prompt(prompt: object, messages: tuple[Message, ...]) -> None:
-    """Beside messages a prompt is the first question once more (UltraChat's), or the messages before the last."""
+    """Refuses a prompt beside messages unless it repeats the first question (as in UltraChat) or the first messages."""
     if isinstance(prompt, str):
         first = next((message.content for message in messages if message.role == "user"), "")
         same = prompt.strip() == first.strip()
     else:
         turns = [(m.role, m.content) for m in _messages(prompt, "prompt", False, Counter())]
         asked = [(m.role, m.content) for m in messages]
+        # The prompt may lack the conversation's first message (the system text).
         same = any(turns == asked[start : start + len(turns)] for start in (0, 1))
     if not same:
         raise BadRow(
@@ -282,7 +283,7 @@ def _responses(row: Mapping[str, Any], responses: Mapping[str, Any], ignored: Co
 
 
 def _chat(messages: tuple[Message, ...], learnable: Any, row: Mapping[str, Any]) -> Chat:
-    """`learnable`: the messages as given of which assistants' turns are learnt, unless flags say otherwise."""
+    """The conversation. `learnable`: the given messages whose assistant turns are learnt unless flags exclude them."""
     if not any(message.supervised for message in messages):
         if any(item["role"] == "assistant" for item in learnable):
             raise NotLearnt

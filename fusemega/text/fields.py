@@ -24,9 +24,9 @@ NAMES = (
 # Aliases first to last; templates get the first one, and transformers gives them the others.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
-# Of a message, beside role, content and flags.
+# Fields of a message, beside role, content and flags.
 MESSAGE_FIELDS = (*REASONING, *CALLS, "tool_call_id", "name")
-# Of a row of messages: handed to the template, the first of them as a message.
+# Fields of a row of messages that are given to the template, the first of them as a message.
 ROW_FIELDS = ("system", "tools", "documents", "chat_template_kwargs")
 
 
@@ -126,7 +126,7 @@ def row_settings(row: Mapping[str, Any]) -> dict[str, Any]:
             settings[name] = [dict(_mapping(e, f"{name}[{i}]")) for i, e in enumerate(_decoded(row[name], name, list))]
     if not is_absent(row.get("chat_template_kwargs")):
         for name, value in _decoded(row["chat_template_kwargs"], "chat_template_kwargs", dict).items():
-            if value is None:  # in columnar files, a column of other rows
+            if value is None:  # in columnar files: a setting that only other rows have
                 continue
             if not str(name).isidentifier() or name in _reserved() or name in settings:
                 raise BadRow(
@@ -156,7 +156,7 @@ def kind(value: object) -> str:
 
 @cache
 def _reserved() -> frozenset[str]:
-    """Names that are not a template's own: transformers would take them for its own arguments."""
+    """Names that no setting of a template can have, because transformers takes them as its own arguments."""
     from transformers import PreTrainedTokenizerBase
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -196,7 +196,7 @@ def _mapping(value: Any, key: str) -> Mapping[str, Any]:
 
 
 def _decoded(value: Any, key: str, wanted: type[list[Any]] | type[dict[str, Any]]) -> Any:
-    """The list or object itself, or the text of one: files of columns keep what varies as JSON."""
+    """The list or object, decoded if it is given as JSON text: columnar files keep values of varying form as text."""
     found = value
     if isinstance(value, str):
         try:

@@ -62,7 +62,7 @@ def deal(
     by falling attention work, so that ranks have about equal work at about the same time.
 
     Args:
-        work: of each sample its squared length; of each group the sum of those.
+        work: squared length of each sample; for a group, the sum of its samples' squared lengths.
     """
     costs = np.asarray(work, dtype=np.int64)
     step = dp_size * micro_batch_size * multiple

@@ -45,10 +45,10 @@ class Sample:
         end_bytes: int32 [L]: where token i ends in the canonical stream, -1 where at no comparable place.
         num_bytes: UTF-8 bytes of content in the supervised tokens (closing tokens count 0).
         source: "file:row", for messages.
-        group: number of the group of samples that it belongs to; None: to none.
-        scalars: numbers of it, by name (`document.SCALARS`).
-        places: uint8 [L], what each token is: `OF_TEXT` of a plain text and not of a conversation, `BEGINS` where a
-            content begins behind it. None: of a conversation, and no content begins.
+        group: number of the group of samples that it belongs to; None for none.
+        scalars: its numbers, by name (`document.SCALARS`).
+        places: uint8 [L], bits of each token: `OF_TEXT`: it is of a plain text, not of a conversation; `BEGINS`: a
+            content begins right after it. None: all bits are 0.
     """
 
     key: bytes
@@ -62,7 +62,7 @@ class Sample:
     scalars: Mapping[str, float] = field(default_factory=dict)
 
     def is_place(self, place: int) -> np.ndarray:
-        """bool [L]: whether each token is at such a place, `OF_TEXT` or `BEGINS`."""
+        """bool [L]: whether each token has the bit `place`, `OF_TEXT` or `BEGINS`."""
         return np.zeros(len(self.ids), dtype=bool) if self.places is None else (self.places & place) > 0
 
     @property
@@ -197,7 +197,7 @@ def sample_key(canonical: bytes, low: int, high: int) -> bytes:
 
 
 def _mark_last(end_bytes: np.ndarray, hits: np.ndarray, coordinate: int) -> bool:
-    """Gives the last token of `hits` a coordinate, unless a content already gave it one. Whether there is a hit."""
+    """Gives the last token of `hits` a coordinate, unless it has one from a content. Returns whether there is a hit."""
     where = np.flatnonzero(hits)
     if len(where) and end_bytes[where[-1]] < 0:
         end_bytes[where[-1]] = coordinate

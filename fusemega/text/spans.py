@@ -24,6 +24,7 @@ from typing import Any
 from fusemega.text.document import Message
 from fusemega.text.fields import REASONING, BadRow
 
+# U+E000 and U+E001 are for private use: they have no meaning in ordinary text.
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 _TAG = re.compile(r"</?[\w|.:-]{1,40}>|\[/?[A-Z][A-Z_]{1,40}\]")
 
@@ -33,10 +34,10 @@ class Cell:
     """A text of a message that the template places as a whole.
 
     Attributes:
-        message: whose, by number.
+        message: number of its message.
         text: as given.
-        offset: bytes of the message's stream, behind its header, before it.
-        is_reasoning: a template may leave it out of turns before the last question.
+        offset: bytes of the message's stream between its header and this text.
+        is_reasoning: whether a template may leave it out of turns before the last question.
     """
 
     message: int
@@ -88,7 +89,8 @@ class Outline:
                 continue
             parts: list[int | str] = []
             offset = message.content_offset
-            for n, piece in enumerate(pieces):
+            for n, piece in enumerate(pieces):  # texts at even places, tags at odd ones
+                # What an assistant writes before the last tag may be reasoning.
                 before = message.role == "assistant" and n < len(pieces) - 1
                 parts.append(self._add(Cell(i, piece, offset, before)) if n % 2 == 0 and piece.strip() else piece)
                 offset += len(piece.encode())
@@ -174,7 +176,7 @@ def find_between(
         render: (number of messages, whether with the generation prompt) -> their rendering.
 
     Returns:
-        Their cells; and for each of the turns where what the model writes begins, and where the turn ends.
+        The cells of these turns; and for each turn, where the model's text begins and where the turn ends.
 
     Raises:
         BadRow: something does not occur exactly once, or a rendering does not begin the whole one.
@@ -222,8 +224,8 @@ def _placeholder(cell: int, shown: Collection[int]) -> str:
 
 
 def _forms(text: str) -> list[tuple[str, int | None]]:
-    """What a template may have made of a text, as given first, each with the characters taken from its beginning; None
-    for JSON's spelling."""
+    """The forms in which a template may write a text, the given one first; each with the number of characters taken
+    from its beginning, or None for JSON's spelling."""
     lead = len(text) - len(text.lstrip())
     lines = len(text) - len(text.lstrip("\n"))
     forms: dict[str, int | None] = {text: 0}

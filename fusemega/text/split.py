@@ -38,7 +38,7 @@ class _Units:
     """What a row can be cut into.
 
     Attributes:
-        count: of units.
+        count: number of units.
         part: (i, j) -> the row that has the units [i, j).
         line_ends: whether each unit ends a line.
     """
@@ -52,8 +52,8 @@ class Splitter:
     """Cuts rows of data so that each fits in `max_tokens` of every tokenizer, under its template, bos and eos included.
 
     Attributes:
-        counts: rows read ("rows"), passed on as they are ("whole"), cut ("cut"); parts written ("parts"), whole rows
-            included; units left out because they alone are too long ("too long").
+        counts: rows read ("rows"), passed on unchanged ("whole"), cut ("cut"); parts written ("parts"), whole rows
+            included; units left out because one alone is too long ("too long").
     """
 
     def __init__(self, tokenizers: Sequence[Tokenizer], max_tokens: int, on_long: Literal["error", "skip"]) -> None:
@@ -141,8 +141,8 @@ class Splitter:
 
 
 def _longest(begin: int, count: int, step: int, fits: Callable[[int, int], bool]) -> int:
-    """The largest end <= count for which the units from `begin` on fit, of which the first is known to: growing steps
-    first, then halves."""
+    """The largest end <= count for which the units [begin, end) fit, where the first unit is known to fit. Searches in
+    growing steps, then by bisection."""
     good = begin + 1
     while good < count and fits(begin, min(good + step, count)):
         good, step = min(good + step, count), 2 * step
@@ -164,8 +164,8 @@ def _checked(value: Any, place: str) -> _RowValue:
 
 
 def _parsed(value: Any) -> Document:
-    """The row's document, whatever its flags say of learning it and whatever other fields it has: parts keep those,
-    and whoever trains on them decides."""
+    """The row's document. Flags and other fields are ignored here: the parts keep them, and the training run that
+    reads the parts decides."""
     if isinstance(value, dict):
         value = _unflagged(value)
         for key in ("messages", "prompt", "completion"):
@@ -192,7 +192,8 @@ def _units(value: _RowValue) -> _Units:
 
 def _turns(value: _RowValue) -> _Units:
     messages = value["messages"]
-    value = {key: field for key, field in value.items() if key != "prompt"}  # only the first part has the question
+    # A prompt repeats the first question, which only the first part has.
+    value = {key: field for key, field in value.items() if key != "prompt"}
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     system, units = messages[:first], [[]]  # type: tuple[list[Any], list[list[Any]]]
     for message in messages[first:]:

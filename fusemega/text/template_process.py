@@ -1,9 +1,9 @@
-"""The process that renders chat templates, within limits that the kernel keeps.
+"""The process that renders chat templates, within limits that the kernel enforces.
 
-Templates come with strangers' models. Their loops, and what compiled code makes of `10 ** 10 ** 9`, `'x' * 10 ** 10`, a
-width of 3,000,000,000 or lists of lists of lists, can be bounded by no check from within: each needs one of its own.
-Here nothing else can be lost. SIGPROF ends the process when a rendering has used its processor time (other work on the
-machine does not count), its address space is bounded, and what it writes is counted.
+Templates come with models from anywhere. No check inside the process could bound their loops, or what compiled code
+does with `10 ** 10 ** 9`, `'x' * 10 ** 10`, a width of 3,000,000,000 or lists of lists of lists; each would need its
+own. This process holds nothing else that could be lost. SIGPROF ends it when a rendering has used its processor time
+(other work on the machine does not count), its address space is bounded, and what it writes is counted.
 
 `fusemega.text.templates` starts this file as a script: it imports jinja2 and nothing of fusemega. Both ways a message
 is its length in 8 bytes and its content. A request: marshal of (template, marshal of its variables, longest output in
@@ -43,9 +43,10 @@ def main() -> None:
     """Answers requests until there are no more."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # signals are for the parent; this process ends with it
+    # Its default action ends the process; an ignored or blocked signal would be inherited from the parent.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a template that crashes it leaves no core file
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     while request := receive(requests, _bound_memory):
         reply = _answer(request)
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def receive(pipe: IO[bytes], announce: Callable[[int], None] = lambda length: None) -> bytes:
-    """The next message; b"" where the other side has closed the pipe. `announce` is told its length before."""
+    """The next message; b"" if the other side has closed the pipe. `announce` gets its length before it is read."""
     header = pipe.read(8)
     if len(header) < 8:
         return b""
@@ -118,7 +119,7 @@ def environment() -> jinja2.Environment:
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`, which marks what an assistant has said: the text between is written as it is."""
+    """`{% generation %}`, which marks an assistant's text; that text is written unchanged."""
 
     tags = {"generation"}
 
@@ -132,7 +133,7 @@ class _Generation(ext.Extension):
 
 
 class _Dict:
-    """`dict` without attributes by which templates could get further."""
+    """`dict` without the attributes through which a template could reach other objects."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

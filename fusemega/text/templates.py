@@ -1,8 +1,7 @@
 """Chat templates, rendered as transformers renders them, but within a budget of time, memory and output.
 
-The only place where a template that came with a model is run. It happens in a process of its own
-(`template_process.py`), which this one starts when it first needs it, keeps, and loses with a template that exceeds
-its budget.
+This is the only place where a model's template is run. It runs in a process of its own (`template_process.py`), which
+is started when it is first needed and kept until a template exceeds its budget, which ends it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class ChatTemplate:
     """A chat template of a tokenizer.
 
     Attributes:
-        source: what messages call it.
+        source: its name in messages.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer, source: str | None = None) -> None:
@@ -61,7 +60,7 @@ class ChatTemplate:
 
         Args:
             messages: fields of None are left out.
-            variables: others that the template may ask for.
+            variables: further variables that the template may ask for.
 
         Raises:
             BadRow: the template refuses the conversation.
@@ -117,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Process:
-    """The process that renders, one at a time for all threads of this one."""
+    """The process that renders, one conversation at a time, for all threads of this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -151,7 +150,7 @@ class _Process:
             process.communicate()
 
     def forget(self) -> None:
-        """In a fork, which has neither the process nor what its parent's threads have begun with it."""
+        """Called in a forked child: the process, and a lock that another thread may hold, belong to the parent."""
         self.__init__()  # type: ignore[misc]
 
     def _start(self) -> subprocess.Popen[bytes]:

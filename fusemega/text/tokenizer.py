@@ -19,7 +19,7 @@ from fusemega.errors import UserError
 from fusemega.files.opening import read_text
 from fusemega.files.tokenizer_files import load_pretrained, tokenizer_errors
 
-_TOGETHER = 4 << 20
+_TOGETHER = 4 << 20  # characters, see `_portions`
 SPACES = ("\u2581", "\u0120")  # how vocabularies write the space before a word
 
 
@@ -165,8 +165,8 @@ class Tokenizer:
 
 
 def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in order, of which so many are tokenized together as are `_TOGETHER` characters: the library takes some
-    hundred bytes a token until all of them are done."""
+    """The texts in order, in portions of about `_TOGETHER` characters to be tokenized together: the library holds some
+    hundred bytes for each token until a whole portion is done."""
     portion: list[str] = []
     length = 0
     for text in texts:

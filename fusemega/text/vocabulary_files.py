@@ -34,7 +34,7 @@ class VocabularyFiles:
     """A folder's vocabulary.
 
     Attributes:
-        folder: where.
+        folder: the model folder.
         content: hash of the files' bytes.
         strings: id -> token.
         added: the added tokens' entries, by token.
@@ -57,7 +57,7 @@ class VocabularyFiles:
         return {token: i for i, token in self.strings.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text as tokenizer.json alone says.
+        """Ids of a text according to tokenizer.json alone.
 
         Raises:
             UserError: the folder has none, or the tokenizers library cannot read it.
@@ -99,11 +99,11 @@ def read_vocabulary(folder: Path) -> VocabularyFiles | None:
 
 
 def difference(first: VocabularyFiles, second: VocabularyFiles, *, common_only: bool = False) -> str | None:
-    """The first thing of which the two show that rows of one position are not of one token; None where nothing does.
+    """The first evidence that rows at one position belong to different tokens in the two; None without evidence.
 
     Args:
-        first, second: whose.
-        common_only: one may have more ordinary tokens than the other.
+        first, second: the two vocabularies.
+        common_only: whether one may have more ordinary tokens than the other.
     """
     if first.content == second.content:
         return None
@@ -119,8 +119,8 @@ def difference(first: VocabularyFiles, second: VocabularyFiles, *, common_only: 
 
 
 def renamed(first: VocabularyFiles, second: VocabularyFiles) -> list[int] | None:
-    """The ids whose token has another name in the other one, where that is all there is of a difference: added tokens,
-    and neither of the names is another id's in the other vocabulary. None where there is more."""
+    """The ids whose tokens differ in name alone: both are added tokens, and neither name belongs to another id of the
+    other vocabulary. None if the vocabularies differ in anything else."""
     a, b = first.strings, second.strings
     other = [i for i in sorted(a.keys() & b.keys()) if a[i] != b[i]]
     if any(a[i] not in first.added or b[i] not in second.added for i in other):
@@ -205,6 +205,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
                 return value
 
     while at < len(data):
+        # A key is (field number << 3) | wire type: 0 a varint, 1 and 5 eight and four bytes, 2 a length and bytes.
         key = number()
         kind = key & 7
         if kind == 0:
