@@ -154,7 +154,7 @@ def _count(
 def _neighbours(
     source: TokenizedDataset, target: TokenizedDataset, source_vocabulary: Vocabulary, target_vocabulary: Vocabulary
 ) -> tuple[Neighbours, Neighbours]:
-    """Vectors over the tokens that both have, by the target's ids."""
+    """The vectors of both vocabularies over the tokens that both have; axes are the target's ids."""
     index = make_map.ids_by_content(target_vocabulary)
     axes = [
         np.array([-1 if content is None else index.get(content, -1) for content in vocabulary.contents])

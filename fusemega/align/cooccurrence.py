@@ -3,7 +3,7 @@
 A token's vector counts the tokens within five places of it in a corpus. Vectors of two vocabularies are compared by
 cosine over the tokens that both have, byte for byte. The paper does not define these axes; this is our choice.
 
-Shape suffixes: S ids of a vocabulary, C pairs of a token and a neighbour that occur.
+Shape suffixes: S ids of a vocabulary, C pairs of a token and a neighbour that occur, L tokens of a text.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Neighbours:
         return cls(begin_S, found.target_C, found.count_C)
 
     def of(self, token: int) -> tuple[np.ndarray, np.ndarray]:
-        """Axes, ascending, and counts of one token."""
+        """The axes, ascending, and the counts of one token."""
         here = slice(self.begin_S[token], self.begin_S[token + 1])
         return self.axis_C[here], self.count_C[here]
 
 
 def most_alike(token: int, candidates: np.ndarray, source: Neighbours, target: Neighbours) -> int:
-    """Of the target's `candidates`, ascending, the one whose vector is most like the source's `token`; the first of
-    equal ones, also where none shares a neighbour with it."""
+    """The one of the target's `candidates`, ascending, whose vector is most like that of the source's `token`. Ties go
+    to the first, also if none shares a neighbour with it."""
     axis, count = source.of(token)
     best, found = 0.0, int(candidates[0])
     for candidate in candidates[target.begin_S[candidates + 1] > target.begin_S[candidates]].tolist():

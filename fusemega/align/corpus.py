@@ -38,11 +38,11 @@ def map_pairs(
     what: str,
     workers: int | None = None,
 ) -> Iterator[R]:
-    """`function(context(), some of the pairs)` until all have been given, in any order, with progress on stderr.
+    """Yields `function(context(), some of the pairs)` for all pairs, in any order, with progress on stderr.
 
     Args:
-        function: of a module; its results are pickled.
-        context: pickled once, called once in each process; what it returns stays there.
+        function: a function of a module; its results are pickled.
+        context: pickled once, called once in each process; what it returns is kept there.
         what: begins the line of progress.
         workers: processes; by default as many as there are cores and work for.
     """

@@ -54,7 +54,7 @@ def count_pairs(
 
 
 class _Corpus:
-    """What a process keeps open."""
+    """The data sets that a process keeps open."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class _Corpus:
         self.strings, self.pad_to = strings, pad_to
 
     def pairs(self, source: Sample, target: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """Source and target ids, one of each a pair."""
+        """Source ids and target ids; those at one place are a pair."""
         if self.strings is None:
             source_ids, source_ends = _supervised(source)
             target_ids, target_ends = _supervised(target)
@@ -78,6 +78,7 @@ class _Corpus:
         target_ids = target_strings.padded(target.ids, self.pad_to)
         first_N, last_N = dtw_reference(source_ids, target_ids, source_strings, target_strings)
         count_N = last_N - first_N + 1
+        # One entry for each step of the path: position n with the source tokens first_N[n] to last_N[n].
         position = np.repeat(np.arange(len(target_ids)), count_N)
         step = np.arange(len(position)) + np.repeat(first_N - (np.cumsum(count_N) - count_N), count_N)
         # A source token that a position is aligned with several times counts once.
@@ -86,8 +87,8 @@ class _Corpus:
 
 
 def _supervised(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and ends of the supervised tokens that have text of their own: a template's or tokenizer's space ends where
-    the token before it does."""
+    """Ids and ends of the supervised tokens that have text of their own. A space of the template or the tokenizer has
+    none: it ends where the token before it does."""
     ends = sample.end_bytes.astype(np.int64)
     before = np.maximum.accumulate(np.append(-1, ends))[:-1]
     kept = sample.supervised & (ends > before)

@@ -40,10 +40,10 @@ class Strings:
     """A tokenizer's tokens as strings; `decoded_strings` and `form_strings` make them.
 
     Attributes:
-        of_id: by id.
+        of_id: the string of each id.
         marker: its word marker, "▁", "Ġ" or "".
-        pad_id: what sequences are padded with.
-        rules: whose rules they are for; the same on both sides.
+        pad_id: id with which sequences are padded.
+        rules: the published rules that they are for; the same on both sides.
     """
 
     of_id: tuple[str, ...]
@@ -52,7 +52,7 @@ class Strings:
     rules: Rules = "fusechat"
 
     def padded(self, ids: np.ndarray, length: int) -> np.ndarray:
-        """`ids`, on the right filled up to `length`; longer ones stay as they are."""
+        """`ids`, padded on the right to `length`; longer ones stay as they are."""
         return np.pad(ids, (0, max(0, length - len(ids))), constant_values=self.pad_id)
 
 

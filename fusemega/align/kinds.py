@@ -28,11 +28,11 @@ class MapInputs:
     """What a kind may use to make a map.
 
     Attributes:
-        tokenizers, vocabularies: of the source and of the target.
+        tokenizers, vocabularies: those of the source and of the target.
         counts: pairs of ids in a corpus; None unless the kind asks for them.
-        neighbours: of both vocabularies, where equally near tokens are chosen between by them; else None.
+        neighbours: neighbours of both vocabularies, if they decide between equally near tokens; otherwise None.
         workers: threads; None for one on each core.
-        progress: to be told how many tokens are done, and how many there are.
+        progress: called with the number of tokens that are done, and of all tokens.
     """
 
     tokenizers: tuple[Tokenizer, Tokenizer]

@@ -14,7 +14,7 @@ In all kinds except `ms_reference`, roles take precedence over bytes: bos maps t
 a turn to the target's such token; other special tokens map to nothing. A token that ends texts and turns is treated as
 the one that closes a turn. Where a plain text ends, the user of the map treats it as eos (`VocabularyMap.source_eos`).
 
-Shape suffixes: S ids of the source's vocabulary, C pairs of a corpus's counts.
+Shape suffixes: S ids of the source's vocabulary, T ids of the target's, C pairs of a corpus's counts.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def first_piece_map(
     cut: Callable[[bytes], list[int]],
     before_text: Mapping[int, int] | None = None,
 ) -> VocabularyMap:
-    """Tokens of other bytes become the first piece that the target writes them with; nothing where that is not theirs.
+    """Tokens without an identical one become the first piece that the target writes them with, if they begin with it.
 
-    A row says how likely each token is to come next. Where the target writes a token in several pieces, the first of
-    them is what comes next: it gets the probability of every token that begins with it. This project's own.
+    A row says how likely each token is to come next. If the target writes a token in several pieces, the first of
+    them comes next: it gets the probability of every token that begins with it. The rule is this project's own.
 
     Args:
         cut: the target's pieces of a content; `fusemega.align.pieces.cutter` makes it.
@@ -74,14 +74,14 @@ def mined_map(
     progress: Callable[[int, int], None] = lambda done, total: None,
     neighbours: tuple[Neighbours, Neighbours] | None = None,
 ) -> VocabularyMap:
-    """Tokens of other bytes become the target's token of least edit distance, of equally near ones the lowest id.
+    """Tokens without an identical one become the target's nearest by edit distance; ties go to the lowest id.
 
     Candidates are all tokens that stand for text; byte tokens (`<0xE2>`) are parts of characters and near to nothing.
 
     Args:
         workers: threads; by default one for each core.
-        progress: told how many of the tokens without an identical one have been looked up, and their number.
-        neighbours: of both vocabularies; equally near tokens are then chosen between by them, see `cooccurrence`.
+        progress: called with how many of the tokens without an identical one have been looked up, and their number.
+        neighbours: neighbours of both vocabularies, to decide between equally near tokens; see `cooccurrence`.
     """
     from fusemega.align.mined import Nearest  # compiled code, slow to import
 
@@ -116,10 +116,11 @@ def mined_map(
 
 
 def ms_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> VocabularyMap:
-    """Tokens of other bytes become the target's token that most often stands beside them; of equally frequent ones
-    the nearest by edit distance, then the lowest id. One that never does becomes nothing.
+    """Tokens without an identical one become the target's token with which they are most often paired. Ties go to the
+    nearest by edit distance, then to the lowest id. A token that is in no pair becomes nothing.
 
-    The order of frequency is this project's: the paper says "frequency", but its code prefers the rarer pair.
+    To prefer the more frequent pair is this project's choice: the paper says "frequency", but its code prefers the
+    rarer pair.
     """
     source_C, target_C, count_C = counts.source_C, counts.target_C, counts.count_C
     has_text_S = np.array([content is not None for content in source.contents])
@@ -136,7 +137,7 @@ def ms_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> Vocabu
 
 
 def ms_reference_map(source: Vocabulary, target: Vocabulary, counts: PairCounts) -> VocabularyMap:
-    """FuseChat's rule as it runs: argmin over the tokens p that ever stood beside u of
+    """FuseChat's rule as its code runs: argmin, over the tokens p that are ever paired with u, of
 
         sigmoid(count(p, u)) * w * Levenshtein(u', p'),     w = 0.1 where one string contains the other, else 1
 
@@ -163,7 +164,7 @@ def ms_reference_map(source: Vocabulary, target: Vocabulary, counts: PairCounts)
 
 
 def ids_by_content(vocabulary: Vocabulary) -> dict[bytes, int]:
-    """The id that a tokenizer uses for some bytes: a byte token only where no other has them, then the lowest."""
+    """The id that a tokenizer uses for given bytes: the lowest; a byte token only if no other token has them."""
     found: dict[bytes, int] = {}
     for i in sorted(range(vocabulary.size), key=lambda i: (i in vocabulary.byte_tokens, i)):
         content = vocabulary.contents[i]
@@ -179,14 +180,14 @@ def identical(source: Vocabulary, target: Vocabulary) -> np.ndarray:
 
 
 def as_text(content: bytes | None) -> str:
-    """What a token stands for, as characters; bytes that are no UTF-8 by themselves stay apart, one character each."""
+    """The text of a token; each byte that is not UTF-8 by itself becomes one character (a lone surrogate)."""
     assert content is not None, "a special token has no text"
     return content.decode("utf-8", "surrogateescape")
 
 
 def _roles(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
-    """Source id -> target id by what they are for. A token with two roles goes by the later one here: the end of a
-    turn rather than that of a text."""
+    """Source id -> target id of the same role. For a token with two roles the later one here counts: the end of a turn
+    rather than that of a text."""
     pairs = [(source.bos_id, target.bos_id), (source.eos_id, target.eos_id), (source.closing_id, target.closing_id)]
     return {own: other for own, other in pairs if own is not None and other is not None}
 
@@ -201,9 +202,9 @@ def assembled(
 ) -> VocabularyMap:
     """The map by role, then by what is `known`, then by identical content, then by `other_S`.
 
-    With a space put before or taken away: the token of those bytes, else what the source's own token of those bytes
-    becomes. A token that has no space to lose, or whose form with a space is unknown to both, stays what it is: it is
-    the same text to the reader.
+    With a space put before it or taken away, a token becomes the target's token of those bytes, or else what the
+    source's own token of those bytes becomes. A token that has no space to lose, or whose form with a space is unknown
+    to both, keeps its entry: it is the same text to the reader.
     """
     index, own, roles = ids_by_content(target), ids_by_content(source), _roles(source, target)
     table_S, marked_S, unmarked_S = (np.full(source.size, -1, dtype=np.int32) for _ in range(3))

@@ -5,8 +5,8 @@ out: the difference in length, and the characters that one string has and the ot
 with Myers' bit-parallel recurrence (in Hyyrö's form), one machine word for each column. The strings are distributed
 over threads; the result does not depend on their number.
 
-Shape suffixes: Q strings asked for, N strings to choose from, C characters of all strings of a list, A distinct
-characters.
+Shape suffixes: Q strings asked for, B of these in one work item, N strings to choose from, C characters of all strings
+of a list, A distinct characters, L lengths of strings.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Nearest:
 
         Args:
             workers: threads; by default one for each core.
-            progress: told how many queries each piece of work has answered.
+            progress: called with the number of queries that a work item has answered.
 
         Returns:
             index_Q int64, the place in the list; distance_Q int64.
@@ -84,7 +84,7 @@ class Nearest:
         return index_Q, distance_Q
 
     def ties(self, query: str, distance: int) -> np.ndarray:
-        """Places, ascending, of all strings at just that distance from `query`."""
+        """Places, ascending, of all strings at exactly that distance from `query`."""
         found_N = np.empty(len(self._order_N), dtype=np.int64)
         count = _at_distance(
             *_parts(self._numbered([query])), *_parts(self._strings), self._order_N, self._letters, distance, found_N
@@ -186,7 +186,8 @@ def _lower_bound(bag, other):
 
 @numba.njit(cache=True, nogil=True)
 def _set_masks(masks_A, query):
-    """For each character, at which places of the query it stands; the last letter is no character of a list."""
+    """Sets, for each character, the bits of its places in the query. The last letter stands for characters that are in
+    no string of the list, so it matches nothing."""
     if len(query) <= _WORD:
         for i in range(len(query)):
             masks_A[query[i]] |= np.uint64(1) << np.uint64(i)
@@ -201,7 +202,7 @@ def _clear_masks(masks_A, query):
 
 @numba.njit(cache=True, nogil=True)
 def _distance(query, masks_A, text, most):
-    """Levenshtein distance, or some number above `most` where it is above."""
+    """The Levenshtein distance, or some number above `most` if it is above `most`."""
     if len(query) == 0 or len(query) > _WORD:
         return _plain_distance(query, text)
     one = np.uint64(1)

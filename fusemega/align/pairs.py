@@ -39,7 +39,7 @@ def merged(parts: Iterable[PairCounts]) -> PairCounts:
         if size > limit:
             waiting = [_sum(waiting)]
             size = len(waiting[0].count_C)
-            limit = max(_MERGE, 2 * size)
+            limit = max(_MERGE, 2 * size)  # otherwise, many distinct pairs would be sorted again after every part
     return _sum(waiting)
 
 

@@ -32,6 +32,7 @@ def shared_positions(source_end_P: np.ndarray, target_end_P: np.ndarray) -> tupl
 
 def _last_at(end_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct bytes >= 0, rising, and the last position that ends at each."""
+    # `np.unique` gives the first place of each value: of the reversed array, the last.
     ends, from_back = np.unique(end_P[::-1], return_index=True)
     known = ends >= 0
     return ends[known], len(end_P) - 1 - from_back[known]

@@ -76,8 +76,8 @@ class ProjectRun(Section):
 
 
 def project(run: ProjectRun) -> dict[str, int]:
-    """Projects the source's rows. Returns how many positions learn from the source's `row`, their `label`, or the
-    target's `own` row, of the samples projected now.
+    """Projects the source's rows. Returns, for the samples projected now, how many positions learn from the source's
+    `row`, their `label`, or the target's `own` row.
 
     Raises:
         UserError: a store or map of other tokenizers, templates, data or windows; a store begun otherwise; a sample
@@ -155,7 +155,7 @@ class _Model:
         self.store.check(hashes | {"mask_policy": MASK_POLICY, "truncation": seq_length, "rows": "top_k"})
 
     def words(self, rules: Rules) -> tuple[Vocabulary, Strings]:
-        """The vocabulary, and the strings that the rules compare its tokens by."""
+        """The vocabulary, and the strings by which the rules compare its tokens."""
         vocabulary = Vocabulary.of(self.tokenizer)
         if rules == "fusellm":
             return vocabulary, form_strings(self.tokenizer, vocabulary)
@@ -166,7 +166,7 @@ def _with_rows(run: ProjectRun, source: _Model, target: _Model) -> list[Pair]:
     """The samples that both tokenizers and both stores have.
 
     Raises:
-        UserError: one that some of them lacks, unless it may be skipped; none at all.
+        UserError: a sample that one of them lacks, unless it may be skipped; no sample is left.
     """
     pairs, keys = sample_pairs(source.data, target.data), target.data.keys
     reasons = dict.fromkeys(range(len(keys)), "the source's tokenizer cuts its document into other windows")
@@ -192,7 +192,7 @@ def _with_rows(run: ProjectRun, source: _Model, target: _Model) -> list[Pair]:
 
 
 class _Work:
-    """What a process keeps open."""
+    """The data sets and stores that a process keeps open."""
 
     def __init__(
         self, source_data: TokenizedDataset, target_data: TokenizedDataset, source: Path, target: Path, aligner: Aligner

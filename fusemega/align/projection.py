@@ -56,7 +56,7 @@ def sum_duplicates(ids_PK: np.ndarray, logp_PK: np.ndarray) -> tuple[np.ndarray,
     """Each id of a row once, with the mass of all its entries; what `project` returns of ids and log-probs.
 
     Args:
-        ids_PK, logp_PK: as of `project`, but an id may stand several times.
+        ids_PK, logp_PK: as in `project`, but an id may occur several times.
     """
     top_P1, mass_PK = _scaled(np.where(ids_PK >= 0, logp_PK, -np.inf))
     # Equal ids become neighbours, in the given order: the first gets the sum, the others are removed.
@@ -87,6 +87,7 @@ def log_sum(logp_PK: np.ndarray) -> np.ndarray:
 def _scaled(logp_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each row's largest log-prob [P, 1], and probabilities relative to it: small ones keep their digits. float64."""
     logp_PK = logp_PK.astype(np.float64)
+    # Finite even if all entries are -inf: their probabilities are then 0, and not NaN.
     top_P1 = logp_PK.max(axis=1, initial=-1e30, keepdims=True)
     return top_P1, np.exp(logp_PK - top_P1)
 

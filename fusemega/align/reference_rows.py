@@ -22,8 +22,8 @@ positions that have read different text are aligned; an empty string (a marker b
 SentencePiece's words lose their space on decoding and byte-level ones keep it, so under EM hardly any are equal; the
 mass of equal ids, and of ids without a counterpart, is lost; a position without a match learns its label alone.
 
-Shape suffixes: N target tokens, P target positions that predict a supervised token, Q positions of the source's row,
-K ids.
+Shape suffixes: N target tokens, P target positions that predict a supervised token, K ids of a row, S ids of the
+source's vocabulary, C ids to fill up with.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Aligner:
     """Two vocabularies with their map, as the reference uses them.
 
     Attributes:
-        kind: the map's.
+        kind: kind of the map.
         source, target: their tokens as strings.
-        table_S: int32, where an entry of a row goes, or -1.
-        map_S: int32, where the map takes a token, or -1.
+        table_S: int32, the target id that an entry of a row gets, or -1.
+        map_S: int32, the target id of a token in the map, or -1.
         pad_to: tokens that both sequences are padded to before they are aligned, as FuseChat does; 0: not padded.
     """
 
@@ -75,10 +75,10 @@ class Aligner:
         pad_to: int = 0,
         rows: int = 0,
     ) -> Aligner:
-        """Of two vocabularies, their strings by the same rules, and a map from the first to the second.
+        """From two vocabularies, their strings by the same rules, and a map from the first to the second.
 
         Args:
-            rows: of the source's model, which may be more than its tokenizer has ids; those become nothing.
+            rows: number of rows of the source's model. Those beyond the ids of its tokenizer map to nothing.
         """
         ids = {form: i for i, form in enumerate(target.forms) if form}
         identical_S = np.array([ids.get(_remarked(form, source.marker, target.marker), -1) for form in source.forms])
@@ -122,8 +122,8 @@ def reference_row(aligner: Aligner, source: Sample, target: Sample, row: Row, ow
 
     Args:
         source, target: the same text, tokenized by both.
-        row: the source's, of `source`.
-        own: the target model's own, of `target`. It also stands where the position's step is not in `row`, which has
+        row: the source's row of `source`.
+        own: the target model's own row of `target`. It is also used if a position's step is not in `row`, which has
             supervised tokens only.
 
     Returns:
@@ -132,6 +132,7 @@ def reference_row(aligner: Aligner, source: Sample, target: Sample, row: Row, ow
     """
     positions = target.positions
     step_P = aligner.steps(source.ids, target.ids)[positions]
+    # One place more than the source has tokens: index -1 (`_LABEL`) and steps into the padding find -1.
     stored = np.full(1 + max(step_P.max(), len(source.ids)), -1)
     stored[source.positions] = np.arange(row.num_tokens)
     is_label_P = step_P == _LABEL
@@ -180,7 +181,7 @@ def _remarked(text: str, source_marker: str, target_marker: str) -> str:
 
 
 def first_wins(ids_PK: np.ndarray, logp_PK: np.ndarray, table_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in the target's ids as the reference makes them; with the identity for a table, just scaled.
+    """Rows in the target's ids as the reference makes them; with the identity as table they are only scaled.
 
     Args:
         ids_PK, logp_PK: as in `fusemega.store.Row`.

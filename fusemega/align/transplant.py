@@ -7,7 +7,7 @@ ids, special tokens without a counterpart) gets the mean of all the old tokenize
 token whose byte another token has (`<0x41>` beside `A`): no text is tokenized to it, and with that token's row it would
 take half of that token's probability. Means are computed in fp32 and rounded once.
 
-Shape suffixes: N new ids, V old ids, H hidden size, C pieces of a token.
+Shape suffixes: N new ids, V old ids, H hidden size, C pieces of a token; a map's S are the new ids.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RowPlan:
 
 
 def plan_rows(table_N: np.ndarray, new: Vocabulary, cut: Callable[[bytes], list[int]]) -> RowPlan:
-    """Which old rows each new id takes.
+    """Plans which old rows each new id takes.
 
     Args:
         table_N: int, the old id of each new id, -1 where it has none.
@@ -88,12 +88,13 @@ def move_rows(old_VH: torch.Tensor, plan: RowPlan, num_old: int) -> torch.Tensor
 
     Args:
         old_VH: of any float dtype.
-        num_old: ids of the old tokenizer; rows from there on are padding, and no part of the mean of all.
+        num_old: number of ids of the old tokenizer; later rows are padding, and not part of the mean of all.
     """
     wide = torch.promote_types(old_VH.dtype, torch.float32)
     new_NH = old_VH[:num_old].mean(0, dtype=wide).to(old_VH.dtype).repeat(len(plan.copied_N), 1)
     copied = np.flatnonzero(plan.copied_N >= 0)
     new_NH[copied] = old_VH[plan.copied_N[copied]]
+    # Tokens with equally many pieces are averaged together: their old rows are one rectangular tensor.
     by_count: dict[int, list[int]] = defaultdict(list)
     for i, pieces in plan.pieces.items():
         by_count[len(pieces)].append(i)
@@ -108,13 +109,13 @@ def move_rows(old_VH: torch.Tensor, plan: RowPlan, num_old: int) -> torch.Tensor
 def transplant(model: Path, out: Path, tokenizer_folder: Path, map_file: Path | None = None) -> dict[str, Any]:
     """Writes the model of a Hugging Face folder with the vocabulary, tokenizer and chat template of another folder.
 
-    Holds the old and the new embedding in memory, and else one tensor at a time.
+    Holds the old and the new embedding in memory, otherwise one tensor at a time.
 
     Args:
         map_file: a vocabulary map from the new tokenizer to the model's; None: the exact one, made here.
 
     Returns:
-        What was done, as `transplant.json` in the new folder says it.
+        What was done: the content of `transplant.json` in the new folder.
 
     Raises:
         UserError: `out` is not empty, a damaged source, a map of other vocabularies; before anything is written.
@@ -226,7 +227,7 @@ def _write(
             write_file(temporary / file, shard, values(shard, progress.add))
         write_index(temporary, shards)
         copy_side_files(tokenizer_folder, temporary)
-        (temporary / GENERATION).unlink(missing_ok=True)  # the tokenizer's folder's
+        (temporary / GENERATION).unlink(missing_ok=True)  # that of the tokenizer's folder; the model's is written below
         for name, content in files.items():
             if content:
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -35,10 +35,10 @@ class Vocabulary:
         contents: the bytes each token stands for in the middle of a text; None for special and control tokens and for
             unused ids.
         byte_tokens: ids of `<0xE2>`-like tokens, which a tokenizer uses only for bytes that no other token has.
-        marker: how its forms write a space before a word: "▁", "Ġ", or "" where as a space.
+        marker: how its forms write a space before a word: "▁", "Ġ", or "" if they write a space.
         bos_id, eos_id, unk_id: None where the tokenizer has none.
         closing_id: the one token with which the chat template closes an assistant's turn; None without a template, or
-            where it closes with something else than one token.
+            if it does not close with exactly one token.
         marks_start: whether a message's first token carries a space that is not in the message: SentencePiece's dummy
             prefix ("Hello" -> "▁Hello"), or a space of the template's. Without a template: `marks_text`.
         marks_text: whether a plain text's first token carries such a space.

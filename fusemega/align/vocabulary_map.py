@@ -53,9 +53,9 @@ class VocabularyMap:
         source_size, target_size: 1 + the largest id of either tokenizer.
         source_marks_start, target_marks_start: `Vocabulary.marks_start` of both.
         source_marks_text, target_marks_text: `Vocabulary.marks_text` of both.
-        source_eos, target_eos: what ends a plain text, -1 for none: there the one becomes the other, also where a
-            conversation's table says otherwise because the source closes turns with it, too.
-        statistics: what was counted on the way, JSON-able.
+        source_eos, target_eos: ids that end a plain text, -1 for none. There the first becomes the second, even if
+            `table_S` says otherwise because the source closes turns with it too.
+        statistics: counts from the making of the map, JSON-able.
     """
 
     kind: str
@@ -76,7 +76,7 @@ class VocabularyMap:
 
     @property
     def content_hash(self) -> str:
-        """Hex, of all that decides a projected row, given the two tokenizers."""
+        """Hash, in hex, of everything that a projected row depends on, given the two tokenizers."""
         facts = [getattr(self, name) for name in _FACTS if name not in ("kind", "source", "target", "statistics")]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
         for name in _TABLES:
@@ -91,10 +91,11 @@ class VocabularyMap:
         source_ids: int | None = None,
         target_ids: int | None = None,
     ) -> None:
-        """Whether the map is of these two tokenizers: (content hash, whose it is, for the message) of each.
+        """Checks that the map belongs to two tokenizers.
 
         Args:
-            source_ids, target_ids: 1 + their largest ids, where known.
+            source, target: (content hash, name for messages) of each.
+            source_ids, target_ids: 1 + their largest ids, if known.
 
         Raises:
             UserError: it is not; names `path`.
