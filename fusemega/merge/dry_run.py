@@ -1,4 +1,4 @@
-"""What a merge would do, as text, and how far one at work is."""
+"""Describes what a merge would do, as text, and shows the progress of one that runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def progress_bar(plan: MergePlan) -> Iterator[Progress]:
     """A bar with the time left on a terminal, and a line every half minute elsewhere, both on stderr."""
     total = sum(tensor.spec.elements for tensor in plan.tensors.values())
     if sys.stderr.isatty():
-        # A refresh thread must not exist when processes are forked
+        # Refreshed by hand: no refresh thread may exist when processes are forked.
         with Bar(console=console(), auto_refresh=False) as bar:
             task = bar.add_task(f"merging by {plan.method.name}", total=total)
 

@@ -74,6 +74,7 @@ def execute(
                 progress(jobs[name].elements)
                 done[name] = merged
                 unsaved.append((name, merged))
+                # The weights go to disk before the journal, whose lines say that they are there.
                 if time.monotonic() - saved_at > JOURNAL_SECONDS:
                     writer.sync()
                     journal.add(unsaved)
@@ -85,7 +86,7 @@ def execute(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a block is: in most passes one piece of a tensor."""
+    """Where a block lies: in most passes, one piece of a tensor."""
 
     tensor: PlannedTensor
     index: int
@@ -141,7 +142,7 @@ class _Work:
         return [_Place(self.plan.tensors[spec.name], index, group) for index, group in enumerate(groups)]
 
     def _load(self, place: _Place, near: dict[str, list[list[int] | None]] | None = None) -> Block:
-        """With `near`, the elements are checked, and those near the base's counted there."""
+        """Reads a block. With `near`, its elements are checked, and those near the base's are counted there."""
         tensor, has_base = place.tensor, self.plan.has_base
         parts = [load_block(tensor.sources, *piece, tensor.computed_in, has_base) for piece in place.pieces]
         values = parts[0] if len(parts) == 1 else [torch.cat(of_source) for of_source in zip(*parts, strict=True)]
@@ -154,14 +155,14 @@ class _Work:
         return Block(tensor.spec, place.index, start, base, models, tensor.computed_in)
 
     def _write(self, place: _Place, merged: torch.Tensor) -> torch.Tensor:
-        """Returns what was written."""
+        """Writes a merged block; returns the values in the written dtype."""
         name, dtype = place.tensor.spec.name, place.tensor.dtype
         values = narrowed(merged, dtype, name)
         self.writer.write(name, place.pieces[0][0], values)
         return values
 
     def hash_of(self, job: Job) -> str:
-        """XXH3-128 of what its tensors hold in the output."""
+        """XXH3-128 of the bytes that the job's tensors have in the output."""
         found = xxhash.xxh3_128()
         for spec in job.tensors:
             for block in self.writer.read(spec.name):
@@ -170,7 +171,7 @@ class _Work:
 
 
 def _add_steps(sums: list[list[int] | None], sources: Sequence[TensorSource], values: Sequence[torch.Tensor]) -> None:
-    """Of each model for which they can be counted: not where some rows are not its own."""
+    """Adds the counts of `steps` for each model for which they can be counted: not if some rows are not its own."""
     for number, (source, model) in enumerate(zip(sources[1:], values[1:], strict=True)):
         if is_counted(source.dtype) and source.rows is None and sources[0].rows is None:
             before, found = sums[number] or [0, 0], steps(values[0], model)
@@ -178,7 +179,7 @@ def _add_steps(sums: list[list[int] | None], sources: Sequence[TensorSource], va
 
 
 _work: _Work | None = None
-"""Of this process; forked ones find it here."""
+"""The work of this process; processes forked from it find it here."""
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Done:
     """A finished job.
 
     Attributes:
-        tensors: what is reported of each.
+        tensors: the report's entry for each tensor.
         hash: XXH3-128 of their bytes, one after the other.
     """
 
@@ -40,11 +40,11 @@ class Journal:
 
     Args:
         folder: that folder; it exists.
-        plan: of the merge.
+        plan: the plan of the merge.
         resume: continue the journal that is there.
 
     Attributes:
-        done: name of each job's first tensor -> the job as it was finished.
+        done: name of a finished job's first tensor -> the job.
 
     Raises:
         UserError: the journal is of another merge, or damaged.
@@ -72,7 +72,7 @@ class Journal:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (open as long as the merge runs)
 
     def add(self, jobs: list[tuple[str, Done]]) -> None:
-        """Jobs whose weights are on the disk; so are these lines when it returns. Of two of a job the later counts."""
+        """Records jobs whose weights are on disk; their lines are on disk at the end. The last line of a job counts."""
         for name, done in jobs:
             self._file.write(_line(name, done) + "\n")
         self._file.flush()
@@ -83,7 +83,7 @@ class Journal:
 
 
 def _finished(entry: Any, plan: MergePlan) -> dict[str, Done] | None:
-    """A line's job and what is said of it; None where it is no finished job of the plan."""
+    """The job of a line, by name; None if the line is not a finished job of the plan."""
     if not isinstance(entry, dict) or entry.keys() != {"job", "tensors", "hash"}:
         return None
     name, rows, digest = entry["job"], entry["tensors"], entry["hash"]
@@ -99,7 +99,7 @@ def _line(job: str, done: Done) -> str:
 
 
 def _fingerprint(plan: MergePlan) -> dict[str, Any]:
-    """What decides the output's bits: settings, and the inputs by path, size and time of change."""
+    """Everything that the output's bits depend on: settings, and the inputs by path, size and time of change."""
     files = []
     for folder in plan.folders:
         for path in [*folder.files(), *(folder.path / name for name in FILES)]:

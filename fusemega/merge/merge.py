@@ -45,7 +45,7 @@ class Options:
 
     Attributes:
         workers: processes; None: one for each core, at most 8.
-        block_elements: elements of a block, about; None: what fits near the caches.
+        block_elements: approximate number of elements in a block; None: what fits near the caches.
         resume: continue an interrupted merge.
     """
 
@@ -112,7 +112,7 @@ def _exported(source: Path, scratch: Path) -> Path:
 
 
 def _with_adapter(base: Path, adapter: Path, scratch: Path) -> Path:
-    """The same of a base with an adapter in it; both are known by their content."""
+    """A base with an adapter merged into it, below `scratch`, under a name made from the content of both."""
     content = hashlib.blake2b(HFFolder(base).content_hash().encode(), digest_size=16)
     for name in (CONFIG, WEIGHTS):
         content.update((adapter / name).read_bytes() if (adapter / name).is_file() else b"")
@@ -134,9 +134,9 @@ def merge(
     one of its processes was killed. After an error it is removed.
 
     Args:
-        plan: of `opened`.
+        plan: a plan from `opened`.
         out: absent, or an empty folder.
-        options: how.
+        options: how it is executed.
         progress: gets the number of elements written, first that of an interrupted merge.
         page: report -> the HTML page that is written beside it.
 
@@ -219,7 +219,7 @@ def _merge(
     else:
         write_integrity(partial, leave_out=[JOURNAL])
         publish(partial, out)
-        (out / JOURNAL).unlink()  # only now: publishing waits for the disk and may be interrupted, too
+        (out / JOURNAL).unlink()  # only now: publishing waits for the disk, and a resume needs the journal until then
     return report
 
 
@@ -232,12 +232,12 @@ def _imported(merged: Path) -> Path:
     import_hf(merged, out)
     for name in (REPORT, PAGE):
         shutil.copyfile(merged / name, out / name)
-    write_integrity(out, recorded_hashes(out))  # lists them too
+    write_integrity(out, recorded_hashes(out))  # now with report and page
     return out
 
 
 def _finish(plan: MergePlan, partial: Path, report: dict[str, Any], page: Callable[[dict[str, Any]], str]) -> None:
-    """The small files beside the weights."""
+    """Writes the small files beside the weights."""
     write_index(partial, plan.shards)
     copy_side_files(plan.folders[plan.vocabulary.donor].path, partial)
     extend_tokenizer(partial, plan.vocabulary.added)
@@ -251,7 +251,8 @@ def _finish(plan: MergePlan, partial: Path, report: dict[str, Any], page: Callab
 
 
 def _common_ends(plan: MergePlan) -> set[int]:
-    """Where all the models stop. (By union, ids are others; there the template's closing token has to do.)"""
+    """The ids at which all models stop. None in a union of vocabularies, where ids change: there, only the template's
+    closing token counts."""
     if plan.run.vocabulary == "union":
         return set()
     return set.intersection(*(set(stop_ids(folder.path)) for folder in plan.models))

@@ -8,8 +8,8 @@
 So a method reads like its formula, and knows nothing of files, block sizes or workers. Whatever these are, it must
 give the same bits: it may combine elements at one position, `cell_sums`, and exact counts, and nothing else.
 
-Shape suffixes: K models (without the base), n elements of one block, flat. A delta is a model's element minus the
-base's.
+Shape suffixes: K models (without the base), n elements of one block, flat, m places in it. A delta is a model's element
+minus the base's.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Block:
         return torch.zeros(len(self.stored[0]), dtype=dtype or self.dtype)
 
     def at(self, places_m: np.ndarray) -> Block:
-        """The same at some of its places, m of them; its `start` says nothing."""
+        """The block at m of its places only; `start` has no meaning there."""
         base = None if self.stored_base is None else _gather(self.stored_base, places_m)
         stored = [_gather(model, places_m) for model in self.stored]
         return Block(self.tensor, self.index, self.start, base, stored, self.dtype)
@@ -102,7 +102,7 @@ class Block:
 
 
 def _gather(values_n: torch.Tensor, places_m: np.ndarray) -> torch.Tensor:
-    """Faster than torch's own by two and a half times."""
+    """`values_n` at some places, gathered by numpy, which is two and a half times as fast as torch."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values_n.element_size()]
     return torch.from_numpy(values_n.view(bits).numpy().take(places_m)).view(values_n.dtype)
 
@@ -115,7 +115,7 @@ class Job:
         tensors: at least one.
         settings: the method's `Settings`, the same for all of them.
         models: K `ModelSettings`.
-        seed: of the merge.
+        seed: the seed of the merge.
     """
 
     tensors: Sequence[TensorSpec]
@@ -130,7 +130,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Merge:
-    """How a job ends.
+    """The last step of a job: how each block is merged.
 
     Attributes:
         apply: block -> merged values [n] in the block's dtype, and the number of (element, model) pairs whose sign was
@@ -149,7 +149,7 @@ Pass = Callable[[Block], Any]
 
 @dataclass(frozen=True)
 class PartialPass:
-    """A pass over parts of the only tensor of a job, a few parts to a block (whose `start` says nothing).
+    """A pass over parts of the only tensor of a job, a few parts in each block, whose `start` has no meaning.
 
     Attributes:
         measure: run over every block.
@@ -176,17 +176,17 @@ class Method(ABC):
     whole_rows: ClassVar[bool] = False
     """Whether a block must hold whole rows (the last dimension)."""
     pass_names: ClassVar[tuple[str, ...]] = ()
-    """What it may measure before it merges, for the plan."""
+    """Names of the passes that it may run before it merges, for the plan."""
     vectors: ClassVar[tuple[int, int]] = (2, 1)
-    """Temporaries [n] it holds beside the block: a fixed number, and so many a model; for the plan's memory."""
+    """Temporaries [n] held beside the block: a fixed number, and a number for each model; for the plan's memory."""
 
     Settings: ClassVar[type[Section]] = Section
-    """Of a tensor."""
+    """The settings for a tensor."""
     ModelSettings: ClassVar[type[Section]] = Section
-    """Of one model in a tensor."""
+    """The settings for one model in a tensor."""
 
     def group(self, tensor: str, settings: Any) -> str:
-        """Tensors with the same answer are one job."""
+        """The key of the tensor's job: tensors with the same key are merged in one job."""
         return tensor
 
     def check(self, settings: Any, models: Sequence[Any]) -> None:  # noqa: B027  (most methods take anything)
@@ -201,7 +201,7 @@ class Method(ABC):
         return self.pass_names
 
     def remembered_bytes(self, elements: int, models: int) -> int:
-        """What it may hold of a tensor of so many elements between passes; for the plan's memory."""
+        """Memory that it may hold between passes for a tensor of so many elements; for the plan."""
         return 0
 
     @abstractmethod

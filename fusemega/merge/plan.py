@@ -28,19 +28,19 @@ from fusemega.models.registry import architecture_of
 from fusemega.models.rules import VocabRows
 
 BLOCK_BYTES = 16 << 20
-"""What the vectors of one block may take in a worker: near the processor's caches, and long beside what Python adds to
-each operation."""
+"""Bytes of the vectors of one block in a worker: near the processor's caches, and so many that Python's cost for each
+operation is small beside the operation."""
 MOST_ELEMENTS = 1 << 24
-"""Of a block; so far fp32 counts exactly."""
+"""The most elements of a block: up to this number, fp32 counts exactly."""
 INTERPRETER_BYTES = 230 << 20
-"""Python with torch, measured."""
+"""Memory of Python with torch, measured."""
 WORKER_BYTES = 40 << 20
-"""What a forked process comes to have for itself of that, and of memory that it has freed, measured."""
+"""Memory that a forked process comes to have for itself: parts of that, and memory that it has freed. Measured."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One output tensor: what is written, and where each model (the base first, where there is one) keeps it."""
+    """One output tensor: what is written, and where each model keeps it (the base first, if there is one)."""
 
     spec: TensorSpec
     dtype: torch.dtype
@@ -58,10 +58,10 @@ class MergePlan:
     """A checked merge.
 
     Attributes:
-        run: as the run file says.
-        method: of the run.
-        folders: the base first, where there is one.
-        has_base: whether it is.
+        run: the run file.
+        method: the method of the run.
+        folders: the models' folders, the base first if there is one.
+        has_base: whether there is a base.
         tensors: output name -> tensor, in the model's order.
         jobs: what is merged together, in that order.
         shards: output file -> its tensors.
@@ -85,12 +85,12 @@ class MergePlan:
 
     @property
     def models(self) -> list[HFFolder]:
-        """Without the base."""
+        """The folders without the base."""
         return self.folders[self.has_base :]
 
     @property
     def output_bytes(self) -> int:
-        """Of the weights."""
+        """Bytes of the output's weights."""
         return sum(info.nbytes for shard in self.shards.values() for info in shard)
 
     def close(self) -> None:
@@ -112,6 +112,7 @@ class MergePlan:
         step = block_elements
         if self.method.whole_rows and spec.shape:
             row = spec.shape[-1]
+            # A multiple both of a row and of the alignment.
             unit = row * ELEMENTWISE_ALIGNMENT // math.gcd(row, ELEMENTWISE_ALIGNMENT)
             step = max(unit, block_elements // unit * unit)
         return [(start, min(step, spec.elements - start)) for start in range(0, spec.elements, step)]
@@ -124,7 +125,7 @@ def plan_merge(run: MergeRun, paths: Mapping[str, Path], source: str, notes: Seq
         run: the run.
         paths: each model's name in the run -> its Hugging Face folder.
         source: the run file, for messages.
-        notes: of reading it.
+        notes: notes from reading it.
 
     Raises:
         UserError: an unknown method or setting, models that do not fit each other, a choice that has to be made.
@@ -166,7 +167,7 @@ def _place(name: str, names: Sequence[str], source: str) -> int:
 
 
 def _check_architecture(folders: Sequence[HFFolder]) -> None:
-    """All compute the same function of their weights; vocabulary sizes and tied heads are seen to elsewhere."""
+    """Checks that all compute the same function of their weights; vocabularies and tied heads are checked elsewhere."""
     first = folders[0]
     ours, frequencies = first.architecture.transformer_config, first.architecture.inv_freq()
     for folder in folders[1:]:
@@ -243,8 +244,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def memory_bytes(plan: MergePlan, workers: int, block_elements: int) -> int:
-    """What all processes together are expected to hold at their peak: Python and torch once, and for each worker what
-    it has of that for itself, a block with its temporaries, and what the method remembers of a tensor."""
+    """The memory that all processes together are expected to hold at their peak: Python and torch once; for each worker
+    its own part of these, a block with its temporaries, and what the method remembers of a tensor."""
     workers = min(workers, len(plan.jobs))
     fixed, each = plan.method.vectors
     largest = max(count for t in plan.tensors.values() for _, count in plan.blocks(t.spec, block_elements))

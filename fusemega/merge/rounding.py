@@ -2,6 +2,8 @@
 
 A bf16 file holds eight bits of each weight. An update smaller than half of the last bit is lost, and an update of about
 that size is mostly rounding. Methods that weigh models by their deltas (VaRM, SCE) then weigh rounding errors.
+
+Shape suffixes: n elements of one block, flat.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ it; rounding's own deviation, the root of 1/12 of a step, is then 22 % of theirs
 
 
 def steps(base_n: torch.Tensor, model_n: torch.Tensor) -> tuple[int, int]:
-    """How many elements of a 16-bit model are the base's, rounded to its type, and how many the number beside that.
+    """How many elements of a 16-bit model equal the base's, rounded to its type, and how many are one step beside.
 
     Numbers of one sign and type are in the order of their bits, taken as integers. (Of two signs, only zeros and the
     smallest are neighbours; those do not count.)
@@ -27,12 +29,13 @@ def steps(base_n: torch.Tensor, model_n: torch.Tensor) -> tuple[int, int]:
     # numpy counts four times as fast.
     apart_n = model_n.view(torch.int16).numpy() - base_n.to(model_n.dtype).view(torch.int16).numpy()
     equal = int(np.count_nonzero(apart_n == 0))
+    # Differences of -1, 0 and 1 become 0, 1 and 2; read as unsigned, all others are larger.
     apart_n += 1
     return equal, int(np.count_nonzero(apart_n.view(np.uint16) <= 2)) - equal
 
 
 def is_counted(dtype: torch.dtype) -> bool:
-    """Of a wider type a step is smaller than any update."""
+    """Whether steps are counted for a type; in wider types, a step is smaller than any update."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
@@ -40,8 +43,8 @@ def shares(counts: Sequence[list[int] | None], elements: int) -> dict[str, list[
     """The report's entry for a tensor, one number for each model: None if it was not counted; empty if no model was.
 
     Args:
-        counts: sums of `steps`.
-        elements: of the tensor.
+        counts: sums of `steps` for each model.
+        elements: number of elements of the tensor.
     """
     if not any(counts):
         return {}
@@ -52,13 +55,13 @@ def shares(counts: Sequence[list[int] | None], elements: int) -> dict[str, list[
 
 
 def of_models(paths: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same of each model whose deltas were counted, over the tensors that it changed.
+    """The same shares for each model whose deltas were counted, over the tensors that it changed.
 
-    One without any change was not trained, and says nothing about rounding.
+    A tensor without any change was not trained, and says nothing about rounding.
 
     Args:
         paths: the models.
-        rows: what is said of the tensors.
+        rows: the report's rows, one for each tensor.
     """
     said = []
     for number, path in enumerate(paths):

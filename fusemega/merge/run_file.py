@@ -94,7 +94,7 @@ def from_mergekit(data: dict[str, Any], source: str) -> tuple[dict[str, Any], li
 
 
 def _from_slices(data: dict[str, Any], source: str) -> None:
-    """One slice of the same layers of each model is a list of models."""
+    """Turns a single slice, of the same layers of each model, into a list of models."""
     slices = data.pop("slices")
     if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], dict):
         raise UserError(f"{source}: slices: only one slice, of all layers of each model, can be merged")

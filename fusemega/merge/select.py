@@ -8,6 +8,8 @@ same order), and the bracket becomes the interval that holds the k-th largest. I
 `MAX_MEMBERS` keys, another pass counts the lower 17 bits.
 
 Only integers are added, and the sample does not depend on the blocks, so the result does not depend on their size.
+
+Shape suffixes: n elements of one block, flat, m places in it.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from fusemega.merge.statistics import CELL
 _LOW_BITS = 17
 _COARSE_BINS = 1 << (31 - _LOW_BITS)  # no sign bit
 _FINE_BINS = 1 << _LOW_BITS
-_PIECE = 1 << 13
-_PIECES = (8, 128)
+_PIECE = 1 << 13  # elements in a part that is sampled
+_PIECES = (8, 128)  # the fewest and the most parts
 _SURE = 8.0
 """Standard errors of a sample of independent elements on either side of the bracket. A tensor's neighbours are alike,
 so its elements are not independent."""
-_FEW = 4
+_FEW = 4  # up to so many distinct values in a bracket are counted by comparison, without a sort
 _SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 MAX_MEMBERS = 1 << 22
 PASS_NAMES = ("the threshold and its ties",)
@@ -41,8 +43,8 @@ class Keys:
     """Streams of keys to rank elements by: non-negative fp32.
 
     Attributes:
-        rough: block -> each stream's keys [n], relatively within `slack` of the true ones, and zero where those are;
-            one stream after the other, so that only one needs room.
+        rough: block -> each stream's keys [n], with a relative error of at most `slack`, and zero where the true ones
+            are; one stream after the other, so that only one needs room.
         exact: (block, stream, places [m]) -> the true keys there [m], fp32.
         slack: 0 where `rough` is exact.
     """
@@ -54,7 +56,7 @@ class Keys:
 
 @dataclass
 class _Marks:
-    """Which elements of a block are surely taken, and which may be (None: no others), a bit each."""
+    """Which elements of a block are certainly taken, and which others may be (None: no others), one bit for each."""
 
     taken: np.ndarray
     open: np.ndarray | None
@@ -68,7 +70,7 @@ class Selection:
         count: k.
         threshold: the smallest key taken; infinite where k is 0.
         ties: for each block, how many of the keys that equal the threshold are taken, and how many there are.
-        marks: of each block, where there are `Keys.exact`.
+        marks: marks of each block, if there are `Keys.exact`.
     """
 
     keys: Keys
@@ -79,9 +81,9 @@ class Selection:
     marks: list[_Marks]
 
     def places(self, block: Block) -> np.ndarray:
-        """Where the elements taken are, in ascending order. Needs `Keys.exact`.
+        """The places of the elements taken, in ascending order. Needs `Keys.exact`.
 
-        Of a block that is asked for again, they are remembered.
+        They are remembered, for a block that is asked for again.
         """
         marks = self.marks[block.index]
         length = len(block.stored[0])
@@ -100,6 +102,7 @@ class Selection:
         """`values_n`, whose magnitudes are the keys, with zero in place of those not taken; it may be overwritten."""
         taken, there = self.ties[block.index] if self.ties else (0, 0)
         if values_n.dtype == torch.float32:
+            # `hardshrink` keeps what lies beyond the bound; one step below the threshold, it keeps the ties too.
             bound = np.nextafter(np.float32(self.threshold), np.float32(0)) if taken else self.threshold
             kept = torch.nn.functional.hardshrink(values_n, float(bound))
             if 0 < taken < there:
@@ -129,9 +132,9 @@ def select_largest(job: Job, keys: Keys, count_of: Callable[[int], list[int]]) -
 
     Args:
         job: the job.
-        keys: of its blocks; computed again in every pass.
-        count_of: how many elements of the first stream are not zero -> how many are wanted of each stream. No more than
-            there are elements; where there are `Keys.exact`, than are not zero.
+        keys: keys of its blocks; computed again in every pass.
+        count_of: number of elements of the first stream that are not zero -> number wanted of each stream: at most all
+            elements, or with `Keys.exact` at most those that are not zero.
     """
     (tensor,) = job.tensors
     sampled = yield PartialPass(lambda block: [key.numpy() for key in keys.rough(block)], _pieces(tensor.elements))
@@ -157,8 +160,8 @@ def _pieces(elements: int) -> list[tuple[int, int]]:
 
 
 def selection_bytes(elements: int, streams: int) -> int:
-    """What a selection holds of a tensor: the sample and one stream's sorted copy; the values within the brackets, at
-    their widest, and how often they occur."""
+    """Memory of a selection over a tensor: the sample and one stream's sorted copy; the values within the widest
+    brackets, and how often they occur."""
     size = sum(count for _, count in _pieces(elements))
     within = min(MAX_MEMBERS, int(_SURE / math.sqrt(size) * elements))
     return 4 * size * (streams + 1) + 8 * within * streams
@@ -166,7 +169,7 @@ def selection_bytes(elements: int, streams: int) -> int:
 
 @dataclass(frozen=True)
 class _Bracket:
-    """Keys from `low` to `high`, both within; and all the values that a sample has there, if they are few."""
+    """Keys from `low` to `high`, both included; and all values that a sample has there, if they are few."""
 
     low: float
     high: float
@@ -176,8 +179,8 @@ class _Bracket:
 def _guess(
     sampled: list[list[np.ndarray]], elements: int, count_of: Callable[[int], list[int]], slack: float
 ) -> list[_Bracket] | None:
-    """From a sample, each of whose blocks has one array a stream; None where more keys may lie within than are to be
-    remembered."""
+    """The brackets from a sample, which has one array for each stream of each block; None if more keys may lie within
+    them than are to be remembered."""
     size = sum(len(streams[0]) for streams in sampled)
     nonzero = sum(_nonzero(streams[0]) for streams in sampled)
     out = []
@@ -199,7 +202,7 @@ def _guess(
 
 
 def _count(keys: Keys, count_of: Callable[[int], list[int]]) -> PassesFor[list[_Bracket]]:
-    """From the bit patterns of all keys."""
+    """The brackets from the bit patterns of all keys."""
     histograms = _Histograms(keys)
     counts = count_of(sum((yield histograms.add)))
     found = [_locate(histogram, k) for histogram, k in zip(histograms.counts, counts, strict=True)]
@@ -291,13 +294,13 @@ def _scan_one(keys: Keys, block: Block, stream: int, rough: np.ndarray, bracket:
 
 
 def _nonzero(keys_n: np.ndarray) -> int:
-    return int(np.count_nonzero(keys_n > 0))  # keys are not negative; of floats themselves it takes six times as long
+    return int(np.count_nonzero(keys_n > 0))  # keys are not negative; to count the floats takes six times as long
 
 
 def _settle(
     parts: list[list[_Scanned]], keys: Keys, brackets: list[_Bracket], count_of: Callable[[int], list[int]]
 ) -> list[Selection] | None:
-    """None where a k-th largest does not lie in its bracket."""
+    """The selections from the scan of all blocks; None if a k-th largest key does not lie in its bracket."""
     counts = count_of(sum(streams[0].nonzero for streams in parts))
     out = []
     for stream, (k, bracket) in enumerate(zip(counts, brackets, strict=True)):

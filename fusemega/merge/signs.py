@@ -1,4 +1,7 @@
-"""Elects a sign for each element, and sums the deltas that have it."""
+"""Elects a sign for each element, and sums the deltas that have it.
+
+Shape suffixes: n elements of one block, flat.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ def elect(total_n: torch.Tensor) -> torch.Tensor:
 def agreeing_sums(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], sign_n: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Over the models whose weighted delta has the elected sign (one of zero has none).
+    """Sums over the models whose weighted delta has the elected sign; a delta of zero has no sign.
 
     Args:
         deltas: K tensors [n]; they are overwritten.
         weights: K numbers.
-        sign_n: of `elect`.
+        sign_n: from `elect`.
 
     Returns:
         sum of weight * delta [n], sum of weight [n], and the number of (element, model) pairs that agree.

@@ -1,4 +1,7 @@
-"""Reads blocks of the tensors of several models, for the methods."""
+"""Reads blocks of the tensors of several models, for the methods.
+
+Shape suffixes: n elements of one block, flat.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ class TensorSource:
     """Where one model keeps one output tensor.
 
     Attributes:
-        reader: of its folder.
+        reader: reader of its folder.
         name: the tensor's name there.
-        dtype: there.
+        dtype: the tensor's dtype there.
         rows: its row for each row of the output, -1 where it has none; None: the same rows.
-        width: elements a row (only used with `rows`).
+        width: elements of a row (only used with `rows`).
     """
 
     reader: RangeReader
@@ -32,7 +35,7 @@ class TensorSource:
 
     def load(self, start: int, count: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Output elements `start` to `start + count` in this model's dtype, and the parts (from, to) of them that it
-        lacks, where they are anything."""
+        lacks, where the values are undefined."""
         out_n = torch.empty(count, dtype=self.dtype)
         missing = []
         for begin, end, own in self._runs(start, count):
@@ -50,6 +53,7 @@ class TensorSource:
         first, last = start // self.width, (start + count - 1) // self.width
         rows = self.rows[first : last + 1]
         absent = rows < 0
+        # A new stretch begins where rows begin or cease to be absent, or where a row does not follow the one before.
         breaks = np.where(absent[:-1] | absent[1:], absent[:-1] != absent[1:], np.diff(rows) != 1)
         edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)]
         for left, right in zip(edges[:-1], edges[1:], strict=True):
@@ -65,8 +69,8 @@ def load_block(
 ) -> list[torch.Tensor]:
     """Output elements `start` to `start + count` of every model, the base (if there is one) first, as they are stored.
 
-    A model that lacks a row gets the base's, or the mean of those that have it where there is no base or it lacks it;
-    then all are widened to `dtype`.
+    A model that lacks a row gets the base's row, or, if there is no base or it lacks the row too, the mean of the
+    models that have it. In a block with such rows, all are widened to `dtype`.
     """
     loaded = [source.load(start, count) for source in sources]
     out, missing = [values for values, _ in loaded], [parts for _, parts in loaded]

@@ -2,6 +2,8 @@
 
 Each cell of `CELL` consecutive elements is summed in the block's precision. The sums of the cells are then added
 exactly (`math.fsum`), so their order does not matter. Blocks begin at multiples of `CELL`.
+
+Shape suffixes: n elements of one block, flat.
 """
 
 from __future__ import annotations

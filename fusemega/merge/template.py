@@ -16,13 +16,13 @@ from fusemega.merge.vocabulary import MergedVocabulary
 def plan_template(
     vocabulary: MergedVocabulary, folders: Sequence[HFFolder], names: Sequence[str], run: MergeRun, has_base: bool
 ) -> tuple[MergedVocabulary, str | None, list[str]]:
-    """The merge's vocabulary with the folder whose tokenizer, template and token ids it is to carry.
+    """The merge's vocabulary, with the folder (`donor`) whose tokenizer, template and token ids the merge carries.
 
     Args:
         vocabulary: as planned so far.
-        folders, names: the base first, where there is one.
+        folders, names: the models', the base first if there is one.
         run: what was asked for.
-        has_base: whether there is one.
+        has_base: whether there is a base.
 
     Returns:
         The vocabulary; a template to write in place of that folder's (None: its own); what to tell the user.

@@ -36,11 +36,11 @@ class MergedVocabulary:
     """The rows of the merged embedding and head.
 
     Attributes:
-        rows: how many.
+        rows: number of rows.
         maps: for each folder, its own row for each row of the merge, -1 where it has none; None: the same rows.
         donor: the folder whose tokenizer, template and token ids the merge carries.
         added: entries that the donor's tokenizer gets, in the order of their ids.
-        note: what was done, for the user; empty where nothing had to be.
+        note: what was done, for the user; "" if nothing had to be done.
         files: what each folder's files say of its own vocabulary.
     """
 
@@ -58,14 +58,13 @@ def plan_vocabulary(
     """The rows of a merge of `folders`, of which the first is the base.
 
     Args:
-        folders: of all models.
-        mode: crop, pad, position or union; None where the vocabularies have to be equal.
+        folders: folders of all models.
+        mode: crop, pad, position or union; None: the vocabularies have to be equal.
         donor: the folder whose tokenizer was asked for.
-        has_base: whether the first is what deltas are taken from.
+        has_base: whether deltas are computed against the first.
 
     Raises:
-        UserError: the vocabularies differ, or nothing shows that they do not, and no mode, or one that does not fit,
-            was chosen.
+        UserError: the vocabularies differ, or nothing shows that they are the same, and the mode does not allow that.
     """
     sizes = [int(folder.config["vocab_size"]) for folder in folders]
     files = [read_vocabulary(folder.path) for folder in folders]
@@ -103,7 +102,7 @@ def plan_vocabulary(
 
 
 def _widest(files: Sequence[VocabularyFiles | None], rows: int) -> int:
-    """The first that has every token which any of them has a row for; the first of all where none has."""
+    """The first folder that has every token for which any folder has a row; the first of all if there is none."""
     strings = [set[int]() if one is None else {i for i in one.strings if i < rows} for one in files]
     everything = set[int]().union(*strings)
     return next((place for place, own in enumerate(strings) if own == everything), 0)
@@ -116,9 +115,9 @@ def _check_same(
     donor: int | None,
     has_base: bool,
 ) -> str:
-    """Refuses rows of one position that belong to different tokens, or of which nothing shows that they do not.
+    """Refuses rows at one position that belong to different tokens, or that nothing shows to belong to the same.
 
-    With a tokenizer asked for, the base may have other names for added tokens of the models; the note says so.
+    If a tokenizer was asked for, the base may have other names for added tokens of the models; the note says so.
     """
     note = ""
     for j, second in enumerate(files):
@@ -183,8 +182,8 @@ def _union(folders: Sequence[HFFolder], sizes: list[int], files: Sequence[Vocabu
 
 
 def _check_ordinary(base: VocabularyFiles, other: VocabularyFiles, tokens: Sequence[str]) -> None:
-    """Ordinary tokens that the base lacks become added tokens of it, which are found before anything else is cut: only
-    for text that the base has no token for does its own cutting stay."""
+    """Refuses ordinary tokens that would change how the base cuts its text. They become added tokens, which are found
+    before anything else is cut; only tokens of text for which the base has no token leave its cutting as it is."""
     unknown = None if base.rest is None else base.ids.get(str(base.rest.get("unk_token")))
     for token in tokens:
         if unknown is None or unknown not in base.encode(token):
@@ -196,7 +195,7 @@ def _check_ordinary(base: VocabularyFiles, other: VocabularyFiles, tokens: Seque
 
 
 def _check_cutting(base: VocabularyFiles, added: Sequence[dict[str, Any]]) -> None:
-    """The base's own text is cut as before."""
+    """Checks that the base's tokenizer cuts the probes as before when it has the added tokens."""
     from tokenizers import AddedToken, Tokenizer
 
     if not added:

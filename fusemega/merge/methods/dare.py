@@ -34,7 +34,7 @@ def uniform(seed: int, tensor: TensorSpec, model: int, start: int, count: int) -
 
 
 class DareSettings(ArithmeticSettings):
-    """Of a tensor."""
+    """Settings for a tensor."""
 
     rescale: bool = Field(True, description="divide the kept deltas by the density, so that the mean stays the same")
 

@@ -1,4 +1,7 @@
-"""DELLA: drop by magnitude, elect, fuse (Deep et al., 2024, arXiv:2406.11617)."""
+"""DELLA: drop by magnitude, elect, fuse (Deep et al., 2024, arXiv:2406.11617).
+
+Shape suffixes: R rows of a block, D elements of a row.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from fusemega.merge.methods.ties import DensitySettings, merge_by_sign
 
 
 class DellaSettings(DareSettings):
-    """Of a tensor."""
+    """Settings for a tensor."""
 
     normalize: bool = Field(
         True, description="divide each element by the sum of the weights of the models that take part in it"
@@ -22,7 +25,7 @@ class DellaSettings(DareSettings):
 
 
 class WindowSettings(DensitySettings):
-    """Of a model."""
+    """Settings for a model."""
 
     epsilon: float = Field(
         0.15, ge=0, lt=0.5, description="probabilities of being kept range from density - epsilon to density + epsilon"

@@ -14,13 +14,13 @@ from fusemega.merge.method import Block, Job, Merge, Method, Passes, register
 
 
 class LinearSettings(Section):
-    """Of a tensor."""
+    """Settings for a tensor."""
 
     normalize: bool = Field(True, description="divide by the sum of the weights; without it they must sum to 1")
 
 
 class EqualWeightSettings(Section):
-    """Of a model."""
+    """Settings for a model."""
 
     weight: float = Field(1.0, allow_inf_nan=False, description="weight of the model")
 

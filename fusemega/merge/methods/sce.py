@@ -19,7 +19,7 @@ LEAST_VARIANCE = 2.0**-100
 
 
 class SceSettings(Section):
-    """Of a tensor."""
+    """Settings for a tensor."""
 
     select_topk: float = Field(1.0, ge=0, le=1, description="tau: share of the differing elements that is selected")
 
@@ -79,7 +79,7 @@ def select_squares(job: Job) -> PassesFor[tuple[Selection | None, list[float]]]:
 
 
 def share_selected(job: Job, selection: Selection | None) -> float:
-    """Of a job's elements."""
+    """The share of a job's elements that is selected."""
     return 1.0 if selection is None else selection.count / job.elements
 
 
@@ -111,7 +111,7 @@ def rough_variance(block: Block) -> torch.Tensor:
 
 
 def variance_at(block: Block, stream: int, places: np.ndarray) -> np.ndarray:
-    """The same at some places in fp64, rounded to fp32: models in another order give the same bits."""
+    """The same at some places, in fp64, rounded to fp32: models in another order give the same bits."""
     first, *others = (model.numpy().astype(np.float64) for model in block.at(places).models())
     sums, squares = np.zeros_like(first), np.zeros_like(first)
     for model in others:
@@ -138,7 +138,7 @@ def selected_squares(block: Block, selection: Selection) -> list[list[float]]:
 def merge_selected(
     block: Block, selection: Selection | None, merge: Callable[[list[torch.Tensor]], tuple[torch.Tensor, float]]
 ) -> tuple[torch.Tensor, float]:
-    """What `Merge.apply` returns where elements that are not selected become the base's.
+    """What `Merge.apply` returns, for methods in which elements that are not selected become the base's.
 
     Args:
         block: the block.

@@ -25,6 +25,7 @@ class ScePaper(Sce):
         eta = shares(squares)
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
+            # Without the sum of coefficients, because nothing is divided by it.
             return merge_selected(block, selection, lambda deltas: erase(deltas, eta)[::2])
 
         selected = share_selected(job, selection)

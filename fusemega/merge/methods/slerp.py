@@ -15,7 +15,7 @@ PARALLEL = 0.9995
 
 
 class SlerpSettings(Section):
-    """Of a tensor."""
+    """Settings for a tensor."""
 
     t: float = Field(ge=0, le=1, description="0: the base; 1: the other model")
 

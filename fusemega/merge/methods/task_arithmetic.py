@@ -15,14 +15,14 @@ from fusemega.merge.methods.linear import check_sum
 
 
 class ArithmeticSettings(Section):
-    """Of every method that adds up weighted deltas."""
+    """Settings of every method that adds up weighted deltas."""
 
     normalize: bool = Field(False, description="divide by the sum of the weights of the models that take part")
     scale: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="multiplies the merged delta")
 
 
 class WeightSettings(Section):
-    """Of a model."""
+    """Settings for a model."""
 
     weight: float = Field(allow_inf_nan=False, description="weight of the model")
 

@@ -14,7 +14,7 @@ from fusemega.merge.signs import agreeing_sums, elect, ratio
 
 
 class TiesSettings(ArithmeticSettings):
-    """Of a tensor."""
+    """Settings for a tensor."""
 
     normalize: bool = Field(
         True, description="divide each element by the sum of the weights of the models that take part in it"
@@ -22,7 +22,7 @@ class TiesSettings(ArithmeticSettings):
 
 
 class DensitySettings(WeightSettings):
-    """Of a model."""
+    """Settings for a model."""
 
     density: float = Field(1.0, gt=0, le=1, description="share of the delta that is kept")
 

@@ -18,7 +18,7 @@ _LAYER = re.compile(r".*\blayers\.\d+\.")
 
 
 class VarmSettings(Section):
-    """Of a tensor."""
+    """Settings for a tensor."""
 
     granularity: Literal["matrix", "layer", "model", "parameter"] = Field(
         "matrix", description="what shares one weight W_j"
