@@ -5,7 +5,7 @@ it makes. So one graph can be checked, printed, and run here. ("Pipeline stage o
 another thing: the layers of one pipeline-parallel rank.)
 
 * `stage.py`: a stage; `functions.py`: the functions that a stage may call; `call.py`: calls one by hand
-* `graph.py`: stages joined by the paths that they make and read; refuses circles, unknown inputs, an output of two
+* `graph.py`: stages joined by the paths that they make and read; refuses circles, unknown inputs, shared outputs
 * `record.py`: what is written down of a stage, its identity, and what has changed since
 * `verdict.py`: which stages would run, and why
 * `run.py`: runs a graph on this machine: resumes, stops, goes on where a failure does no harm

@@ -29,7 +29,7 @@ class Call(Section):
 
 
 def write_call(stage: Stage, folder: Path) -> None:
-    """The file of a stage that calls a function."""
+    """Writes the file with which a stage's function can be called by hand."""
     call = {"function": stage.function, "arguments": stage.settings}
     text = f"# {stage.command(folder)}\n{yaml.safe_dump(call, sort_keys=False)}"
     write_durably(stage.call_file(folder), text)

@@ -1,4 +1,4 @@
-"""The functions that a stage may call: those under `@stage_function`, by `module:name`."""
+"""The functions that a stage may call: those decorated with `@stage_function`, by `module:name`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stage_function(function: F) -> F:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What a stage calls the function by, such as `fusemega.recipes.measures:measure`."""
+    """The name by which a stage calls the function, such as `fusemega.recipes.measures:measure`."""
     return f"{function.__module__}:{function.__qualname__}"
 
 

@@ -1,4 +1,4 @@
-"""Stages joined by paths: who reads a path needs the stage that makes it. What does not fit is refused with names."""
+"""Stages joined by paths: a stage that reads a path needs the stage that makes it. Errors name what does not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Graph:
 
     Attributes:
         folder: the recipe's output folder. Records lie in `folder/stages`.
-        stages: as given, but for those that had to wait for one further down.
+        stages: in the given order, except that a stage comes after all that it needs.
         needs: name -> names of the stages that make what this one reads.
 
     Raises:
@@ -50,12 +50,12 @@ class Graph:
         return self.folder / "stages"
 
     def maker(self, path: str | Path) -> str | None:
-        """The name of the stage that makes `path`, or a folder above it; None: it comes from outside."""
+        """The name of the stage that makes `path`, or a folder above it; None if no stage does."""
         whole = Path(os.path.abspath(path))
         return next((self._makers[place] for place in (whole, *whole.parents) if place in self._makers), None)
 
     def lines(self) -> list[str]:
-        """What the graph is, for a terminal: each stage with what it needs, makes and runs."""
+        """The graph as text for a terminal: each stage with what it needs, makes and runs."""
         lines = []
         for stage in self.stages:
             needs = f"  after {', '.join(self.needs[stage.name])}" if self.needs[stage.name] else ""

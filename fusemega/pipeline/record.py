@@ -1,4 +1,4 @@
-"""What is written down of a stage: what it was made from, what came of it, and what has changed since.
+"""The record of a stage: what it was made from, its results, and what has changed since.
 
 A stage's identity is its words and settings, in which paths of inputs and outputs are replaced by their names, and the
 content of each input. So an output folder that moves, or an input that is only touched, changes nothing.
@@ -42,11 +42,11 @@ class StageRecord:
         state: begun (it runs, or was interrupted), failed, stopped (by its own decision), or finished.
         made_from: see `made_from`.
         inputs: name -> content hash.
-        owns: what the stage makes or made, relative to the graph's folder: what may be removed.
+        owns: paths that the stage makes or made, relative to the graph's folder; these may be removed.
         outputs: name -> content hash, when finished.
-        result: of a function.
-        reason: of a failure or a stop.
-        everything: of a stop: it ends all of the graph.
+        result: what a function returned.
+        reason: the reason of a failure or a stop.
+        everything: whether a stop ends the whole graph.
     """
 
     state: State
@@ -65,14 +65,14 @@ def record_file(graph: Graph, stage: Stage) -> Path:
 
 
 def read_record(graph: Graph, stage: Stage) -> StageRecord | None:
-    """None: the stage never began.
+    """The stage's record; None if the stage never began.
 
     Raises:
         UserError: the file is no record, or one of another version of fusemega.
     """
     path = record_file(graph, stage)
     if not path.exists():
-        if path.with_suffix(".begun").exists():
+        if path.with_suffix(".begun").exists():  # written by another version of fusemega
             raise _of_another_version(path.with_suffix(".begun"))
         return None
     said = read_json(path, finite=False)
@@ -89,7 +89,7 @@ def write_record(graph: Graph, stage: Stage, record: StageRecord) -> None:
 
 
 def strangers(graph: Graph, stage: Stage) -> list[Path]:
-    """What is in the place of something that the stage makes, and the stage has not made."""
+    """Paths of the stage's outputs where something exists that the stage has not made."""
     record = read_record(graph, stage)
     known = set() if record is None else set(record.owns)
     return [
@@ -98,7 +98,7 @@ def strangers(graph: Graph, stage: Stage) -> list[Path]:
 
 
 def made_from(stage: Stage) -> dict[str, Any]:
-    """The stage's words and settings as JSON, with `[kind, name, what follows]` in the place of its paths."""
+    """The stage's words and settings as JSON, with `[kind, name, rest of the path]` in place of its paths."""
     known = [(path, "input", name) for name, path in stage.inputs.items()]
     known += [(path, "output", name) for name, path in stage.outputs.items()]
     known += [(path, "owned", str(number)) for number, path in enumerate(stage.owns)]
@@ -132,26 +132,26 @@ class Contents:
         self._known: dict[str, str] = {}
 
     def of(self, path: str) -> str:
-        """Of a file or folder.
+        """The content hash of a file or folder.
 
         Raises:
-            UserError: it is not there, or no plain file or folder.
+            UserError: it is not there, or is neither a regular file nor a folder.
         """
         if path not in self._known:
             self._known[path] = content_hash(Path(path), self._memory)
         return self._known[path]
 
     def forget(self) -> None:
-        """Something was made or removed."""
+        """Drops the hashes, because something was made or removed."""
         self._known.clear()
 
 
 def changes(stage: Stage, record: StageRecord, contents: Contents, to_come: set[str]) -> Iterator[str]:
-    """What the stage would be made from now and was not then, each in a few words.
+    """The differences between what the stage is made from now and what the record says, each in a few words.
 
     Args:
         stage: as it is now.
-        record: of what was made.
+        record: of an earlier run.
         contents: of the files.
         to_come: names of inputs whose content is not known yet.
     """
@@ -171,9 +171,9 @@ def changes(stage: Stage, record: StageRecord, contents: Contents, to_come: set[
 
 
 def damage(stage: Stage, record: StageRecord, contents: Contents) -> str | None:
-    """Of a finished stage: which output is not as it was made. None: all are.
+    """Which output of a finished stage is not as the stage made it; None if all are.
 
-    An output without a recorded hash is one that this version of the stage makes, and the earlier one did not.
+    An output without a recorded hash is one that an earlier version of the stage did not make.
     """
     for name, path in stage.outputs.items():
         if not os.path.exists(path):

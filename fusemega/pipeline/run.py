@@ -1,7 +1,7 @@
-"""Runs a graph on this machine: what is finished is skipped, what was interrupted goes on, a stop is obeyed.
+"""Runs a graph on this machine: skips finished stages, continues interrupted ones, and obeys stops.
 
-A stage that fails ends those that need it. The others still run, since their work is kept; then the failure is raised.
-A signal ends everything at once.
+After a stage fails, those that need it do not run. The others still do, since their work is kept; then the failure is
+raised. A signal ends everything at once.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _SIGNALLED = 128  # statuses from here on: a signal ended the command, or it end
 
 @dataclass
 class Outcome:
-    """What came of a graph.
+    """What became of the stages of a graph.
 
     Attributes:
-        results: stage -> what its function returned; None for a command. Of finished stages.
-        stopped: stage -> reason, of those that ended their branch.
+        results: finished stage -> what its function returned; None for a command.
+        stopped: stage that stopped its branch -> reason.
         failed: stage -> message.
-        not_run: stage -> the stage that ended its branch.
+        not_run: stage -> the stage that stopped or failed before it.
     """
 
     results: dict[str, Any] = field(default_factory=dict)
@@ -98,11 +98,11 @@ def run(graph: Graph) -> Outcome:
 
 
 def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
-    """The result of the stage, which runs if it must.
+    """The result of the stage, which is run if necessary.
 
     Raises:
-        Stop: the stage's decision, now or before.
-        UserError: it fails.
+        Stop: the stage stopped, now or in an earlier run.
+        UserError: it failed.
     """
     found = verdict(graph, stage, contents)
     if found.action == "stop":
@@ -116,7 +116,7 @@ def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
     inputs = {name: contents.of(path) for name, path in stage.inputs.items()}
     owns = [os.path.relpath(path, graph.folder) for path in stage.owned()]
     record = StageRecord("begun", made_from(stage), inputs, owns)
-    _begin(graph, stage, found)  # before the record: interrupted in between, it is done again
+    _begin(graph, stage, found)  # before the record: after an interruption in between, it is done again
     write_record(graph, stage, record)
     say(f"[{stage.name}]" if found.reason == "new" else f"[{stage.name}] {found.reason}")
     started = time.monotonic()
@@ -142,10 +142,10 @@ def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
 
 
 def _refuse_strangers(graph: Graph) -> None:
-    """No stage finds something of others in the place of what it makes; to be called before anything is written.
+    """Refuses a graph with an output path where something exists that its stage did not make. Called before any write.
 
     Raises:
-        UserError: one does; or a record is none.
+        UserError: there is one; or a record cannot be read.
     """
     for stage in graph.stages:
         for path in strangers(graph, stage):
@@ -154,7 +154,7 @@ def _refuse_strangers(graph: Graph) -> None:
 
 
 def _begin(graph: Graph, stage: Stage, found: Verdict) -> None:
-    """Removes what an earlier run left and this one cannot continue; writes the run file."""
+    """Removes what an earlier run left if this one cannot continue it; writes the run file."""
     if found.record is not None and found.anew:
         for path in stage.owned():
             with locked(path):  # the stage's command may run by hand
@@ -183,7 +183,7 @@ def _work(graph: Graph, stage: Stage) -> Any:
     """Runs the stage's function or command to its end; returns the function's result.
 
     Raises:
-        Stop: of the function.
+        Stop: the function raised it.
         UserError: it failed.
     """
     if stage.function:
@@ -193,6 +193,7 @@ def _work(graph: Graph, stage: Stage) -> Any:
     else:
         say(stage.command(graph.folder))
         argv = [sys.executable, "-m", "fusemega", *stage.argv]
+        # As a shell reports it: 128 + N for signal N.
         status = abs(code) + 128 if (code := subprocess.run(argv, env=child_environment()).returncode) < 0 else code
     if status:
         message = f"{stage.command(graph.folder)}: ended with status {status}; its messages are above"

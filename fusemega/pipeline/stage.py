@@ -54,9 +54,9 @@ class Stage:
         outputs: name -> path of a file or folder that proves the stage's work: its content is written down, and when
             it is missing or different the stage runs again.
         owns: further paths that the stage makes, such as the run folder whose `hf` is the output. They are removed
-            with the outputs before the stage begins anew; what changes in them is nobody's concern.
-        resumes: the command continues from what an interrupted run left. Otherwise that is removed first.
-        resources: see there.
+            with the outputs before the stage begins anew; changes in them do not make the stage run again.
+        resumes: whether the command continues from what an interrupted run left. Otherwise that is removed first.
+        resources: what it needs of the machine.
         may_be_array: stages of one command that do not need each other may become one job array.
 
     >>> align = Stage("align-qwen", ("align", "models/qwen", "models/llama", "out/qwen.map"),
@@ -94,5 +94,5 @@ class Stage:
         return shlex.join(["fusemega", *self.words()])
 
     def call_file(self, folder: Path) -> Path:
-        """Of a function: the file that `fusemega.pipeline.call` reads."""
+        """The file that `fusemega.pipeline.call` reads, for a stage with a function."""
         return folder / "stages" / f"{self.name}.yaml"

@@ -16,10 +16,10 @@ class Verdict:
     """What is to be done with a stage.
 
     Attributes:
-        action: run: it runs. skip: it is finished. stop: it ended its branch before, for the same reasons.
-            wait: a stage that it needs ended the branch.
+        action: run: it runs. skip: it is finished. stop: it stopped in an earlier run, from the same inputs.
+            wait: a stage that it needs stopped.
         reason: in a few words.
-        anew: of a run: what an earlier one left is of no use, and removed first.
+        anew: for `run`: whether what an earlier run left is removed first, because it cannot be continued.
         record: of the earlier run.
     """
 
@@ -30,11 +30,11 @@ class Verdict:
 
 
 def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = frozenset()) -> Verdict:
-    """Of one stage.
+    """The verdict on one stage.
 
     Args:
-        graph: the stage's.
-        stage: all that it needs is finished, or in `running`.
+        graph: the graph of the stage.
+        stage: all stages that it needs are finished, or in `running`.
         contents: of the files.
         running: names of the stages that would run before; what they make is not known.
 
