@@ -30,23 +30,23 @@ TOP_K = 10
 TRAINED_KIND = "chat"  # the others are kinds that no arm is trained on
 SEED = 1234
 _SIZES = ("samples", "tokens", "bytes")
-# Of SmolLM2-135M-Instruct's 30, found one by one: the layer whose removal costs least on three training conversations
-# (cross-entropy 2.83 -> 2.91 -> 2.98 -> 3.08 -> 3.21 nats). A model that lost a third of its layers babbles, and
-# neither run can recover from that in minutes.
+# Chosen among SmolLM2-135M-Instruct's 30 layers one by one: each time the layer whose removal costs least on three
+# training conversations (cross-entropy 2.83 -> 2.91 -> 2.98 -> 3.08 -> 3.21 nats). A model that lost a third of its
+# layers babbles, and neither run can recover from that in minutes.
 CUT_LAYERS = (5, 14, 17, 18)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything.
+    """The sizes of a quickstart.
 
     Attributes:
-        train_tokens: to train on, in each pass.
-        measured_tokens: of each kind of text.
-        passes: over the training tokens. Labels alone overfit after a few; a teacher's rows much later.
-        train_iters: cuts a run short.
+        train_tokens: number of tokens to train on, in each pass.
+        measured_tokens: number of tokens to measure on, for each kind of text.
+        passes: passes over the training tokens. Labels alone overfit after a few; a teacher's rows much later.
+        train_iters: number of updates that cuts a run short; None: no limit.
         seeds: how often each arm is trained; a seed decides the order of the data.
-        answer_tokens: of each model's answer to the prompt.
+        answer_tokens: length of each model's answer to the prompt.
     """
 
     train_tokens: int
@@ -70,7 +70,7 @@ class Arms:
 
     Args:
         options: of the command line, from `parser`.
-        scale: how much of everything.
+        scale: the sizes.
     """
 
     def __init__(self, options: argparse.Namespace, scale: Scale) -> None:
@@ -82,10 +82,10 @@ class Arms:
         self.rows = {"path": self.texts["train"], "seq_length": SEQ_LENGTH}
 
     def choose_data(self, models: Sequence[str]) -> None:
-        """The text to train on and to measure on, of a size that suits the tokenizers of all `models`, as stage data.
+        """Adds stage data, which chooses the text to train and to measure on, to suit the tokenizers of all `models`.
 
-        Tokens are the first model's. With several tokenizers, conversations longer than a window of one of them are
-        left out: windows that tokenizers cut at different bytes are no common samples.
+        Tokens are counted with the first model's tokenizer. With several tokenizers, conversations longer than a window
+        of one of them are left out: tokenizers cut windows at different bytes, which gives no common samples.
         """
         options, scale = self.options, self.scale
         if (options.train is None) != (options.held_out is None):
@@ -107,17 +107,17 @@ class Arms:
         self.steps.call("data", choose_rows, settings, read, inputs, self.texts)
 
     def cut(self, model: str, out: Path) -> str:
-        """`model` without `CUT_LAYERS`, as folder `out`, as stage cut."""
+        """Adds stage cut, which writes `model` without `CUT_LAYERS` as folder `out`. Returns `out`."""
         settings = {"model": model, "out": str(out), "drop": list(CUT_LAYERS)}
         self.steps.call("cut", cut, settings, {"model": model}, outputs={"model": str(out)})
         return str(out)
 
     def teach(self, name: str, teacher: str) -> str:
-        """A teacher's rows of the training data, as stage teach-`name`. Returns the store's folder."""
+        """Adds stage teach-`name`, which stores a teacher's rows of the training data. Returns the store's folder."""
         return self.steps.teach(name, teacher, self.rows, top_k=TOP_K)
 
     def train(self, target: str, objectives: Mapping[str, Mapping[str, Any]]) -> None:
-        """One copy of `target` for each objective and seed, on the same tokens."""
+        """Adds a stage for each objective and seed, which trains a copy of `target` on the same tokens."""
         scale = self.scale
         length = {"train_iters": scale.train_iters} if scale.train_iters else {"train_epochs": float(scale.passes)}
         kept = {"save_interval": 25, "keep_checkpoints": 1}  # 1.4 GB each
@@ -128,7 +128,7 @@ class Arms:
                 self.steps.train(self.run_name(arm, seed), target, self.rows, objective, optimizer, training)
 
     def run_name(self, arm: str, seed: int) -> str:
-        """Of an arm's run with the seed of that number: the first has the arm's name."""
+        """The name of an arm's run with seed number `seed` (from 0); the first has the arm's own name."""
         return arm if seed == 0 else f"{arm}-{seed + 1}"
 
     def finish(
@@ -144,13 +144,13 @@ class Arms:
         """Run the stages and measure; write summary.json, summary.png and report/. Returns what the first holds.
 
         Args:
-            target: the model that every arm began as.
-            arms: those that were trained; the last is the fused one.
+            target: the model from which every arm started.
+            arms: names of the trained arms; the last is the fused one.
             teachers: name -> folder.
-            title: of picture and page.
-            started: `time.monotonic()` of then.
-            reference: the teacher of the target's tokenizer, whose distance is measured; None: there is none.
-            note: what a reader must know besides of what was seen.
+            title: title of picture and page.
+            started: `time.monotonic()` when the command began.
+            reference: the teacher with the target's tokenizer, to which distances are measured; None: there is none.
+            note: a sentence added to the one on what was seen.
         """
         runs = {arm: [self.run_name(arm, seed) for seed in range(self.scale.seeds)] for arm in arms}
         models = {"target": [target]} | {
@@ -183,7 +183,7 @@ class Arms:
         for name, loads in models.items():
             for number, load in enumerate(loads):
                 one = results[f"eval-{self.run_name(name, number)}"]
-                if load == reference:  # by definition
+                if load == reference:  # its distance from itself is not measured
                     one = {kind: {**of, "kl": 0.0, "same_top_1": 1.0} for kind, of in one.items()}
                 kinds = kinds or {kind: {key: of[key] for key in _SIZES} for kind, of in one.items()}
                 for kind, of in one.items():
@@ -215,7 +215,7 @@ class Arms:
         return summary
 
     def _measure(self, name: str, load: str, reference: str | None) -> None:
-        """Stage eval-`name`: what is found of one model on each kind of text."""
+        """Adds stage eval-`name`, which measures one model on each kind of text."""
         model, run_file = {"dtype": self.options.dtype}, str(self.folder / f"eval-{name}.yaml")
         evaluation: dict[str, Any] = {"model": {"load": load, **model}}
         read = {"model": load}
@@ -229,7 +229,7 @@ class Arms:
 
 
 def link(place: Path, model: str) -> None:
-    """A model by a name inside the pipeline's folder, which run files can use."""
+    """Makes `place`, a name inside the pipeline's folder for run files to use, a link to a model."""
     from fusemega.hf.hub import resolve
 
     replace_link(place, resolve(model).resolve())
@@ -275,7 +275,7 @@ def run_quickstart(
     parser: argparse.ArgumentParser,
     pipeline: Callable[[argparse.Namespace, Scale], dict[str, Any]],
 ) -> None:
-    """Parse, run, print what came out."""
+    """Parses the command line, runs the pipeline, and prints the result."""
     options = parser.parse_args()
     scale = options.scale or "default"
     options.out = options.out or (options.default_out if scale == "default" else f"{options.default_out}-{scale}")

@@ -37,7 +37,7 @@ from fusemega.training.optimizer import OptimizerSection
 from fusemega.training.run_file import TrainingSection
 
 if __name__ == "__main__":
-    raise SystemExit("error: a recipe runs with `fusemega run RECIPE.yaml`")  # as it did with this module
+    raise SystemExit("error: a recipe runs with `fusemega run RECIPE.yaml`")  # earlier, this module was run itself
 
 
 class TeachSection(Section):
@@ -67,7 +67,7 @@ class AlignSection(Section):
 
 
 class ObjectiveSection(TaughtSettings):
-    """Of every training run."""
+    """The objective of every training run."""
 
     name: Literal["fuse"] = "fuse"
     fusion: FusionConfig = FusionConfig()
@@ -155,8 +155,8 @@ class _Work:
     """The stages of one recipe file.
 
     Attributes:
-        result: folder of the model that everything is for.
-        figures: model -> file of `fusemega eval`; empty where nothing is measured.
+        result: folder of the final model.
+        figures: model -> file of `fusemega eval`; empty if nothing is measured.
     """
 
     def __init__(self, recipe: FusionRecipe) -> None:
@@ -206,7 +206,8 @@ class _Work:
             self.data,
             {"name": "fuse", "teachers": teachers, **recipe.objective.model_dump(exclude_defaults=True)},
             recipe.optimizer.model_dump(exclude_defaults=True),
-            # What is merged is rounded once, at the end: in bf16 a small update is mostly rounding.
+            # Targets that are merged stay in fp32 and are rounded once, at the end: in bf16 a small update would be
+            # mostly rounding.
             recipe.training.model_dump(exclude_defaults=True)
             | ({} if recipe.merge is None else {"export_dtype": "fp32"}),
         )
@@ -230,7 +231,7 @@ def _bits_per_byte(path: str) -> float:
 
 
 def _dtype_of(model: str) -> str:
-    """Of most of a model's weights, in the words of a merge's run file."""
+    """The type of most of a model's weights, as a merge's run file spells it."""
     folder = HFFolder(resolve(model))
     most, _ = Counter(str(folder.dtype(name)) for name in folder).most_common(1)[0]
     return most.removeprefix("torch.")

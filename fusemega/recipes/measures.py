@@ -1,6 +1,6 @@
-"""What a quickstart says of its models: measures on several kinds of text, answers to one question, and what was seen.
+"""What a quickstart reports of its models: measures on several kinds of text, answers to one question, and a verdict.
 
-Every figure of an arm is a list with a value a seed; the target and the teachers have one.
+Every figure of an arm is a list with one value for each seed; the target and the teachers have one value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fusemega.files.output import write_durably
 from fusemega.pipeline.functions import stage_function
 from fusemega.report.plots import Panel
 
-# kind of text -> measure -> a value a seed, of one model
+# For one model: kind of text -> measure -> one value for each seed.
 Found = dict[str, dict[str, list[float]]]
 
 
@@ -38,12 +38,12 @@ MEASURES = (
 
 @stage_function
 def measure(evaluation: dict[str, Any], texts: Mapping[str, str], run_file: str) -> dict[str, dict[str, Any]]:
-    """Kind of text -> what `fusemega eval` finds of it, in this process: a model of this size needs no launch.
+    """Kind of text -> the result of `fusemega eval` on it, run in this process: a model of this size needs no launch.
 
     Args:
-        evaluation: its run file; `data.path` is each of the texts in turn.
+        evaluation: content of the run file; `data.path` is each of the texts in turn.
         texts: kind -> JSONL.
-        run_file: where it is written, for whoever wants to repeat the evaluation by hand.
+        run_file: where the run file is written, so that the evaluation can be repeated by hand.
     """
     from fusemega.config import validate
     from fusemega.scoring.evaluate import EvalRun, Scorer
@@ -64,7 +64,7 @@ def evaluate_here(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 @stage_function
 def answer(folder: str, prompt: str, tokens: int) -> str:
-    """What transformers, loading the folder, answers greedily."""
+    """The greedy answer of the folder's model, run by transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -84,7 +84,7 @@ def panels(summary: Mapping[str, Any], reference: str | None) -> list[Panel]:
 
     Args:
         summary: as in summary.json.
-        reference: the name of the model whose distance from itself is none by definition.
+        reference: the name of the model from which distances are measured; its own is zero by definition.
     """
     found: dict[str, Found] = summary["measures"]
     made = []
@@ -130,12 +130,12 @@ def seen(found: Mapping[str, Found], trained: str) -> str:
 
 
 def _means(found: Found, kinds: Sequence[str], key: str) -> list[float]:
-    """A value a seed: the mean over the kinds."""
+    """The mean over the kinds, one value for each seed."""
     return [fmean(values) for values in zip(*(found[kind][key] for kind in kinds), strict=True)]
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """All of it, for a terminal."""
+    """The summary as text for a terminal."""
     names, kinds = list(summary["measures"]), summary["kinds"]
     lines = []
     for panel in panels(summary, None):

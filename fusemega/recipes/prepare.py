@@ -14,7 +14,7 @@ from fusemega.pipeline.functions import stage_function
 
 @stage_function
 def cut(model: str, out: str, drop: Collection[int]) -> list[int]:
-    """Writes `model` without the layers `drop` as folder `out`; returns those."""
+    """Writes `model` without the layers `drop` as folder `out`; returns these layers."""
     from fusemega.hf.cut_layers import cut_layers
     from fusemega.hf.hub import resolve
     from fusemega.runtime.parallel import ParallelConfig, initialize
@@ -28,8 +28,9 @@ def choose_rows(models: Sequence[str], files: Sequence[dict[str, Any]], seq_leng
     """Writes the first rows of each file that fit its budget; returns the number of tokens of each, by file name.
 
     Args:
-        models: tokens are the first one's. Of several, rows longer than a window of one of them are left out.
-        files: of each, `source` and `out` (JSONL) and the budget `tokens`.
+        models: tokens are counted with the first one's tokenizer. With several models, rows longer than a window of
+            one of them are left out.
+        files: `source` and `out` (JSONL) and the budget `tokens` of each.
         seq_length: tokens of a window.
 
     Raises:
@@ -53,7 +54,7 @@ def choose_rows(models: Sequence[str], files: Sequence[dict[str, Any]], seq_leng
 
 
 def _lengths(models: Sequence[str], path: Path, seq_length: int) -> dict[int, int]:
-    """Row number -> its tokens under the first model's tokenizer, of the rows that suit the tokenizers of all."""
+    """Row number -> number of tokens with the first model's tokenizer, for the rows that suit all tokenizers."""
     from fusemega.hf.hub import resolve
     from fusemega.text.data import DataConfig
     from fusemega.text.dataset import prepare

@@ -21,10 +21,10 @@ MODULES = {"fuse": "fusemega.recipes.fusion"}
 
 
 class Recipe(Generic[S]):
-    """A kind of recipe file: its settings, the graph that they describe, and what is said at the end.
+    """A kind of recipe file: its settings, the graph that they describe, and the summary at the end.
 
     Attributes:
-        Settings: of the file; it has the keys `recipe` and `output_dir`.
+        Settings: the settings of the file, with the keys `recipe` and `output_dir`.
     """
 
     Settings: type[S]

@@ -1,4 +1,4 @@
-"""The stages that recipes are made of: one builder for each command, which knows what it reads and makes."""
+"""The stages that recipes are made of: a builder for each command, which knows what the command reads and makes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Steps:
         nproc: processes of each stage that runs a model.
         parallel: section `parallel` of their run files.
         model: section `model` of their run files, without `load`.
-        stages: so far.
+        stages: the stages added so far.
     """
 
     folder: Path
@@ -51,9 +51,9 @@ class Steps:
         """`fusemega align` as stage align-`name`. Returns the vocabulary map, `maps/NAME.map`.
 
         Args:
-            name: the map's.
+            name: name of the map.
             source: a model or tokenizer.
-            target: likewise.
+            target: a model or tokenizer.
             options: further words of the command.
             data: the text whose statistics the map uses.
         """
@@ -138,7 +138,7 @@ class Steps:
         """A Python function under `@stage_function` as stage `name`.
 
         Args:
-            name: the stage's.
+            name: name of the stage.
             function: called with `settings` as its keyword arguments.
             settings: JSON-able.
             models: name -> model that it reads, by folder or hub id.
