@@ -143,7 +143,10 @@ def worked_example(
 
 
 def shown(vocabulary: Vocabulary, token: int) -> str:
-    """A token for the eye, marked (by a NUL before it) as one; special tokens by their form."""
+    """A token for a reader, with a NUL before it that tells the template that it is one; special tokens by their form.
+
+    Bytes that are no character by themselves (lone surrogates in `as_text`) are written as ‹E2›.
+    """
     content = vocabulary.contents[token]
     if content is None:
         return "\0" + vocabulary.forms[token]

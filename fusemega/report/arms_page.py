@@ -80,7 +80,7 @@ def write_arms_page(
         summary: as in summary.json.
         panels: the measures.
         curves: arm -> (tokens trained on, cross-entropy on labels) at each update.
-        folder: of the quickstart.
+        folder: the quickstart's folder.
 
     Raises:
         UserError: as `fusemega.report.page.write_report`.

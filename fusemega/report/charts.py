@@ -78,14 +78,15 @@ def as_svg(draw: Callable[[], plt.Figure], label: str, salt: str = "") -> str:
     """A figure as one <svg> element with the page's text colour.
 
     Args:
-        draw: makes it; called with the colours set.
-        label: for who cannot see it.
-        salt: of its ids, which must differ between the figures of a page.
+        draw: makes the figure; called with the colours set.
+        label: text for readers who cannot see it.
+        salt: makes its ids differ from those of the page's other figures.
     """
     settings: Any = {**_PLAIN, "svg.fonttype": "none", "svg.hashsalt": salt or label, "text.color": _INK}
     settings |= {"axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
     with plt.rc_context(settings), io.StringIO() as text:
         figure = draw()
+        # Without a date, and with salted ids: the same figure gives the same text.
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
         drawn = text.getvalue()
@@ -136,7 +137,8 @@ def _draw(chart: Chart, size: tuple[float, float]) -> plt.Figure:
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = _MOST_POINTS) -> list[tuple[float, float]]:
-    """At most about `most` points: of each stretch the lowest and the highest, in order, and gaps where they were.
+    """At most about `most` points: the lowest and the highest of each stretch, in order; a stretch without values stays
+    a gap.
 
     Example:
         >>> thinned([(i, float(i % 10)) for i in range(20)], most=4)
@@ -155,7 +157,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int = _MOST_POINTS) -> 
 
 
 def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Each value with its neighbours, a fiftieth of the series together, averaged; fewer at the ends.
+    """Each value averaged with its neighbours, together a fiftieth of the series; fewer at the ends.
 
     Example:
         >>> running_mean([(1, 2.0), (2, 4.0), (3, 9.0)])

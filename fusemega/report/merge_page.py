@@ -73,8 +73,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def _measures(rows: list[Row], names: Sequence[str]) -> list[tuple[str, str, list[tuple[str, _Value]]]]:
-    """(title, explanation, (model, value of a row) for each model) of each measure; what is no single model's has no
-    name."""
+    """For each measure: (title, explanation, (model, function from a row to the value) for each model). Values that do
+    not belong to a single model have the name ""."""
     out: list[tuple[str, str, list[tuple[str, _Value]]]] = []
     for key, title, explain in (
         ("coefficients", "Coefficient", "weight of the model's delta, before signs are erased"),
@@ -98,7 +98,8 @@ def _item(key: str, place: int | None) -> _Value:
 
 
 def _heat_map(name: str, rows: list[Row], value: _Value, scale: tuple[float, float]) -> str:
-    """Of one model, if it has a name. Layers across, tensors of a layer down; the tensors outside the layers follow."""
+    """A heat map, of the model `name` if it is given: layers across, the tensors of a layer down. The tensors outside
+    the layers are listed below it."""
     cells: dict[tuple[str, int], float] = {}
     outside = []
     for row in rows:

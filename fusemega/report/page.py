@@ -128,7 +128,7 @@ def _outcome(run: Run, loss: str | None) -> list[str]:
 
 
 def _evaluations(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What was measured, a line an evaluation; None where nothing was."""
+    """The measured figures, a line for each evaluation; None if there are none."""
     lines = [(run.name, i, name, found) for i, run in enumerate(runs) for name, found in run.evaluations.items()]
     keys = list({key: None for *_, found in lines for key in found})
     cells = [(run, i, name, [_number(found.get(key)) for key in keys]) for run, i, name, found in lines]
@@ -136,7 +136,7 @@ def _evaluations(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def _operations(table: ProfileTable) -> list[list[str]]:
-    """A line an operation, as the page shows it; a machine without GPU has no such time."""
+    """A line for each operation, as the page shows it; without a GPU there are no GPU times."""
 
     def share(part: float, whole: float) -> str:
         return f"{part / whole:.1%}" if whole else _ABSENT

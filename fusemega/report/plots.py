@@ -28,8 +28,8 @@ class Panel:
         title: what is measured.
         form: how a value is written.
         lower: whether less is better.
-        kinds: kind of text -> name of a model -> its values, one a seed.
-        fixed: a model whose values are so by definition: they are written, and would only take room in a picture.
+        kinds: kind of text -> name of a model -> its values, one for each seed.
+        fixed: a model whose values are fixed by definition: the table has them, and the picture does not.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Panel:
         return mean if len(values) == 1 else f"{mean} ({self.form.format(max(values) - min(values))})"
 
     def better(self, kind: str, *names: str) -> str | None:
-        """The one with the better mean; None where all are level."""
+        """The name with the better mean; None if all are equal."""
         means = {name: fmean(self.kinds[kind][name]) for name in names}
         if len(set(means.values())) == 1:
             return None
@@ -57,20 +57,21 @@ class Panel:
 
 
 def colour_of(name: str) -> str:
-    """Of a model."""
+    """The colour of a model."""
     return MODELS.get(name, COLOURS[3])
 
 
 def draw_arms(panels: Sequence[Panel], curves: Mapping[str, Sequence[tuple[float, float]]], title: str) -> plt.Figure:
-    """A panel a measure, in which each kind of text is a line with a dot a model, and the training curves of the arms.
+    """A panel for each measure, and the training curves of the arms.
 
-    Dots, and a scale for each line that begins where they lie: what matters are distances between models. A model's
-    small dots are its seeds, and the large one their mean.
+    In a panel, each kind of text is a line with a dot for each model. Each line has its own scale, which begins where
+    its dots lie, because the distances between models matter. A model's small dots are its seeds, and the large one is
+    their mean.
 
     Args:
         panels: the measures.
         curves: arm -> (tokens trained on, cross-entropy on labels) at each update.
-        title: of the figure.
+        title: title of the figure.
     """
     lines = (len(panels) + 2) // 2
     figure = plt.figure(figsize=(11, 0.6 + 3.2 * lines), layout="constrained")

@@ -35,10 +35,10 @@ class Run:
         path: its folder.
         name: the end of the path that tells it from the other runs of the report.
         settings: the run file's values by dotted key.
-        rows: of metrics.jsonl, in order, with the evaluations on the way.
+        rows: the rows of metrics.jsonl, in order, with the evaluations during the training.
         finished: whether it reached its last iteration.
         evaluations: name -> what `fusemega eval` wrote into the folder, or what a quickstart measured of the run.
-        profiles: what `training.profile` recorded, a table a rank.
+        profiles: what `training.profile` recorded, a table for each rank.
         notes: what a reader must know: rows that are torn or not finite, values that were never recorded.
     """
 
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """finished, or how far it came."""
+        """The word "finished", or how far the run came."""
         if self.finished:
             return "finished"
         planned = self.settings.get("training.train_iters")
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def memory(self) -> tuple[float, str] | None:
-        """(most bytes any rank held, of what); None where no row says."""
+        """(the most bytes that any rank held, "GPU" or "process"); None if no row has them."""
         for metric, what in ((GPU_MEMORY, "GPU"), (CPU_MEMORY, "process")):
             if values := self.values(metric):
                 return max(values), what
@@ -142,7 +142,7 @@ def _open(folder: Path, name: str, evaluations: dict[str, dict[str, float]]) -> 
 def _with_validation(
     rows: Sequence[dict[str, float]], evaluations: Sequence[dict[str, float]]
 ) -> list[dict[str, float]]:
-    """Each evaluation's figures in the row of its iteration; before the first update it has a row of its own."""
+    """The rows with each evaluation's figures in the row of its iteration; before the first update, in a new row."""
     joined = {int(row["iteration"]): dict(row) for row in rows}
     for found in evaluations:
         row = joined.setdefault(int(found["iteration"]), {"iteration": found["iteration"]})
@@ -151,7 +151,7 @@ def _with_validation(
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, float]], list[str]]:
-    """The rows, and what is to be said of them."""
+    """The rows, and notes on them."""
     if not path.is_file():
         return [], [f"no {METRICS_FILE}: nothing was recorded"]
     rows, torn = read_rows(path)
