@@ -23,7 +23,7 @@ from fusemega.training.run_file import TrainRun
 
 
 def show_layout(run: TrainRun, nproc: int | None) -> list[RenderableType]:
-    """A line a rank.
+    """A table with a line for each rank.
 
     Args:
         nproc: processes; None: as few as the layout allows.
@@ -67,8 +67,8 @@ def place_of(layout: ParallelConfig, world_size: int, rank: int, whole_rows: boo
     """The place that `initialize` would give a rank, without any process group.
 
     Args:
-        layout: divides the world.
-        whole_rows: leave context parallelism's cutting of rows out.
+        layout: a layout that divides the world.
+        whole_rows: leave out that context parallelism cuts rows.
     """
     tp, cp, pp = (
         layout.tensor_model_parallel_size,

@@ -1,4 +1,4 @@
-"""Where drawings go: a terminal, or one HTML page that needs no other file."""
+"""Shows drawings in a terminal, or writes them as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusemega.errors import printable
 from fusemega.files.output import new_file
 from fusemega.report.page_template import HEAD, STYLE
 
-_WIDTH = 120  # of a page, and of a terminal that does not say
+_WIDTH = 120  # characters, of a page and of output that is no terminal
 
 
 def show(drawings: Sequence[RenderableType], title: str, page: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""The samples that a run file names, without the rest of the run; one of them by its row or by its key."""
+"""Opens the samples that a run file names, without the rest of the run, and finds some by their row or their key."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Rows:
 
     Attributes:
         dataset: all of them.
-        tokenizer: of the model.
-        source: the model, of which configuration and headers were read.
+        tokenizer: the model's.
+        source: the model, of which only configuration and headers were read.
     """
 
     dataset: TokenizedDataset
@@ -33,7 +33,7 @@ class Rows:
 
     @classmethod
     def of(cls, run: TrainRun, data: DataConfig | None = None) -> Rows:
-        """Those that the run trains on, or of another section of it; in whatever layout it runs.
+        """The samples that the run trains on, or those of another data section of it; its layout does not matter.
 
         Raises:
             UserError: the model's folder or the data cannot be read.
@@ -82,8 +82,8 @@ def samples_of_key(dataset: TokenizedDataset, key: str) -> list[int]:
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """What a token stands for, as a person reads it: its text, with the space it begins with and its line breaks
-    visible; its form in the vocabulary where it is a part of a character."""
+    """A token for a person to read: its text, with the space it begins with and its line breaks visible; or its form in
+    the vocabulary if it is only a part of a character."""
     if token_id >= tokenizer.num_ids:
         return f"<id {token_id}>"  # of a model with more rows than its tokenizer has ids
     form = tokenizer.token(token_id)

@@ -33,7 +33,7 @@ def show_taught(run: TrainRun, row: str | None, most: int) -> list[RenderableTyp
 
     Args:
         row: as `samples_of_row` takes it.
-        most: how many ids of a position are shown.
+        most: the most ids that are shown for a position.
 
     Raises:
         UserError: the objective reads no store, or it does not fit; no such row of data.
@@ -115,7 +115,7 @@ def _rows(teacher: TeacherStore, samples: Sequence[Sample], tokenizer: Tokenizer
 
 
 def _listed(ids_K: np.ndarray, logp_K: np.ndarray, label: int, tokenizer: Tokenizer, most: int) -> Text:
-    """The most probable ids of a position, and the label's wherever it comes."""
+    """The most probable ids of a position, and the label, wherever it comes."""
     order = [int(k) for k in np.argsort(-logp_K, kind="stable") if ids_K[k] >= 0]
     shown = [k for n, k in enumerate(order) if n < most or ids_K[k] == label]
     text = Text()
