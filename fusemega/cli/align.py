@@ -1,4 +1,7 @@
-"""`fusemega align`."""
+"""`fusemega align`.
+
+Shape suffixes: S ids of SOURCE's vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def _limits(field: FieldInfo) -> Iterator[tuple[str, float]]:
 
 
 def _rules(model: type[Section]) -> list[str]:
-    """What the model checks of several keys together, in its validators' own words."""
+    """What the model checks of several keys together: the docstrings of its validators."""
     validators = model.__pydantic_decorators__.model_validators.values()
     return [validator.func.__doc__ or "" for validator in validators]
 

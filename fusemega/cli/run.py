@@ -26,8 +26,8 @@ def command(
     """Run a recipe: several commands in order, each once, and again when what it was made from has changed.
 
     The key `recipe` of the file names the kind of recipe. Every stage that runs a model has a run file in the recipe's
-    output_dir and can be run by hand. Run the same command again to continue after an interruption. A stage that fails
-    ends those that need it; the others still run, and the exit status is 2.
+    output_dir and can be run by hand. Run the same command again to continue after an interruption. After a stage
+    fails, those that need it do not run; the others still do, and the exit status is 2.
     """
     from fusemega.pipeline.verdict import plan_lines
     from fusemega.recipes.registry import read_recipe, run_recipe

@@ -29,7 +29,7 @@ NPROC = Annotated[
 
 
 def launch_or_continue(nproc: int | None, parallel: ParallelConfig) -> bool:
-    """True when the command was run to its end by `nproc` other processes; False: this process is to do the work.
+    """True if `nproc` other processes have run the command to its end; False if this process has to do the work.
 
     Raises:
         UserError: the layout does not divide `nproc`, or what a rank raised.
@@ -45,14 +45,14 @@ def launch_or_continue(nproc: int | None, parallel: ParallelConfig) -> bool:
 
 
 def _begin_launch(nproc: int | None) -> int | None:
-    """While this process imports what reading a run file takes, the ranks' imports run beside it."""
+    """Starts the ranks' imports, so that they run while this process imports what it needs to read the run file."""
     if nproc is not None and nproc > 1:
         warm_up()
     return nproc
 
 
 def _without_nproc(argv: list[str]) -> list[str]:
-    """The same command for the ranks."""
+    """The command's words for the ranks."""
     kept, skip = [], False
     for argument in argv:
         if skip:

@@ -67,7 +67,7 @@ def teacher(
 ) -> None:
     """What a teacher's stored row says at each supervised token of a row of data, as text with probabilities.
 
-    Of a run file, in the vocabulary of the model in training, through the map if there is one.
+    For a run file, ids are those of the model in training, mapped through the vocabulary map if there is one.
     """
     from fusemega.inspect.page import show
     from fusemega.inspect.teacher import show_stored, show_taught
@@ -110,7 +110,7 @@ def key(
     run_file: RUN_FILE,
     overrides: OVERRIDES = None,
 ) -> None:
-    """The row (file:row) that the sample with the key HASH is of, in the data of RUN_FILE and its held-out text."""
+    """The row (file:row) of the sample with the key HASH, searched in the data of RUN_FILE and its held-out text."""
     from fusemega.inspect.rows import Rows, samples_of_key
 
     run = _run(run_file, overrides)
