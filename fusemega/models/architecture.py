@@ -17,16 +17,16 @@ from fusemega.models.rules import Replicated, Rule, VocabRows
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model as its configuration describes it: checked, and asked by all that builds, reads or writes it.
+    """A checked configuration, from which all code that builds, reads or writes the model takes its facts.
 
     Attributes:
         hf_config: `config.json` as a mapping.
-        family: that answers for it.
+        family: the model family that it belongs to.
         head: what the model ends in.
-        layers: each with the parts that it has.
+        layers: all layers in order, each with its parts.
         transformer_config: keyword arguments of Megatron's TransformerConfig that the architecture decides.
         tied: whether the head is the embedding.
-        softcap: of the head's logits.
+        softcap: the head's logits become softcap * tanh(logits / softcap); None: they stay.
     """
 
     hf_config: HFConfig
@@ -39,7 +39,7 @@ class Architecture:
 
     @property
     def vocab_size(self) -> int:
-        """Hugging Face's, without padding."""
+        """Number of ids in `config.json`, without padding."""
         return int(self.hf_config["vocab_size"])
 
     @property
@@ -57,10 +57,10 @@ class Architecture:
         return self.family.inv_freq(self.hf_config)
 
     def rules(self, spec: LayerSpec = "local") -> list[Rule]:
-        """Every parameter of the whole model, in the order of Hugging Face's tensors.
+        """One rule for every parameter of the whole model, in the order of Hugging Face's tensors.
 
         Args:
-            spec: whose layers Megatron's names are those of.
+            spec: implementation of the layers, which decides Megatron's parameter names.
 
         Example:
             >>> from fusemega.models.registry import architecture_of
@@ -81,7 +81,7 @@ class Architecture:
         return rules + head_rules(self.head, self.vocab_size, hidden, embedding, self.tied)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every Hugging Face tensor and its shape; a tied head, which is the embedding, is none."""
+        """The shape of every Hugging Face tensor, by name. A tied head has no tensor of its own."""
         return {name: shape for rule in self.rules() for name, shape in rule.hf_shapes().items()}
 
     def copies(self) -> dict[str, str]:
@@ -93,14 +93,14 @@ class Architecture:
         return self.family.ignorable(hf_name)
 
     def require_head(self, allowed: Sequence[HeadKind], what: str) -> None:
-        """Refuses a model with another head.
+        """Refuses a model whose head is not among `allowed`.
 
         Args:
             allowed: kinds of heads.
-            what: for the message: where the model was asked for.
+            what: start of the message: the folder of the model.
 
         Raises:
-            UserError: names the class, and those that would do.
+            UserError: names the class and the allowed ones.
         """
         if self.head not in allowed:
             classes = (class_name(self.family.hf_class, kind) for kind in allowed)
@@ -109,10 +109,10 @@ class Architecture:
 
 
 def open_architecture(hf_config: HFConfig, family: Family) -> Architecture:
-    """The configuration of a model of this family, checked.
+    """Checks a configuration of this family and opens it.
 
     Raises:
-        UserError: what the family, its head or its layers cannot be.
+        UserError: the family does not support the configuration, its head or its layers.
     """
     family.check(hf_config)
     head = head_kind(hf_config, family.hf_class)
@@ -122,6 +122,7 @@ def open_architecture(hf_config: HFConfig, family: Family) -> Architecture:
         head=head,
         layers=without_left_out(family.layers(hf_config), hf_config.get("block_configs")),
         transformer_config=family.transformer_config(hf_config),
+        # The other heads have weights of their own, whatever tie_word_embeddings says.
         tied=head == "vocabulary" and family.tied(hf_config),
         softcap=family.softcap(hf_config),
     )

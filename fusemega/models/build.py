@@ -1,6 +1,6 @@
 """Empty Megatron models from Hugging Face configurations, and the walk that fills or reads them.
 
-Shape suffixes: S tokens of a row, H hidden, V_padded vocabulary padded to a multiple of TP.
+Shape suffixes: S tokens of a row, N positions that the head reads, H hidden.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group  # i
 
 
 class Chunk(GPTModel):
-    """Megatron's GPTModel without its vocabulary step: the last one returns hidden states, never logits.
+    """Megatron's GPTModel without its vocabulary step: the last chunk returns hidden states, never logits.
 
     `forward(input_ids [1, S], position_ids [1, S], attention_mask None, packed_seq_params=...)` returns hidden
     states [S, 1, H] ([S/TP, 1, H] under sequence parallelism), after the final norm in the last chunk. Under context
-    parallelism S are this rank's tokens, and `packed_seq_params` those of the whole row.
+    parallelism S counts this rank's tokens, while `packed_seq_params` describes the whole row.
     """
 
     def __init__(
@@ -47,12 +47,14 @@ class Chunk(GPTModel):
             block_spec(config, vp_stage, [(layer.attention is not None, layer.mlp is not None) for layer in layers]),
             padded_vocab_size(architecture.vocab_size, world.tp_size),
             architecture.hf_config.get("max_position_embeddings", 2048),
+            # `vp_stage` counts the pieces of a stage under the interleaved schedule, and is None without it.
             pre_process=world.is_first_stage and not vp_stage,
             post_process=world.is_last_stage and (vp_stage or 0) == last,
             position_embedding_type="rope",
             share_embeddings_and_output_weights=architecture.tied,
             vp_stage=vp_stage,
         )
+        # These frequencies equal transformers' bit for bit (`rope.py`).
         self.rotary_pos_emb.inv_freq = architecture.inv_freq()
         self._has_vocabulary = architecture.head == "vocabulary"
         if self.post_process and not self._has_vocabulary:
@@ -62,14 +64,14 @@ class Chunk(GPTModel):
 
     @property
     def head_module(self) -> torch.nn.Module | None:
-        """The module whose weight is the head's; None where this chunk is not the last, or the model has no head."""
+        """The module with the head's weight; None if this chunk is not the last, or the model has no head."""
         return getattr(self, "output_layer" if self._has_vocabulary else "score", None)
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         head = self.head_module
         if head is not None:
-            # The head's weight is used without its module being called. Its parameters may still be on their way
-            # (overlap_param_gather), and it is the module's hooks that wait for them.
+            # The loss uses the head's weight without calling its module. Under overlap_param_gather the weight may
+            # still be on its way, and only the module's hooks wait for it.
             for hook in head._forward_pre_hooks.values():
                 hook(head, ())
         return hidden_states
@@ -77,7 +79,7 @@ class Chunk(GPTModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's; of a model without a vocabulary head, without what Megatron asks of that head's weight."""
+        """Megatron's; without a vocabulary head, not that of GPTModel and LanguageModule, which expect one."""
         state: dict[str, Any]
         if self._has_vocabulary:
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -90,12 +92,12 @@ class Chunk(GPTModel):
 class GPT(torch.nn.Module):
     """What one rank holds of a model: a chunk of layers, or several under the interleaved pipeline schedule.
 
-    One module for whoever asks for parameters and state; Megatron's schedules call the chunks.
+    Code that needs parameters or state uses this one module; Megatron's schedules call the chunks.
 
     Attributes:
-        chunks: in the order in which a token meets them.
+        chunks: in the order in which a token passes through them.
         config: Megatron's configuration, which the chunks share.
-        architecture: what its configuration says.
+        architecture: the opened configuration.
     """
 
     chunks: Sequence[Chunk]
@@ -116,7 +118,7 @@ class GPT(torch.nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Hugging Face's, without padding."""
+        """Number of ids in `config.json`, without padding."""
         return self.architecture.vocab_size
 
     def rules(self) -> list[Rule]:
@@ -125,7 +127,7 @@ class GPT(torch.nn.Module):
 
     @property
     def head(self) -> Head:
-        """The head: its weight on this rank, and what becomes of its logits.
+        """The head: its kind, its weight on this rank, and the cap of its logits.
 
         Raises:
             ValueError: this is not the last stage, or the model has no head.
@@ -139,12 +141,12 @@ class GPT(torch.nn.Module):
         return Head(self.architecture.head, weight, self.architecture.softcap)
 
     def scores(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        """Of a model with a scalar head: see `ScalarHead.forward`. Only on the last stage."""
+        """Scores [N] of a model with a scalar head: see `ScalarHead.forward`. Only on the last stage."""
         scores_N: torch.Tensor = self.chunks[-1].score(hidden_NH)
         return scores_N
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """Megatron's sharded state of all chunks, under this module's own names. What is stored bears no chunk."""
+        """Megatron's sharded state of all chunks, under this module's own names. Stored keys have no chunk in them."""
         return {
             f"chunks.{i}.{name}": value
             for i, chunk in enumerate(self.chunks)
@@ -164,11 +166,11 @@ def build_model(
     Collective over the embedding group when embeddings are tied and there are several stages.
 
     Args:
-        architecture: of the model (see `registry.architecture_of`).
-        world: the layout.
-        dtype: of the parameters, and of what pipeline stages send each other.
-        kernels: whose layers, and FP8; the weights are the same whichever it is.
-        recompute: TransformerConfig's fields on which activations backward computes again.
+        architecture: the opened configuration (from `registry.architecture_of`).
+        world: this process's place in the layout.
+        dtype: dtype of the parameters and of the tensors that pipeline stages send each other.
+        kernels: implementation of the layers, and FP8; the weights are the same for all.
+        recompute: TransformerConfig's fields that say which activations backward computes again.
 
     Raises:
         UserError: the layout does not divide the model.
@@ -177,7 +179,7 @@ def build_model(
     check_layout(architecture, layout)
     first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
     if first is not None and layout.pipeline_model_parallel_size == 2:
-        last = None  # what is left; megatron-core would divide by 0 (transformer/transformer_layer.py:138)
+        last = None  # the rest; given both, megatron-core divides by 0 (transformer/transformer_layer.py:138)
     config = TransformerConfig(
         **architecture.transformer_config,
         **kernels.transformer_config(),
@@ -195,10 +197,11 @@ def build_model(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
+        # Where there are several stages, `passes/batches.py` makes all micro-batches of a step equally long.
         variable_seq_lengths=False,
         use_cpu_initialization=True,
-        perform_initialization=False,
-        # Kernels of Transformer Engine and apex, or torch.compile: none is needed, and each changes rounding.
+        perform_initialization=False,  # `fill` or `init_random` sets every weight
+        # Kernels of Transformer Engine or apex, or torch.compile: none is needed, and each changes rounding.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
@@ -209,9 +212,9 @@ def build_model(
     )
     model = GPT(config, architecture, world).to(world.device)
     for placement in placements(model, world):
-        # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off; it
-        # has set those of biases, and Transformer Engine sets its own. Without them Megatron's gradient norm counts a
-        # split matrix on the first rank alone.
+        # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off here.
+        # Biases have theirs already, and Transformer Engine sets its own. Without the marks Megatron's gradient norm
+        # counts a split matrix on the first rank only.
         if placement.rule.partition_dim is not None and not hasattr(placement.parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(placement.parameter, True, placement.rule.partition_dim, 1)
     return model
@@ -219,7 +222,7 @@ def build_model(
 
 @dataclass(frozen=True)
 class Placement:
-    """A parameter of this rank, its rule, and what this rank holds of which HF tensors."""
+    """A parameter of this rank, its rule, and the boxes of HF tensors that fill it."""
 
     parameter: torch.nn.Parameter
     rule: Rule
@@ -277,12 +280,13 @@ def init_random(model: GPT, world: World, seed: int) -> None:
     last: dict[str, torch.Tensor] = {}
 
     def read(name: str, box: Box) -> torch.Tensor:
-        if name not in last:  # a q/k/v parameter comes back for the same three tensors group by group
+        if name not in last:  # a q/k/v parameter reads its three tensors in turns, group by group
             if len(last) == 3:
                 last.clear()
             if len(shapes[name]) == 1:
                 last[name] = (torch.zeros if name.endswith(".bias") else torch.ones)(shapes[name])
             else:
+                # crc32, because Python's own hash of a string differs from process to process.
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                 last[name] = torch.empty(shapes[name]).normal_(0.0, std, generator=generator)
         return last[name][slices(box)]

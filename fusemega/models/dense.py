@@ -26,13 +26,13 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attent
 
 
 class DenseDecoder:
-    """A `Family` whose subclasses set what follows.
+    """A `Family`, of which subclasses set the attributes below.
 
     Attributes:
         model_types, hf_class: see `Family`.
-        known: keys it reads besides those of every dense decoder.
-        required_values: keys with the values under which its mathematics hold.
-        defaults: what transformers takes for a key that config.json leaves out; a null there stays a null.
+        known: keys that the family reads besides those of every dense decoder.
+        required_values: for some keys, the only values for which its mathematics is right.
+        defaults: transformers' defaults of keys that config.json leaves out; a null in config.json stays a null.
         qkv_bias: whether query, key and value have a bias.
         qk_norm: whether queries and keys pass an RMSNorm over the head size before rotation.
     """
@@ -46,7 +46,7 @@ class DenseDecoder:
     qk_norm: ClassVar[bool] = False
 
     def windows(self, hf_config: HFConfig) -> Sequence[int | None]:
-        """Of each layer, how many tokens a query sees, itself included; None: all up to itself.
+        """For each layer, how many tokens a query sees, its own included; None: all up to its own.
 
         Raises:
             UserError: the keys that say so are malformed or contradict each other.
@@ -71,7 +71,7 @@ class DenseDecoder:
             )
         if head_dim % 2:
             raise UserError(f"config.json: head_dim {head_dim} is odd; rotary positions need pairs")
-        with torch.device("cpu"):  # a model is also built where tensors have no contents
+        with torch.device("cpu"):  # a model is also built on the device "meta", where tensors have no values
             frequencies = self.inv_freq(hf_config)
         if not (frequencies.isfinite() & (frequencies > 0)).all():
             raise UserError(
@@ -144,7 +144,7 @@ class DenseDecoder:
 
 
 def _window_settings(windows: Sequence[int | None]) -> dict[str, Any]:
-    """TransformerConfig's form: how many tokens *before* itself a query sees, and the layers where that holds."""
+    """The windows as TransformerConfig has them: tokens *before* the query's own, and which layers have a window."""
     sizes = {window for window in windows if window is not None}
     if not sizes:
         return {}

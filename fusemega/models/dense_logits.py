@@ -21,7 +21,7 @@ from fusemega.runtime.parallel import World
 def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> torch.Tensor | None:
     """Logits of several texts packed in one row, through the pipeline. Collective over the model-parallel ranks.
 
-    Of a model with a scalar head, the score of every token; of one without a head, its hidden states.
+    A model with a scalar head gives the score of every token, one without a head its hidden states.
 
     Args:
         model: from `build_model`, filled.
@@ -29,8 +29,8 @@ def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> to
         texts: token ids of each segment; under sequence parallelism their total length is a multiple of TP.
 
     Returns:
-        float32 [S, V] (S = all tokens, V without padding) on the last stage's ranks; None elsewhere. [S, 1] of scores,
-        [S, H] of hidden states.
+        float32 [S, V] (S = all tokens, V without padding) on the last stage's ranks; None elsewhere.
+        Scores are [S, 1], hidden states [S, H].
     """
     if world.cp_size > 1:
         raise ValueError("dense_logits takes whole rows, and context parallelism splits them")
@@ -50,6 +50,8 @@ def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> to
     def forward_step(_: None, chunk: Chunk) -> tuple[torch.Tensor, Any]:
         return chunk(tokens, positions, None, packed_seq_params=packed), lambda hidden, non_loss_data: hidden
 
+    # With collect_non_loss_data Megatron returns what the second function of `forward_step` gives. The interleaved
+    # schedule takes several micro-batches at least; all hold the same texts, and the first is used.
     was_training = model.training
     model.eval()
     outputs = get_forward_backward_func()(

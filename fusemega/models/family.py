@@ -1,4 +1,4 @@
-"""What a model family answers, and the reading of Hugging Face configurations that families share."""
+"""The interface of a model family, and the checks of Hugging Face configurations that families share."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Family(Protocol):
     """One model family. Each method takes the whole `config.json` as a mapping and may raise UserError.
 
     Attributes:
-        model_types: the values of `model_type` it answers for.
-        hf_class: what transformers' names of its classes begin with ("Llama").
+        model_types: the values of `model_type` that belong to the family.
+        hf_class: how transformers' names of its classes begin ("Llama").
     """
 
     model_types: tuple[str, ...]
@@ -38,13 +38,13 @@ class Family(Protocol):
         """Rotary inverse frequencies, float32 [D/2]."""
 
     def layers(self, hf_config: HFConfig) -> Sequence[Layer]:
-        """Each layer with its parts, complete: what `block_configs` leaves out is taken away elsewhere."""
+        """All layers with all their parts; `parts.without_left_out` then removes what `block_configs` leaves out."""
 
     def tied(self, hf_config: HFConfig) -> bool:
         """Whether the head is the embedding."""
 
     def softcap(self, hf_config: HFConfig) -> float | None:
-        """What the head's logits are capped at, softcap * tanh(logits / softcap); None: they are not."""
+        """The cap of the head's logits, which become softcap * tanh(logits / softcap); None: they stay."""
 
     def ignorable(self, hf_name: str) -> bool:
         """Whether a tensor that no rule names may be left unread (buffers of old checkpoints)."""
@@ -78,19 +78,19 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Sizes beyond these are nonsense, on which memory and time would be spent before a tensor is missed.
+# No model is larger. Without these limits a mistaken size would cost memory and time before a missing tensor shows it.
 _LARGEST = 1 << 31
 _LARGEST_OF = {"num_hidden_layers": 10_000, "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16}
 _LARGEST_OF |= {"head_dim": 1 << 16, "hidden_size": 1 << 24, "intermediate_size": 1 << 26}
 
 
 def check_keys(hf_config: HFConfig, known: Collection[str], required_values: Mapping[str, tuple[Any, ...]]) -> None:
-    """Every key is known, harmless, or has its one accepted value.
+    """Refuses a key that is neither known nor harmless, or has a value that is not accepted.
 
     Args:
         hf_config: the configuration.
         known: keys the family reads and checks itself.
-        required_values: keys with the values under which the family's mathematics hold.
+        required_values: for some keys, the only values for which the family's mathematics is right.
 
     Raises:
         UserError: names the key, its value and what is allowed.
@@ -113,7 +113,7 @@ def check_keys(hf_config: HFConfig, known: Collection[str], required_values: Map
 
 
 def check_token_ids(hf_config: HFConfig) -> None:
-    """Refuses a key such as eos_token_id whose value is no id, no list of ids and not null (old models have -1)."""
+    """Refuses a key such as eos_token_id whose value is not an id, a list of ids or null (old models have -1)."""
     for key, value in hf_config.items():
         if key.endswith("_token_id") and value is not None:
             for found in value if isinstance(value, list) else [value]:
@@ -122,7 +122,7 @@ def check_token_ids(hf_config: HFConfig) -> None:
 
 
 def require_number(hf_config: HFConfig, key: str, below: float) -> None:
-    """Refuses a key that is there and is not a number between 0 and `below`, both excluded."""
+    """Refuses a key that is present and not a number above 0 and less than `below`."""
     value = hf_config.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < below):
         raise UserError(f"config.json: {key} = {value!r}, expected a positive number below {below:g}")
@@ -150,8 +150,8 @@ def require_int(hf_config: HFConfig, key: str, default: int | None = None, *, mi
 def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The configuration of a model with only these layers, numbered from 0, in this order.
 
-    What configurations say layer by layer (`layer_types`, `block_configs`, or the first layer that has a window)
-    follows its layer.
+    Settings of single layers (`layer_types`, `block_configs`, and the first layer that has a window) move with their
+    layers.
     """
     out = {**hf_config, "num_hidden_layers": len(kept)}
     for key in ("layer_types", "block_configs"):

@@ -15,13 +15,13 @@ from fusemega.models.rules import Replicated, Rule, VocabRows
 
 HeadKind = Literal["vocabulary", "scalar", "none"]
 _KINDS: dict[str, HeadKind] = {"ForCausalLM": "vocabulary", "ForSequenceClassification": "scalar", "Model": "none"}
-# Where the parameter lies in a Megatron model: its own name for logits, transformers' for scores.
+# Names of the parameter in a Megatron model: Megatron's own for logits, transformers' for scores.
 _LOGITS, _SCORE = "output_layer.weight", "score.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def class_name(hf_class: str, kind: HeadKind) -> str:
-    """transformers' name of a model.
+    """transformers' class name of a model with such a head.
 
     Example:
         >>> class_name("Llama", "scalar")
@@ -31,14 +31,14 @@ def class_name(hf_class: str, kind: HeadKind) -> str:
 
 
 def head_kind(hf_config: Any, hf_class: str) -> HeadKind:
-    """What `architectures` of config.json says; a vocabulary where it says nothing.
+    """The head that `architectures` of config.json names; a vocabulary if the key is absent or empty.
 
     Args:
         hf_config: the configuration.
-        hf_class: what transformers' names of the family's classes begin with ("Llama").
+        hf_class: how transformers' names of the family's classes begin ("Llama").
 
     Raises:
-        UserError: no class of the family, or a score of several labels.
+        UserError: not a class of the family, or a classifier with several labels.
     """
     given = hf_config.get("architectures")
     if not given:
@@ -59,7 +59,7 @@ def head_kind(hf_config: Any, hf_class: str) -> HeadKind:
 
 
 def _labels(hf_config: Any) -> Any:
-    """As transformers counts: two where nothing is said."""
+    """The number of labels as transformers counts them: two if no key gives it."""
     labels = hf_config.get("id2label")
     if labels is not None:
         return len(labels) if isinstance(labels, dict) else repr(labels)
@@ -70,7 +70,7 @@ def head_rules(kind: HeadKind, vocab_size: int, hidden: int, embedding: str, tie
     """The rules of the head: one, or none.
 
     Args:
-        embedding: Hugging Face's name of the embedding, of which a tied head is a second copy.
+        embedding: Hugging Face's name of the embedding, which a tied head copies.
     """
     if kind == "vocabulary":
         return [VocabRows(_LOGITS, embedding if tied else "lm_head.weight", (vocab_size, hidden), is_duplicate=tied)]
@@ -91,9 +91,10 @@ class ScalarHead(torch.nn.Module):
     def forward(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Scores [N] in fp32 (or wider), of rows that `passes.forward.supervised_hidden` picks.
 
-        Backward of those rows adds up what the tensor-parallel ranks pass back. A vocabulary's ranks have a part of the
-        gradient each; here each has all of it, and passes back its share.
+        Backward of `supervised_hidden` sums the gradients that the tensor-parallel ranks pass back. With a vocabulary
+        each rank has a part of the gradient. Here each rank has all of it, so it passes back 1 / TP of it.
         """
+        # A view is a tensor of its own to autograd: the hook scales only the gradient that comes from these scores.
         hidden_NH = hidden_NH.view_as(hidden_NH)
         if self._tp_size > 1 and hidden_NH.requires_grad:
             hidden_NH.register_hook(lambda gradient: gradient / self._tp_size)
@@ -107,7 +108,7 @@ class Head:
     """The head of a built model, on its last stage.
 
     Attributes:
-        kind: what it gives.
+        kind: what the model ends in.
         weight: [V_padded / TP, H] of a vocabulary (the embedding itself where they are tied), [1, H] of a score.
         softcap: logits become softcap * tanh(logits / softcap); None: they stay.
     """

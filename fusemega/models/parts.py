@@ -1,7 +1,7 @@
 """The parts of a decoder layer: which weights each has, under Hugging Face's names and Megatron's.
 
-A layer is attention or nothing, then an MLP or nothing; each brings the norms of its own, so that what lacks the one
-lacks its norms too. A new kind of part is a class here with its rules; a family says which parts its layers have.
+A layer is attention or nothing, then an MLP or nothing. Each block has its own norms, so a layer that lacks a block
+lacks them too. A new kind of part is a class here with its rules; a family says which parts its layers have.
 
 Shape suffixes: H hidden, F feed-forward, N query heads, G key/value groups, D head size.
 """
@@ -17,12 +17,12 @@ from fusemega.errors import UserError, nearest
 from fusemega.models.rules import QKV, GateUp, Replicated, RowParallel, Rule
 
 LayerSpec = Literal["local", "transformer_engine"]
-"""Whose modules make up a layer: they differ in where norms are."""
+"""Implementation of a layer's modules. The two differ in where the norms are, and so in their names."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the names of a layer's tensors begin with: Hugging Face's and Megatron's, and whose modules the latter are.
+    """How the names of a layer's tensors begin, Hugging Face's and Megatron's; and the implementation of the latter.
 
     Example:
         >>> Names("model.layers.3.", "decoder.layers.3.", "local")
@@ -70,9 +70,9 @@ class Attention(Part):
 
     Attributes:
         hidden, heads, groups, head_dim: H, N, G, D.
-        bias: of query, key and value.
-        qk_norm: an RMSNorm over D of queries and of keys.
-        norms: that belong to it.
+        bias: whether query, key and value have a bias.
+        qk_norm: whether queries and keys pass an RMSNorm over D.
+        norms: the norms that belong to this block.
     """
 
     hidden: int
@@ -110,7 +110,7 @@ class GatedMLP(Part):
 
     Attributes:
         hidden, ffn: H, F.
-        norms: that belong to it.
+        norms: the norms that belong to this block.
     """
 
     hidden: int
@@ -135,7 +135,7 @@ class Layer:
     mlp: GatedMLP | None
 
     def rules(self, names: Names) -> list[Rule]:
-        """Every parameter of the layer, norms last, as transformers' modules have them."""
+        """One rule for every parameter of the layer; norms come last, as in transformers' modules."""
         blocks = [block for block in (self.attention, self.mlp) if block is not None]
         parts = [*blocks, *(norm for block in blocks for norm in block.norms)]
         return [rule for part in parts for rule in part.rules(names)]
@@ -148,14 +148,14 @@ def without_left_out(layers: Sequence[Layer], block_configs: Any) -> tuple[Layer
     """The layers without the blocks that `block_configs` of config.json leaves out.
 
     The key has the form of `model_type: nemotron-nas`, which Megatron's heterogeneous layers read too: a list with an
-    entry a layer, `{"attention": {"no_op": true}, "ffn": {"no_op": false}}`. What is not said is there.
+    entry a layer, `{"attention": {"no_op": true}, "ffn": {"no_op": false}}`. Blocks not mentioned are kept.
 
     Args:
-        layers: of a family, complete.
+        layers: the family's layers, with all their blocks.
         block_configs: the key's value; None: it is absent.
 
     Raises:
-        UserError: not such a list; a layer with nothing left; another change of a block than leaving it out.
+        UserError: not such a list; a layer with no block left; a change of a block other than leaving it out.
     """
     if block_configs is None:
         return tuple(layers)
@@ -181,7 +181,7 @@ def _no_op(block: Any, where: str) -> bool:
 
 
 def _mapping(value: Any, allowed: Collection[str], where: str) -> dict[str, Any]:
-    """A mapping with these keys alone; what is null is as if it were absent."""
+    """A mapping reduced to the allowed keys; null counts as absent."""
     if not isinstance(value, dict):
         raise UserError(f"{where} = {value!r}, expected a mapping")
     for key, found in value.items():

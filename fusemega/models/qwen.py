@@ -22,7 +22,7 @@ class Qwen2(DenseDecoder):
     qkv_bias = True
 
     def windows(self, hf_config: HFConfig) -> Sequence[int | None]:
-        """See `DenseDecoder.windows`. `layer_types` decides; without it, layers from `max_window_layers` on slide."""
+        """See `DenseDecoder.windows`. `layer_types` decides; else layers from `max_window_layers` on have it."""
         hf_config = {**self.defaults, **hf_config}
         layers = require_int(hf_config, "num_hidden_layers")
         used = hf_config["use_sliding_window"]

@@ -13,10 +13,10 @@ FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
 
 
 def architecture_of(hf_config: HFConfig) -> Architecture:
-    """A configuration as its family understands it.
+    """Opens a configuration with the family that its `model_type` names.
 
     Raises:
-        UserError: `model_type` is missing or unknown, code is asked for (`auto_map`), or the family refuses a key.
+        UserError: `model_type` is missing or unknown, `auto_map` asks for code, or the family refuses a key.
 
     Example:
         >>> architecture_of({"model_type": "llama", "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96,

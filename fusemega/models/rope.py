@@ -68,7 +68,7 @@ def rope_parameters(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def longest_text(hf_config: Mapping[str, Any]) -> int:
-    """Positions up to which a model's rope is meant to be used, its scaling included.
+    """The longest text, in positions, for which a model's rope is meant, its scaling included.
 
     Configurations with llama3's scaling give the scaled length, those with linear scaling the length before it.
     """
@@ -84,6 +84,7 @@ def inverse_frequencies(parameters: Mapping[str, Any], head_dim: int) -> torch.T
     original_max / low_freq_factor are stretched by `factor`, those below original_max / high_freq_factor are kept,
     and between the two the frequency is interpolated linearly in original_max / wavelength.
     """
+    # transformers' operations in the same order: the frequencies must agree bit for bit.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     inv_freq = 1.0 / (parameters["rope_theta"] ** exponents)
     if parameters["rope_type"] == "linear":

@@ -38,7 +38,7 @@ class WeightRanks:
 
     @classmethod
     def of(cls, world: World) -> WeightRanks:
-        """This process's."""
+        """The place of this process."""
         return cls(tp_size=world.tp_size, tp_rank=world.tp_rank)
 
     def at(self, tp_rank: int) -> WeightRanks:
@@ -47,7 +47,7 @@ class WeightRanks:
 
 
 WHOLE = WeightRanks()
-"""Of a rank that holds every weight whole."""
+"""The place of a rank that holds every weight whole."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Rule(ABC):
 
     @abstractmethod
     def pieces(self, ranks: WeightRanks) -> list[Piece]:
-        """What such a rank holds. Elements of the parameter outside all pieces are zero padding."""
+        """The boxes that such a rank holds. Elements of the parameter outside all pieces are zero padding."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class QKV(Rule):
     """`linear_qkv` [G/TP * (N/G + 2) * D, H]: for each group its query heads, then its key, then its value.
 
     HF keeps three matrices: q [N*D, H], k and v [G*D, H]; query head h belongs to group h // (N/G) in both.
-    `columns` is (H,); of the bias, which lies in the same order and has no columns, it is ().
+    `columns` is (H,) for the weight and () for the bias, whose entries have the order of the weight's rows.
     """
 
     q: str

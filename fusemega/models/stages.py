@@ -19,11 +19,12 @@ def check_layout(architecture: Architecture, layout: ParallelConfig) -> None:
     """Refuses a layout that does not divide the model.
 
     Raises:
-        UserError: names the sizes and the layouts that would do.
+        UserError: names the sizes and the allowed layouts.
     """
     config = architecture.transformer_config
     tp_size = layout.tensor_model_parallel_size
     heads, groups, ffn = (config[k] for k in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"))
+    # The vocabulary need not divide: it is padded (`rules.padded_vocab_size`).
     if any(n % tp_size for n in (heads, groups, ffn)):
         allowed = [n for n in range(1, groups + 1) if not any(m % n for m in (heads, groups, ffn))]
         reason = "; more ranks than key/value heads is not supported" if tp_size > groups else ""
@@ -41,7 +42,7 @@ def stage_layers(num_layers: int, layout: ParallelConfig) -> list[list[range]]:
     layers 0 and 2.
 
     Raises:
-        UserError: the layers do not divide so; names the key.
+        UserError: the layers cannot be divided in this way; names the key.
     """
     counts = _layers_of_stages(num_layers, layout)
     virtual = layout.virtual_pipeline_model_parallel_size or 1
@@ -61,7 +62,7 @@ def stage_layers(num_layers: int, layout: ParallelConfig) -> list[list[range]]:
 
 
 def _layers_of_stages(num_layers: int, layout: ParallelConfig) -> list[int]:
-    """How many layers each stage has: what is not said of the first and the last is shared out evenly."""
+    """How many layers each stage has. Stages for which no number is given share the rest evenly."""
     pp_size = layout.pipeline_model_parallel_size
     first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
     if first is None and last is None:
@@ -92,10 +93,10 @@ def _layers_of_stages(num_layers: int, layout: ParallelConfig) -> list[int]:
 
 
 def stage_rules(architecture: Architecture, layout: ParallelConfig, pp_rank: int) -> list[Rule]:
-    """The rules of the parameters that `build_model` makes on one stage, without making any.
+    """The rules of the parameters that `build_model` would make on one stage; makes none.
 
     Args:
-        architecture: of the model.
+        architecture: the opened configuration.
         layout: divides the model (see `check_layout`).
         pp_rank: the stage.
     """
