@@ -1,4 +1,4 @@
-"""What a model says of a micro-batch: its final hidden states with the head that reads them, or a number a sequence.
+"""A model's answer for a micro-batch: its final hidden states with the head that reads them, or a number a sequence.
 
 Shape suffixes: N supervised positions of a micro-batch, S sequences, H the model's hidden size, V this rank's rows of
 its output weight.
@@ -18,12 +18,12 @@ Wants = Literal["hidden", "logp"]
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """What the vocabulary kernel reads.
+    """The inputs of the vocabulary kernel.
 
     Attributes:
         hidden_NH: final hidden states at the supervised positions.
-        weight_VH: this rank's rows of the output weight; a frozen model's are cut as those of the model in training.
-        head: what else the kernel takes, by name: `group`, `vocab_size`, `softcap`.
+        weight_VH: this rank's rows of the output weight; a frozen model's are split like the trained model's.
+        head: the kernel's other arguments by name: `group`, `vocab_size`, `softcap`.
     """
 
     hidden_NH: Tensor
@@ -32,4 +32,5 @@ class HiddenStates:
 
 
 Answer = HiddenStates | Tensor
-"""As `Wants` says; the tensor is [S], of fp32 or wider, the same on every rank that shares the sequences' tokens."""
+"""What `Wants` asks for. The tensor is [S], of fp32 or wider, the same on every rank that shares the sequences'
+tokens."""

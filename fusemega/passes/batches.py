@@ -26,12 +26,12 @@ from fusemega.text.tokenizer import Tokenizer
 class RowShape:
     """How samples are laid into rows.
 
-    Rows are filled up to `seq_length`; what no sample fills is left out of the micro-batch, up to `unit`.
+    Rows are filled up to `seq_length`. A micro-batch ends where its samples end, rounded up to a multiple of `unit`.
 
     Attributes:
-        seq_length: most tokens of a row.
+        seq_length: largest number of tokens in a row.
         micro_batch_size: rows of a forward pass.
-        packing: several samples a row, or one.
+        packing: whether a row holds several samples, or one.
         pad_id: token id of the padding.
         unit: a micro-batch's tokens are a multiple of it (`Precision.row_unit`).
     """
@@ -48,9 +48,9 @@ class GlobalBatch:
     """This data-parallel rank's share of some samples.
 
     Attributes:
-        micro_batches: in order; as many on every rank.
-        samples: those of each micro-batch, in the order of its supervised positions; whole, also where context
-            parallelism gives this rank a part of their tokens.
+        micro_batches: in order; every rank has the same number.
+        samples: the samples of each micro-batch, in the order of its supervised positions. They are whole even if
+            context parallelism gives this rank only a part of their tokens.
         num_tokens: tokens of all samples on all ranks, padding not counted.
     """
 
@@ -69,15 +69,17 @@ def global_batch(
     """Pack groups of samples, deal the rows over data parallelism and collate this rank's part.
 
     A group is whole in one row, so in one micro-batch of one data-parallel rank; context-parallel ranks share it.
-    Its tensors are in host memory; where the rank's device is a GPU in pinned memory, from which copies need no wait.
+    The tensors are in host memory. If the device is a GPU, it is pinned memory, from which copies need no wait.
     """
     multiple = world.layout.segment_multiple
     lengths = dataset.lengths[np.concatenate([np.asarray(group, dtype=np.int64) for group in groups])]
     starts = np.cumsum([0, *(len(group) for group in groups)])[:-1]
+    # Attention's work grows with the square of a sample's length; `deal` gives all ranks about equal work.
     places, work = np.add.reduceat(padded(lengths, multiple), starts), np.add.reduceat(lengths**2, starts)
     bins = pack(places, shape.seq_length, shape.packing)
     hands = deal(bins, work, world.dp_size, shape.micro_batch_size, world.layout.micro_batch_multiple)
     micro_batches, samples = [], []
+    # A micro-batch without samples needs the fields' shapes too; any group has them.
     like = FieldShapes.of(fields, [dataset[i] for i in dataset.unit(0)])
     hand = hands[world.dp_rank]
     for bins, tokens in zip(hand, micro_batch_tokens(hand, places, shape.unit, world.pp_size > 1), strict=True):
@@ -94,7 +96,7 @@ def global_batch(
 class TrainingData:
     """The batches of a training run, by iteration: a pure function of the data, the seed and the iteration.
 
-    Of grouped data a global batch is `global_batch_size` groups, each of them whole.
+    For grouped data, a global batch is `global_batch_size` whole groups.
     """
 
     dataset: TokenizedDataset
@@ -111,7 +113,7 @@ class TrainingData:
         return global_batch(self.dataset, groups, self.fields, self.shape, self.world)
 
     def consumed_samples(self, iteration: int) -> int:
-        """Samples that finished iterations have used; of grouped data, groups."""
+        """Samples that the finished iterations have used; for grouped data, groups."""
         return iteration * self.global_batch_size
 
 

@@ -1,7 +1,8 @@
 """One micro-batch through a Megatron model, up to the hidden states or log-probabilities that a loss asks for.
 
-Shape suffixes: T tokens of the packed row, N supervised positions, S sequences, H hidden size. Under context
-parallelism T and N are this rank's, except where said.
+Shape suffixes: T tokens of the packed row, N supervised positions, S sequences, H hidden size, K listed ids of a query
+(here 1), V this rank's rows of the output weight. Under context parallelism T and N count this rank's own, unless
+stated otherwise. In the kernel's `logp_TK`, T stands for N.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def supervised_hidden(hidden_T1H: torch.Tensor, positions_N: torch.Tensor, world
     """Rows of the last stage's output that predict supervised tokens, [N, H], the same on each TP rank.
 
     Backward sums the TP ranks' partial gradients (reduce-scatters them under sequence parallelism), as the
-    vocabulary kernel expects. Rows are picked first, so only they travel, except under sequence parallelism.
+    vocabulary kernel expects. Rows are picked first, so only they are sent, except under sequence parallelism.
     """
     if world.sequence_parallel:
+        # Each rank holds a part of T, and `positions_N` counts all of T.
         hidden_T1H = gather_from_sequence_parallel_region(
             hidden_T1H, tensor_parallel_output_grad=True, group=world.tp_group
         )
@@ -61,7 +63,7 @@ def run_schedule(
             there are several pipeline stages; and as many as the layout's `micro_batch_multiple` asks for.
         loss_function: called on the last stage, micro-batch by micro-batch in order.
         forward_only: no backward.
-        rows: which of the row's tokens `loss_function` gets the hidden states of; the supervised positions if left out.
+        rows: picks the tokens whose hidden states `loss_function` gets; default: the supervised positions.
 
     Returns:
         What `loss_function` collected, a list over micro-batches; empty except on the last stage.
@@ -73,16 +75,18 @@ def run_schedule(
 
         def loss(hidden_T1H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
             value, collected = loss_function(supervised_hidden(hidden_T1H, rows(batch), world), batch)
-            # The middle value is Megatron's token count; ours are in the loss already.
+            # The middle value is Megatron's token count, by which it would divide. Our loss is divided already
+            # (`training/optimizer.py`).
             return value, torch.zeros((), dtype=torch.int, device=world.device), collected
 
         return output, loss
 
     collected: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in chunks],
+        data_iterator=[iter(micro_batches) for _ in chunks],  # each chunk takes every micro-batch
         model=list(chunks),
         num_microbatches=len(micro_batches),
+        # Of the whole row: Megatron divides by CP, and by TP under sequence parallelism, to know what stages send.
         seq_length=micro_batches[0].tokens.size(1) * world.cp_size,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -91,7 +95,7 @@ def run_schedule(
 
 
 def head_settings(gpt: GPT, world: World) -> dict[str, Any]:
-    """What the vocabulary kernel must know besides hidden states and weight. Only on the last stage."""
+    """The vocabulary kernel's arguments besides hidden states and weight. Only on the last stage."""
     return {"group": world.tp_group, "vocab_size": gpt.vocab_size, "softcap": gpt.head.softcap}
 
 
@@ -113,7 +117,7 @@ def sequence_log_probs(states: HiddenStates, batch: MicroBatch, world: World) ->
 
 
 def last_rows(batch: MicroBatch) -> torch.Tensor:
-    """int64 [S], for `run_schedule`: each sequence's last token, or any token where another rank has that."""
+    """int64 [S], for `run_schedule`: each sequence's last token, or any token if another rank has the last one."""
     return batch.last_tokens.clamp(min=0)
 
 
@@ -123,7 +127,7 @@ def sequence_scores(gpt: GPT, hidden_SH: torch.Tensor, batch: MicroBatch, world:
     Collective over context parallelism: each of its ranks gets all scores, and passes the gradient to its own tokens.
 
     Args:
-        hidden_SH: of the rows that `last_rows` names.
+        hidden_SH: hidden states of the tokens that `last_rows` picks.
     """
     scores_S = gpt.scores(hidden_SH)
     if world.cp_size == 1:

@@ -1,7 +1,7 @@
 """Frozen models beside the one in training, in the same layout: opened, built, and asked before each step.
 
 They have no optimizer and no gradients, take no part in checkpoints or exports, and are read from their folders again
-when a run resumes. Of each micro-batch the last stage keeps what was asked for until the step ends: hidden states of
+when a run resumes. For each micro-batch the last stage keeps the answer until the step ends: hidden states of
 supervised positions, or one number a sequence.
 
 Shape suffixes: N supervised positions of a micro-batch, S sequences, H the frozen model's hidden size, V this rank's
@@ -31,8 +31,8 @@ class Request:
     """A frozen model that an objective asks.
 
     Attributes:
-        model: which; of the tokenizer of the model in training, and of its vocabulary or a larger one.
-        wants: what of it.
+        model: which model; with the tokenizer of the model in training, and its vocabulary or a larger one.
+        wants: what the objective asks of it.
     """
 
     model: ModelConfig
@@ -45,7 +45,7 @@ def open_frozen(
     """A frozen model beside `trained`, checked; nothing is allocated yet.
 
     Args:
-        key: what names it in the run file.
+        key: its key in the run file, for messages.
 
     Raises:
         UserError: as `ModelSource`; another tokenizer; a smaller vocabulary.
@@ -75,7 +75,7 @@ class FrozenModel:
     Attributes:
         wants: what is asked of it.
         weight_VH: on the last stage: its output weight's rows for the ids that the trained model has on this rank.
-        vocab_size: the trained model's: rows beyond it name no token, and count nothing.
+        vocab_size: the trained model's. Rows beyond it stand for no token and are left out.
     """
 
     gpt: GPT
@@ -86,14 +86,14 @@ class FrozenModel:
 
     @classmethod
     def build(cls, source: ModelSource, wants: Wants, trained: GPT, world: World) -> FrozenModel:
-        """With its weights, in the layout of `trained`. Collective."""
+        """Builds the model with its weights, in the layout of `trained`. Collective."""
         gpt = source.build(world).requires_grad_(False).eval()
         weight_VH = _same_rows(gpt.head.weight, trained.head.weight, world) if world.is_last_stage else None
         return cls(gpt, world, wants, weight_VH, trained.vocab_size)
 
     @torch.no_grad()
     def ask(self, micro_batches: Sequence[MicroBatch]) -> list[Answer]:
-        """What it says of each micro-batch; empty except on the last stage. Collective."""
+        """The model's answer for each micro-batch; empty except on the last stage. Collective."""
 
         def keep(hidden_NH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Answer]:
             assert self.weight_VH is not None
@@ -106,7 +106,7 @@ class FrozenModel:
 
 
 def ask_all(models: Mapping[str, FrozenModel], micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The micro-batches, on the last stage with what each of the models says in `answers`. Collective."""
+    """The micro-batches; on the last stage, with each model's answer in their `answers`. Collective."""
     asked = list(micro_batches)
     for name, model in models.items():
         answers = model.ask(micro_batches)
@@ -119,10 +119,11 @@ def ask_all(models: Mapping[str, FrozenModel], micro_batches: Sequence[MicroBatc
 
 
 def _same_rows(weight_VH: torch.Tensor, trained_VH: torch.Tensor, world: World) -> torch.Tensor:
-    """The frozen model's head, cut over the tensor-parallel ranks as the trained one's. Collective over them."""
+    """The frozen model's head, split over the tensor-parallel ranks like the trained one's. Collective over them."""
     rows = len(trained_VH)
     if world.tp_size == 1 or len(weight_VH) == rows:
         return weight_VH.detach()[:rows]
     parts = [torch.empty_like(weight_VH) for _ in range(world.tp_size)]
     dist.all_gather(parts, weight_VH.detach(), group=world.tp_group)
+    # A copy: a slice would keep the gathered weight of all ranks in memory.
     return torch.cat(parts)[world.tp_rank * rows :][:rows].clone()

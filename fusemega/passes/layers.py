@@ -1,7 +1,7 @@
 """Hidden states inside a model, handed out while a pass runs: after any layer, or what one of its blocks reads.
 
-Whoever asks names points; hooks on the layers that this rank's pipeline stage holds answer. A point's states come out
-on the ranks of the stage that has its layer, the same on each of its tensor-parallel ranks, and nowhere else.
+The caller names points, and hooks on the layers of this rank's pipeline stage hand out the states there. Only the ranks
+of the stage that has a point's layer get its states, the same on each of its tensor-parallel ranks.
 
 Shape suffixes: T tokens of a micro-batch (of this context-parallel rank), H hidden size.
 """
@@ -39,14 +39,14 @@ class Point:
 def handed_out(
     gpt: GPT, points: Sequence[Point], hand_out: Callable[[Point, torch.Tensor], None], world: World
 ) -> Iterator[list[Point]]:
-    """While it lasts, each forward pass hands out the states at those points that this rank holds, which it yields.
+    """Inside the block, each forward pass hands out the states at the points that this rank holds. Yields those points.
 
     Args:
-        hand_out: gets the point and [T, H], whole also under sequence parallelism, once for each micro-batch, which
-            the schedule brings in their order.
+        hand_out: called once for each micro-batch, in order, with the point and its states [T, H], which are whole
+            also under sequence parallelism.
 
     Raises:
-        ValueError: no such layer in the model.
+        ValueError: a point's layer is not in the model.
     """
     layers = {layer.layer_number - 1: layer for chunk in gpt.chunks for layer in chunk.decoder.layers}
     if beyond := [point for point in points if not 0 <= point.layer < gpt.config.num_layers]:
@@ -62,7 +62,7 @@ def handed_out(
         for point in held:
             layer = layers[point.layer]
 
-            # Megatron passes the stream by keyword to a layer, and by place to a norm.
+            # Megatron passes the stream by keyword to a layer, and by position to a norm.
             def before(_: Any, args: Any, kwargs: Any, point: Point = point) -> None:
                 give(point, args[0] if args else kwargs["hidden_states"])
 

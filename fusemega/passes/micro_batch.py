@@ -1,4 +1,4 @@
-"""A micro-batch: one packed row of samples, with what a model reads of it and what an objective does.
+"""A micro-batch: one packed row of samples, with all that a model and an objective read of it.
 
 Everything in it belongs to one of three things: a supervised position, a sequence (a sample), or a group of sequences
 (a pair, or the responses to one prompt). A sequence that is in no group is a group of its own.
@@ -28,7 +28,7 @@ Arrays = Mapping[str, np.ndarray]
 class Fields:
     """What a micro-batch carries besides tokens, labels and bounds: nothing, unless a subclass says otherwise.
 
-    Arrays of one name have the same shape (but for P) and dtype for every sample or group.
+    Arrays of one name have the same shape (except P) and dtype for every sample or group.
     """
 
     def position_fields(self, sample: Sample) -> Arrays:
@@ -52,7 +52,7 @@ class MicroBatch:
         tokens, position_ids: int64 [1, T]; positions restart at each segment. Under context parallelism [1, R].
         cu_seqlens: int32 [segments + 1], where the segments of the whole row begin and end: the sequences, each padded
             inside its own segment where the layout asks for it, and the padding at the row's end.
-        bounds: the same numbers, on the host.
+        bounds: the same numbers on the host, where reading them needs no wait for the device.
         max_seqlen: tokens of the longest segment.
         positions: int64 [N], indices into T (into R) of the tokens whose next token is supervised.
         labels: int64 [N], those next tokens.
@@ -62,11 +62,11 @@ class MicroBatch:
             rank has it.
         groups: int64 [S], the group that each sequence belongs to, in ascending order.
         group_sizes: int64 [B], how many sequences each group has.
-        sources: the row of data that each sequence is of, as "file:row", for messages; on the host.
+        sources: the row of data of each sequence, as "file:row", for messages; on the host.
         position_fields, sequence_fields, group_fields: the objective's, by name: tensors [N, ...], [S, ...], [B, ...].
         kept: int64 [N], under context parallelism: which of the whole row's positions these are; else None.
         num_positions: supervised positions of the whole row.
-        answers: what each frozen model said of the row, by name, on the last pipeline stage.
+        answers: each frozen model's answer for the row, by name, on the last pipeline stage.
     """
 
     tokens: Tensor
@@ -106,12 +106,13 @@ class MicroBatch:
         return replace(self, **{each.name: changed(getattr(self, each.name)) for each in fields(self)})
 
     def context_part(self, rank: int, size: int) -> MicroBatch:
-        """What context-parallel rank `rank` of `size` takes of a whole row, whose segments are multiples of 2 x size.
+        """The part of a whole row for context-parallel rank `rank` of `size`; segments are multiples of 2 x size.
 
-        Tokens in zigzag order, the positions among them, and what belongs to those. What belongs to sequences and
-        groups stays whole: each of the ranks computes the same loss of them.
+        It has this rank's tokens in zigzag order, the supervised positions among them, and their fields. What belongs
+        to sequences and groups stays whole: each of the ranks computes the same loss for them.
         """
         mine = zigzag(self.cu_seqlens, rank, size)
+        # Index in the whole row -> index in this part; -1: the token is on another rank.
         place = torch.full((self.tokens.size(1),), -1, dtype=torch.int64)
         place[mine] = torch.arange(len(mine))
         positions = place[self.positions]
@@ -131,7 +132,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class FieldShapes:
-    """Shapes and types of an objective's fields, for micro-batches without a sample: those of any group's."""
+    """Shapes and dtypes of an objective's fields, taken from any group, for micro-batches without a sample."""
 
     position: Arrays
     sequence: Arrays
@@ -139,7 +140,7 @@ class FieldShapes:
 
     @classmethod
     def of(cls, fields: Fields, group: Sequence[Sample]) -> FieldShapes:
-        """Those that the fields of this group have."""
+        """The shapes and dtypes of this group's fields."""
         return cls(fields.position_fields(group[0]), fields.sequence_fields(group[0]), fields.group_fields(group))
 
 
@@ -155,10 +156,10 @@ def collate(
 
     Args:
         groups: the samples of each group.
-        multiple: of which each sample's segment is.
+        multiple: each sample's segment is padded to a multiple of this.
 
     Raises:
-        ValueError: the samples do not fit; a field has not one entry a supervised position, or not one shape.
+        ValueError: the samples do not fit; a field lacks an entry for a supervised position, or its shape varies.
     """
     tokens = np.full(num_tokens, pad_id, dtype=np.int64)
     bounds = [0]
@@ -173,6 +174,7 @@ def collate(
         positions.append(place + sample.positions)
         last_tokens.append(place + len(sample.ids) - 1)
         bounds.append(end)
+    # The padding at the end is a segment too, because cu_seqlens must cover the whole row.
     if bounds[-1] < num_tokens:
         bounds.append(num_tokens)
     segments = np.diff(bounds)
@@ -205,7 +207,7 @@ def collate(
 
 
 def _joined(parts: Sequence[Arrays], like: Arrays, join: Callable[[list[np.ndarray]], np.ndarray]) -> dict[str, Tensor]:
-    """The fields of all samples or groups; of none of them, the right shape without entries."""
+    """The joined fields of all samples or groups; if there are none, tensors of the right shape without entries."""
     if parts:
         return {name: torch.from_numpy(join([np.asarray(part[name]) for part in parts])) for name in like}
     return {

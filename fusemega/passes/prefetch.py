@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """`build(0)`, `build(1)`, ... in order, on a GPU one ahead of whoever takes them, in a thread.
+    """Gives `build(0)`, `build(1)`, ... in order. For a GPU, a thread builds one of them ahead.
 
-    What is taken is what `build` gives, whether it ran ahead or not; and an error in it is raised where its own number
-    is asked for, never before. On a CPU nothing runs ahead: the thread would take turns with the computation.
+    The results are the same whether or not the thread runs ahead, and an error in `build(n)` is raised when number n is
+    taken, never before. On a CPU nothing runs ahead: the thread would take turns with the computation.
 
     Args:
         build: a pure function of the number.
-        device: of the computation.
+        device: the device that computes.
         end: the first number that will not be asked for.
-        ahead: whether to run ahead; None: as the device says.
+        ahead: whether to run ahead; None: only for a GPU.
     """
 
     def __init__(self, build: Callable[[int], T], device: torch.device, end: int, ahead: bool | None = None) -> None:
@@ -54,12 +54,12 @@ class Prefetch(Generic[T]):
         return taken
 
     def settle(self) -> None:
-        """Return when nothing is being built: a process that is forked then finds no lock held by the thread."""
+        """Waits until nothing is being built, so that a process forked then inherits no lock held by the thread."""
         if self._next is not None:
             wait([self._next[1]])
 
     def close(self) -> None:
-        """End the thread; what it built for nobody is dropped, errors included. Nothing can be taken any more."""
+        """Ends the thread. What nobody took is dropped, errors included. Nothing can be taken any more."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
 

@@ -16,11 +16,11 @@ _LOG_SECONDS = 30.0
 
 @contextmanager
 def progress(what: str, total: int, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int], None]]:
-    """A function that gets the number of positions done, of `total`, and shows share, speed and time left.
+    """Yields a function that is told how many more positions, of `total`, are done; shows share, speed and time left.
 
     Args:
-        what: begins the line.
-        clock: seconds.
+        what: start of the line.
+        clock: gives the time in seconds.
     """
     if console().is_terminal and global_rank() == 0:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Speed(), TimeRemainingColumn())

@@ -45,12 +45,13 @@ def score_samples(
     advance: Callable[[int], None] | None = None,
     frozen: Mapping[str, FrozenModel] = MappingProxyType({}),
 ) -> Iterator[tuple[int, list[Any]]]:
-    """`score` of every micro-batch of the samples `ids`, pass by pass.
+    """Calls `score` for every micro-batch of the samples `ids`, pass by pass.
 
     Args:
-        advance: told on every rank, as this rank takes up a micro-batch, of about how many tokens the one before it
-            was on all data-parallel ranks; and at a pass's end of the rest, so that all calls add up to all tokens.
-        frozen: run over each pass's micro-batches first; `score` finds what they say in the batch's `answers`.
+        advance: called on every rank when it starts a micro-batch, with about the number of tokens that the one before
+            had on all data-parallel ranks; and at a pass's end with the rest. The calls add up to all tokens.
+        frozen: models that run over each pass's micro-batches first; `score` finds their answers in the batch's
+            `answers`.
 
     Yields:
         (samples done so far on all ranks, what `score` returned for this rank's micro-batches of the pass; empty except
@@ -84,19 +85,19 @@ def layer_states(
     see: SeeFunction,
     world: World,
 ) -> Iterator[tuple[int, dict[Point, list[Any]]]]:
-    """`see` of the hidden states at the points, for every micro-batch of the samples `ids`, pass by pass.
+    """Calls `see` with the hidden states at the points, for every micro-batch of the samples `ids`, pass by pass.
 
     Args:
-        points: layers, and where in them.
-        see: gets [T, H], the states of all tokens of the micro-batch (under context parallelism, of this rank's part of
-            each segment); called while the pass goes on, so what it keeps is what memory is needed for.
+        points: layers, and places in them.
+        see: called during the pass with [T, H], the states of all tokens of the micro-batch (under context parallelism,
+            of this rank's part of each segment). Only what it keeps stays in memory.
 
     Yields:
         (samples done so far on all ranks, what `see` returned for this rank's micro-batches of the pass, by point;
         the points are those whose layers this rank's stage holds). The same number of times on every rank.
 
     Raises:
-        ValueError: no such layer in the model.
+        ValueError: a point's layer is not in the model.
     """
     gpt.eval()
     for done, _, batch in _passes(dataset, ids, shape, world):
@@ -121,7 +122,7 @@ def _nothing(hidden_NH: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, None
 def _passes(
     dataset: TokenizedDataset, ids: Sequence[int], shape: RowShape, world: World
 ) -> Iterator[tuple[int, list[int], GlobalBatch]]:
-    """(Samples up to the end of the pass, those of it, its batch on the device), pass by pass."""
+    """Yields for each pass (samples done at its end, numbers of its samples, its batch on the device)."""
     per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size
     # Samples of similar length share a pass; rows then pack well.
     ordered = sorted(ids, key=lambda i: -int(dataset.lengths[i]))
@@ -138,14 +139,14 @@ def _passes(
 
 
 class _Counted(list[MicroBatch]):
-    """Micro-batches that tell how far a pass is as they are taken, in equal shares of its tokens."""
+    """Micro-batches that report progress when they are taken; each counts as an equal share of the pass's tokens."""
 
     def __init__(self, micro_batches: Sequence[MicroBatch], tokens: int, advance: Callable[[int], None]) -> None:
         super().__init__(micro_batches)
         self._tokens, self._told, self._taken, self._advance = tokens, 0, 0, advance
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """For each chunk of layers that the rank holds, the schedule takes all of them."""
+        """Counts each micro-batch once, although the schedule takes it once for each chunk of layers of this rank."""
         for number, batch in enumerate(super().__iter__()):
             if number > self._taken:
                 self._taken = number
@@ -153,7 +154,7 @@ class _Counted(list[MicroBatch]):
             yield batch
 
     def finish(self) -> None:
-        """The pass is over."""
+        """Reports the rest at the end of the pass."""
         self._tell(self._tokens)
 
     def _tell(self, done: int) -> None:
