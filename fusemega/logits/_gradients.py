@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class Gradients:
-    """Both gradients of one call, which chunks add to; None where one is not wanted.
+    """Both gradients of one call, to which each chunk adds its part; a gradient that is not wanted is None.
 
     Args:
         hidden_TH, weight_VH: the call's inputs.
-        dtype: of the arithmetic, in which they are summed.
+        dtype: dtype of the arithmetic, in which the gradients are summed.
         blocks: the real rows of the weight, block by block.
-        wanted: which of the two.
+        wanted: whether d_hidden and d_weight are wanted.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Gradients:
         """The gradients times `scale`, in the inputs' dtypes; this object is used up.
 
         Raises:
-            RuntimeError: a second time.
+            RuntimeError: called a second time.
         """
         if self._given:
             raise RuntimeError("backward a second time; the gradients were given away the first time")
@@ -55,7 +55,7 @@ class WeightGradient:
     """d_weight of a whole call, accumulated in the arithmetic's dtype.
 
     For low-precision weights the sum is held as separate blocks, which `finish` frees one by one while it fills
-    the returned gradient: both never stand in memory whole.
+    the returned gradient, so the two are never in memory whole at the same time.
     """
 
     def __init__(self, weight_VH: Tensor, dtype: torch.dtype, blocks: Sequence[slice]) -> None:
@@ -74,6 +74,7 @@ class WeightGradient:
             self.blocks.clear()
             return self._whole.mul_(scale)
         grad_VH = torch.empty_like(self._like)
+        # From the last block, so that `pop` frees each one after it is copied.
         for block in reversed(self._slices):
             grad_VH[block].copy_(self.blocks.pop().mul_(scale))
         grad_VH[self._slices[-1].stop if self._slices else 0 :].zero_()

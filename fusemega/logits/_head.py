@@ -118,6 +118,7 @@ class ChunkedHead:
         chunk_tokens = min(chunk_tokens or default_chunk(weight_VH, self.dtype), max(tokens, 1))
         self._panel = _for_device(PANEL_COLUMNS, device)
         rows = max(64, _for_device(BLOCK_BYTES, device) // (hidden_size * self.dtype.itemsize) // 64 * 64)
+        # One chunk even of no tokens, because callers concatenate the chunks' results.
         self.chunks = [slice(at, min(at + chunk_tokens, tokens)) for at in range(0, max(tokens, 1), chunk_tokens)]
         self.blocks = [slice(at, min(at + rows, real)) for at in range(0, real, rows)]
         # The same rows in pieces whose logits stay in a CPU's cache, for arithmetic on each of them.
@@ -125,6 +126,7 @@ class ChunkedHead:
         self.panels = [slice(at, min(at + width, real)) for at in range(0, real, width)]
         block_rows = min(rows, real)
         self._logits_CV = torch.empty(chunk_tokens, real, dtype=self.dtype, device=device)
+        # One for a running total, one for the exponentials that are added to it.
         self._scratch = [
             torch.empty(chunk_tokens, block_rows + SINK, dtype=self.dtype, device=device) for _ in range(2)
         ]
@@ -185,7 +187,7 @@ class ChunkedHead:
     def _answers(
         self, queries: Sequence[Query], peaks: Tensor, packed: Tensor
     ) -> tuple[list[SparseLogProbs], list[Sums]]:
-        """The answers, from what `_peaks` and `_sums` gave once the ranks have joined it."""
+        """The answers, from the results of `_peaks` and `_sums` after their reduction over the ranks."""
         temperatures = sorted({query.temperature for query in queries})
         num_sums = len(temperatures) + sum(query.residual for query in queries)
         sums, *listed = packed.split([num_sums, *(query.ids_TK.shape[1] for query in queries)])
@@ -220,8 +222,8 @@ class ChunkedHead:
     ) -> None:
         """Adds this chunk's part of both gradients, given those of its `SparseLogProbs`; no collective.
 
-        d_hidden is this rank's partial sum over its vocabulary rows. `further_CV` is a gradient that the loss has in
-        the (soft-capped) logits besides.
+        d_hidden is this rank's partial sum over its vocabulary rows. `further_CV` is a further gradient of the
+        loss in the (soft-capped) logits.
         """
         hidden_CH = self.hidden_TH[rows].to(self.gemm_dtype)
         d_hidden_TH, d_weight = gradients.d_hidden_TH, gradients.d_weight
@@ -312,7 +314,7 @@ class ChunkedHead:
         return torch.where(inside, column_CK, block.stop - block.start)
 
     def _listed_logits(self, logits_CV: Tensor, ids_CK: Tensor) -> Tensor:
-        """Logits of the ids on this rank, 0 elsewhere: summed over ranks, all of them."""
+        """Logits of the listed ids on this rank, 0 for the others; the sum over ranks has the logits of all."""
         here = logits_CV.shape[1]
         if here == 0:
             return logits_CV.new_zeros(ids_CK.shape)
@@ -337,7 +339,7 @@ def reduce_together(
 
 
 def all_reduced(parts: Sequence[Tensor], op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Tensors [n, C] of this rank, joined over the group (None: alone) by one all-reduce."""
+    """This rank's tensors [n, C], reduced over the group (None: left alone) by one all-reduce."""
     packed = torch.cat(list(parts))
     if group is not None and packed.numel():
         dist.all_reduce(packed, op=op, group=group)
@@ -345,9 +347,9 @@ def all_reduced(parts: Sequence[Tensor], op: dist.ReduceOp.RedOpType, group: dis
 
 
 def default_chunk(weight_VH: Tensor, dtype: torch.dtype, heads: int = 1) -> int:
-    """Tokens for which the logits of so many heads, in `dtype`, fill `CHUNK_BYTES`.
+    """How many tokens' logits, of `heads` heads in `dtype`, fill `CHUNK_BYTES`.
 
-    From the padded row count: every rank must cut the same chunks.
+    Computed from the padded number of rows, because every rank must cut the same chunks.
     """
     row_bytes = weight_VH.shape[0] * dtype.itemsize * heads
     tokens = max(1, _for_device(CHUNK_BYTES, weight_VH.device) // row_bytes)
@@ -383,7 +385,7 @@ def _check(
             raise ValueError(f"ids {list(ids.shape)} of {ids.dtype}: expected int64 [{hidden_TH.shape[0]}, K]")
         if query.temperature <= 0:
             raise ValueError(f"temperature {query.temperature}: expected a positive number")
-        if not ids.is_cpu:  # to read them would be to wait for the device: it checks them itself
+        if not ids.is_cpu:  # reading them would wait for the device, so the device checks them
             message = f"ids of a query outside -1 (padding) to {vocab_size - 1}"
             torch._assert_async(((ids >= -1) & (ids < vocab_size)).all(), message)
         elif ids.numel() and (ids.max() >= vocab_size or ids.min() < -1):

@@ -18,7 +18,7 @@ from fusemega.runtime.console import say
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of the operands that `product` takes on `device` for tensors of `dtype`: as they are, or widened."""
+    """The dtype in which `product` takes tensors of `dtype` on `device`: their own, or a wider one."""
     wide = torch.promote_types(dtype, torch.float32)
     # bf16 products are several times slower than fp32 ones on CPUs without AMX, so there they are always widened.
     if wide == dtype or device.type == "cpu":
@@ -27,7 +27,7 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in fp32 for operands of `operand_dtype` that are narrower."""
+    """left @ right, in fp32 if the operands, of `operand_dtype`, are narrower than that."""
     if left.dtype == torch.promote_types(left.dtype, torch.float32):
         return left @ right
     return torch.mm(left, right, out_dtype=torch.float32)

@@ -17,7 +17,7 @@ products: one with each model's weight, and two for the gradients. Both models' 
 a time; a chunk needs three all-reduces of a few numbers for each token.
 
 Shape suffixes: T tokens, C tokens of a chunk, H hidden size, G the teacher's, V this rank's vocabulary rows, P rows of
-a panel of it.
+a panel of it, K listed ids of a query, M sums over the tokens.
 """
 
 from __future__ import annotations
@@ -118,12 +118,15 @@ def fused_divergence_loss(
             f"teacher's hidden {list(teacher_hidden_TG.shape)} and weight {list(teacher_weight_VG.shape)}: expected "
             f"{len(hidden_TH)} tokens and {len(weight_VH)} vocabulary rows, the student's"
         )
+    # Both models get the same number, so that they cut the same chunks.
     if chunk_tokens is None:
         chunk_tokens = default_chunk(weight_VH, torch.promote_types(hidden_TH.dtype, torch.float32), heads=2)
     common: dict[str, Any] = {"group": group, "vocab_size": vocab_size, "chunk_tokens": chunk_tokens}
+    # The second query lists no ids: only its log-sum-exp at `temperature` is wanted.
     queries = [Query(labels_T[:, None]), Query(labels_T.new_empty(len(labels_T), 0), temperature)]
     student = ChunkedHead(hidden_TH, weight_VH, queries, softcap=softcap, **common)
     teacher = ChunkedHead(teacher_hidden_TG, teacher_weight_VG, queries[1:], softcap=teacher_softcap, **common)
+    # Asked here: inside the autograd function's forward, gradients are always disabled.
     taught = torch.is_grad_enabled()
     wanted = (taught and hidden_TH.requires_grad, taught and weight_VH.requires_grad)
     loss, sums_M = _FusedDivergenceLoss.apply(
@@ -147,7 +150,8 @@ def compared_sums(
 ) -> Tensor:
     """fp64 [3]: sums over the tokens of log q_t(y_t), of KL(p_t || q_t), and of where both have the same likeliest id.
 
-    Of equally likely ids the lowest counts. Arguments as of `fused_divergence_loss`; equal on every rank of the group.
+    Among equally likely ids the lowest counts. Arguments are those of `fused_divergence_loss`; equal on every
+    rank of the group.
     """
     chunk = default_chunk(weight_VH, torch.promote_types(hidden_TH.dtype, torch.float32), heads=2)
     common: dict[str, Any] = {"group": group, "vocab_size": vocab_size, "chunk_tokens": chunk}
@@ -200,12 +204,13 @@ class _FusedDivergenceLoss(torch.autograd.Function):
                 d_CP, e_CP = f(logp_CP, logq_CP)
                 local[0] += d_CP.sum(1)
                 local[1] += e_CP.sum(1)
-                teacher_CV[:, panel] = e_CP  # the teacher's logits have done their work
+                teacher_CV[:, panel] = e_CP  # the teacher's logits are not needed any more
             divergence_C, slope_C = all_reduced([local], dist.ReduceOp.SUM, student.group)[0]
             ce_C = -results[0].logp_TK[:, 0]
             losses.append((label_weight * ce_C + divergence_weight * divergence_C).sum())
             sums.append(torch.stack([ce_C.sum(), divergence_C.sum()]))
             if any(wanted):
+                # Of dD/ds, the log-sum-exp passes back - q_v sum_u e_u; e_v is added as `further_CV`.
                 upstream = [
                     SparseLogProbs(-label_weight * torch.ones_like(ce_C)[:, None], torch.zeros_like(ce_C), None),
                     SparseLogProbs(results[1].logp_TK, -divergence_weight * slope_C, None),

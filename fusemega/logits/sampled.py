@@ -8,7 +8,8 @@ the k most probable ids this is not true: the other ids are always left out.
 A draw is the inverse of the cumulative distribution in the order of ids, at a uniform number that the caller gives. It
 is the same id for every split of the vocabulary over ranks, up to the rounding of float64.
 
-Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary rows, S draws, R ranks.
+Shape suffixes: T tokens, C tokens of a chunk, P supervised positions of a sample, H hidden size, V this rank's
+vocabulary rows, K listed ids of a query, S draws, R ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def uniforms(seed: int, key: bytes, positions: int, num_samples: int) -> np.ndar
     """
     digest = hashlib.blake2b(b"%d:" % seed + key, digest_size=16).digest()
     bits = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(positions * num_samples)
+    # The upper 53 bits, all that a float64 holds exactly: the quotient stays below 1.
     return ((bits >> np.uint64(11)) * 2.0**-53).reshape(positions, num_samples)
 
 
@@ -84,7 +86,8 @@ def sample_ids(
         logits_CV = head.logits(rows)
         (label,), (sums,) = head.reduce(logits_CV, [Query(labels_T[rows, None])])
         labels.append(label.logp_TK[:, 0])
-        at_once = max(1, _CUMULATED_BYTES // (8 * max(weight_VH.shape[0], 1)))  # as many on every rank
+        # Padding rows count too: every rank must make as many collective calls.
+        at_once = max(1, _CUMULATED_BYTES // (8 * max(weight_VH.shape[0], 1)))
         columns = (logits_CV, sums.peak_C, uniforms_TS[rows])
         for logits, peak, uniform in zip(*(column.split(at_once) for column in columns), strict=True):
             ids.append(_draw(logits, peak, uniform, temperature, head))
@@ -92,7 +95,7 @@ def sample_ids(
 
 
 def _draw(logits_CV: Tensor, peak_C: Tensor, uniforms_CS: Tensor, temperature: float, head: ChunkedHead) -> Tensor:
-    """Ids [C, S]. Collective: the ranks' masses are gathered, then each draw's id is that of the rank it falls to."""
+    """Ids [C, S]. Collective: the ranks' masses are gathered, then the rank in which a draw falls gives its id."""
     weight_CV = logits_CV.double().sub_(peak_C[:, None]).div_(temperature).exp_()
     cumulated_CV = weight_CV.cumsum_(1)
     mass_C = cumulated_CV[:, -1] if cumulated_CV.shape[1] else cumulated_CV.new_zeros(len(cumulated_CV))

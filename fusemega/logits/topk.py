@@ -1,6 +1,6 @@
 """The k most probable ids of every token, as a teacher's row. Holds no more than one chunk of logits.
 
-Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary rows, K ids kept, R ranks.
+Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary rows, K ids kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def top_k_log_probs(
     softcap: float | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k largest log-probabilities of softmax(logits / temperature), the log of all the rest, and the labels'.
+    """The k largest log-probs of softmax(logits / temperature), the log of the remaining mass, and the labels' ones.
 
     Args:
         labels_T: int64, the token that follows; from the same logits, so that the head is multiplied with once.

@@ -11,7 +11,8 @@ the group; the returned d_hidden is this rank's *partial* sum, which Megatron's 
 (`copy_to_tensor_model_parallel_region`, or `gather_from_sequence_parallel_region` under sequence parallelism). The
 upstream gradient is the same on every rank, so no factor of the group's size appears anywhere.
 
-Shape suffixes: T tokens, H hidden size, V this rank's vocabulary rows, K listed ids, M auxiliary sums.
+Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary rows, K listed ids, M auxiliary
+sums.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def fused_token_loss(
         RuntimeError: backward a second time.
     """
     options = {"group": group, "vocab_size": vocab_size, "softcap": softcap, "chunk_tokens": chunk_tokens}
+    # Asked here: inside the autograd function's forward, gradients are always disabled.
     taught = torch.is_grad_enabled()
     wanted = (taught and hidden_TH.requires_grad, taught and weight_VH.requires_grad)
     loss, aux_M = _FusedTokenLoss.apply(hidden_TH, weight_VH, tuple(queries), f, wanted, options)
@@ -193,14 +195,14 @@ def _evaluate(
         loss = loss_C.sum()
     upstream = None
     if loss.requires_grad:
-        # Only into the leaves, whatever else f has closed over.
+        # Gradients go to the leaves only, even if f refers to other tensors that require them.
         loss.backward(inputs=[tensor for leaf in leaves for tensor in leaf if tensor is not None])
         upstream = [leaf.gradients() for leaf in leaves]
     return loss.detach(), aux_CM.detach().sum(0), upstream
 
 
 class _Leaves(NamedTuple):
-    """A chunk's results as what a gradient is taken by."""
+    """A chunk's results as autograd leaves, with respect to which the gradient of f is taken."""
 
     logp_CK: Tensor
     lse_C: Tensor
@@ -219,7 +221,7 @@ class _Leaves(NamedTuple):
         return SparseLogProbs(*self)
 
     def gradients(self) -> SparseLogProbs:
-        """In the form of a result; zeros where f made no use of a leaf."""
+        """The leaves' gradients in the form of a result; zeros for a leaf that f did not use."""
         residual_C = self.log_residual_C
         return SparseLogProbs(
             _gradient(self.logp_CK), _gradient(self.lse_C), None if residual_C is None else _gradient(residual_C)

@@ -18,7 +18,7 @@ from fusemega.runtime.parallel import World
 
 
 def rows_read(objective: Objective[Any]) -> Callable[[MicroBatch], torch.Tensor]:
-    """Which tokens of a row the objective reads the hidden states of, for `run_schedule`."""
+    """Picks the tokens of a row whose hidden states the objective reads; for `run_schedule`."""
     return last_rows if objective.wants == "score" else lambda batch: batch.positions
 
 
@@ -32,10 +32,10 @@ def objective_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A micro-batch's part of the loss, and of each term's sum: see `Objective.loss`. Only on the last stage.
 
-    Args:
-        hidden_NH: of the tokens that `rows_read` names.
+    For an objective of unit sequence or group, collective over context parallelism: each rank gets the whole value.
 
-    Of unit sequence or group, collective over context parallelism: each of its ranks gets the whole value.
+    Args:
+        hidden_NH: hidden states of the tokens that `rows_read` picks.
     """
     if objective.wants == "score":
         return objective.loss(sequence_scores(gpt, hidden_NH, batch, world), batch, denominators)

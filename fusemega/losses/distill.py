@@ -20,8 +20,8 @@ If a teacher has another tokenizer, some positions of the target end inside one 
 p is the label alone at these positions, as in FuseChat; so with a small lambda the target still learns how its own
 tokens continue. With `nothing`, and for samples without a row, such positions have only the label's term.
 
-Shape suffixes: N supervised positions of a micro-batch, P of one sample, K ids of a row, H hidden size, C positions of
-a chunk, M sums that metrics are made of.
+Shape suffixes: N supervised positions of a micro-batch (T in the kernel's names), P of one sample, K ids of a row,
+H hidden size, V this rank's vocabulary rows, C positions of a chunk, M sums that metrics are made of.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Taught(Objective[HiddenStates]):
 
     Args:
         settings: as in the run file.
-        k: most ids of a position.
+        k: largest number of ids at a position.
     """
 
     terms = ("lm", "distill")
@@ -87,10 +87,10 @@ class Taught(Objective[HiddenStates]):
 
     @abstractmethod
     def targets(self, sample: Sample) -> Targets | None:
-        """What the sample's supervised positions are taught, at `settings.temperature`; None: nothing is known of it.
+        """Targets of the sample's supervised positions, at `settings.temperature`; None: there is no row of it.
 
         Raises:
-            UserError: nothing is known and `on_missing` is error, or what there is does not fit the sample.
+            UserError: there is no row and `on_missing` is error, or a row does not fit the sample.
         """
 
     def position_fields(self, sample: Sample) -> dict[str, np.ndarray]:
@@ -104,6 +104,7 @@ class Taught(Objective[HiddenStates]):
             targets = Targets.nothing(len(sample.positions), self._k)
         elif self.settings.unaligned == "label":
             targets = or_label(targets, sample.ids[sample.positions + 1])
+        # Fields have one shape for all samples, and so one K.
         spare = ((0, 0), (0, self._k - targets.ids_PK.shape[1]))
         return {
             "teacher_ids": np.pad(targets.ids_PK, spare, constant_values=-1),
@@ -129,7 +130,7 @@ class Taught(Objective[HiddenStates]):
             kd_C = -(p_NK[rows] * taught.logp_TK).sum(1)
             if p_other_N is not None and taught.log_residual_T is not None:
                 p_other_C = p_other_N[rows]
-                # Where every id is listed the student's residual is -inf, and the teacher's probability 0.
+                # If every id is listed, the student's residual is -inf and the teacher's mass 0; 0 * -inf is nan.
                 kd_C = kd_C - p_other_C * torch.where(p_other_C > 0, taught.log_residual_T, 0.0)
             return lm_weight * ce_C + distill_weight * kd_C, torch.stack([ce_C, kd_C], dim=1)
 
@@ -169,7 +170,7 @@ class Distill(Taught):
     @classmethod
     def build(cls, settings: Distill.Settings, tokenizer: Tokenizer, vocab_size: int) -> Distill:
         store = TeacherStore(settings, "objective", tokenizer, vocab_size, settings.temperature, settings.tail)
-        # Through a map some draws' ids have no counterpart: those are a tail.
+        # With a map some draws' ids have no counterpart in the target's vocabulary, so there is a tail.
         sampled = store.store.manifest.rows == "sampled"
         if sampled and settings.map is None and "tail" in settings.model_fields_set:
             raise UserError(

@@ -7,7 +7,7 @@ FuseLLM (arXiv:2401.10491) and FuseChat (arXiv:2402.16107). The target's own ini
 teachers: a store that `fusemega teach` wrote with the model that training starts from. The teachers' weights are
 computed from numbers in the stores, outside the training step.
 
-Shape suffixes: P supervised positions of a sample, J teachers.
+Shape suffixes: J teachers.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Fuse(Taught):
 
     def __init__(self, settings: Fuse.Settings, teachers: list[TeacherStore]) -> None:
         ks = [teacher.k for teacher in teachers]
+        # min_ce keeps the ids of one teacher, a mixture those of all.
         super().__init__(settings, max(ks) if settings.fusion.function == "min_ce" else sum(ks))
         self.teachers, self._fusion = teachers, settings.fusion
 
@@ -99,7 +100,7 @@ class Fuse(Taught):
         )
 
     def targets(self, sample: Sample) -> Targets | None:
-        """With `on_missing: skip`, of the teachers that know the sample."""
+        """With `on_missing: skip`, only the teachers that have a row of the sample are combined."""
         found: list[tuple[TeacherStore, Row]] = []
         for teacher in self.teachers:
             row = teacher.row(sample, self.settings.on_missing == "error")
@@ -108,7 +109,7 @@ class Fuse(Taught):
         if not found:
             return None
         rewards_J = rewards(np.array([self._cross_entropy(row) for _, row in found]), self._fusion.decide_in == "bf16")
-        if self._fusion.function == "min_ce":  # spares the others' alignment
+        if self._fusion.function == "min_ce":  # so only the chosen teacher's row is aligned
             found, rewards_J = [found[int(np.argmax(rewards_J))]], rewards_J.max(keepdims=True)
         parts = [teacher.targets(row, sample) for teacher, row in found]
         return FUNCTIONS[self._fusion.function](parts, rewards_J, sample.ids[sample.positions + 1].astype(np.int64))
@@ -121,5 +122,5 @@ class Fuse(Taught):
             teacher.check_data(dataset, self.settings.on_missing == "error")
 
     def _cross_entropy(self, row: Row) -> float:
-        """Nats a byte of text or a token, as `ce_per` says. Closing tokens have no bytes: a text of none counts one."""
+        """Nats a byte or a token, as `ce_per` says. Closing tokens have no bytes: a text without any counts as one."""
         return row.cross_entropy if self._fusion.ce_per == "token" else -row.sum_logp / max(row.num_bytes, 1)

@@ -3,7 +3,7 @@
     L = lambda / N  sum_t  CE(y_t, q_t)  +  (1 - lambda) T^2 / N  sum_t  D(p_t^T, q_t^T)
 
 over the N supervised tokens t of the step, with q^T = softmax(student's logits / T), q = q^1, p^T the same of the
-teacher, and D one of `losses.divergence`. As in `distill`, T^2 (Hinton et al., arXiv:1503.02531, section 2.1) keeps the
+teacher, and D one of `logits.divergence`. As in `distill`, T^2 (Hinton et al., arXiv:1503.02531, section 2.1) keeps the
 size of the gradient as T grows, the cross-entropy on labels is at temperature 1, and the metric `distill` is the mean
 of D itself, without lambda and without T^2. Forward KL has the gradient of `distill` with every id listed.
 

@@ -42,14 +42,14 @@ class Objective(Fields, ABC, Generic[Output]):
 
     `Objective[HiddenStates]` is a sum over tokens: `loss` gets the final hidden states with the head that reads them.
     `Objective[Tensor]` couples the tokens of a sequence, or the sequences of a group: `loss` gets one number a
-    sequence. What a micro-batch carries for it besides tokens and labels, the methods of `Fields` say.
+    sequence. The methods of `Fields` say what a micro-batch carries for it besides tokens and labels.
 
     Attributes:
         Settings: its section of the run file.
         terms: names of the parts of the loss, each with a denominator of its own.
         unit: what the loss is a sum over, and what a global batch counts: a `group` is all that the loss has to see
             together, such as a pair, and lies in one micro-batch.
-        wants: of unit sequence or group, the number that `loss` gets of each sequence: "logp" of its supervised tokens,
+        wants: for unit sequence or group, what `loss` gets of each sequence: "logp" of its supervised tokens,
             or "score", what a scalar head gives for its last token. The model in training has to have that head.
         frozen: the frozen models that it asks, by name, which is also their key in its section of the run file. Their
             answers are in the micro-batch's `answers` under that name; nothing passes back to them.
@@ -71,11 +71,11 @@ class Objective(Fields, ABC, Generic[Output]):
         """
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
-        """Hashes of what the settings name by a path, in the settings' own form: they replace the paths where it is
-        asked whether two runs compute the same.
+        """Hashes of what the settings name by a path, in the settings' own form. They replace the paths when two runs
+        are compared.
 
         Args:
-            dataset: that is trained on.
+            dataset: the training data.
         """
         return {}
 
@@ -90,7 +90,7 @@ class Objective(Fields, ABC, Generic[Output]):
     def counts(self, batch: MicroBatch) -> dict[str, int]:
         """This micro-batch's part of each term's denominator; the trainer sums it over the whole step first.
 
-        Called while the batch's tensors are still in host memory: on a GPU a count would have to be waited for.
+        Called while the batch's tensors are still in host memory: on a GPU the host would wait for a count.
         Under context parallelism an objective of unit token counts the positions that this rank has; one of unit
         sequence or group counts whole sequences or groups, which its ranks all have.
         """
@@ -102,11 +102,11 @@ class Objective(Fields, ABC, Generic[Output]):
         """This micro-batch's part of the global loss.
 
         Args:
-            output: what the model in training gives for the micro-batch. Of unit token: `HiddenStates`, for
-                `logits.vocab.fused_token_loss` and its like. Of unit sequence or group: a tensor [S] of fp32 or wider,
+            output: what the model in training gives for the micro-batch. For unit token: `HiddenStates`, for
+                `logits.vocab.fused_token_loss` and its like. For unit sequence or group: a tensor [S] of fp32 or wider,
                 the same on every rank that shares the tokens: the log-probability of each sequence's supervised
                 tokens, summed, or its score, as `wants` says.
-            batch: labels, bounds, this objective's fields, and what its frozen models say.
+            batch: labels, bounds, this objective's fields, and its frozen models' answers.
             denominators: each term's count over the whole step, at least 1.
 
         Returns:

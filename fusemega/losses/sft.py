@@ -2,7 +2,8 @@
 
     L = - 1/N_global sum_t log q(y_t)        over supervised tokens t
 
-Shape suffixes: N supervised positions, H hidden size, C of these positions in a chunk, M sums that metrics are made of.
+Shape suffixes: N supervised positions (T in the kernel's names), H hidden size, V this rank's vocabulary rows, K listed
+ids (here 1), C of these positions in a chunk, M sums that metrics are made of.
 """
 
 from __future__ import annotations
