@@ -52,7 +52,7 @@ def renormalised(targets: Targets) -> Targets:
 
 
 def or_label(targets: Targets, labels_P: np.ndarray) -> Targets:
-    """The label with probability 1 at positions without a distribution."""
+    """Puts the label with probability 1 at positions without a distribution."""
     bare_P = ~targets.mask_P
     ids_PK, logp_PK, log_residual_P = targets.ids_PK.copy(), targets.logp_PK.copy(), targets.log_residual_P.copy()
     ids_PK[bare_P], logp_PK[bare_P], log_residual_P[bare_P] = -1, -np.inf, -np.inf

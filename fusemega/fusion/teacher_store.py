@@ -1,6 +1,7 @@
 """One teacher: an open sample store, whose rows are converted to targets with the target model's ids.
 
-Shape suffixes: P supervised positions of a sample, K ids of a row.
+Shape suffixes: P supervised positions of a sample, K ids of a row, M positions at which both tokenizations end a token,
+S ids of the teacher's tokenizer.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class TeacherStore:
     """An open store whose rows become `Targets`.
 
     Args:
-        config: of the run file.
+        config: the store's section of the run file.
         where: the config's key, for messages.
         tokenizer: the target's.
         vocab_size: the target's. Models of one tokenizer may pad their vocabularies differently: a teacher with more
             rows is welcome as long as no row lists an id that the target lacks.
-        temperature: at which the targets are wanted.
+        temperature: the temperature of the targets.
         tail: the mass outside the listed ids: kept as one more outcome, or shared out over the listed ids.
 
     Raises:
@@ -80,7 +81,7 @@ class TeacherStore:
                 f"objective.temperature: found {temperature}, and {self.store.path} was stored at "
                 f"{manifest.temperature}; {why}{remedy}"
             )
-        # One rank reads the weights for all: where it refuses, the launch ends.
+        # One rank reads the weights for all; if it refuses, the launch ends.
         if config.store_of is not None and global_rank() == 0:
             found = weights_hash(config.store_of)
             if found != manifest.weights:
@@ -90,8 +91,8 @@ class TeacherStore:
                 )
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, str | None]:
-        """Content in place of the config's paths: the store's is its rows of the samples, and whose and of what kind
-        they are (its manifest)."""
+        """Hashes of content in place of the config's paths. The store's are of its manifest, which says whose rows they
+        are and of what kind, and of its rows of the samples."""
         of_map = None if self._map is None else self._map.content_hash
         rows = f"{self.store.manifest.hash.hex()}-{self.store.rows_hash(dataset.keys)}"
         return {"store": rows, "map": of_map, "teacher": None}
@@ -113,7 +114,7 @@ class TeacherStore:
         return row
 
     def targets(self, row: Row, sample: Sample) -> Targets:
-        """The store's row of this very sample, in the target's ids.
+        """Converts the store's row of this very sample to the target's ids.
 
         With a map, a position is taught where both tokenizations have a token that ends at its byte.
 
@@ -122,6 +123,7 @@ class TeacherStore:
         """
         logp_PK = row.logp_PK.astype(np.float64)
         if self._tail == "renormalise":
+            # log p at the new temperature, up to a constant that `renormalised` takes away.
             logp_PK *= self.store.manifest.temperature / self._temperature
         if self._map is not None:
             targets = self._map.targets(row, logp_PK, sample)
@@ -180,7 +182,7 @@ class _Map:
                 f"{path}: the map contains id {tables.max()}, and the model in training has a vocabulary of "
                 f"{vocab_size}"
             )
-        # A model may have more rows than its tokenizer has ids; those become nothing.
+        # A model may have more rows than its tokenizer has ids; those map to no id (-1).
         spare = max(0, store.manifest.vocab_size - loaded.source_size)
         self._chat_tables = np.pad(tables, ((0, 0), (0, spare)), constant_values=-1)
         self._text_tables = self._chat_tables.copy()
@@ -212,8 +214,8 @@ class _Map:
     def _first_table(self, sample: Sample, position: int, of_text: bool) -> int:
         """Which table a content's first token takes: 1 from "Hello" to "▁Hello", 2 the other way, 0 neither.
 
-        The target's own token says whether it carries a space that is not in the content. Of the source only its habit
-        is known, and that it does not add a space to one.
+        The target's own token says whether it carries a space that is not in the content. For the source only its
+        habit is known, and that it adds no space before a content that begins with one.
         """
         loaded, label = self._map, int(sample.ids[position + 1])
         adds = loaded.target_marks_text if of_text else loaded.target_marks_start

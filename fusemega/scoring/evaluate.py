@@ -43,7 +43,7 @@ class EvalRun(PassRun):
 
 
 class Scorer:
-    """A model, and its reference, built once: scores any data. Collective.
+    """A model and its reference, built once, to score any data. Collective.
 
     Raises:
         UserError: bad input, before anything is allocated.
@@ -61,7 +61,7 @@ class Scorer:
         self._reference: FrozenModel | None = None
 
     def score(self, data: DataConfig) -> Evaluation:
-        """Of `data`; a `Comparison` where there is a reference. Every rank gets it.
+        """The evaluation of `data`; a `Comparison` if there is a reference. Every rank gets it.
 
         Raises:
             UserError: bad data, before the model is built.
@@ -95,7 +95,7 @@ def evaluate(run: EvalRun, held: ExitStack | None = None) -> tuple[Evaluation, W
     """Score `run.data` with `run.model`. Collective; every rank gets the result.
 
     Args:
-        run: what, and with which model.
+        run: the run file: which data, with which model.
         held: keeps the lock of `run.output` until the caller has written it; None: it is not locked.
 
     Raises:

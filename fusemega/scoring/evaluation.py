@@ -3,7 +3,8 @@
 Also its distance from another model of the same tokenizer, over the whole vocabulary: labels are one author's text and
 do not say which other tokens would have been as good.
 
-Shape suffixes: N supervised positions of a micro-batch, H hidden size.
+Shape suffixes: N supervised positions of a micro-batch (T in the kernel's names), H hidden size, V this rank's
+vocabulary rows, K listed ids of a query (here 1).
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ def evaluate_model(
     """Score every sample. Leaves the model in evaluation mode. Collective; every rank gets the result.
 
     Args:
-        reference: of which hidden states are wanted; then the result is a `Comparison` with it.
+        reference: a frozen model that wants "hidden"; the result is then a `Comparison` with it.
     """
 
     def score(hidden_NH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample]) -> torch.Tensor:
-        # Of a sample that context-parallel ranks share, each has its own tokens, and one counts the bytes.
+        # Context-parallel ranks share a sample: each counts its own tokens, and only one counts the bytes.
         num_bytes = sum(sample.num_bytes for sample in samples) if world.cp_rank == 0 else 0
         own = hidden_states(gpt, hidden_NH, world)
         if reference is None:
@@ -109,7 +110,7 @@ def evaluate_model(
     tokens, num_bytes, logp = total[:3]
     found = {
         "loss": -logp / tokens,
-        "perplexity": math.exp(min(-logp / tokens, 700.0)),
+        "perplexity": math.exp(min(-logp / tokens, 700.0)),  # math.exp raises OverflowError above 709
         "bits_per_byte": -logp / math.log(2) / num_bytes if num_bytes else math.nan,
         "tokens": int(tokens),
         "bytes": int(num_bytes),

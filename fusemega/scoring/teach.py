@@ -97,7 +97,7 @@ def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
     gpt = source.build(world)
     # Opened on every rank: each must know what is durable already.
     with StoreWriter(folder, manifest, writer_id=world.dp_rank) as writer:
-        # Of equal samples one: each data-parallel rank has a writer of its own, and would store its copy.
+        # Only the first of equal samples: each data-parallel rank has its own writer, and would store its own copy.
         first = {key: i for i, key in reversed(list(enumerate(dataset.keys)))}
         missing = sorted(i for key, i in first.items() if key not in writer)
         world.barrier()  # no rank may write before every rank has looked
@@ -139,6 +139,7 @@ def _sampled_rows(
     run: TeachRun, gpt: GPT, hidden_MH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample], world: World
 ) -> Columns:
     parts = [uniforms(run.seed, sample.key, len(sample.positions), run.num_samples) for sample in samples]
+    # The empty array is for a micro-batch without samples.
     uniforms_NS = np.concatenate([np.empty((0, run.num_samples)), *parts])
     uniforms_MS = torch.from_numpy(uniforms_NS).to(hidden_MH.device)[slice(None) if batch.kept is None else batch.kept]
     draws_MS, label_logp_M = sample_ids(
@@ -151,6 +152,7 @@ def _sampled_rows(
     )
     ids_MS, counts_MS = map(torch.from_numpy, count_draws(draws_MS.cpu().numpy()))
     logp_MS = (counts_MS.double() / run.num_samples).log().float().to(hidden_MH.device)
+    # Draws are of the whole vocabulary, so no mass is left for a residual: its log is -inf.
     return ids_MS.to(hidden_MH.device), logp_MS, torch.full_like(label_logp_M, -torch.inf), label_logp_M
 
 

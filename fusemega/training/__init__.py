@@ -1,12 +1,12 @@
 """Training: from a run file to trained weights, with metrics, held-out text, checkpoints and exact resume.
 
-The room knows no single method: an objective brings its loss, and what hangs on a step is a callback.
+The room knows no single method: an objective brings its loss, and what happens around a step is in callbacks.
 
     run_file.py     the typed run file of `fusemega train`
     assembly.py     `fusemega train`: what a run names, opened, checked and put together; what a finished run leaves
     dry_run.py      `fusemega train --dry-run`: what a run would do
     trainer.py      the step and the loop
-    callbacks.py    what may hang on a step
+    callbacks.py    the interface of callbacks
     checkpoints.py  callback: when a checkpoint is written, and how a run resumes
     held_out.py     callback: held-out text, the best checkpoint, patience
     metrics.py      callbacks: what a step cost; where the numbers go

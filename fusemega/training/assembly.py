@@ -41,7 +41,7 @@ from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
 
 _SAMPLES_ASKED = 1000
-"""Of so many it is asked whether one teaches to close a turn."""
+"""How many samples `_closes_turns` looks at."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Checked:
         return cls(run, source, objective, frozen)
 
     def prepared(self, data: DataConfig) -> TokenizedDataset:
-        """Text as samples for this run, from the cache or tokenized into it. One process.
+        """Text as samples for this run, read from the cache or tokenized into it. For one process.
 
         Raises:
             UserError: as `prepare`.
@@ -151,20 +151,20 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     trainer = Trainer.create(run, world, gpt, checked.objective, data, frozen)
     scored = HeldOut(run.evaluation, held_out, str(content["held_out"]))
     checkpoints = Checkpoints(run, world, scored, content=content, describe=describe)
-    # A new one is added here. Profiling sees the step alone; metrics come after what adds to them, and before what may
-    # take long.
+    # New callbacks are added here. Profiling comes first, to see the step alone; metrics come after the callbacks that
+    # add to them, and before evaluation, which may take long.
     trainer.callbacks = [*([] if profiled is None else [profiled]), Costs(), checkpoints, Metrics(), scored]
     checkpoints.resume(trainer)
-    # Last, so that a run that is refused leaves nothing, nor its settings in the record of the run it would resume.
+    # Last, because a run that is refused must leave nothing, nor its settings in the record of the run it would resume.
     on_main(world, lambda: _write_record(output, run, trainer.finished))
     return trainer, checked
 
 
 def profile_of(run: TrainRun, num_samples: int) -> Profile | None:
-    """The callback that `training.profile` asks for, if it does; its iterations are checked.
+    """The callback that `training.profile` asks for, with its iterations checked; None without that section.
 
     Raises:
-        UserError: the run has fewer.
+        UserError: the run has fewer iterations.
     """
     section = run.training.profile
     if section is None:
@@ -199,7 +199,7 @@ def _train(run: TrainRun, held: ExitStack) -> int:
 
 
 def _finish(output: Path, trainer: Trainer, checked: Checked) -> None:
-    """What others look for in the folder of a finished run: the export, then the mark."""
+    """Writes what others look for in the folder of a finished run: the export, then the marker."""
     checkpoints, source = trainer.callback(Checkpoints), checked.source
     wanted = checkpoints.result(trainer.iteration)
     finish = partial(_settle, trainer=trainer, checked=checked)
@@ -216,29 +216,29 @@ def _finish(output: Path, trainer: Trainer, checked: Checked) -> None:
 
 
 def _settle(made: Path, trainer: Trainer, checked: Checked) -> None:
-    """What users load is what was trained, and stops where it was taught to."""
+    """Checks and corrects the export: users load what was trained, and it stops where it was taught to."""
     chats = _closes_turns(checked.source.tokenizer, trainer.data.dataset)
     for note in settle(made, checked.source.tokenizer, chats=chats):
         say(note)
 
 
 def _closes_turns(tokenizer: Tokenizer, dataset: TokenizedDataset) -> bool:
-    """Whether the samples teach what closes a turn."""
+    """Whether the first samples supervise the token that closes a turn."""
     closing = closing_id(tokenizer)
     some = (dataset[i] for i in range(min(len(dataset), _SAMPLES_ASKED)))
     return closing is not None and any(bool((sample.ids[sample.supervised] == closing).any()) for sample in some)
 
 
 def _claim(output: Path, held: ExitStack | None) -> None:
-    """Nobody else writes the run's folder from here on."""
+    """Checks the run's folder and locks it, so that no other process writes it from here on."""
     check_output(output)
     if held is not None:
         held.enter_context(locked(output))
-        check_output(output)
+        check_output(output)  # again: another process may have written there before the lock was ours
 
 
 def check_output(output: Path) -> None:
-    """An unrelated folder is left alone, and the rows of a run that goes on can be read.
+    """Refuses an unrelated folder, and a run's folder whose rows cannot be read.
 
     Raises:
         UserError: says what is in the way.
@@ -253,7 +253,7 @@ def check_output(output: Path) -> None:
 
 
 def _write_record(output: Path, run: TrainRun, finished: bool) -> None:
-    """The run's folder, with the run file's resolved form. Where there is more to do, an earlier end's mark goes."""
+    """Makes the run's folder and writes the resolved run file. Removes an earlier end's marker if more is to do."""
     try:
         if not finished:
             (output / DONE_MARKER).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What hangs on a training step: evaluation, checkpoints, metrics, profiling. The step itself knows none of them.
+"""Callbacks of a training step: evaluation, checkpoints, metrics, profiling. The step itself knows none of them.
 
-A callback is one class in one file, and one entry in the list that `Trainer.callbacks` is made of. In that order it is
-told of each event below.
+A callback is one class in one file, and one entry in the list that `Trainer.callbacks` is made of. They are told of
+each event below in the order of that list.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Told of a run's events, on every rank alike, so every method may be collective. What it does not override does
-    nothing.
+    """Is told of a run's events. This happens on every rank alike, so every method may be collective. A method that is
+    not overridden does nothing.
 
     Example:
         >>> class Tokens(Callback):

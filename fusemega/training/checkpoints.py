@@ -20,17 +20,17 @@ from fusemega.training.trainer import Trainer
 
 
 class Checkpoints(Callback):
-    """Saves every so often and where a run ends; older checkpoints go, as far as the run file says so.
+    """Saves every `save_interval` iterations and at the end of a run, and removes older ones as the run file says.
 
     Args:
         run: the run file.
         world: this process's place.
-        held_out: whose best checkpoint is kept.
+        held_out: knows the best evaluation, whose checkpoint is kept.
         content: hashes of what the run is made from (`identity.content_of`).
-        describe: writes into a checkpoint's folder what its weights are loaded with elsewhere.
+        describe: writes into a checkpoint's folder what is needed to load its weights elsewhere.
 
     Attributes:
-        saver: what writes them.
+        saver: writes the checkpoints.
         content: as given.
     """
 
@@ -63,6 +63,7 @@ class Checkpoints(Callback):
         same_layout = is_same_layout(folder, saved.get("layout"), trainer.run, trainer.world)
         with phase(f"{folder} is loaded"):
             load_checkpoint(folder, trainer.gpt, trainer.optimizer, trainer.world, same_layout)
+        # The schedule depends on the number of updates alone, so checkpoints do not store it.
         trainer.scheduler.step(increment=trainer.iteration)
 
     def on_step_end(self, trainer: Trainer, values: MutableMapping[str, float]) -> None:
@@ -82,9 +83,9 @@ class Checkpoints(Callback):
         self.saver.__exit__(None if error is None else type(error))
 
     def save(self, trainer: Trainer) -> Path:
-        """A checkpoint of this iteration; its folder, which is there already unless saves go on in the background."""
+        """Saves this iteration. Returns the checkpoint's folder, which may not be there yet with `async_save`."""
         complete_parameters(trainer.ddp)
-        trainer.batches.settle()  # writers are forked
+        trainer.batches.settle()  # writers are forked, and must not inherit a lock that the batches' thread holds
         contents = training_state(trainer.gpt, trainer.optimizer, trainer.world)
         state = {
             **self._identity(trainer),
@@ -101,8 +102,8 @@ class Checkpoints(Callback):
         return checkpoint_folder(self._root, best.iteration)
 
     def result(self, iteration: int) -> Path | None:
-        """The checkpoint whose weights a run gives that finished after `iteration`; None: no update was any good, so
-        those it started from."""
+        """The checkpoint with the final weights of a run that finished after `iteration`; None: no update improved the
+        evaluation, so they are those that the run started from."""
         if self._held_out.keeps_best and self._held_out.best.loss is not None:
             return self.best()
         return checkpoint_folder(self._root, iteration)

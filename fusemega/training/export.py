@@ -1,7 +1,7 @@
 """`output_dir/hf`: the weights that a run ends with, and the record that says which those are.
 
-An export is made of a checkpoint's files, not of what a process holds: so it is of the fp32 main parameters in every
-layout, and the same whether the last or the best checkpoint is exported, at once or by a run that is started again.
+An export is made from a checkpoint's files, not from the memory of a process. So in every layout it has the fp32 main
+parameters, and it works alike for the last and the best checkpoint, at once or when a run is started again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = {"source": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16":
 
 
 def check_export(output: Path) -> None:
-    """Refuses a run whose `hf/` is no export of a run, or holds more than one has put there: it will not be replaced.
+    """Refuses a run whose `hf/` is not an export of a run, or has files that no export wrote: it is not replaced.
 
     Raises:
         UserError: says what to do with it.
@@ -56,12 +56,12 @@ def update_export(
     dtype: str,
     finish: Callable[[Path], None] = lambda made: None,
 ) -> None:
-    """Make `output/hf` of `source`, unless it is that already; one of other weights is removed first. By one process.
+    """Export `source` to `output/hf`, unless it is there already. First removes one of other weights. For one process.
 
     Args:
         output: the run's folder.
         source: a checkpoint of the run; or, where nothing was better, what it started from.
-        source_hash: of its content.
+        source_hash: hash of its content.
         dtype: a key of `DTYPES`.
         finish: called with the new folder when all but its record is there.
 
@@ -86,7 +86,7 @@ def update_export(
 
 
 def remove_other_export(output: Path, source_hash: str) -> None:
-    """Where a run exports nothing: `output/hf` goes if it is an export of other weights than those it has ended with.
+    """For a run that exports nothing: removes `output/hf` if it is an export of weights other than the final ones.
 
     Raises:
         UserError: as `check_export`.

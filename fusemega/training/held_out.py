@@ -28,7 +28,7 @@ class Best:
     Attributes:
         data: which held-out text, by the name of its tokenized form.
         loss: its loss; None before the first evaluation.
-        iteration: when.
+        iteration: updates done when it was found.
         evaluations_since: how many evaluations were no better.
     """
 
@@ -42,12 +42,12 @@ class HeldOut(Callback):
     """Scores held-out text when it is due.
 
     Args:
-        section: of the run file; None: nothing is ever scored.
+        section: `evaluation` of the run file; None: nothing is ever scored.
         dataset: the text it names.
         content: hash of that text.
 
     Attributes:
-        best: so far.
+        best: the best evaluation so far.
     """
 
     def __init__(self, section: EvaluationSection | None, dataset: TokenizedDataset | None, content: str) -> None:
@@ -56,7 +56,7 @@ class HeldOut(Callback):
 
     @property
     def keeps_best(self) -> bool:
-        """The best checkpoint is kept, and exported at the end."""
+        """Whether the best checkpoint is kept, and exported at the end."""
         return self._section is not None and self._section.keep_best
 
     def on_start(self, trainer: Trainer) -> None:
@@ -75,14 +75,14 @@ class HeldOut(Callback):
         return patience is not None and self.best.evaluations_since >= patience
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint stores of it."""
         return asdict(self.best)
 
     def resume(self, folder: Path, saved: Any, is_main: bool) -> None:
-        """Go on from what the checkpoint `folder` kept, if that was of the same text.
+        """Go on from what the checkpoint `folder` stored, if it was about the same text.
 
         Raises:
-            UserError: no run writes such a state.
+            UserError: the state is not one that a run writes.
         """
         best = _best(folder, saved)
         if self._dataset is not None and best.data == self._content:

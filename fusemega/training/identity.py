@@ -1,4 +1,4 @@
-"""What a run was made from, by content: a run that resumes may find it at other paths, and must find the same."""
+"""What a run was made from, by content: a resumed run may find its inputs at other paths, but must find the same."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ def check_identity(folder: Path, saved: Mapping[str, Any], identity: Mapping[str
     Raises:
         UserError: names what differs.
     """
+    # `saved` was read from JSON, where tuples are lists; the identity goes through JSON to compare equal.
     for name, value in json.loads(json.dumps(identity)).items():
         if name not in saved:
             raise UserError(
@@ -109,7 +110,7 @@ def check_identity(folder: Path, saved: Mapping[str, Any], identity: Mapping[str
 
 
 def layout_of(run: TrainRun, world: World) -> dict[str, object]:
-    """What may change: optimizer state is stored in a form that any layout loads."""
+    """The layout, which may change: optimizer state is stored in a form that any layout loads."""
     return {"world_size": world.world_size, "parallel": run.parallel.model_dump()}
 
 
@@ -117,7 +118,7 @@ def is_same_layout(folder: Path, saved: Any, run: TrainRun, world: World) -> boo
     """Whether the checkpoint `folder`, whose layout is `saved`, was written in this one; says so where it was not.
 
     Raises:
-        UserError: no run writes such a layout.
+        UserError: the layout is not one that a run writes.
     """
     if saved == layout_of(run, world):
         return True

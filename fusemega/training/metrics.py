@@ -39,7 +39,7 @@ def most_memory(world: World, writers_bytes: int) -> dict[str, float]:
     """The most memory any rank has held so far, under its name. Collective.
 
     Args:
-        writers_bytes: what processes that wrote this rank's part of a checkpoint held beside it; of host memory.
+        writers_bytes: host memory of the processes that wrote this rank's part of a checkpoint.
     """
     on_gpu = world.device.type == "cuda"
     mine = peak_memory(world.device) + (0 if on_gpu else writers_bytes)
@@ -57,7 +57,7 @@ class Costs(Callback):
 
 
 class Metrics(Callback):
-    """Writes what the callbacks before it and the step have found. Only the main process has a writer."""
+    """Writes what the step and the callbacks before this one have found. Only the main process has a writer."""
 
     _writer: MetricsWriter | None = None
 
@@ -120,6 +120,7 @@ class MetricsWriter:
         _keep_rows(self._evaluations, [row for row in read_evaluations(folder) if row["iteration"] <= iteration])
         _keep_rows(folder / METRICS_FILE, [row for row in read_metrics(folder) if row["iteration"] <= iteration])
         self._file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
+        # TensorBoard then hides the events of iterations that this run repeats.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
         self._start_iteration, self._train_iters, self._log_interval = iteration, train_iters, log_interval
         self._print, self._wandb = print_line, wandb_run
@@ -137,7 +138,7 @@ class MetricsWriter:
             self._print(self._line(iteration, values))
 
     def amend(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Put other values in place of those of the last row, which is of `iteration`; nothing where they are equal."""
+        """Replace values of the last row if it is that of `iteration`; does nothing where they are equal."""
         rows = read_metrics(self._path)
         changed = {**rows[-1], **values} if rows and rows[-1]["iteration"] == iteration else {}
         if changed and changed != rows[-1]:

@@ -97,7 +97,7 @@ def wrap(model: GPT, section: OptimizerSection) -> tuple[list[DistributedDataPar
     config.finalize_model_grads_func = lambda chunks, num_tokens=None, **kw: finalize_model_grads(chunks, None, **kw)
     config.grad_scale_func = optimizer.scale_loss
     if section.overlap_grad_reduce:
-        # Gradients travel while the last micro-batch is computed, and not before.
+        # Gradients are reduced only while the last micro-batch is computed.
         config.no_sync_func = ddp[0].no_sync if len(ddp) == 1 else [chunk.no_sync for chunk in ddp]
     return ddp, optimizer
 
@@ -105,7 +105,7 @@ def wrap(model: GPT, section: OptimizerSection) -> tuple[list[DistributedDataPar
 def complete_parameters(ddp: Sequence[DistributedDataParallel]) -> None:
     """Gather every parameter that the last update left in shards (overlap_param_gather). Collective.
 
-    For whoever reads parameters without a training forward: evaluation, checkpoints, export.
+    For code that reads parameters without a training forward: evaluation, checkpoints, export.
     """
     for chunk in ddp:
         if chunk.ddp_config.overlap_param_gather:

@@ -19,15 +19,15 @@ from fusemega.training.profile_table import PROFILE, Operation, ProfileTable
 from fusemega.training.run_file import ProfileSection
 from fusemega.training.trainer import Trainer
 
-_LISTED = 20  # operations of a table
-_SPAN = "iteration "  # of what marks an iteration in the trace
+_LISTED = 20  # operations in a table
+_SPAN = "iteration "  # how the name of an iteration's mark in the trace begins
 
 
 class Profile(Callback):
     """Records the iterations that the run file names, on the ranks that it names, into `output_dir/profile`.
 
-    A run that ends before they are done writes what there is of them; one that fails writes nothing. A profile that is
-    there already is replaced, and nothing else.
+    A run that ends before they are done writes those recorded so far; one that fails writes nothing. Only an earlier
+    profile is replaced, nothing else.
     """
 
     def __init__(self, section: ProfileSection, output_dir: str) -> None:
@@ -58,7 +58,7 @@ class Profile(Callback):
     def _begin(self, trainer: Trainer) -> None:
         self._begun = trainer.iteration
         if trainer.world.rank in self._section.ranks:
-            # Kineto says on stderr that it starts and stops; 6 leaves its errors. It reads this when it is first used.
+            # Kineto says on stderr that it starts and stops. Level 6 leaves its errors. It reads this at its first use.
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             on_gpu = trainer.world.device.type == "cuda"
             self._profiler = profile(
@@ -105,7 +105,7 @@ class Profile(Callback):
 
 
 def _write_trace(profiler: profile, path: Path) -> None:
-    """Compressed, which Perfetto and Chrome read: a trace is large, and says everything many times."""
+    """Writes the trace compressed, because it is large and repetitive; Perfetto and Chrome read that."""
     plain = path.with_suffix("")
     profiler.export_chrome_trace(str(plain))
     with open(plain, "rb") as source, gzip.open(path, "wb", compresslevel=5) as target:
@@ -114,7 +114,7 @@ def _write_trace(profiler: profile, path: Path) -> None:
 
 
 def _table(profiler: profile, rank: int, start: int, stop: int) -> ProfileTable:
-    # What spans a whole iteration is no operation.
+    # The marks of whole iterations are not operations.
     averages: list[Any] = [row for row in profiler.key_averages() if not row.key.startswith(_SPAN)]
     found = [
         Operation(row.key, int(row.count), float(row.self_cpu_time_total), float(row.self_device_time_total))

@@ -24,7 +24,7 @@ class Operation:
     Attributes:
         name: as torch calls it.
         calls: how often it ran.
-        cpu_us, gpu_us: microseconds in it and not in operations that it calls; of the host, and of the GPU.
+        cpu_us, gpu_us: microseconds of the host and of the GPU in it, without the operations that it calls.
     """
 
     name: str
@@ -38,9 +38,9 @@ class ProfileTable:
     """The most expensive operations of one rank, most expensive first.
 
     Attributes:
-        rank: whose.
+        rank: the rank that recorded them.
         start, stop: iterations [start, stop), counted from 0.
-        operations: a choice of them.
+        operations: those that are listed.
         cpu_us, gpu_us: microseconds of all operations, listed or not.
     """
 

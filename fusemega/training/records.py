@@ -12,9 +12,9 @@ _NAME = re.compile(r"[\w ()./%:-]{1,200}")
 RUN_RECORD = "run.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
-DONE_MARKER = "done"  # a job script asks for it before it requeues
+DONE_MARKER = "done"  # a job script looks for it before it requeues
 
-# What an iteration cost, and not what it computed: never the same twice.
+# What an iteration cost, not what it computed: these differ even between runs that compute the same.
 TIME, THROUGHPUT = "iteration-time", "tokens-per-second"
 # The most any rank has held so far, bytes: of a GPU (Megatron's name), or the resident set of a process.
 GPU_MEMORY, CPU_MEMORY = "mem-max-allocated-bytes", "mem-max-rss-bytes"
@@ -45,7 +45,7 @@ def read_evaluations(folder: Path) -> list[dict[str, float]]:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, float]], bool]:
-    """The rows of such a file, none where there is no file; and whether half a line at the end was left out.
+    """The rows of such a file (none if there is no file), and whether an incomplete last line was left out.
 
     Raises:
         UserError: it cannot be read, or a line is no object of numbers with an iteration; names the line.

@@ -19,7 +19,7 @@ from fusemega.training.optimizer import OptimizerSection
 
 # The fields of `training` that decide the loss curve: a resumed run must not change them.
 IDENTITY_FIELDS = ("global_batch_size", "seed")
-# The fields of `optimizer` that do not.
+# The fields of `optimizer` that do not decide it.
 FREE_OPTIMIZER_FIELDS = ("overlap_grad_reduce", "overlap_param_gather")
 
 
@@ -126,10 +126,10 @@ class TrainingSection(Section):
         return {name: getattr(self, name) for name in names}
 
     def check_recompute(self, chunks: Iterable[int]) -> None:
-        """Refuses groups of layers that do not fill the chunks of a model, or more than there are.
+        """Refuses groups of layers that do not divide the chunks of a model, or more layers than a chunk has.
 
         Args:
-            chunks: how many layers each has.
+            chunks: how many layers each chunk has.
 
         Raises:
             UserError: names the number.

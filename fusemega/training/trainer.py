@@ -1,4 +1,7 @@
-"""The training loop: an objective, a model, Megatron's schedule and optimizer; what hangs on a step is a callback."""
+"""The training loop: an objective, a model, Megatron's schedule and optimizer; all else around a step is in callbacks.
+
+Shape suffixes: N tokens whose hidden states the objective reads, H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,8 @@ class Trainer:
     Attributes:
         train_iters: updates of the whole run.
         iteration: updates done.
-        callbacks: what hangs on a step, in the order in which it is told.
-        batches: those of the steps to come.
+        callbacks: told of each step's events, in this order.
+        batches: gives the batches of the steps to come.
     """
 
     run: TrainRun
@@ -62,7 +65,7 @@ class Trainer:
     batches: Prefetch[GlobalBatch] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # By name of `self.data`: who replaces it is obeyed.
+        # `self.data` is looked up at each call, so that it may be replaced.
         self.batches = Prefetch(lambda iteration: self.data.step(iteration), self.world.device, self.train_iters)
 
     @classmethod
@@ -75,7 +78,7 @@ class Trainer:
         data: TrainingData,
         frozen: Mapping[str, FrozenModel] = MappingProxyType({}),
     ) -> Trainer:
-        """Wrap the model; nothing hangs on its steps yet."""
+        """Wrap the model; there are no callbacks yet."""
         train_iters = run.training.iterations(data.dataset.num_units)
         ddp, optimizer = wrap(gpt, run.optimizer)
         scheduler = schedule(optimizer, run.optimizer, train_iters)
@@ -110,16 +113,16 @@ class Trainer:
         return self.iteration == self.train_iters or any(callback.wants_end(self) for callback in self.callbacks)
 
     def save(self, last: bool = False) -> None:
-        """A checkpoint of this iteration, and what else hangs on one. Collective."""
+        """Lets the callbacks save this iteration. Collective."""
         for callback in self.callbacks:
             callback.on_save(self, last)
 
     def is_due(self, interval: int | None) -> bool:
-        """Whether what comes every `interval` iterations, and after the last, comes after this one."""
+        """Whether something done every `interval` iterations, and after the last, is due after this one."""
         return interval is not None and (self.iteration % interval == 0 or self.iteration == self.train_iters)
 
     def callback(self, kind: type[C]) -> C:
-        """The one of that class."""
+        """The callback of that class."""
         (found,) = [callback for callback in self.callbacks if isinstance(callback, kind)]
         return found
 
@@ -127,10 +130,11 @@ class Trainer:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
         started = time.monotonic()
         taken = self.batches.take(self.iteration)
+        # Counted before the batches go to the device, where the host would wait for the counts.
         denominators = self._denominators(taken.micro_batches)
         batches = taken.on(self.world.device)
         for chunk in self.ddp:
-            chunk.train()
+            chunk.train()  # an evaluation leaves the model in evaluation mode
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         micro_batches = ask_all(self.frozen, batches.micro_batches)
@@ -177,7 +181,7 @@ class Trainer:
 
     @property
     def _adding_ranks(self) -> dist.ProcessGroup:
-        """Those whose parts of the loss add up: context-parallel ranks have other tokens, but the same samples."""
+        """The ranks whose parts of the loss add up: context-parallel ranks have other tokens, but the same samples."""
         return self.world.dp_cp_group if self.objective.unit == "token" else self.world.dp_group
 
     def _denominators(self, micro_batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
@@ -188,13 +192,17 @@ class Trainer:
         """
         counts = [self.objective.counts(batch) for batch in micro_batches]
         mine = [sum(count[term] for count in counts) for term in self.objective.terms]
-        # Filled where they are needed, rather than copied there.
+        # Filled on the device, rather than copied there, for which the host would wait.
         totals = torch.stack([torch.full((), n, dtype=torch.float64, device=self.world.device) for n in mine])
         dist.all_reduce(totals, group=self._adding_ranks)
         return dict(zip(self.objective.terms, totals.clamp(min=1), strict=True))
 
     def _refuse_unsound(self, micro_batches: Sequence[MicroBatch], collected: Sequence[torch.Tensor]) -> None:
-        """`collected`: the schedule's, loss first; of each micro-batch on the last stage, and empty elsewhere."""
+        """Ends the run and names the samples whose loss is not finite. Collective.
+
+        Args:
+            collected: what the schedule collected of each micro-batch, the loss first; empty except on the last stage.
+        """
         found = zip(micro_batches, collected, strict=False)
         places = [place for batch, values in found if not math.isfinite(float(values[0])) for place in batch.sources]
         unsound = [place for part in self.world.from_all(places) for place in part]

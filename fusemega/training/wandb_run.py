@@ -27,14 +27,14 @@ def require_wandb() -> None:
 
 
 class WandbRun:
-    """A run folder's run at W&B. A resumed training goes on in it: its id is kept in the folder.
+    """The run at W&B of a run's folder. Its id is kept in the folder, so that a resumed training goes on in it.
 
     Only the main process holds one. WANDB_MODE, WANDB_API_KEY and wandb's other variables are obeyed.
 
     Args:
-        project: of W&B.
+        project: the project at W&B.
         folder: the run's output folder; its name is the run's, and wandb's files go to `folder/wandb`.
-        settings: of the run file, shown beside the curves.
+        settings: the run file's, shown beside the curves.
 
     Raises:
         UserError: wandb refuses (no key, no network).
@@ -63,7 +63,7 @@ class WandbRun:
         self._run.define_metric("*", step_metric="iteration")
 
     def log(self, iteration: int, values: Mapping[str, float]) -> None:
-        """The row of a 1-based iteration."""
+        """Logs the row of a 1-based iteration."""
         self._run.log({"iteration": iteration, **values})
 
     def close(self) -> None:
