@@ -21,8 +21,8 @@ from fusemega.errors import UserError, nearest, printable
 SETTING = "FUSEMEGA_LOG"
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
-# Message beginnings (regular expressions) of what megatron-core 0.16.1 and torch 2.13 say on every run without TE and
-# apex, as `fusemega env` tells once and better, or about their own insides. Anything else stays visible.
+# How messages begin (regular expressions) that megatron-core 0.16.1 and torch 2.13 print on every run: that TE and apex
+# are missing, which `fusemega env` tells better, or about their own code. Anything else stays visible.
 _NOISE: tuple[tuple[str, type[Warning]], ...] = (
     (r"Apex is not installed\. Falling back to Torch Norm", UserWarning),
     (r"Transformer Engine and Apex are not installed\. Falling back to", UserWarning),
@@ -67,18 +67,18 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Says what the user should look at, but which stops nothing."""
+    """Prints a warning: what the user should look at, but does not stop the run."""
     logger().warning(f"warning: {text}")
 
 
 def debug(text: str) -> None:
-    """Says what only helps to find out what is going on: which layout, what is read, what a cache had."""
+    """Prints what only helps to find out what is going on: which layout, what is read, what a cache had."""
     logger().debug(f"debug: {text}")
 
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """Says, at level debug, how long the block took; also of one that fails.
+    """Says, at level debug, how long the block took, even if it fails.
 
     Example:
         >>> with phase("weights are read"):

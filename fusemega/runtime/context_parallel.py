@@ -25,6 +25,7 @@ def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     if bool((lengths % (2 * size)).any()):
         raise ValueError(f"segments of {lengths.tolist()} tokens are not all multiples of {2 * size}")
+    # Token i of the result is token i - `before` of its piece, which begins at `begins` in the row.
     piece = lengths // (2 * size)
     begins = torch.stack([starts + rank * piece, starts + (2 * size - 1 - rank) * piece], dim=1).flatten()
     sizes = piece.repeat_interleave(2)

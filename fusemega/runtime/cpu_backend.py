@@ -17,6 +17,8 @@ What stops a CPU run, and what is done about it:
 | CUDA random state | tensor_parallel/random.py:235,237,238,240,422,447,457 | the CPU generator |
 | gradients reduced and weights gathered over one rank: gloo copies the whole buffer three times a step | distributed/param_and_grad_buffer.py:285,443 | left out |
 | weight gradients: made whole, then added to the main gradients; the fused form is apex's | tensor_parallel/layers.py:569 | `fuse_gradient_accumulation` |
+
+Shape suffixes: T tokens, H input size of a linear layer, F its output size.
 """
 
 from __future__ import annotations
@@ -164,7 +166,7 @@ def _patch_random() -> None:
 
 
 def _without_lone_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """`collective` (all-gather or reduce-scatter), which over one rank, from a buffer to itself, has nothing to do."""
+    """Wraps `collective` (all-gather or reduce-scatter) to do nothing over one rank, from a buffer to itself."""
 
     def run(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
         if group is not None and group.size() == 1 and output.data_ptr() == input.data_ptr():
@@ -185,7 +187,7 @@ def _patch_lone_collectives() -> None:
 def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
     """From now on `model`'s linear layers add to their weights' main gradients as they multiply. A no-op with CUDA.
 
-    For a model that DistributedDataParallel wraps: it gives the weights their main gradients.
+    For a model that DistributedDataParallel wraps, which gives the weights their main gradients.
     """
     if _mode is None:
         return
@@ -199,7 +201,7 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 
 
 class _WeightGradients:
-    """What megatron-core calls of apex's module of that name."""
+    """Stands in for apex's module `fused_weight_gradient_mlp_cuda`, of which megatron-core calls this function."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(input_TH: torch.Tensor, d_output_TF: torch.Tensor, main_grad_FH: torch.Tensor) -> None:

@@ -4,7 +4,8 @@ Between the matrix products, memory bandwidth limits a layer: torch reads whole 
 autograd keeps every result. Here a block of rows goes through all operations while it is in the cache, and backward
 starts from the inputs. Forward does the operations of the plain formula in the same order, so rounding is the same.
 
-Shape suffixes: R rows (tokens, or heads of tokens), H row size, F feed-forward size, T tokens, N heads, D head size.
+Shape suffixes: R rows (tokens, or heads of tokens), B rows of a block, H row size, F feed-forward size, T tokens,
+N heads, D head size.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Of one operand of a block: a few of them lie in the caches. Smaller, calls cost more than they save.
+# Size of one operand of a block: a few of them fit in the caches. With smaller blocks, calls cost more than they save.
 _BLOCK_BYTES = 1 << 20
 
 
@@ -42,7 +43,7 @@ def rotate(t_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
 
 
 def _blocks(rows: int, row: Tensor) -> Iterator[slice]:
-    """Slices of `rows` rows like `row`."""
+    """Cuts `rows` rows, each as large as `row`, into blocks of `_BLOCK_BYTES`."""
     step = max(1, _BLOCK_BYTES // max(1, row.numel() * row.element_size()))
     return (slice(at, at + step) for at in range(0, rows, step))
 
@@ -118,7 +119,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(t_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, forth: bool) -> Tensor:
-    """By the angles, or back by them."""
+    """Rotates by the angles, or back by them if `forth` is false."""
     out_TND = torch.empty(t_TND.shape, dtype=t_TND.dtype, device=t_TND.device)
     for rows in _blocks(len(t_TND), t_TND[:1]):
         torch.mul(t_TND[rows], cos_T1D[rows], out=out_TND[rows])

@@ -62,7 +62,7 @@ def own_device(local_rank: int) -> torch.device:
 
 
 def missing_gpu() -> str | None:
-    """Why there should be a GPU that torch does not find; None where nothing says so, or the user hid them."""
+    """Says why there should be a GPU that torch does not find; None if nothing says so, or the user hid the GPUs."""
     if os.environ.get(WANTED) == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN:
         return None
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
@@ -97,11 +97,12 @@ def _nvml_devices() -> int:
 
 
 def agreed_device(local_rank: int, store: Any, rank: int, world_size: int) -> torch.device:
-    """`own_device`, when every rank has found one. Collective.
+    """The result of `own_device`, once every rank has found one. Collective.
 
     Refuses, on every rank, a run on GPUs and CPUs at once, with two processes on one GPU, or with a rank without any.
 
-    Before the process group: NCCL and gloo would wait for each other. The first rank reads all, the others its verdict.
+    It comes before the process group, in which NCCL and gloo would wait for each other. The first rank reads what all
+    have found, and the others read its verdict.
 
     Args:
         store: the key-value store that the ranks meet in.
@@ -123,7 +124,7 @@ def agreed_device(local_rank: int, store: Any, rank: int, world_size: int) -> to
     if verdict and rank:
         store.set(f"{_KEY}/read/{rank}", "")
     elif verdict:
-        store.wait([f"{_KEY}/read/{other}" for other in range(1, world_size)])  # the store may end with this process
+        store.wait([f"{_KEY}/read/{other}" for other in range(1, world_size)])  # this process may host the store
     if verdict:
         raise UserError(verdict)
     return device

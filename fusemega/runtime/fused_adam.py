@@ -54,7 +54,7 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                _steps(params, group["step"] - 1),
+                _steps(params, group["step"] - 1),  # the kernel adds 1 itself
                 foreach=False,
                 fused=True,
                 amsgrad=False,
@@ -76,11 +76,11 @@ def _steps(params: Sequence[torch.Tensor], step: int) -> list[torch.Tensor]:
 
 
 def install() -> None:
-    """As megatron-core's Adam in this process, unless Transformer Engine or apex is. Idempotent."""
+    """Makes `FusedAdam` megatron-core's Adam in this process, unless TE or apex brings one. Idempotent."""
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 
-    # Where there is no CUDA, an Adam of Transformer Engine's could be imported and not run.
+    # Without CUDA, Transformer Engine's Adam could be imported, but not run.
     if distrib_optimizer.HAVE_APEX_OR_TE and torch.cuda.is_available():
         return
     patched: Any = optimizers

@@ -70,10 +70,10 @@ def transformer_engine_problem() -> str | None:
 
 
 def refuse_harmful() -> None:
-    """Called before megatron-core is imported, which is switched by both packages.
+    """Refuses harmful packages. To be called before megatron-core is imported, which chooses its code by them.
 
     Raises:
-        UserError: one is installed under which megatron-core would compute wrongly, or not import.
+        UserError: a package is installed with which megatron-core would compute wrongly, or could not be imported.
     """
     if foreign_apex():
         raise UserError(
@@ -85,7 +85,7 @@ def refuse_harmful() -> None:
 
 
 def recipe_problem(recipe: str) -> str | None:
-    """Why Transformer Engine, which works, cannot run an FP8 recipe on this GPU: its own answer; None where it can."""
+    """Transformer Engine's own answer why it cannot run an FP8 recipe on this GPU; None where it can."""
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
     check = {

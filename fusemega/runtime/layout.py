@@ -82,7 +82,7 @@ class ParallelConfig(Section):
 
     @property
     def micro_batch_multiple(self) -> int:
-        """A step has a multiple of so many micro-batches: the interleaved schedule takes whole groups of PP."""
+        """A step's micro-batches are a multiple of this: the interleaved schedule takes whole groups of PP."""
         return 1 if self.virtual_pipeline_model_parallel_size is None else self.pipeline_model_parallel_size
 
     @property

@@ -41,7 +41,8 @@ _PREFIX, _LOCK = "fusemega-", "launcher"
 
 @functools.cache
 def own_folder() -> Path:
-    """A launcher's: made at the first call, removed when this process ends; where it is killed, by the next launch."""
+    """The launcher's folder: made at the first call, removed when this process ends or, if it is killed, by the next
+    launch."""
     sweep()
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     atexit.register(_remove, folder, os.getpid())
@@ -87,7 +88,7 @@ def launch_folder() -> Path | None:
 
 
 def join() -> None:
-    """In a rank: from now on signals that the parent passes on arrive here. Nothing where no parent listens.
+    """In a rank: from now on signals that the launcher passes on arrive here. Does nothing if no launcher listens.
 
     Those that end a process raise SystemExit, so that unfinished outputs are removed; what was ignored stays so.
     """
@@ -99,7 +100,7 @@ def join() -> None:
 
 
 def record_error(error: UserError) -> bool:
-    """In a rank: leaves the line for the parent; the first rank to come is heard.
+    """In a rank: leaves the line for the launcher, which shows that of the first rank to come.
 
     Returns:
         False where no parent listens, and the caller must print the line itself.
@@ -130,7 +131,7 @@ def record_traceback(error: BaseException) -> bool:
 
 
 def is_heard(number: int) -> bool:
-    """Whether a signal is to be acted on: all but a HUP or INT that whoever started this process has it ignore."""
+    """Whether to act on a signal: on all except a HUP or INT that this process was started to ignore."""
     return number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN
 
 
@@ -140,7 +141,7 @@ def is_echo(error: BaseException | str) -> bool:
 
 
 def lost_peer(error: BaseException) -> UserError | None:
-    """In a rank of a launcher of another kind: the line for an echo. None where it is none, or there are no peers."""
+    """In a rank of a launcher of another kind: the line to show for an echo. None if it is not one, or has no peers."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not is_echo(error):
         return None
     return UserError(

@@ -6,6 +6,8 @@
 | That gathering holds several copies of the state, and its slices are copied once more to be written: 36 to 52 bytes a parameter. | optimizer/distrib_optimizer.py:1055, dist_checkpointing/strategies/filesystem_async.py:165 | one kind of state is gathered after the other, and each parameter's is a tensor of its own |
 | A resumed run has the whole optimizer state in host memory on *every* data-parallel rank, 12 bytes a parameter, and reads all of it. | optimizer/distrib_optimizer.py:1452, :2097 | each rank asks for the parameters of which it holds a part |
 | A model under DistributedDataParallel is never freed, nor are its buffers, process groups and their threads: it keeps the gradient accumulators, whose hooks keep it, and Python's collector does not see through those nodes. | distributed/distributed_data_parallel.py:344 | the hooks hold it weakly |
+
+Shape suffixes: N elements of a whole buffer, n of one rank's share of a bucket.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ def _parameter_state_at_buffer_positions(
 ) -> Any:
     """`get_parameter_state_dp_zero` with every element where `param_index_map` says it is in the buffer.
 
-    With `empty_data`, shapes alone: `_state_of_own_parameters` makes what is needed. Otherwise on the first rank of the
-    data-parallel group, and None on the others.
+    With `empty_data` it gives shapes alone, and `_state_of_own_parameters` allocates what is needed. Otherwise the
+    first rank of the data-parallel group gets the state, and the others None.
     """
     if empty_data:
         return {number: _empty_state(buffer, optimizer.gbuf_ranges[number]) for number, buffer in _buffers(optimizer)}
@@ -62,9 +64,9 @@ def _parameter_state_at_buffer_positions(
 
 
 class _Cut:
-    """A buffer's parameters, each a tensor of its own, asked for by its place in the buffer.
+    """A buffer's parameters, each a tensor of its own, found by its place in the buffer.
 
-    Slices of the buffer would keep it alive, and be copied to be written.
+    Slices of the buffer would keep it in memory, and would be copied again to be written.
     """
 
     def __init__(self, buffer_N: torch.Tensor, places: Iterable[tuple[int, int, int]]) -> None:
@@ -75,7 +77,8 @@ class _Cut:
 
 
 def _gathered_state(optimizer: Any) -> dict[int, dict[Any, dict[str, Any]]] | None:
-    """fp32, in host memory: 12 bytes a parameter, and while it is gathered 4 more and this rank's share of another 4."""
+    """The state in fp32 in host memory: 12 bytes a parameter, and while it is gathered 4 more and this rank's share of
+    another 4."""
     group = optimizer.data_parallel_group_gloo
     size, first = dist.get_world_size(group), dist.get_process_group_ranks(group)[0]
     gathers = dist.get_rank(group) == 0
@@ -112,7 +115,7 @@ def _empty_state(buffer: Any, ranges: Any) -> dict[Any, dict[str, Any]]:
 def _state_of_own_parameters(
     optimizer: Any, model_state: Any, is_loading: bool = False, metadata: Any = None
 ) -> dict[int, dict[str, Any]] | None:
-    """`sharded_param_state_fully_reshardable`; to load, of the parameters of which this rank holds a part."""
+    """`sharded_param_state_fully_reshardable`; for loading, only of the parameters of which this rank holds a part."""
     state = _reshardable_state(optimizer, model_state, is_loading, metadata)
     if not is_loading:
         return state
@@ -124,7 +127,8 @@ def _state_of_own_parameters(
         for param, (start, _, bucket) in buffer.param_index_map.items():
             if param in held:
                 begin, end = buffer.bucket_indices[bucket]
-                # Of its holders the first stands for all when megatron-core checks that shards are asked for once.
+                # The first rank that holds a part of it is replica 0, which alone counts when megatron-core checks
+                # that shards are asked for once.
                 first = (start - begin) // ((end - begin) // group.size())
                 own[number] = {key: _to_be_filled(part, group.rank() - first) for key, part in state[number].items()}
             number += 1
@@ -132,6 +136,6 @@ def _state_of_own_parameters(
 
 
 def _to_be_filled(part: Any, replica: int) -> Any:
-    """A ShardedTensor (or a factory of some) of shapes alone, with memory, as the `replica`-th of its holders."""
+    """Gives memory to a ShardedTensor (or a factory of some) of shapes alone, as that of its `replica`-th holder."""
     data = torch.empty(part.data.shape, dtype=part.data.dtype, device="cpu")
     return replace(part, data=data, replica_id=(*part.replica_id[:-1], replica))

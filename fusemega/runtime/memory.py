@@ -11,9 +11,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes, the most this process has held since it started.
+    """The most bytes that this process has held since it started.
 
-    On a GPU what torch's allocator gave out there, else the resident set of the process: Linux's VmHWM, since
+    On a GPU, what torch's allocator gave out there; else the resident set of the process, from Linux's VmHWM, because
     getrusage's maximum begins with that of the parent process.
     """
     if device.type == "cuda":
@@ -25,8 +25,8 @@ def peak_memory(device: torch.device) -> int:
 def own_memory() -> int:
     """Bytes that a forked process has held beside what it shares with the one that forked it.
 
-    What it holds by itself now, which includes pages that the other has changed since, and what it held more at its
-    peak. 0 where the kernel does not say.
+    What it holds by itself now, which includes pages that the other process has changed since, plus what it held in
+    addition at its peak. 0 where the kernel does not say.
     """
     try:
         rollup = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
@@ -41,8 +41,8 @@ def own_memory() -> int:
 def keep_freed_memory(largest: int | None = None) -> None:
     """Let glibc keep what is freed for what is allocated next, in this process. Other libraries: nothing happens.
 
-    Otherwise it maps each large block again, and gives it back when it is freed; then the kernel clears the same memory
-    page by page again and again.
+    Otherwise glibc asks the kernel for each large block and gives it back when it is freed, and the kernel clears the
+    same memory page by page again and again.
 
     Args:
         largest: bytes, at most 32 MiB: larger blocks are given back, and what is free beyond twice that. None: nothing

@@ -20,6 +20,7 @@ from fusemega.runtime import cpu_backend, device, fused_adam, kernel_packages, m
 from fusemega.runtime.console import debug
 from fusemega.runtime.layout import ParallelConfig
 
+# GPUs are hidden before anything asks CUDA, and harmful packages refused before megatron-core is imported.
 device.hide_gpus_if_unwanted()
 kernel_packages.refuse_harmful()
 cpu_backend.enable()
@@ -31,7 +32,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after 
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(minutes=30)  # of ranks that compute in step; Megatron's default for its own groups
-HOST_TIMEOUT = timedelta(days=7)
+HOST_TIMEOUT = timedelta(days=7)  # of ranks that wait for the main one to tokenize data or write a model
 _host: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # (the world's group, its twin for the host)
 
 
@@ -40,7 +41,7 @@ class World:
     """This process's place: ranks, sizes, groups and device.
 
     Data-parallel ranks have different samples; `dp_cp_group` joins them with the ranks that share their tokens.
-    `host_group` is all ranks over gloo, for what is not computed: there they wait for one another as long as it takes
+    `host_group` joins all ranks over gloo, for all but computation: there they wait for one another as long as it takes
     to tokenize a data set or to write a model, and no Python object goes through a GPU.
     """
 
@@ -129,7 +130,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         seed: seed of Megatron's random states (dropout); TP and PP ranks draw differently, others alike.
 
     Raises:
-        UserError: TP x CP x PP does not divide the world; this process has no device, or not of its peers' kind.
+        UserError: TP x CP x PP does not divide the world; this process has no device, or another kind than its peers.
     """
     rank, world_size, local_rank = environment_rank()
     config.data_parallel_size(world_size)
@@ -202,7 +203,7 @@ def host_group() -> dist.ProcessGroup:
 
 
 def _free_groups() -> None:
-    """Ends the groups of the layout before, with their threads: megatron-core forgets most of them. Collective."""
+    """Ends the groups of the previous layout with their threads; megatron-core forgets most of them. Collective."""
     groups = parallel_state._global_process_group_list or []
     if groups:
         dist.barrier()  # no rank may leave a group that another still talks in

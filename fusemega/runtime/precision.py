@@ -31,7 +31,7 @@ class Kernels:
     """What a model's layers are built of, after `Precision` has checked it against this machine.
 
     Attributes:
-        transformer_engine: of Transformer Engine's modules; else of megatron-core's and torch's.
+        transformer_engine: whether they are Transformer Engine's modules; else megatron-core's and torch's.
         fp8: TransformerConfig's fields about FP8; empty for none.
     """
 
@@ -99,7 +99,7 @@ class Precision(Section):
         return {"fp8": self.fp8, "fp8_recipe": self.fp8_recipe or "delayed", **given}
 
     def kernels(self) -> Kernels:
-        """What this machine builds the layers of.
+        """The implementation of the layers on this machine.
 
         Raises:
             UserError: FP8 or Transformer Engine is asked for and does not work here, or not with this recipe.

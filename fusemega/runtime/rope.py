@@ -4,7 +4,7 @@ megatron-core computes them again in each layer, for queries and for keys, and e
 device (models/common/embeddings/rope_utils.py:122, :188), so on a GPU the host waits twice in each layer. Here the
 bounds come from `segments`, and the angles are kept until the next row.
 
-Shape suffixes: T tokens of this rank, N heads, D head size.
+Shape suffixes: T tokens of this rank, S positions that have frequencies, N heads, D head size.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fusemega.runtime.segments import Segments, segments_of
 
 
 class PackedRope:
-    """megatron-core's `apply_rotary_pos_emb`.
+    """Stands in for megatron-core's `apply_rotary_pos_emb`.
 
     Args:
-        plain: megatron-core's own, for whatever is no packed row of whole heads.
+        plain: megatron-core's own, for all except packed rows whose whole heads are rotated.
     """
 
     def __init__(self, plain: Callable[..., Tensor]) -> None:
@@ -43,6 +43,7 @@ class PackedRope:
         whole_heads = freqs.size(-1) == t.size(-1) and not config.rotary_interleaved and mscale == 1.0
         if cu_seqlens is None or not whole_heads or config.apply_rope_fusion:
             return self._plain(t, freqs, config, cu_seqlens, mscale, cp_group)
+        # Compared by identity, because comparing values would wait for the device.
         row = (cu_seqlens, freqs, t.dtype)
         if not (self._row and all(a is b for a, b in zip(self._row, row, strict=True))):
             rank, size = (0, 1) if cp_group is None else (cp_group.rank(), cp_group.size())
@@ -53,7 +54,7 @@ class PackedRope:
 
 
 def install() -> None:
-    """In megatron-core's attention, in this process. Idempotent."""
+    """Puts `PackedRope` into megatron-core's attention, in this process. Idempotent."""
     from megatron.core.transformer import attention
 
     patched: Any = attention
@@ -62,7 +63,7 @@ def install() -> None:
 
 
 def _angles(freqs_S11D: Tensor, segments: Segments, rank: int, size: int) -> Tensor:
-    """[T, 1, D]: of this rank's tokens. Positions restart at each segment; CP ranks have two pieces of each."""
+    """Angles [T, 1, D] of this rank's tokens. Positions restart at each segment; CP ranks have two pieces of each."""
     if size == 1:
         return torch.cat([freqs_S11D[:length, 0] for length in segments.lengths])
     parts = []

@@ -50,7 +50,7 @@ class Segments:
 
 
 def known(cu_seqlens: Tensor, bounds: Sequence[int]) -> Tensor:
-    """`cu_seqlens` itself, whose values need not be read from now on.
+    """Gives `cu_seqlens` its bounds, so that its values need not be read from now on. Returns it.
 
     Args:
         cu_seqlens: int32 [segments + 1], on any device.
@@ -62,7 +62,7 @@ def known(cu_seqlens: Tensor, bounds: Sequence[int]) -> Tensor:
 
 
 def segments_of(cu_seqlens: Tensor) -> Segments:
-    """The segments of a row; read from the device where `known` has not told them, the first time."""
+    """The segments of a row. Without a call of `known` they are read from the device, the first time."""
     if not hasattr(cu_seqlens, _ATTRIBUTE):
         known(cu_seqlens, cu_seqlens.tolist())
     found: Segments = getattr(cu_seqlens, _ATTRIBUTE)

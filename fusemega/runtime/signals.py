@@ -23,8 +23,8 @@ class StopSignals:
 
     A HUP or INT that is ignored on entry stays ignored: `nohup` does that to HUP, and a shell to INT of its background
     jobs. TERM and USR1 are always heard: a batch script may ignore USR1 to live on itself, and its trainers inherit
-    that (slurm/train.sbatch). Under a launcher of this package second ones are notes as well: it passes on what the
-    whole job gets, so they come in pairs, and it kills where somebody insists.
+    that (slurm/train.sbatch). Under a launcher of this package second signals only leave a note as well: it passes on
+    what the whole job gets, so they come in pairs, and it kills its ranks if somebody insists.
 
     Args:
         world: this process's place.

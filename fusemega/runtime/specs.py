@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Over the last dimension, of the same shape and dtype."""
-        if x.is_cpu and x.dtype is not torch.bfloat16:
+        if x.is_cpu and x.dtype is not torch.bfloat16:  # `rms_norm` takes fp32 and float64
             assert self.eps is not None
             return rms_norm(x, self.weight, self.eps)
         return super().forward(x)
@@ -200,14 +200,14 @@ def layer_spec(config: TransformerConfig, has_attention: bool = True, has_mlp: b
     """One decoder layer: megatron-core's local spec with the modules above.
 
     Args:
-        has_attention, has_mlp: whether the layer has them. What it lacks is an identity, with its norm and its sum.
+        has_attention, has_mlp: whether the layer has them. Identities replace a missing block, its norm and its sum.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
     if gated and not torch.cuda.is_available():
-        spec.submodules.mlp = SwiGLUMLP
+        spec.submodules.mlp = SwiGLUMLP  # `cpu_ops.swiglu` is written for CPUs
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
@@ -231,12 +231,12 @@ def block_spec(
     config: TransformerConfig, vp_stage: int | None = None, blocks: Sequence[tuple[bool, bool]] | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of one piece of it, and the final norm (a bare layer spec would bring
-    Megatron's own norm back). `config.transformer_impl` says whose.
+    Megatron's own norm back). `config.transformer_impl` chooses the implementation.
 
     Args:
         config: of the whole model.
-        vp_stage: the piece.
-        blocks: of each layer of the whole model, whether it has attention, and an MLP; None: all have both.
+        vp_stage: number of the piece; None without the interleaved schedule.
+        blocks: for each layer of the whole model, whether it has attention, and an MLP; None: all have both.
     """
     start = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)

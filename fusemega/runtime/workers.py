@@ -24,12 +24,12 @@ R = TypeVar("R")
 
 
 def default_workers() -> int:
-    """One a core, and no more than a disk can feed."""
+    """One for each core, but at most 8, which is what a disk can feed."""
     return min(8, len(os.sched_getaffinity(0)))
 
 
 class WorkerLost(UserError):
-    """One of the processes has been ended by somebody else."""
+    """One of the processes was ended from outside."""
 
 
 class Workers:
@@ -48,12 +48,12 @@ class Workers:
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
         """(item, result) in the order in which they are finished; an item's exception is raised here.
 
-        Only a few items are ahead of the caller: what is finished, it has seen (and written down) before much more is
-        begun, and a disk that fills up meanwhile costs those few.
+        Only a few items run ahead of the caller. So it has seen (and recorded) what is finished before many more items
+        begin, and a disk that fills up meanwhile costs only those few.
 
         Args:
-            function: of a module; it, the items and the results are pickled. Where processes are not forked, one of
-                a module that imports little.
+            function: one that a module defines, because it, the items and the results are pickled. If processes are
+                spawned, that module should import little.
             items: started in this order.
 
         Raises:
@@ -71,7 +71,7 @@ class Workers:
                     waiting[self._pool.submit(partial(_measured, function), item)] = item
                 if not waiting:
                     return
-                # What has been finished comes before what has failed: the caller keeps it.
+                # Finished items come before failed ones, so that the caller can keep them.
                 done = wait(waiting, return_when=FIRST_COMPLETED).done
                 for future in sorted(done, key=lambda future: future.exception() is not None):
                     result, process, peak = future.result()
@@ -93,7 +93,7 @@ class Workers:
 
 @contextmanager
 def start_workers(count: int, forked: bool = False) -> Iterator[Workers]:
-    """`count` processes, gone when the block ends, at once where it ends in an error or this process is killed.
+    """`count` processes, which end with the block; at once if it ends in an error or this process is killed.
 
     Args:
         count: at least 1.
@@ -110,7 +110,7 @@ def start_workers(count: int, forked: bool = False) -> Iterator[Workers]:
             yield Workers(pool, count)
         except BaseException:
             for process in set(active_children()) - others:
-                process.terminate()  # what they are at, nobody will take
+                process.terminate()  # nobody will take their results
             raise
 
 
@@ -135,8 +135,8 @@ def _measured(function: Callable[[T], R], item: T) -> tuple[R, int, int]:
 
 
 def _follow_parent(parent: int) -> None:
-    """A pool's processes outlive a parent that is killed, waiting for work for ever; these do not. Ctrl-C is for the
-    parent, which ends them."""
+    """Ends this process with its parent; a pool's processes would else wait for work for ever. They ignore Ctrl-C: the
+    parent ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lifeline.die_with(parent)
     lifeline.keep_children()
