@@ -73,7 +73,7 @@ def missing_gpu() -> str | None:
 
 
 def _evidence() -> str | None:
-    """What says that this machine has a GPU. A build of torch for CUDA says nothing: it is the usual one anywhere."""
+    """The evidence that this machine has a GPU. A CUDA build of torch is none, because it is the usual one anywhere."""
     files = sorted(file.name for file in _DEVICE_FILES.glob("nvidia[0-9]*"))
     if files:
         return f"there is /dev/{files[0]}"

@@ -38,7 +38,7 @@ def foreign_apex() -> bool:
 
 
 def transformer_engine_fault() -> str | None:
-    """What is wrong with the installed Transformer Engine; None where nothing is, or where there is none."""
+    """What is wrong with the installed Transformer Engine; None if nothing is wrong, or it is not installed."""
     installed = installed_version("transformer-engine")
     if installed is not None and not TRANSFORMER_ENGINE_RANGE.contains(installed, prereleases=True):
         return f"megatron-core wants transformer-engine {TRANSFORMER_ENGINE_RANGE}, and {installed} is installed"

@@ -24,19 +24,20 @@ _forking: tuple[int, bool] = (0, False)  # of the last fork: the parent's id, an
 
 
 def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
-    """From now on this process gets the signal `by` when `parent`, its parent, dies; at once where that is dead.
+    """From now on this process gets the signal `by` when `parent`, its parent, dies; at once if it is dead already.
 
     Args:
         parent: its main thread has started this process.
     """
     if not _ask_kernel(by):
         _look_on(parent)
+    # The parent may have died before the request.
     if os.getppid() != parent:
         os.kill(os.getpid(), by)
 
 
 def keep_children() -> None:
-    """What this process and its descendants fork from now on dies with the process that forked it."""
+    """From now on every process that this process or a descendant forks dies with the process that forked it."""
     if not _forking[0]:
         _note_fork()
         os.register_at_fork(before=_note_fork, after_in_child=_follow)

@@ -83,7 +83,7 @@ def clear(folder: Path) -> None:
 
 
 def launch_folder() -> Path | None:
-    """In a rank: the folder of its launcher. None where a launcher of another kind, or none, has started it."""
+    """In a rank: the folder of its launcher. None if it was started by another kind of launcher, or by none."""
     return Path(os.environ[LAUNCH_FOLDER]) if LAUNCH_FOLDER in os.environ else None
 
 
@@ -103,12 +103,12 @@ def record_error(error: UserError) -> bool:
     """In a rank: leaves the line for the launcher, which shows that of the first rank to come.
 
     Returns:
-        False where no parent listens, and the caller must print the line itself.
+        False if no launcher listens, and the caller must print the line itself.
     """
     folder = launch_folder()
     if folder is None:
         return False
-    # Written aside and linked, so that the parent never reads half a line and a later rank never replaces it.
+    # Written aside and linked, so that the launcher never reads half a line and a later rank never replaces it.
     own = folder / f"error.{os.getpid()}"
     own.write_text(str(error), encoding="utf-8")
     with contextlib.suppress(FileExistsError):
@@ -117,10 +117,10 @@ def record_error(error: UserError) -> bool:
 
 
 def record_traceback(error: BaseException) -> bool:
-    """In a rank: leaves the traceback for the parent, which knows whether it is the cause or the echo of another's end.
+    """In a rank: leaves the traceback for the launcher, which can tell a cause from an echo of another's end.
 
     Returns:
-        False where no parent listens.
+        False if no launcher listens.
     """
     folder = launch_folder()
     if folder is None:

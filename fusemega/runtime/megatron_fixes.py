@@ -90,6 +90,7 @@ def _gathered_state(optimizer: Any) -> dict[int, dict[Any, dict[str, Any]]] | No
         tensors: dict[str, Any] = {"numel_unpadded": buffer.numel_unpadded}
         for key in _STATES:
             for (start, stop), ranges in zip(buffer.bucket_indices, buckets, strict=True):
+                # Zeros, because padding of the bucket belongs to no parameter.
                 share_n = spare_n[: (stop - start) // size].zero_()
                 for param, maps in ranges["param_map"].items():
                     place = maps["gbuf_local"]

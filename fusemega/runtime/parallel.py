@@ -133,7 +133,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         UserError: TP x CP x PP does not divide the world; this process has no device, or another kind than its peers.
     """
     rank, world_size, local_rank = environment_rank()
-    config.data_parallel_size(world_size)
+    config.data_parallel_size(world_size)  # called for its error
     if dist.is_initialized():
         own_device = device.own_device(local_rank)
     else:

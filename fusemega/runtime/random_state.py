@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 def random_state() -> dict[str, torch.Tensor]:
     """Name -> uint8 [bytes]: torch's CPU and device generators, and Megatron's named ones."""
+    # Without CUDA "device" is the CPU generator once more (`cpu_backend.py`).
     states = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
     return states | {name: state.cpu() for name, state in get_cuda_rng_tracker().get_states().items()}
 

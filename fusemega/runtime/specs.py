@@ -145,6 +145,7 @@ class SDPAttention(MegatronModule):
         assert self.cp_group is not None
         rank, size = self.cp_group.rank(), self.cp_group.size()
         order = segments.zigzag_order(size, key_RGD.device)
+        # Keys and values together, by one collective.
         both_T2GD = gather_row(torch.stack([key_RGD, value_RGD], dim=1), order, self.cp_group)
         key_TGD, value_TGD = both_T2GD.unbind(1)
         parts, place = [], 0
@@ -163,8 +164,10 @@ class SDPAttention(MegatronModule):
     def _attend(self, query_BNSD: torch.Tensor, key_BGSD: torch.Tensor, value_BGSD: torch.Tensor) -> torch.Tensor:
         length, keys = query_BNSD.size(2), key_BGSD.size(2)
         window = keys if self.window is None else self.window
+        # Where the window cuts no key off, attention is plainly causal and needs no mask.
         if length == keys and keys <= window + 1:
             return self._sdpa(query_BNSD, key_BGSD, value_BGSD)
+        # Else a mask: with fewer queries than keys, `is_causal` would take the queries for the first tokens.
         before = keys - length
         position_S = torch.arange(keys, device=query_BNSD.device)
         parts = []

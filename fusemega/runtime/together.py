@@ -35,7 +35,7 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
     Args:
         path: the folder to appear; absent, or present and empty.
         world: all its processes enter and leave together.
-        needed_bytes: refused at once when the disk has less.
+        needed_bytes: refuses at once if the disk has less.
 
     Raises:
         UserError: as `new_folder`, on every process.
@@ -45,5 +45,5 @@ def output_folder(path: Path, world: World, needed_bytes: int = 0) -> Iterator[P
     with held:
         with disk_errors(path):
             yield scratch_of(path) / INSIDE
-            world.barrier()
+            world.barrier()  # every rank has written before the main one publishes the folder
         on_main(world, held.close)
