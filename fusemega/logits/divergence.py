@@ -215,6 +215,7 @@ class _FusedDivergenceLoss(torch.autograd.Function):
                     SparseLogProbs(-label_weight * torch.ones_like(ce_C)[:, None], torch.zeros_like(ce_C), None),
                     SparseLogProbs(results[1].logp_TK, -divergence_weight * slope_C, None),
                 ]
+                # 1 / temperature, because e_v is a gradient in s = logits / T.
                 further_CV = teacher_CV.mul_(divergence_weight / temperature)
                 student.backward(rows, logits_CV, asked, state, upstream, gradients, further_CV)
         ctx.gradients = gradients

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 Wants = Literal["hidden", "logp"]
-"""What is asked of a model: `HiddenStates`, or each sequence's log-probability, summed over its supervised tokens."""
+"""What an objective asks of a model: `HiddenStates`, or each sequence's log-probability, summed over its supervised
+tokens."""
 
 
 @dataclass(frozen=True, eq=False)

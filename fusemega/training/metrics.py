@@ -142,7 +142,7 @@ class MetricsWriter:
         rows = read_metrics(self._path)
         changed = {**rows[-1], **values} if rows and rows[-1]["iteration"] == iteration else {}
         if changed and changed != rows[-1]:
-            self._file.close()
+            self._file.close()  # the path gets another file, to which this one would not write
             _keep_rows(self._path / METRICS_FILE, [*rows[:-1], changed])
             self._file = open(self._path / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
 

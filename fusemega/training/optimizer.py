@@ -117,6 +117,7 @@ def schedule(optimizer: MegatronOptimizer, section: OptimizerSection, train_iter
 
     The warm-up starts at lr / (warmup + 1) rather than at 0, where Megatron's first update would change nothing.
     """
+    # Megatron asserts that the warm-up is shorter than the decay.
     warmup = min(round(section.lr_warmup_fraction * train_iters), train_iters - 1)
     return OptimizerParamScheduler(
         optimizer,
