@@ -46,6 +46,7 @@ class Targets:
 def renormalised(targets: Targets) -> Targets:
     """The listed ids scaled to sum to 1; the mass outside them is dropped (FuseLLM, FuseChat)."""
     total_P = log_sum(targets.logp_PK)
+    # A position whose listed ids have no mass cannot be scaled to 1, so it is taught nothing.
     listed_P = targets.mask_P & (total_P > -np.inf)
     logp_PK = targets.logp_PK - np.where(listed_P, total_P, 0.0)[:, None]
     return Targets(targets.ids_PK, logp_PK.astype(np.float32), np.full_like(targets.log_residual_P, -np.inf), listed_P)
@@ -88,6 +89,7 @@ def mixture(parts: Sequence[Targets], weights_JP: np.ndarray) -> Targets:
     logps = [part.logp_PK + weight_P[:, None] for part, weight_P in zip(parts, log_weights_JP, strict=True)]
     residual_JP = np.stack([part.log_residual_P for part in parts]) + log_weights_JP
     logp_PK = np.concatenate(logps, 1)
+    # What a teacher of weight 0 lists is no entry.
     ids_PK = np.where(logp_PK > -np.inf, np.concatenate([part.ids_PK for part in parts], 1), -1)
     ids_PK, logp_PK = sum_duplicates(ids_PK, logp_PK)
     return Targets(ids_PK, logp_PK, log_sum(residual_JP.T).astype(np.float32), mask_P)

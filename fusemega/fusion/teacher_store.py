@@ -185,6 +185,7 @@ class _Map:
         # A model may have more rows than its tokenizer has ids; those map to no id (-1).
         spare = max(0, store.manifest.vocab_size - loaded.source_size)
         self._chat_tables = np.pad(tables, ((0, 0), (0, spare)), constant_values=-1)
+        # At the end of a plain text eos becomes eos, even if the source also closes turns with it.
         self._text_tables = self._chat_tables.copy()
         if loaded.source_eos >= 0 and loaded.target_eos < vocab_size:
             self._text_tables[:, loaded.source_eos] = loaded.target_eos

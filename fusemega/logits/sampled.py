@@ -33,7 +33,7 @@ def uniforms(seed: int, key: bytes, positions: int, num_samples: int) -> np.ndar
     """
     digest = hashlib.blake2b(b"%d:" % seed + key, digest_size=16).digest()
     bits = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(positions * num_samples)
-    # The upper 53 bits, all that a float64 holds exactly: the quotient stays below 1.
+    # The upper 53 bits, which a float64 holds exactly: times 2^-53 they stay below 1.
     return ((bits >> np.uint64(11)) * 2.0**-53).reshape(positions, num_samples)
 
 

@@ -122,7 +122,7 @@ def open_architecture(hf_config: HFConfig, family: Family) -> Architecture:
         head=head,
         layers=without_left_out(family.layers(hf_config), hf_config.get("block_configs")),
         transformer_config=family.transformer_config(hf_config),
-        # The other heads have weights of their own, whatever tie_word_embeddings says.
+        # Only a vocabulary can be the embedding, whatever tie_word_embeddings says of another head.
         tied=head == "vocabulary" and family.tied(hf_config),
         softcap=family.softcap(hf_config),
     )

@@ -185,6 +185,7 @@ def _mapping(value: Any, allowed: Collection[str], where: str) -> dict[str, Any]
     if not isinstance(value, dict):
         raise UserError(f"{where} = {value!r}, expected a mapping")
     for key, found in value.items():
+        # null and false change nothing, whatever the key.
         if key not in allowed and found not in (None, False):
             hint = nearest(key, allowed)
             raise UserError(f"{where}.{key} = {found!r} is not supported{hint}; allowed: {', '.join(allowed)}")

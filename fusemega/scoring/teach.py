@@ -104,6 +104,7 @@ def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
         if world.is_main:
             repeated = f", {len(dataset) - len(first)} repeat others" if len(first) < len(dataset) else ""
             say(f"teaching {len(missing)} samples; {len(first) - len(missing)} are in {folder} already{repeated}")
+        # The last stage's tensor- and context-parallel ranks all have the same rows, so one of them writes.
         writes = world.tp_rank == 0 and world.cp_rank == 0 and world.is_last_stage
 
         def score(hidden_NH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:

@@ -195,6 +195,7 @@ class Trainer:
         # Filled on the device, rather than copied there, for which the host would wait.
         totals = torch.stack([torch.full((), n, dtype=torch.float64, device=self.world.device) for n in mine])
         dist.all_reduce(totals, group=self._adding_ranks)
+        # A term that counts nothing in this step sums to 0, so dividing by 1 leaves 0.
         return dict(zip(self.objective.terms, totals.clamp(min=1), strict=True))
 
     def _refuse_unsound(self, micro_batches: Sequence[MicroBatch], collected: Sequence[torch.Tensor]) -> None:
