@@ -149,7 +149,7 @@ def _search(
         _set_masks(masks_A, query)
         best, best_index = np.int64(1) << 40, np.int64(-1)
         for difference in range(max(length, longest) + 1):
-            if difference > best:
+            if difference > best:  # no distance is less than the difference in length
                 break
             for sign in range(2):
                 other = length - difference if sign else length + difference

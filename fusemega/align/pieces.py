@@ -51,7 +51,7 @@ def before_text(source: Tokenizer, target: Tokenizer, contents: Sequence[bytes |
     whose place the target's token is longer.
 
     Args:
-        contents: of the source's vocabulary.
+        contents: contents of the source's vocabulary.
     """
     asked = {u: text for u, content in enumerate(contents) if (text := _spaced(content))}
     found: dict[int, int] = {}

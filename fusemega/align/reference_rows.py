@@ -161,7 +161,7 @@ def reference_row(aligner: Aligner, source: Sample, target: Sample, row: Row, ow
 
 
 def _widened(ids_PK: np.ndarray, logp_PK: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same rows with room for k entries."""
+    """The rows padded to k entries."""
     more = ((0, 0), (0, k - ids_PK.shape[1]))
     return np.pad(ids_PK, more, constant_values=-1), np.pad(logp_PK, more, constant_values=-np.inf)
 

@@ -206,7 +206,7 @@ def _write(
 ) -> None:
     rules = source.architecture.rules()
     by_rows = {name for rule in rules if isinstance(rule, VocabRows) for name in rule.hf_shapes()}
-    # The head of a tied model is left out: the configuration says that it is tied
+    # The head of a tied model is left out: the configuration says that it is tied.
     copies = source.architecture.copies()
     infos = []
     for name in source:

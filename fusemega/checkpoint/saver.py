@@ -54,7 +54,7 @@ _LOST_WRITER = "the process that writes it was ended from outside, as the kernel
 
 @dataclass(frozen=True)
 class _Save:
-    """One checkpoint on its way."""
+    """A checkpoint that is being saved."""
 
     iteration: int
     place: Path
@@ -94,7 +94,7 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # `wait` is collective. Only a UserError is raised on every rank; after others, some ranks would wait for ever.
+        # `wait` is collective, and only a UserError is raised on every rank: after another, some might wait in vain.
         if kind is None or issubclass(kind, UserError):
             self.wait()
 
@@ -208,8 +208,8 @@ class CheckpointSaver:
             (saving.temporary / STATE).write_text(text, encoding="utf-8")
             describe(saving.temporary)
             write_integrity(saving.temporary, hashes)
-            # A kill between any two of these steps leaves a whole checkpoint: the tracker is moved only when the new
-            # folder is on disk under its name, and older checkpoints are removed only after that.
+            # In this order, because the process may be killed between any two steps: the tracker moves only when the
+            # new folder is on disk under its name, and older checkpoints are removed only after that.
             make_way(saving.final)
             publish(saving.temporary, saving.final)
             drop_scratch(saving.place)
@@ -269,7 +269,7 @@ filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(_meas
 
 
 def _collect_hashes(folder: Path) -> dict[str, str]:
-    """What the ranks' writers noted, by name of file; the notes are removed."""
+    """The hashes that the ranks' writers noted, by name of file; removes the notes."""
     hashes: dict[str, str] = {}
     for note in folder.glob(f"*{_HASHES}*"):
         if note.name.endswith(_HASHES):

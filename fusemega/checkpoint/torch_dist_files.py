@@ -47,12 +47,12 @@ FORMAT = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where one rule's parameter, as one rank would hold it whole, lies in the checkpoint.
+    """Where one rule's parameter, in the form in which a single rank would hold all of it, lies in the checkpoint.
 
     Attributes:
         rule: the rule.
-        key: of the global tensor.
-        global_shape: of the global tensor.
+        key: key of the global tensor.
+        global_shape: shape of the global tensor.
         layer: its index along the leading dimension of layers; None where there is none.
     """
 

@@ -19,7 +19,7 @@ class ManyValues(TyperCommand):
         for argument in args:
             if is_override(argument):
                 option = ""
-            if argument.startswith("-") and not _is_number(argument):
+            if argument.startswith("-") and not _is_number(argument):  # a negative weight is a value
                 option = argument if argument in self.lists else ""
                 spread += [] if option else [argument]
             else:

@@ -138,12 +138,12 @@ def export_megatron(
         source: a folder that `import_hf` wrote; or a run's checkpoint, from which the fp32 main parameters are taken;
             or a run's folder or its `checkpoints`, which stand for the newest complete checkpoint.
         out: absent or empty; appears complete or not at all.
-        dtype: of the written weights (rounded to nearest even where narrower); None: those of the Hugging Face folder
-            that they come from.
+        dtype: dtype of the written weights (rounded to nearest even if narrower); None: those of the Hugging Face
+            folder that they come from.
         max_shard_size: bytes of weights in a file.
         workers: processes that copy.
         resume: continue from what an interrupted call has finished.
-        iteration: of a run's folder, this checkpoint rather than the newest.
+        iteration: for a run's folder, the checkpoint to take instead of the newest.
         finish: called with the written folder before it gets its name; None: `settle`, if it is a run's checkpoint.
 
     Raises:

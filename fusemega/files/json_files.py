@@ -117,6 +117,7 @@ def _decoder(digits: int, finite: bool) -> json.JSONDecoder:
             raise MalformedError(f"malformed JSON: {shown} is not a finite number, or too long")
         return value
 
+    # NaN and Infinity go to `parse_constant` as words; `real` refuses them as it does 1e400.
     return json.JSONDecoder(
         object_pairs_hook=_once, parse_int=integer, parse_float=real, parse_constant=real if finite else float
     )

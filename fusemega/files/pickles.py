@@ -115,5 +115,5 @@ def load_torch(source: str | Path | IO[bytes]) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, or its type where it says nothing."""
+    """The first line of an exception's message, or its type if it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -55,7 +55,7 @@ def read_header(path: Path) -> list[Tensor]:
             raise UserError(f"{path}: not a safetensors file: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise UserError(f"{path}: corrupt header: not in the safetensors format")
-    header.pop("__metadata__", None)
+    header.pop("__metadata__", None)  # the format's only key that is not a tensor
     tensors = [_tensor(path, name, info, 8 + header_bytes) for name, info in header.items()]
     at = 8 + header_bytes
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):

@@ -38,6 +38,8 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 class _Loader(yaml.SafeLoader):
     """Composes nodes only: a node's tag says its type, and `_Builder` makes the value."""
 
+    # Numbers are added below, with patterns of our own: PyYAML's integers may be octal or sexagesimal, and it reads
+    # 1e-5 as text. Dates are left out.
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in found if tag.removeprefix(_TAG) in ("null", "bool", "merge")]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()

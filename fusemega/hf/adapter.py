@@ -156,9 +156,9 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
 
     Args:
         base: a Hugging Face folder.
-        adapter: of peft's form.
+        adapter: an adapter's folder in peft's form.
         out: absent or empty; appears complete or not at all.
-        dtype: of the written weights; None: the base's.
+        dtype: dtype of the written weights; None: the base's.
 
     Returns:
         How many tensors were changed, and of how many; the notes of `settle`.

@@ -40,7 +40,7 @@ def export_hf(
         out: absent or empty; appears complete or not at all.
         source_folder: where generation settings, tokenizer and chat template are copied from.
         world: the layout of `model`.
-        dtype: of the written weights: one for all, or one for each HF tensor. None: those of `source_folder`'s
+        dtype: dtype of the written weights: one for all, or one for each HF tensor. None: those of `source_folder`'s
             tensors, or of its config.json if it holds no weights, or else the model's own.
         max_shard_size: bytes of weights in a file.
         finish: called by the main process with the written folder, before it gets its name.
@@ -138,7 +138,7 @@ def _check_source(source: Path) -> None:
 
 
 def _tensor_infos(model: GPT, dtypes: Mapping[str, torch.dtype]) -> list[TensorInfo]:
-    """What is written, in the model's order."""
+    """The tensors that are written, in the model's order."""
     return [TensorInfo(name, dtypes[name], shape) for name, shape in model.architecture.hf_shapes().items()]
 
 

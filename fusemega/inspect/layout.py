@@ -102,7 +102,7 @@ def place_of(layout: ParallelConfig, world_size: int, rank: int, whole_rows: boo
 
 
 def _share(run: TrainRun, dataset: TokenizedDataset, source: ModelSource, place: World) -> str:
-    """What a data-parallel rank gets of the first update."""
+    """The share of the first update that a data-parallel rank gets, as text."""
     training, unit = run.training, run.model.row_unit(run.parallel)
     shape = RowShape(run.data.seq_length, training.micro_batch_size, training.packing, source.pad_id, unit)
     batches = TrainingData(dataset, Fields(), shape, training.global_batch_size, training.seed, place).step(0)

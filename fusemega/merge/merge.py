@@ -251,8 +251,8 @@ def _finish(plan: MergePlan, partial: Path, report: dict[str, Any], page: Callab
 
 
 def _common_ends(plan: MergePlan) -> set[int]:
-    """The ids at which all models stop. None in a union of vocabularies, where ids change: there, only the template's
-    closing token counts."""
+    """The ids at which all models stop. In a union of vocabularies it is empty, because ids change: there, only the
+    template's closing token counts."""
     if plan.run.vocabulary == "union":
         return set()
     return set.intersection(*(set(stop_ids(folder.path)) for folder in plan.models))

@@ -52,7 +52,7 @@ class Block:
         start: its first element, counted in the flat tensor.
         stored_base: [n] in the base's own dtype, or None where the merge has no base.
         stored: K times [n] in each model's own dtype.
-        dtype: of the computation: fp32 (fp64 where a source is fp64).
+        dtype: dtype of the computation: fp32 (fp64 if a source is fp64).
     """
 
     tensor: TensorSpec
@@ -135,7 +135,7 @@ class Merge:
     Attributes:
         apply: block -> merged values [n] in the block's dtype, and the number of (element, model) pairs whose sign was
             the elected one (0 where none is elected).
-        report: what the merge report says of the job's tensors: numbers, and lists of K numbers.
+        report: entries of the merge report for the job's tensors: numbers, and lists of K numbers.
         pairs: (element, model) pairs that stood for election over the whole job; 0 where there is none.
     """
 

@@ -68,7 +68,7 @@ def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[MergeRun,
 
 
 def from_mergekit(data: dict[str, Any], source: str) -> tuple[dict[str, Any], list[str]]:
-    """The same run without mergekit's other spellings, and notes on what was understood differently."""
+    """The run with mergekit's spellings replaced by ours, and notes on what is understood differently."""
     data, notes = dict(data), []
     if data.get("merge_method") == "sce":
         notes.append("sce is the FuseChat authors' form; what mergekit computes under that name is sce_mergekit")

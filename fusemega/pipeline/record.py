@@ -117,7 +117,7 @@ def made_from(stage: Stage) -> dict[str, Any]:
         return value
 
     whole = {"argv": named(stage.argv), "function": stage.function, "settings": named(stage.settings)}
-    return dict(json.loads(json.dumps(whole)))
+    return dict(json.loads(json.dumps(whole)))  # tuples become lists, as in a record that is read
 
 
 class Contents:
@@ -151,8 +151,8 @@ def changes(stage: Stage, record: StageRecord, contents: Contents, to_come: set[
 
     Args:
         stage: as it is now.
-        record: of an earlier run.
-        contents: of the files.
+        record: the record of an earlier run.
+        contents: hashes of the files.
         to_come: names of inputs whose content is not known yet.
     """
     now = made_from(stage)

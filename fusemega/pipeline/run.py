@@ -83,7 +83,7 @@ def run(graph: Graph) -> Outcome:
             except Stop as stop:
                 outcome.stopped[stage.name] = stop.reason
                 everything = stage.name if stop.everything else ""
-            except Interrupted:
+            except Interrupted:  # a UserError too, but it ends the whole run
                 raise
             except UserError as error:
                 outcome.failed[stage.name] = str(error)
@@ -130,7 +130,7 @@ def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
         say(f"[{stage.name}] stopped: {stop.reason}")
         write_record(graph, stage, replace(record, state="stopped", reason=stop.reason, everything=stop.everything))
         raise
-    except Interrupted:
+    except Interrupted:  # the record stays "begun", so the next run knows that the stage was interrupted
         raise
     except UserError as error:
         write_record(graph, stage, replace(record, state="failed", reason=str(error)))

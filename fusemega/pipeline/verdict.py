@@ -20,7 +20,7 @@ class Verdict:
             wait: a stage that it needs stopped.
         reason: in a few words.
         anew: for `run`: whether what an earlier run left is removed first, because it cannot be continued.
-        record: of the earlier run.
+        record: the record of the earlier run.
     """
 
     action: Literal["run", "skip", "stop", "wait"]
@@ -35,7 +35,7 @@ def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = 
     Args:
         graph: the graph of the stage.
         stage: all stages that it needs are finished, or in `running`.
-        contents: of the files.
+        contents: hashes of the files.
         running: names of the stages that would run before; what they make is not known.
 
     Raises:

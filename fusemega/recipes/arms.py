@@ -162,6 +162,7 @@ class Arms:
                 self._measure(self.run_name(name, number), load, reference)
             asked = {"folder": loads[0], "prompt": self.options.prompt, "tokens": self.scale.answer_tokens}
             self.steps.call(f"answer-{name}", answer, asked, {"model": loads[0]})
+        # Held until the summary is written; `run` takes the same lock inside, which one process may.
         with locked(self.folder):
             results = run(self.steps.graph()).results
             return self._summary(models, arms, teachers, results, title, started, reference, note)

@@ -193,7 +193,7 @@ class _Work:
 
     def _align(self, name: str, source: str) -> str:
         kind, unknown = self.recipe.align.kind, self.recipe.unknown_fields
-        if not kind.startswith("ms"):
+        if not kind.startswith("ms"):  # only ms and ms_reference count tokens in a text
             return self.steps.align(name, source, self.recipe.target, "--kind", kind)
         options = [] if unknown == "error" else ["--unknown-fields", unknown]
         return self.steps.align(name, source, self.recipe.target, "--kind", kind, *options, data=self.data["path"])
@@ -214,7 +214,7 @@ class _Work:
 
     def _merge(self, merge: MergeSection, targets: list[str]) -> str:
         run: dict[str, Any] = {"merge_method": merge.merge_method, "models": [{"model": load} for load in targets]}
-        if merge.merge_method != "linear":
+        if merge.merge_method != "linear":  # which has no base
             run["base_model"] = self.recipe.target
         run["parameters"] = merge.parameters
         run["dtype"] = _dtype_of(self.recipe.target)

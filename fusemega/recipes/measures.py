@@ -100,7 +100,7 @@ def seen(found: Mapping[str, Found], trained: str) -> str:
     """One sentence on whether `fused` is better than `control`, from the figures alone.
 
     Args:
-        found: of "target", "control" and "fused".
+        found: the figures of "target", "control" and "fused".
         trained: the kind of text that the arms were trained on; they saw none of the others.
     """
     others = [kind for kind in found["fused"] if kind != trained]

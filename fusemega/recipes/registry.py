@@ -63,6 +63,7 @@ def run_recipe(recipe: Recipe[Any], settings: Any) -> list[str]:
         UserError: a stage failed.
     """
     graph = recipe.graph(settings)
+    # Held until the summary is written; `run` takes the same lock inside, which one process may.
     with locked(graph.folder):
         outcome = run(graph)
         if outcome.complete:

@@ -44,8 +44,8 @@ class Chart:
 
     Attributes:
         file: name of its PNG, without suffix.
-        title, note: of the figure; the note says what the reader should know of the quantity.
-        x_label: of the axis.
+        title, note: title of the figure, and a note on what the reader should know of the quantity.
+        x_label: label of the horizontal axis.
         curves: one for each run that has values.
         form: how values are written at the axis.
         from_zero: whether the axis begins at 0, for quantities whose ratio matters.

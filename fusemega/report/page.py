@@ -47,7 +47,7 @@ def write_page(out: Path, page: str, drawn: Sequence[Chart]) -> Path:
     """`write_report` for any page and its charts."""
     check_out(out)
     with scratch(out) as place:
-        check_out(out)
+        check_out(out)  # again: another process may have written there before this one had the lock
         made = place / INSIDE
         made.mkdir()
         for chart in drawn:
@@ -56,7 +56,7 @@ def write_page(out: Path, page: str, drawn: Sequence[Chart]) -> Path:
         write_list(made, "report")
         real = Path(os.path.realpath(out))
         if real.is_dir():
-            remove_listed(real)
+            remove_listed(real)  # a rename cannot replace a folder that is not empty
         publish(made, real)
     return out / PAGE
 

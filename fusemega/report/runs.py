@@ -39,7 +39,7 @@ class Run:
         finished: whether it reached its last iteration.
         evaluations: name -> what `fusemega eval` wrote into the folder, or what a quickstart measured of the run.
         profiles: what `training.profile` recorded, a table for each rank.
-        notes: what a reader must know: rows that are torn or not finite, values that were never recorded.
+        notes: remarks for the reader: rows that are torn or not finite, values that were never recorded.
     """
 
     path: Path

@@ -46,10 +46,10 @@ def encode(row: Row, manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `encode` made of a row of so many positions: (end_bytes, ids_PK, logp_PK, log_residual_P), as in `Row`.
+    """Decodes a row of so many positions from `encode`: (end_bytes, ids_PK, logp_PK, log_residual_P), as in `Row`.
 
     Args:
-        data: of a length that `coded_bytes` allows.
+        data: bytes, of a length that `coded_bytes` allows.
 
     Raises:
         ValueError: `encode` makes no such bytes: an id beyond the vocabulary, more draws than the manifest has, a
@@ -80,6 +80,7 @@ def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray,
             raise ValueError(f"a position lists {int(last_P.max()) + 1} ids of {manifest.entries} draws")
         listed_PK = np.arange(manifest.entries) <= last_P[:, None]
         num_listed = int(listed_PK.sum())
+        # Beyond the data `_unpack` would raise an IndexError.
         if at + -(-num_listed * width // 8) + -(-num_listed * draws // 8) + positions > len(data):
             raise ValueError(f"{num_listed} ids do not fit into {len(data)} bytes")
         ids_PK, logp_PK = np.full(cells, -1, dtype=np.int32), np.full(cells, -np.inf, dtype=np.float32)

@@ -129,6 +129,7 @@ def claim_manifest(folder: Path, manifest: Manifest) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _NAME).exists():
+            # A hidden name: `check_claim` in another writer does not take it for something else's file.
             handle, name = tempfile.mkstemp(prefix=f".{_NAME}.", dir=folder)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:

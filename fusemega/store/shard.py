@@ -57,9 +57,9 @@ def write_shard(path: Path, manifest: Manifest, index: np.ndarray, codes: list[b
     """Writes `path` under a temporary name, syncs, renames; on any failure nothing is left.
 
     Args:
-        manifest: of the store that it is to be a shard of.
+        manifest: manifest of the store to which the shard belongs.
         index: [R] of `INDEX`; `begin` is filled in here.
-        codes: of the R rows.
+        codes: codes of the R rows.
 
     Raises:
         UserError: no space left, or any other failure to write, naming the path.

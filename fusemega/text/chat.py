@@ -318,7 +318,7 @@ class ChatRenderer:
 
     def _refuse_special_tokens(self, chat: Chat, contents: bool) -> None:
         """Refuses special tokens in what the template is given beside contents. With `contents`, refuses them there
-        too: by the second rule, no spans of all contents are known in which they would be found."""
+        too: under the second rule, not every content has a span in which a special token would be found later."""
         spelled: list[tuple[str, Any]] = [("the row", chat.settings)]
         for i, message in enumerate(chat.messages):
             spelled.append((f"message {i}", [message.content if contents else "", message.reasoning, message.fields]))

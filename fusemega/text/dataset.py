@@ -52,7 +52,7 @@ class TokenizedDataset:
         num_supervised: supervised tokens of all samples.
         skipped: reason -> number of rows skipped, and of windows dropped for having no target.
         ignored: name -> number of unknown fields that were left out (`data.unknown_fields: ignore`).
-        notes: what a user has to know of how the rows were read, a sentence each.
+        notes: sentences for the user on how the rows were read.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], config: DataConfig) -> None:
@@ -82,6 +82,7 @@ class TokenizedDataset:
         self.lengths: np.ndarray = np.diff(self._offsets)
         groups = self._index["group"]
         self.in_group: np.ndarray = groups >= 0
+        # A unit begins at every sample without a group, and where the group changes.
         self.starts: np.ndarray = np.flatnonzero(~self.in_group | np.append(True, groups[1:] != groups[:-1]))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -319,7 +319,7 @@ def _message(item: object, key: str, supervise: bool, ignored: Counter[str] | No
 
 
 def _learnt(fields: Mapping[str, object], where: str) -> bool | None:
-    """What the flags in `fields` say; None where there is none. False wins."""
+    """Whether the flags in `fields` allow training; None without flags. If they differ, the answer is False."""
     found = {name: fields[name] for name in FLAGS if fields.get(name) is not None}
     for name, value in found.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):

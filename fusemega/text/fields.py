@@ -115,7 +115,7 @@ def message_fields(item: Mapping[str, Any], key: str) -> tuple[str, dict[str, An
 
 
 def row_settings(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives the template beside its messages: tools, documents, and chat_template_kwargs by their names.
+    """The input of a row for the template beside messages: tools, documents, and chat_template_kwargs by their names.
 
     Raises:
         BadRow: a setting of another form, or one that is no template's.
@@ -149,7 +149,7 @@ def string(value: object, key: str) -> str:
 
 
 def kind(value: object) -> str:
-    """What a value is, in JSON's words."""
+    """The type of a value, in JSON's words."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 

@@ -56,7 +56,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """What transformers' `apply_chat_template(..., tokenize=False)` gives, with a fixed date for today's.
+        """The result of transformers' `apply_chat_template(..., tokenize=False)`, with a fixed date for today's.
 
         Args:
             messages: fields of None are left out.

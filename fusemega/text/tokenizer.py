@@ -46,7 +46,7 @@ class Tokenizer:
         eos_id, pad_id: int or None; pad_id falls back on eos_id, then on 0.
         prefix_ids: what its post-processor puts before a text (usually bos, or nothing).
         special_ids: ids of special tokens.
-        unknown_id: what its model makes of text that it has no token for; None where there is no such text.
+        unknown_id: id that its model gives to text without a token; None if there is no such text.
         added_tokens: texts of all added tokens, longest first.
     """
 
@@ -87,6 +87,7 @@ class Tokenizer:
         if not self._encoder.encode("a", add_special_tokens=False).ids:
             raise UserError(f"{source}: the tokenizer makes no token of the text 'a': its vocabulary is damaged")
         framed = self._encoder.encode("a", add_special_tokens=True)
+        # The special tokens in front of the first ordinary one.
         leading = framed.special_tokens_mask.index(0) if 0 in framed.special_tokens_mask else 0
         self.prefix_ids = tuple(framed.ids[:leading])
 

@@ -40,7 +40,8 @@ class VocabularyFiles:
         added: the added tokens' entries, by token.
         kind, ranks: the model's type, and what decides which tokens it cuts a text into: BPE's merges, Unigram's and
             SentencePiece's scores; None where the strings alone do.
-        rest: of a tokenizer.json, what else decides it (normalizer, pre-tokenizer, options); None for other files.
+        rest: the other entries of a tokenizer.json that decide it (normalizer, pre-tokenizer, options); None for other
+            files.
     """
 
     folder: Path

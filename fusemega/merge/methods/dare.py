@@ -62,7 +62,7 @@ class DareLinear(Method):
         """See `Method.passes`."""
         weights = [model.weight for model in job.models]
         factor = job.settings.scale / (math.fsum(weights) if job.settings.normalize else 1.0)
-        yield from ()
+        yield from ()  # asks for no pass, but makes this a generator
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
             out = block.zeros()
@@ -84,7 +84,7 @@ class DareTies(Method):
 
     def passes(self, job: Job) -> Passes:
         """See `Method.passes`."""
-        yield from ()
+        yield from ()  # asks for no pass, but makes this a generator
         apply = merge_by_sign(lambda block: dropped(job, block), [model.weight for model in job.models], job.settings)
         pairs = sum(round(model.density * job.elements) for model in job.models)
         return Merge(apply, {"selected": [model.density for model in job.models]}, pairs=pairs)

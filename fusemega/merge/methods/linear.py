@@ -48,7 +48,7 @@ class Linear(Method):
         weights = [model.weight for model in job.models]
         total = math.fsum(weights) if job.settings.normalize else 1.0
         coefficients = [weight / total for weight in weights]
-        yield from ()
+        yield from ()  # asks for no pass, but makes this a generator
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
             first, *others = coefficients

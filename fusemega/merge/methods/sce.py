@@ -142,7 +142,7 @@ def merge_selected(
 
     Args:
         block: the block.
-        selection: of its job; None: everything is.
+        selection: the selection of its job; None: all elements.
         merge: the deltas of the selected elements, K times [m], which it may overwrite -> the merged delta [m], agreed.
     """
     assert block.base is not None

@@ -45,7 +45,7 @@ class TaskArithmetic(Method):
         weights = [model.weight for model in job.models]
         factor = job.settings.scale / (math.fsum(weights) if job.settings.normalize else 1.0)
         coefficients = [factor * weight for weight in weights]
-        yield from ()
+        yield from ()  # asks for no pass, but makes this a generator
 
         def apply(block: Block) -> tuple[torch.Tensor, float]:
             out = block.zeros()
