@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fusemega.align.pairs import PairCounts
 
 TIES = ("lowest_id", "cooccurrence")
-_SAY_SECONDS = 15.0
+_SAY_SECONDS = 15.0  # between two lines of progress
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from fusemega.align.pairs import PairCounts, merged
 
-REACH = 5
+REACH = 5  # places on either side of a token
 
 
 @dataclass(frozen=True)

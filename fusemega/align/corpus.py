@@ -19,7 +19,7 @@ R = TypeVar("R")
 Pair = tuple[int, int]
 _CHUNK = 32  # pairs in one work item
 _WORTH = 8  # work items for which one more process is worth starting
-_SAY_SECONDS = 15.0
+_SAY_SECONDS = 15.0  # between two lines of progress
 
 
 def sample_pairs(source: TokenizedDataset, target: TokenizedDataset) -> list[Pair]:

@@ -22,7 +22,7 @@ import numpy as np
 from numba.extending import intrinsic
 
 _BLOCK = 512  # strings in one work item
-_WORD = 64
+_WORD = 64  # bits of a machine word; a longer query takes the plain recurrence
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fusemega.files.opening import MIB, read_text
 FILE_BYTES = MIB // 4  # PyYAML takes up to 20 microseconds a byte
 DEPTH = 50
 VALUES = 100_000
-DIGITS = 20
+DIGITS = 20  # of the longest 64-bit integers, with a sign
 
 _TAG = "tag:yaml.org,2002:"
 _WORDS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}

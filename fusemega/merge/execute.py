@@ -31,8 +31,8 @@ from fusemega.runtime.console import say
 from fusemega.runtime.memory import keep_freed_memory
 from fusemega.runtime.workers import start_workers
 
-JOURNAL_SECONDS = 1.0
-SAMPLE_PIECES = 16
+JOURNAL_SECONDS = 1.0  # between two entries, each of which waits for the disk
+SAMPLE_PIECES = 16  # parts that a partial pass puts into one block
 KEPT_BYTES = 31 << 20  # more than any vector of a block
 Progress = Callable[[int], None]
 """Called with the number of elements that have just been written."""

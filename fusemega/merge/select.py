@@ -24,7 +24,7 @@ import torch
 from fusemega.merge.method import ELEMENTWISE_ALIGNMENT, Block, Job, PartialPass, Pass, PassesFor
 from fusemega.merge.statistics import CELL
 
-_LOW_BITS = 17
+_LOW_BITS = 17  # counted last, and only within one interval: all 31 at once would be 2^31 counters
 _COARSE_BINS = 1 << (31 - _LOW_BITS)  # no sign bit
 _FINE_BINS = 1 << _LOW_BITS
 _PIECE = 1 << 13  # elements in a part that is sampled
@@ -33,7 +33,7 @@ _SURE = 8.0
 """Standard errors of a sample of independent elements on either side of the bracket. A tensor's neighbours are alike,
 so its elements are not independent."""
 _FEW = 4  # up to so many distinct values in a bracket are counted by comparison, without a sort
-_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)  # the smallest key that is not zero
 MAX_MEMBERS = 1 << 22
 PASS_NAMES = ("the threshold and its ties",)
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 # Okabe and Ito's palette without its yellow, which is lost on white, and a grey; each is readable on white and black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7f7f7f", "#e69f00", "#56b4e9", "#8c6bb1")
 _DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("solid", (0, (4, 2)), (0, (1, 1)))
-_MOST_POINTS = 1200
+_MOST_POINTS = 1200  # of a curve; longer ones are thinned
 _SMOOTH_FROM = 100  # points
 _PLAIN: Any = {"text.parse_math": False}  # names of metrics are others' texts, and a "$" in them begins no formula
 _INK = "#010203"  # becomes the page's own text colour

@@ -33,7 +33,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MEMORY = 512 << 20  # bytes of address space, plus what a long conversation needs
-_LONGEST_REASON = 1000
+_LONGEST_REASON = 1000  # characters of a refusal, which a template may make as long as it likes
 # Templates that print today's date would make samples differ from one day to the next. This fixed one is that on which
 # Llama-3.2's own template falls back.
 _TODAY = datetime(2024, 7, 26)
