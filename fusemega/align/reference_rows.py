@@ -144,6 +144,7 @@ def reference_row(aligner: Aligner, source: Sample, target: Sample, row: Row, ow
     is_own_P = ~is_label_P & ((at_P < 0) | (ids_PK[:, 0] < 0))
     ids_PK[is_own_P], logp_PK[is_own_P] = own_ids_PK[is_own_P], own_logp_PK[is_own_P]
     ids_PK[is_label_P], logp_PK[is_label_P] = -1, -np.inf
+    # FuseChat's label is the next token, FuseLLM's the position's own.
     labels_P = target.ids[positions + (aligner.target.rules == "fusechat")]
     ids_PK[is_label_P, 0], logp_PK[is_label_P, 0] = labels_P[is_label_P], 0.0
     projected = Row(

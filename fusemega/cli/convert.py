@@ -167,6 +167,7 @@ def verify(
     """
     if text is None and (nproc, tp, pp) != (None, 1, 1):
         raise UserError("convert verify: --nproc and the layout need --text; files are compared by --workers processes")
+    # The number of ranks under torchrun, or under srun.
     launched = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if text is not None and nproc is None and tp * pp > 1 and launched == 1:
         raise UserError(f"this layout needs {tp * pp} processes; give --nproc {tp * pp}")

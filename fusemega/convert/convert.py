@@ -301,6 +301,7 @@ def _identity(kind: str, files: Iterable[Path]) -> dict[str, Any]:
 def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, digests: bool) -> int:
     """Makes the items that are not finished; returns the number of bytes written."""
     begun = [item for item in items if item.name in unfinished.finished]
+    # The journal proves that an item was written, not that nobody has changed it since: its bytes are hashed again.
     sound = partial(item_is, str(unfinished.folder))
     hashed = ((item, str(unfinished.finished[item.name][0])) for item in begun)
     finished = {item.name for (item, _), same in pool.map(sound, hashed) if same}

@@ -52,7 +52,7 @@ class Reader:
             last = min(first + rows_each, tensor.shape[0])
             block = memoryview(buffer)[: (last - first) * row_bytes]
             moves = [move for move in tensor.moves if move.target_box[0][0] < last and move.target_box[0][1] > first]
-            if gaps:
+            if gaps:  # the buffer still holds the block before
                 block[:] = bytes(len(block))
             for move in moves:
                 start, stop = max(first, move.target_box[0][0]), min(last, move.target_box[0][1])

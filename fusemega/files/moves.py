@@ -74,6 +74,7 @@ def window(moves: Iterable[Move], box: Box, at: tuple[int, ...]) -> list[Move]:
         common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, move.target_box, strict=True)]
         if any(start >= stop for start, stop in common):
             continue
+        # s and t: where the move's source and target boxes begin in this dimension.
         source_box = tuple(
             (s + start - t, s + stop - t)
             for (s, _), (t, _), (start, stop) in zip(move.source_box, move.target_box, common, strict=True)

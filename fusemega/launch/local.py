@@ -74,7 +74,7 @@ def launch_ranks(argv: Sequence[str], nproc: int) -> int:
         # Hopper and earlier overlap tensor-parallel communication with compute only in a single hardware queue.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc)),
-        **os.environ,
+        **os.environ,  # after the defaults, so that what the user has set wins
         LAUNCH_FOLDER: str(folder),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),

@@ -273,6 +273,7 @@ def _scan(keys: Keys, brackets: list[_Bracket]) -> Pass:
 
 def _scan_one(keys: Keys, block: Block, stream: int, rough: np.ndarray, bracket: _Bracket) -> _Scanned:
     low, high = max(bracket.low, _SMALLEST), bracket.high
+    # Only keys beyond the bracket by more than their error are decided by their rough value.
     above, below = rough > high * (1 + keys.slack), rough < low * (1 - keys.slack)
     number = np.count_nonzero(above)
     left = len(rough) - number - np.count_nonzero(below)
@@ -313,6 +314,7 @@ def _settle(
             continue
         if left <= 0 or (left > within and bracket.low > 0):
             return None
+        # With fewer nonzero keys than wanted the threshold is 0, and the zeros are its ties.
         threshold = 0.0
         there = [block.elements - block.nonzero for block in blocks]
         if left <= within:

@@ -77,6 +77,7 @@ def load_block(
     if not any(missing):
         return out
     out = [values.to(dtype) for values in out]
+    # Between two neighbouring edges the same models lack their rows.
     edges = sorted({edge for parts in missing for part in parts for edge in part})
     for left, right in zip(edges[:-1], edges[1:], strict=True):
         lacks = [any(begin <= left and right <= end for begin, end in parts) for parts in missing]

@@ -51,6 +51,7 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
         times_U = p_PK[listed_PK] * entries
         if (np.abs(times_U - np.rint(times_U)) > _TOLERANCE).any() or (times_U < 0.5).any():
             raise UserError(f"{where}: its probabilities are not all multiples of 1 / {entries}, the number of draws")
+        # -1 is padding here, but no position may be all padding.
         low = 0 if listed_PK.any(1).all() and np.min(row.ids_PK) >= -1 else -1
     else:
         low = int(np.min(row.ids_PK))

@@ -199,6 +199,7 @@ class ChatRenderer:
             ends = mine[-1].end if mine else None
             closes = ends is not None and text.startswith(self.closing, ends)
             whole = len(mine) == 1 and mine[0].cell.text == message.content and between is None
+            # With more than a plain content, a turn's targets are a range of its own, and its spans have none.
             is_turn = message.supervised and not (whole and not message.reasoning and not _calls(message))
             for each in mine:
                 last = each is mine[-1] and closes

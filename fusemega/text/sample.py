@@ -127,13 +127,16 @@ def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> An
         end_bytes_W[inside] = origin + span.stripped_bytes + byte_ends_W[inside] - first
         if span.is_open:
             end_bytes_W[inside & (byte_ends_W == last)] = -1
+        # Where a content begins: after the token that ends there, or before a space that its first token absorbed.
         if not _mark_last(end_bytes_W, byte_ends_W == first, begin) and rendered.text.endswith(" ", 0, span.start):
             _mark_last(end_bytes_W, byte_ends_W == first - 1, begin)
         if span.closing_end > span.end:
             closing = rendered.text[span.end : span.closing_end]
             token_start = span.closing_end - len(closing.lstrip())
+            # The template's white space before the closing token ends where the content does.
             content_end = origin + span.stripped_bytes + last - first
             end_bytes_W[(ends_W > span.end) & (ends_W <= token_start)] = content_end
+            # A closing of several tokens: the content's last token would predict only a part of it.
             if ((ends_W > token_start) & (ends_W < span.closing_end)).any():
                 end_bytes_W[end_bytes_W == content_end] = -1
             _mark_last(end_bytes_W, ends_W == span.closing_end, origin - span.offset + span.num_bytes + 1)
@@ -154,7 +157,7 @@ def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> An
         ids = np.concatenate([tokenizer.prefix_ids, ids, [tokenizer.eos_id]]).astype(np.int32)
         supervised = np.concatenate([np.zeros(prefix, dtype=bool), supervised, [True]])
         before = np.full(prefix, -1)
-        before[-1:] = 0
+        before[-1:] = 0  # the prefix ends where the text begins
         end_bytes = np.concatenate([before, end_bytes, [rendered.stream_length]]).astype(np.int32)
         target_bytes = np.concatenate([np.zeros(prefix, dtype=np.int64), target_bytes, [0]])
     supervised[:1] = False
