@@ -95,7 +95,7 @@ class TeacherStore:
         are and of what kind, and of its rows of the samples."""
         of_map = None if self._map is None else self._map.content_hash
         rows = f"{self.store.manifest.hash.hex()}-{self.store.rows_hash(dataset.keys)}"
-        return {"store": rows, "map": of_map, "teacher": None}
+        return {"store": rows, "map": of_map, "store_of": None}
 
     @property
     def k(self) -> int:

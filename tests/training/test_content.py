@@ -114,8 +114,12 @@ def test_what_teaches(make_run: MakeRun, store: Callable[..., Path], tokenizer: 
 def test_the_teacher_of_a_store(make_run: MakeRun, store: Callable[..., Path], work: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     shutil.copytree(work / "model", teacher)
-    run = make_run(objective={"name": "distill", "store": str(store()), "store_of": str(teacher)})
-    open_trainer(run)
+    objective = {"name": "distill", "store": str(store())}
+    trainer, _ = open_trainer(make_run(objective=objective))
+    trainer.step()
+    trainer.save()
+    run = make_run(objective=objective | {"store_of": str(teacher)})
+    assert open_trainer(run)[0].iteration == 1, "that the store is checked changes nothing of the run"
     _nudge(teacher)
     with pytest.raises(
         UserError, match=r"objective.store_of: .*store has rows of weights other than those of .*teacher"
