@@ -128,19 +128,19 @@ def check_room(path: Path, place: Path, needed_bytes: int) -> None:
 def publish_file(temporary: Path, path: Path) -> None:
     """Rename a finished file to `path`, in place of an older one, on disk before the function returns."""
     # The content goes to disk before the name: otherwise a power failure could leave the name on an empty file.
-    _sync(temporary)
+    sync(temporary)
     real = Path(os.path.realpath(path))
     os.replace(temporary, real)
-    _sync(real.parent)  # a rename is on disk only when the folder that holds the name is
+    sync(real.parent)  # a rename is on disk only when the folder that holds the name is
 
 
 def publish(temporary: Path, path: Path) -> None:
     """Rename a finished folder to `path`. All its files are on disk before the rename, and the new name after it."""
     for folder, _, files in os.walk(temporary):
         for name in [*files, "."]:  # the folder itself holds the names of its files
-            _sync(os.path.join(folder, name))
+            sync(os.path.join(folder, name))
     os.rename(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -158,7 +158,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _sync(path: str | Path) -> None:
+def sync(path: str | Path) -> None:
+    """Puts a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -179,4 +180,4 @@ def write_durably(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)

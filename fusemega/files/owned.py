@@ -62,7 +62,7 @@ def mark_scratch(place: Path) -> None:
 
 
 def drop_scratch(place: Path) -> None:
-    """Removes a temporary folder if it is ours, and nothing else; never with an error."""
+    """Removes a temporary folder if it is ours, and nothing else."""
     if not os.path.lexists(place) or not is_scratch(place):
         return
     # The marker goes last: what a kill in the middle leaves is still known as ours, and can be removed later.

@@ -24,9 +24,6 @@ _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 1.0  # between two looks at the ranks' memory and state
 _TO_GO_SECONDS = 30.0  # as torchrun
 _ECHO_SECONDS = 2.0  # for ranks that lose the connection to a failed one, to end by themselves
-# Sent to be obeyed. Others end a process from outside (the kernel's killer of those that take too much memory) or
-# because of a fault in a library.
-_POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 @dataclass

@@ -19,7 +19,7 @@ import numpy as np
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
-from fusemega.files.tokenizer_files import tokenizer_errors
+from fusemega.files.tokenizer_files import JSON_BYTES, tokenizer_errors
 from fusemega.hf.folder import HFFolder
 from fusemega.text.vocabulary_files import (
     PROBES,
@@ -215,7 +215,7 @@ def extend_tokenizer(folder: Path, added: list[dict[str, Any]]) -> None:
     if not added:
         return
     path = folder / TOKENIZER_FILE
-    tokenizer = read_json(path)
+    tokenizer = read_json(path, JSON_BYTES)
     tokenizer["added_tokens"] += added
     path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     config_path = folder / "tokenizer_config.json"

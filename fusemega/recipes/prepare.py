@@ -47,7 +47,8 @@ def choose_rows(models: Sequence[str], files: Sequence[dict[str, Any]], seq_leng
                 tokens += length
         if not chosen:
             raise UserError(f"{source}: none of its rows has at most {budget} tokens")
-        lines = source.read_text(encoding="utf-8").splitlines()
+        # Rows end at newlines alone; a text may contain other characters at which `splitlines` would cut.
+        lines = source.read_text(encoding="utf-8").split("\n")
         write_durably(out, "".join(lines[number - 1] + "\n" for number in chosen))
         counts[out.stem] = tokens
     return counts

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from fusemega.config import Section
 from fusemega.errors import UserError, choose
 from fusemega.files.json_files import read_json
+from fusemega.files.output import sync
 
 _NAME = "manifest.json"
 _FORMAT = 2
@@ -137,6 +138,7 @@ def claim_manifest(folder: Path, manifest: Manifest) -> None:
                     file.flush()
                     os.fsync(file.fileno())
                 os.link(name, folder / _NAME)  # fails if another writer was first, unlike a rename
+                sync(folder)
             except FileExistsError:
                 pass
             finally:

@@ -20,6 +20,7 @@ import numpy as np
 
 from fusemega.errors import UserError
 from fusemega.files.opening import open_regular
+from fusemega.files.output import sync
 from fusemega.store.coding import coded_bytes, decode
 from fusemega.store.manifest import Manifest
 from fusemega.store.row import Row
@@ -76,6 +77,7 @@ def write_shard(path: Path, manifest: Manifest, index: np.ndarray, codes: list[b
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
+        sync(path.parent)  # the name, too, is on the disk before the writer counts the rows as stored
     except OSError as error:
         raise UserError(f"{path}: cannot write the shard: {error.strerror or error}") from None
     finally:
