@@ -39,7 +39,7 @@ COMMANDS = {
 GROUPS = {
     "convert": "Convert between Hugging Face folders and Megatron checkpoints: import, export, verify.",
     "store": "Sample stores: inspect, merge, verify.",
-    "show": "A look inside what a run file names: data, layout, teachers' rows, keys.",
+    "show": "A look inside what a run file names: data, layout, teachers' rows, keys, stages.",
 }
 
 

@@ -14,7 +14,7 @@ from fusemega.runtime.console import tell
 if TYPE_CHECKING:
     from fusemega.training.run_file import TrainRun
 
-app = typer.Typer(no_args_is_help=True, help="A look inside a run file: data, layout, teachers' rows, stages.")
+app = typer.Typer(no_args_is_help=True, help="A look inside a run file: data, layout, teachers' rows, keys, stages.")
 
 HTML = Annotated[Path | None, typer.Option(help="Write an HTML page there instead; it must not exist yet.")]
 ROW = Annotated[

@@ -75,9 +75,9 @@ class Arms:
 
     def __init__(self, options: argparse.Namespace, scale: Scale) -> None:
         self.options, self.scale, self.folder = options, scale, Path(options.out)
-        parallel = {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
+        self.parallel = {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
         nproc = options.nproc or options.tp * options.pp
-        self.steps = Steps(self.folder, nproc, parallel, {"dtype": options.dtype})
+        self.steps = Steps(self.folder, nproc, self.parallel, {"dtype": options.dtype})
         self.texts = {kind: str(self.folder / "data" / f"{kind}.jsonl") for kind in ("train", "held_out", *DOMAINS)}
         self.rows = {"path": self.texts["train"], "seq_length": SEQ_LENGTH}
 
@@ -108,12 +108,14 @@ class Arms:
 
     def cut(self, model: str, out: Path) -> str:
         """Adds stage cut, which writes `model` without `CUT_LAYERS` as folder `out`. Returns `out`."""
+        self._check_layout(model, without=CUT_LAYERS)
         settings = {"model": model, "out": str(out), "drop": list(CUT_LAYERS)}
         self.steps.call("cut", cut, settings, {"model": model}, outputs={"model": str(out)})
         return str(out)
 
     def teach(self, name: str, teacher: str) -> str:
         """Adds stage teach-`name`, which stores a teacher's rows of the training data. Returns the store's folder."""
+        self._check_layout(teacher)
         return self.steps.teach(name, teacher, self.rows, top_k=TOP_K)
 
     def train(self, target: str, objectives: Mapping[str, Mapping[str, Any]]) -> None:
@@ -191,6 +193,8 @@ class Arms:
                     for key in (m.key for m in MEASURES if m.key in of):
                         found.setdefault(name, {}).setdefault(kind, {}).setdefault(key, []).append(of[key])
         curves = {arm: _curve(self.folder / arm) for arm in arms}
+        iterations = self.scale.train_iters
+        too_few = "" if iterations is None else f"This was {iterations} updates: too few to tell which is better."
         summary = {
             "title": title,
             "teachers": dict(teachers),
@@ -205,7 +209,7 @@ class Arms:
             "fused_folder": models[arms[-1]][0],
             "prompt": self.options.prompt,
             "answers": {name: results[f"answer-{name}"] for name in models},
-            "seen": f"{seen(found, TRAINED_KIND)} {note}".rstrip(),
+            "seen": " ".join(filter(None, (seen(found, TRAINED_KIND), too_few, note))),
             "seconds_this_time": round(time.monotonic() - started, 1),
         }
         write_durably(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -214,6 +218,19 @@ class Arms:
         fixed = next((name for name, load in teachers.items() if load == reference), None)
         write_arms_page(summary, panels(summary, fixed), curves, self.folder)
         return summary
+
+    def _check_layout(self, model: str, without: Sequence[int] = ()) -> None:
+        """Refuses --tp and --pp that do not divide a model without some of its layers: before any stage runs."""
+        from fusemega.hf.folder import HFFolder
+        from fusemega.hf.hub import resolve
+        from fusemega.models.family import keep_layers
+        from fusemega.models.registry import architecture_of
+        from fusemega.models.stages import check_layout
+        from fusemega.runtime.layout import ParallelConfig
+
+        config = HFFolder(resolve(model)).config
+        kept = [layer for layer in range(config["num_hidden_layers"]) if layer not in without]
+        check_layout(architecture_of(keep_layers(config, kept)), ParallelConfig(**self.parallel))
 
     def _measure(self, name: str, load: str, reference: str | None) -> None:
         """Adds stage eval-`name`, which measures one model on each kind of text."""
@@ -236,10 +253,20 @@ def link(place: Path, model: str) -> None:
     replace_link(place, resolve(model).resolve())
 
 
+def _positive(text: str) -> int:
+    """A number of processes. argparse says what is wrong with another, and ends with status 2."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def parser(prog: str, description: str | None, out: str, lr: float, lambda_: float) -> argparse.ArgumentParser:
     """The command line that the quickstarts share; `out`, `lr` and `lambda_` are defaults."""
     made = argparse.ArgumentParser(
-        prog=f"python -m {prog}", description=description, formatter_class=argparse.RawTextHelpFormatter
+        prog=f"python -m {prog}",
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     size = made.add_mutually_exclusive_group()
     size.add_argument(
@@ -253,10 +280,12 @@ def parser(prog: str, description: str | None, out: str, lr: float, lambda_: flo
     made.add_argument("--train", help="JSONL of conversations to train on (default: AlpacaEval's)")
     made.add_argument("--held-out", help="JSONL of conversations to measure on")
     made.add_argument("--out", help=f"output folder (default: {out}, with the scale's name if given)")
-    made.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (1 or 3: the model has 3 KV heads)")
-    made.add_argument("--pp", type=int, default=1, help="pipeline stages")
     made.add_argument(
-        "--nproc", type=int, help="processes of each training (default: tp x pp); the rest is data parallel"
+        "--tp", type=_positive, default=1, help="tensor-parallel ranks (1 or 3: the model has 3 KV heads)"
+    )
+    made.add_argument("--pp", type=_positive, default=1, help="pipeline stages")
+    made.add_argument(
+        "--nproc", type=_positive, help="processes of each training (default: tp x pp); the rest is data parallel"
     )
     made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32, faster on most CPUs")
     made.add_argument("--lr", type=float, default=lr, help=f"peak learning rate of every arm (default {lr})")

@@ -96,7 +96,7 @@ class Profile(Callback):
             if world.is_main:
                 write_list(made, PROFILE)
         if world.is_main:
-            say(f"profiled iterations {start} to {stop - 1} into {self._folder}")
+            say(f"profiled iterations {start} to {stop - 1} (counted from 0) into {self._folder}")
 
     def _make_way(self) -> None:
         self.check()
