@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -246,7 +247,13 @@ def _write_and_hash(
         gc.disable()  # it would free CUDA tensors of the training process
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the trainer handles them, and waits for this process
+    before = active_children()
     write(rank, buckets, results)
+    # Where one of its writers fails, Megatron does not wait for the others. They add notes to a folder that is about to
+    # be removed.
+    for writer in active_children():
+        if writer not in before:
+            writer.join()
     # If a file is missing or the disk is full, `results` say so.
     with contextlib.suppress(OSError, UserError):
         hashes = {name: file_hash(folder / name) for _, name, _ in buckets}

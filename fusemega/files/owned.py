@@ -7,11 +7,11 @@ else. For a link, a note beside it records its target: a link to another target 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,27 +61,17 @@ def mark_scratch(place: Path) -> None:
     (place / MARKER).write_text(_SAYS, encoding="utf-8")
 
 
-_TRIES = 20  # at removing a folder that a writer still adds to
-
-
 def drop_scratch(place: Path) -> None:
     """Removes a temporary folder if it is ours, and nothing else."""
     if not os.path.lexists(place) or not is_scratch(place):
         return
-    for _ in range(_TRIES):
-        # The marker goes last: what a kill in the middle leaves is still known as ours, and can be removed later.
-        for inner in place.iterdir():
-            if inner.name != MARKER:
-                _remove(inner)
-        (place / MARKER).unlink(missing_ok=True)
-        try:
-            place.rmdir()
-            return
-        except OSError:  # a writer that has not ended yet has added something
-            if not os.path.lexists(place):
-                return
-            (place / MARKER).write_text(_SAYS, encoding="utf-8")
-            time.sleep(0.1)
+    # The marker goes last: what a kill in the middle leaves is still known as ours, and can be removed later.
+    for inner in place.iterdir():
+        if inner.name != MARKER:
+            _remove(inner)
+    (place / MARKER).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a writer that outlived its parent has added something
+        place.rmdir()
 
 
 def _remove(path: Path) -> None:

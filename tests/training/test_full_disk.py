@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,11 +32,20 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
-def test_during_the_first_checkpoint(make_run: Callable[..., TrainRun], small_disk: Callable[[str], Path]) -> None:
+def test_during_the_first_checkpoint(
+    make_run: Callable[..., TrainRun], small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = small_disk("1m")
+
+    def slow() -> int:
+        time.sleep(1)
+        return 0
+
+    monkeypatch.setattr("fusemega.checkpoint.saver.own_memory", slow)  # the last thing that a writer does
     with pytest.raises(UserError, match=r"checkpoints/iter_0000002: checkpoint not saved: the disk is full"):
         train(make_run(output_dir=str(disk / "run"), training={"save_interval": 2}))
     assert list((disk / "run" / "checkpoints").iterdir()) == []
+    assert multiprocessing.active_children() == [], "a writer that is not waited for may add to a removed folder"
 
 
 def test_during_a_later_one_the_earlier_stays(
