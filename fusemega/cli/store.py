@@ -13,8 +13,7 @@ from fusemega.errors import UserError, choose
 from fusemega.runtime.console import tell
 
 if TYPE_CHECKING:
-    from fusemega.store import Store
-    from fusemega.text.dataset import TokenizedDataset
+    pass
 
 app = typer.Typer(no_args_is_help=True, help="Sample stores: inspect, verify, merge.")
 
@@ -81,10 +80,14 @@ def verify(
         raise UserError("store verify: --data and --tokenizer belong together")
     choose("--unknown-fields", unknown_fields, ("error", "ignore"))
     from fusemega.store import Store
+    from fusemega.store.samples import scored_samples
     from fusemega.store.verify import coverage, verify_rows
+    from fusemega.text.tokenizer import Tokenizer
 
     store = Store.open(path)
-    samples = None if data is None or tokenizer is None else _samples(store, data, tokenizer, unknown_fields)
+    samples = None
+    if data is not None and tokenizer is not None:
+        samples = scored_samples(store, data, Tokenizer.load(tokenizer), unknown_fields)
     found = {"path": str(path), "rows": verify_rows(store)}
     if samples is None:
         typer.echo(json.dumps(found))
@@ -93,18 +96,3 @@ def verify(
     typer.echo(json.dumps(found | asdict(covered)))
     if covered.missing or covered.other_tokenization:
         raise typer.Exit(1)
-
-
-def _samples(store: Store, data: str, tokenizer: str, unknown_fields: str) -> TokenizedDataset:
-    """The data's samples, in the scorer's windows."""
-    from fusemega.files.cache import cache_folder
-    from fusemega.text.data import DataConfig
-    from fusemega.text.dataset import prepare
-    from fusemega.text.document import MASK_POLICY
-    from fusemega.text.tokenizer import Tokenizer
-
-    loaded = Tokenizer.load(tokenizer)
-    store.check({"tokenizer": loaded.content_hash, "template": loaded.template_hash, "mask_policy": MASK_POLICY})
-    rows = {"path": data, "seq_length": store.manifest.truncation, "unknown_fields": unknown_fields}
-    config = DataConfig.model_validate(rows)
-    return prepare(config, loaded, cache_folder() / "data", vocab_size=store.manifest.vocab_size, progress=True)

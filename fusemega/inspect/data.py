@@ -14,7 +14,6 @@ from rich.text import Text
 
 from fusemega.inspect.layout import place_of
 from fusemega.inspect.rows import Rows, samples_of_row, token_text
-from fusemega.passes.batches import RowShape, TrainingData
 from fusemega.passes.micro_batch import Fields, MicroBatch
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
@@ -81,14 +80,9 @@ def _tokens(sample: Sample, tokenizer: Tokenizer) -> Table:
 
 def _packing(run: TrainRun, rows: Rows) -> list[RenderableType]:
     """The first update as a single data-parallel rank would take it."""
-    training, layout = run.training, run.parallel
-    smallest = layout.tensor_model_parallel_size * layout.context_parallel_size * layout.pipeline_model_parallel_size
-    unit = run.model.row_unit(layout)
-    shape = RowShape(run.data.seq_length, training.micro_batch_size, training.packing, rows.source.pad_id, unit)
     # Context-parallel ranks share what is drawn here.
-    world = place_of(layout, smallest, 0, whole_rows=True)
-    data = TrainingData(rows.dataset, Fields(), shape, training.global_batch_size, training.seed, world)
-    batches = data.step(0).micro_batches
+    world = place_of(run.parallel, run.parallel.model_parallel_size, 0, whole_rows=True)
+    batches = run.batches(rows.dataset, Fields(), rows.source.pad_id, world).step(0).micro_batches
     tokens = sum(batch.tokens.numel() for batch in batches)
     drawings: list[RenderableType] = [
         Text("The first update, on one data-parallel rank", style="bold"),

@@ -13,7 +13,6 @@ from rich.text import Text
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.read_plan import size
 from fusemega.models.stages import stage_layers
-from fusemega.passes.batches import RowShape, TrainingData
 from fusemega.passes.micro_batch import Fields
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
@@ -32,8 +31,7 @@ def show_layout(run: TrainRun, nproc: int | None) -> list[RenderableType]:
         UserError: the layout does not divide the model or the processes, or what `train` would refuse of the run.
     """
     layout = run.parallel
-    model = layout.tensor_model_parallel_size * layout.context_parallel_size * layout.pipeline_model_parallel_size
-    world_size = nproc or model
+    world_size = nproc or layout.model_parallel_size
     checked = Checked.of(run, world_size)
     source, dataset = checked.source, checked.prepared(run.data)
     reads = {(read.pp_rank, read.tp_rank): read.nbytes for read in source.plan_reads()}
@@ -57,8 +55,8 @@ def show_layout(run: TrainRun, nproc: int | None) -> list[RenderableType]:
             size(reads[place.pp_rank, place.tp_rank]),
             shares[place.dp_rank],
         )  # fmt: skip
-    data = world_size // model
-    head = f"{run.model.load}: {len(source.architecture.layers)} layers, {world_size} process(es), {layout} x DP {data}"
+    dp = layout.data_parallel_size(world_size)
+    head = f"{run.model.load}: {len(source.architecture.layers)} layers, {world_size} process(es), {layout} x DP {dp}"
     note = "Ranks, stages and layers are counted from 0. Context-parallel ranks share the tokens of their samples."
     return [Text(head, style="bold"), table, Text(note)]
 
@@ -103,9 +101,7 @@ def place_of(layout: ParallelConfig, world_size: int, rank: int, whole_rows: boo
 
 def _share(run: TrainRun, dataset: TokenizedDataset, source: ModelSource, place: World) -> str:
     """The share of the first update that a data-parallel rank gets, as text."""
-    training, unit = run.training, run.model.row_unit(run.parallel)
-    shape = RowShape(run.data.seq_length, training.micro_batch_size, training.packing, source.pad_id, unit)
-    batches = TrainingData(dataset, Fields(), shape, training.global_batch_size, training.seed, place).step(0)
+    batches = run.batches(dataset, Fields(), source.pad_id, place).step(0)
     samples = sum(len(part) for part in batches.samples)
     tokens = sum(batch.tokens.numel() for batch in batches.micro_batches)
     return f"{samples} samples, {len(batches.micro_batches)} micro-batch(es), {tokens} tokens"

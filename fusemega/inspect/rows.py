@@ -59,7 +59,7 @@ def samples_of_row(dataset: TokenizedDataset, row: str | None) -> list[int]:
     if not re.fullmatch(r"(.+:)?\d+", row):
         raise UserError(f"--row: found {row!r}; expected a row's number, or FILE:NUMBER")
     wanted = row if ":" in row else f":{row}"
-    found = [i for i in range(len(dataset)) if dataset[i].source.endswith(wanted)]
+    found = [i for i in dataset.of_number(int(row.rpartition(":")[2])) if dataset[i].source.endswith(wanted)]
     places = sorted({dataset.place(i) for i in found})
     if not found:
         first, last = dataset[0].source, dataset[len(dataset) - 1].source

@@ -14,15 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fusemega.errors import UserError
-from fusemega.files.cache import cache_folder
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.inspect.rows import Rows, samples_of_row, token_text
 from fusemega.losses.distill import Distill
 from fusemega.losses.fuse import Fuse
 from fusemega.store import Store
-from fusemega.text.data import DataConfig
-from fusemega.text.dataset import TokenizedDataset, prepare
-from fusemega.text.document import MASK_POLICY
+from fusemega.store.samples import scored_samples
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.run_file import TrainRun
@@ -68,22 +65,12 @@ def show_stored(store: Path, data: str, tokenizer: str, row: str | None, most: i
     Raises:
         UserError: a store of another tokenizer, or no such row of data.
     """
-    manifest = Store.open(store).manifest
-    loaded = Tokenizer.load(tokenizer)
-    dataset = samples_of_store(store, data, loaded)
+    opened, loaded = Store.open(store), Tokenizer.load(tokenizer)
+    manifest, dataset = opened.manifest, scored_samples(opened, data, loaded)
     config = TeacherStoreConfig(store=str(store))
     teacher = TeacherStore(config, "store", loaded, manifest.vocab_size, manifest.temperature, "residual")
     found = samples_of_row(dataset, row)
     return [Text(str(store), style="bold"), *_rows(teacher, [dataset[i] for i in found], loaded, most)]
-
-
-def samples_of_store(store: Path, data: str, tokenizer: Tokenizer) -> TokenizedDataset:
-    """The data's samples, in the windows of the store's scorer."""
-    opened = Store.open(store)
-    expected = {"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash, "mask_policy": MASK_POLICY}
-    opened.check(expected)
-    config = DataConfig.model_validate({"path": data, "seq_length": opened.manifest.truncation})
-    return prepare(config, tokenizer, cache_folder() / "data", vocab_size=opened.manifest.vocab_size, progress=True)
 
 
 def _rows(teacher: TeacherStore, samples: Sequence[Sample], tokenizer: Tokenizer, most: int) -> list[RenderableType]:

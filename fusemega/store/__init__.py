@@ -8,6 +8,7 @@ shard.py      one file of rows, complete or absent
 writer.py     appends shards; restartable
 reader.py     rows by key, memory-mapped
 missing.py    why a sample has no row
+samples.py    a data set in the windows of a store's scorer
 inspect.py, merge.py, verify.py    the verbs of `fusemega store`
 """
 

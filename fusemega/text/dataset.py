@@ -135,6 +135,10 @@ class TokenizedDataset:
         """`RawRow.file` and `RawRow.number` of the row of sample `i`."""
         return int(self._index["file"][i]), int(self._index["row"][i])
 
+    def of_number(self, number: int) -> list[int]:
+        """The samples of all rows that have this `RawRow.number`, one row for each file that is so long."""
+        return [int(i) for i in np.flatnonzero(self._index["row"] == number)]
+
     @property
     def keys(self) -> list[bytes]:
         """The samples' keys, in order."""

@@ -20,7 +20,7 @@ from fusemega.files.output import check_writable, write_durably
 from fusemega.hf.loadable import closing_id, settle
 from fusemega.losses.registry import Objective, build_objective, check_data, objective_named
 from fusemega.models.heads import HeadKind
-from fusemega.passes.batches import RowShape, TrainingData, check_groups, prepare_together
+from fusemega.passes.batches import check_groups, prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.console import phase, say
 from fusemega.runtime.parallel import environment_rank, initialize
@@ -124,9 +124,7 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     profiled = profile_of(run, dataset.num_units)
     if profiled is not None:
         on_main(world, profiled.check)
-    training, unit = run.training, run.model.row_unit(run.parallel)
-    shape = RowShape(run.data.seq_length, training.micro_batch_size, training.packing, checked.source.pad_id, unit)
-    data = TrainingData(dataset, checked.objective, shape, run.training.global_batch_size, run.training.seed, world)
+    data = run.batches(dataset, checked.objective, checked.source.pad_id, world)
     held_out = None
     if run.evaluation is not None:
         held_out = prepare_together(

@@ -12,9 +12,13 @@ from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section
 from fusemega.errors import UserError
 from fusemega.losses.registry import ObjectiveSettings, parse_objective
+from fusemega.passes.batches import RowShape, TrainingData
+from fusemega.passes.micro_batch import Fields
 from fusemega.runtime.layout import ParallelConfig
+from fusemega.runtime.parallel import World
 from fusemega.scoring.evaluation import EvaluationSection
 from fusemega.text.data import DataConfig
+from fusemega.text.dataset import TokenizedDataset
 from fusemega.training.optimizer import OptimizerSection
 
 # The fields of `training` that decide the loss curve: a resumed run must not change them.
@@ -177,6 +181,17 @@ class TrainRun(Section):
     optimizer: OptimizerSection
     training: TrainingSection
     evaluation: EvaluationSection | None = Field(None, description="held-out text to score during training")
+
+    def batches(self, dataset: TokenizedDataset, fields: Fields, pad_id: int, world: World) -> TrainingData:
+        """The batches of this run from `dataset`, as rank `world` takes them.
+
+        Args:
+            fields: what the objective adds to a micro-batch.
+            pad_id: token id of the padding.
+        """
+        training, unit = self.training, self.model.row_unit(self.parallel)
+        shape = RowShape(self.data.seq_length, training.micro_batch_size, training.packing, pad_id, unit)
+        return TrainingData(dataset, fields, shape, training.global_batch_size, training.seed, world)
 
     @field_validator("objective", mode="before")
     @classmethod
