@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -30,6 +31,8 @@ from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
 from fusemega.pipeline.verdict import Verdict, verdict
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
+
+T = TypeVar("T")
 
 _SIGNALLED = 128  # statuses from here on: a signal ended the command, or it ended by one
 
@@ -58,6 +61,12 @@ class Outcome:
 
 class Interrupted(UserError):
     """A signal ended a stage's command, and with it the graph's run."""
+
+
+def run_then(graph: Graph, finish: Callable[[Outcome], T]) -> T:
+    """Runs the graph, then `finish`, before another process may work in the folder. Raises as `run`."""
+    with locked(graph.folder):  # `run` takes the same lock inside, which one process may
+        return finish(run(graph))
 
 
 def run(graph: Graph) -> Outcome:

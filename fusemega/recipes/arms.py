@@ -13,12 +13,11 @@ from statistics import fmean
 from typing import Any
 
 from fusemega.errors import UserError
-from fusemega.files.lock import locked
 from fusemega.files.output import write_durably
 from fusemega.files.owned import replace_link
 from fusemega.fixtures import data as assets
 from fusemega.fixtures.data import DOMAINS
-from fusemega.pipeline.run import run
+from fusemega.pipeline.run import Outcome, run_then
 from fusemega.recipes.measures import MEASURES, Found, answer, measure, panels, seen, table
 from fusemega.recipes.prepare import choose_rows, cut
 from fusemega.recipes.steps import Steps
@@ -75,9 +74,9 @@ class Arms:
 
     def __init__(self, options: argparse.Namespace, scale: Scale) -> None:
         self.options, self.scale, self.folder = options, scale, Path(options.out)
-        self.parallel = {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
+        parallel = {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
         nproc = options.nproc or options.tp * options.pp
-        self.steps = Steps(self.folder, nproc, self.parallel, {"dtype": options.dtype})
+        self.steps = Steps(self.folder, nproc, parallel, {"dtype": options.dtype})
         self.texts = {kind: str(self.folder / "data" / f"{kind}.jsonl") for kind in ("train", "held_out", *DOMAINS)}
         self.rows = {"path": self.texts["train"], "seq_length": SEQ_LENGTH}
 
@@ -108,14 +107,13 @@ class Arms:
 
     def cut(self, model: str, out: Path) -> str:
         """Adds stage cut, which writes `model` without `CUT_LAYERS` as folder `out`. Returns `out`."""
-        self._check_layout(model, without=CUT_LAYERS)
+        self.steps.check_layout(model, without=CUT_LAYERS)
         settings = {"model": model, "out": str(out), "drop": list(CUT_LAYERS)}
         self.steps.call("cut", cut, settings, {"model": model}, outputs={"model": str(out)})
         return str(out)
 
     def teach(self, name: str, teacher: str) -> str:
         """Adds stage teach-`name`, which stores a teacher's rows of the training data. Returns the store's folder."""
-        self._check_layout(teacher)
         return self.steps.teach(name, teacher, self.rows, top_k=TOP_K)
 
     def train(self, target: str, objectives: Mapping[str, Mapping[str, Any]]) -> None:
@@ -164,10 +162,11 @@ class Arms:
                 self._measure(self.run_name(name, number), load, reference)
             asked = {"folder": loads[0], "prompt": self.options.prompt, "tokens": self.scale.answer_tokens}
             self.steps.call(f"answer-{name}", answer, asked, {"model": loads[0]})
-        # Held until the summary is written; `run` takes the same lock inside, which one process may.
-        with locked(self.folder):
-            results = run(self.steps.graph()).results
-            return self._summary(models, arms, teachers, results, title, started, reference, note)
+
+        def summary(outcome: Outcome) -> dict[str, Any]:
+            return self._summary(models, arms, teachers, outcome.results, title, started, reference, note)
+
+        return run_then(self.steps.graph(), summary)
 
     def _summary(
         self,
@@ -218,19 +217,6 @@ class Arms:
         fixed = next((name for name, load in teachers.items() if load == reference), None)
         write_arms_page(summary, panels(summary, fixed), curves, self.folder)
         return summary
-
-    def _check_layout(self, model: str, without: Sequence[int] = ()) -> None:
-        """Refuses --tp and --pp that do not divide a model without some of its layers: before any stage runs."""
-        from fusemega.hf.folder import HFFolder
-        from fusemega.hf.hub import resolve
-        from fusemega.models.family import keep_layers
-        from fusemega.models.registry import architecture_of
-        from fusemega.models.stages import check_layout
-        from fusemega.runtime.layout import ParallelConfig
-
-        config = HFFolder(resolve(model)).config
-        kept = [layer for layer in range(config["num_hidden_layers"]) if layer not in without]
-        check_layout(architecture_of(keep_layers(config, kept)), ParallelConfig(**self.parallel))
 
     def _measure(self, name: str, load: str, reference: str | None) -> None:
         """Adds stage eval-`name`, which measures one model on each kind of text."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fusemega.config import Section, read_yaml, validate
 from fusemega.errors import UserError, choose
-from fusemega.files.lock import locked
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.run import Outcome, run
+from fusemega.pipeline.run import Outcome, run_then
 
 S = TypeVar("S", bound=Section)
 
@@ -20,7 +20,7 @@ MODULES = {"fuse": "fusemega.recipes.fusion"}
 """Name -> module with a `Recipe` named `RECIPE`, imported when a file asks for it."""
 
 
-class Recipe(Generic[S]):
+class Recipe(ABC, Generic[S]):
     """A kind of recipe file: its settings, the graph that they describe, and the summary at the end.
 
     Attributes:
@@ -29,17 +29,17 @@ class Recipe(Generic[S]):
 
     Settings: type[S]
 
+    @abstractmethod
     def graph(self, settings: S) -> Graph:
         """The stages. Writes nothing.
 
         Raises:
             UserError: a model or file that is not there, stages that do not fit together.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, settings: S, outcome: Outcome) -> list[str]:
         """Writes a summary of the finished graph into the output folder. Returns lines for the terminal."""
-        raise NotImplementedError
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe[Any], Any]:
@@ -62,11 +62,11 @@ def run_recipe(recipe: Recipe[Any], settings: Any) -> list[str]:
     Raises:
         UserError: a stage failed.
     """
-    graph = recipe.graph(settings)
-    # Held until the summary is written; `run` takes the same lock inside, which one process may.
-    with locked(graph.folder):
-        outcome = run(graph)
+
+    def finish(outcome: Outcome) -> list[str]:
         if outcome.complete:
             return recipe.finish(settings, outcome)
-    stopped = [f"{name} stopped: {reason}" for name, reason in outcome.stopped.items()]
-    return [*stopped, f"not run: {', '.join(outcome.not_run) or 'nothing'}"]
+        stopped = [f"{name} stopped: {reason}" for name, reason in outcome.stopped.items()]
+        return [*stopped, f"not run: {', '.join(outcome.not_run) or 'nothing'}"]
+
+    return run_then(recipe.graph(settings), finish)

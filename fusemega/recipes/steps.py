@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusemega.files.json_files import read_json
 from fusemega.hf.hub import resolve
+from fusemega.models.family import keep_layers, require_int
+from fusemega.models.registry import architecture_of
+from fusemega.models.stages import check_layout
 from fusemega.pipeline.functions import name_of
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.stage import Resources, Stage
+from fusemega.runtime.layout import ParallelConfig
 
 
 @dataclass
@@ -38,6 +43,24 @@ class Steps:
             UserError: they do not fit together.
         """
         return Graph(self.folder, self.stages)
+
+    def check_layout(self, model: str, without: Sequence[int] = ()) -> None:
+        """Refuses a layout that does not divide a model or the processes, before any stage runs.
+
+        Args:
+            model: one that is there. Without a `config.json` at its top it is left to the stage that opens it.
+            without: layers that a stage will leave out of it.
+
+        Raises:
+            UserError: names the key, and what is allowed.
+        """
+        config_file = resolve(model) / "config.json"
+        if config_file.is_file():
+            layout = ParallelConfig(**self.parallel)
+            layout.data_parallel_size(self.nproc)
+            config = read_json(config_file)
+            kept = [layer for layer in range(require_int(config, "num_hidden_layers")) if layer not in without]
+            check_layout(architecture_of(keep_layers(config, kept)), layout)
 
     def teach(self, name: str, load: str, data: Mapping[str, Any], **settings: Any) -> str:
         """`fusemega teach` as stage teach-`name`: a model's rows of `data`. Returns the store, `stores/NAME`."""
@@ -159,9 +182,24 @@ class Steps:
         outputs: dict[str, str],
         owns: tuple[str, ...] = (),
     ) -> None:
+        load = run["model"]["load"]
+        if not self._is_made(load):
+            self.check_layout(load)
         run_file = str(self.folder / f"{name}.yaml")
-        some = {"owns": owns, "resumes": verb != "eval", "resources": Resources(self.nproc), "may_be_array": True}
-        self.stages.append(Stage(name, (verb, run_file), "", run, run_file, inputs, outputs, **some))  # type: ignore[arg-type]
+        self.stages.append(
+            Stage(
+                name,
+                (verb, run_file),
+                settings=run,
+                run_file=run_file,
+                inputs=inputs,
+                outputs=outputs,
+                owns=owns,
+                resumes=verb != "eval",
+                resources=Resources(self.nproc),
+                may_be_array=True,
+            )
+        )
 
     def _tool(
         self,
@@ -180,5 +218,7 @@ class Steps:
 
     def _located(self, model: str) -> str:
         """The folder of a model: one that a stage makes, or one that is there."""
-        made = any(model == path for stage in self.stages for path in stage.outputs.values())
-        return model if made else str(resolve(model))
+        return model if self._is_made(model) else str(resolve(model))
+
+    def _is_made(self, model: str) -> bool:
+        return any(model == path for stage in self.stages for path in stage.outputs.values())

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import tiny
 from fusemega import cli
+from fusemega.errors import UserError
 from fusemega.pipeline.record import Contents, StageRecord, made_from, write_record
 from fusemega.pipeline.verdict import plan
 from fusemega.recipes.registry import read_recipe
@@ -95,6 +96,21 @@ def test_who_needs_whom_and_what_reruns(place: Path, capsys: pytest.CaptureFixtu
             assert runs["teach-target"] == "its input data (of split) may change"
         else:
             assert list(runs) == reruns, runs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor_model_parallel_size=4", "nproc=4"], "tensor_model_parallel_size: 4 does not divide"),
+        (["parallel.tensor_model_parallel_size=2", "nproc=3"], "does not divide the 3 process"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused_before_any_stage(
+    place: Path, overrides: list[str], message: str
+) -> None:
+    recipe, settings = read_recipe("recipe.yaml", overrides)
+    with pytest.raises(UserError, match=message):
+        recipe.graph(settings)
 
 
 def test_the_module_names_the_command() -> None:
