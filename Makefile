@@ -2,7 +2,7 @@
 #   make quickstart [ARGS=--smoke]    fuse a real teacher into a real target
 #   make quickstart-xtok [ARGS=...]   the same across tokenizers
 #   make test [WORKERS=2]             ruff, mypy and the whole test suite, that many test files at a time
-#   make test-fast [ARGS=-x]          the tests of one process, in under two minutes; CONTRIBUTING.md says what is left out
+#   make test-fast [ARGS=-x]          the fast tests of one process; CONTRIBUTING.md says what is left out
 #   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
 

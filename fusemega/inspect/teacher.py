@@ -39,7 +39,7 @@ def show_taught(run: TrainRun, row: str | None, most: int) -> list[RenderableTyp
     if isinstance(settings, Distill.Settings):
         configs: list[tuple[str, TeacherStoreConfig]] = [("objective", settings)]
     elif isinstance(settings, Fuse.Settings):
-        configs = [(f"objective.teachers[{i}]", config) for i, config in enumerate(settings.teachers)]
+        configs = [(f"objective.teachers.{i}", config) for i, config in enumerate(settings.teachers)]
     else:
         raise UserError(f"objective.name: {settings.name} reads no stored rows; expected distill or fuse")
     rows = Rows.of(run)
