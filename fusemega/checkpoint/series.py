@@ -135,7 +135,7 @@ def prune_checkpoints(root: Path, keep: int, newest: int, also: Path | None) -> 
 
 
 def retire(folder: Path) -> None:
-    """Removes a checkpoint; a kill in the middle leaves no folder that looks whole.
+    """Removes a checkpoint, or an export; a kill in the middle leaves no folder that looks whole.
 
     Raises:
         UserError: something that is not ours has the name of the temporary folder that it takes.

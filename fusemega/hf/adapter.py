@@ -40,6 +40,7 @@ from fusemega.runtime.meter import meter
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PAIR = re.compile(r"(.+)\.lora_(?:(embedding)_)?([AB])(?:\.weight)?")
+_REPEAT, _CHOICE, _REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"(?<!\()[?|]"), re.compile(r"\)[*+?{]")
 _USED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 # Settings of training, or of the choice of modules, which the tensors show themselves; fan_in_fan_out does not matter
 # for torch's Linear, and there are no other layers here.
@@ -47,6 +48,7 @@ _INERT = {
     *("auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode"),
     *("layers_pattern", "layers_to_transform", "lora_dropout", "modules_to_save", "peft_version", "revision"),
     *("runtime_config", "target_modules", "task_type", "loftq_config", "eva_config", "megatron_core"),
+    "qalora_group_size",  # peft writes 16 into every adapter; it means something with use_qalora, which is refused
 }
 # Initialisations that leave the base as it was; with the others (pissa, olora, corda, loftq...) it is changed too.
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -129,6 +131,8 @@ class Adapter:
         if halves.keys() != {"A", "B"}:
             raise UserError(f"{file}: {module} has lora_{next(iter(halves))} alone; expected lora_A and lora_B")
         a, b = halves["A"], halves["B"]
+        if name not in self.base:
+            raise self._unknown(name, f"{_PREFIX}{module}.lora_B A")
         rank, scale = self._scale_of(module)
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
             raise UserError(
@@ -140,15 +144,18 @@ class Adapter:
 
     def _fits(self, name: str, shape: tuple[int, ...], given: str) -> None:
         if name not in self.base:
-            tied = " (its head is its embedding, which the adapter would change too)" if "lm_head" in name else ""
-            raise UserError(
-                f"{self.path / WEIGHTS}: {given}: {self.base.path} has no tensor {name}{tied}{nearest(name, self.base)}"
-            )
+            raise self._unknown(name, given)
         if self.base.shape(name) != shape:
             raise UserError(
                 f"{self.path / WEIGHTS}: {given} is {list(shape)}, and {name} is {list(self.base.shape(name))} in "
                 f"{self.base.path}: of another base, or of one with more tokens"
             )
+
+    def _unknown(self, name: str, given: str) -> UserError:
+        tied = " (its head is its embedding, which the adapter would change too)" if "lm_head" in name else ""
+        return UserError(
+            f"{self.path / WEIGHTS}: {given}: {self.base.path} has no tensor {name}{tied}{nearest(name, self.base)}"
+        )
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -216,6 +223,9 @@ def _scales(config: dict[str, Any], file: Path) -> Callable[[str], tuple[int, fl
     if config.get("loftq_config"):
         raise UserError(f"{file}: loftq_config: LoftQ changes the base too, and is not supported")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for key, found in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        if not isinstance(found, dict):
+            raise UserError(f"{file}: {key} is {found!r}; expected an object: pattern -> number")
     for name, found, least in (("r", {"r": config.get("r")} | ranks, 1), ("lora_alpha", alphas, 0)):
         for key, value in found.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e6:
@@ -235,9 +245,16 @@ def _scales(config: dict[str, Any], file: Path) -> Callable[[str], tuple[int, fl
 def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any, file: Path) -> Any:
     """peft's rule: the first pattern that fits the end of the module's name, at a dot."""
     for pattern, value in patterns.items():
+        # An expression made to backtrack takes any time: its choices multiply.
+        many = len(_REPEAT.findall(pattern)) > 3 or len(_CHOICE.findall(pattern)) > 8
+        if many or len(pattern) > 256 or _REPEATED_GROUP.search(pattern):
+            raise UserError(
+                f"{file}: the pattern {pattern[:80]!r} may take too long; allowed: 256 characters, three of * + {{, "
+                "eight of ? |, and no group that is repeated"
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise UserError(f"{file}: the pattern {pattern!r} is not a regular expression: {error}") from None
     return otherwise

@@ -15,7 +15,7 @@ from typing import Any
 
 from fusemega.checkpoint.megatron_folder import RunCheckpoint, is_megatron_folder, open_megatron
 from fusemega.errors import UserError
-from fusemega.files.integrity import check_contents, recorded_hashes, write_integrity
+from fusemega.files.integrity import check_contents, file_hash, recorded_hashes, write_integrity
 from fusemega.files.lock import locked
 from fusemega.files.output import check_room, disk_errors, publish, refuse_existing
 from fusemega.files.owned import drop_scratch, is_scratch, mark_scratch, scratch_of
@@ -26,7 +26,7 @@ from fusemega.hf.loadable import settle, stop_ids
 from fusemega.hf.proof import check_written
 from fusemega.hf.ranges import RangeWriter
 from fusemega.hf.safetensors_writer import write_index
-from fusemega.hf.side_files import copy_side_files, write_template
+from fusemega.hf.side_files import copy_side_files, side_files, write_template
 from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
@@ -114,8 +114,9 @@ def _exported(source: Path, scratch: Path) -> Path:
 def _with_adapter(base: Path, adapter: Path, scratch: Path) -> Path:
     """A base with an adapter merged into it, below `scratch`, under a name made from the content of both."""
     content = hashlib.blake2b(HFFolder(base).content_hash().encode(), digest_size=16)
-    for name in (CONFIG, WEIGHTS):
-        content.update((adapter / name).read_bytes() if (adapter / name).is_file() else b"")
+    for folder, names in ((base, side_files(base)), (adapter, [*side_files(adapter), CONFIG, WEIGHTS])):
+        hashes = [(name, file_hash(folder / name)) for name in names if (folder / name).is_file()]
+        content.update(json.dumps(hashes).encode())  # of the small files too: the merge may carry them
     out = scratch / content.hexdigest()
     if out.is_dir():
         check_contents(out)

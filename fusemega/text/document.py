@@ -220,7 +220,7 @@ def _check_prompt(prompt: object, messages: tuple[Message, ...]) -> None:
         first = next((message.content for message in messages if message.role == "user"), "")
         same = prompt.strip() == first.strip()
     else:
-        turns = [(m.role, m.content) for m in _messages(prompt, "prompt", False, Counter())]
+        turns = [(m.role, m.content) for m in _messages(prompt, "prompt", True, Counter())]
         asked = [(m.role, m.content) for m in messages]
         # The prompt may lack the conversation's first message (the system text).
         same = any(turns == asked[start : start + len(turns)] for start in (0, 1))
@@ -314,6 +314,8 @@ def _message(item: object, key: str, supervise: bool, ignored: Counter[str] | No
     learnt = _learnt(item, key)
     if learnt and role != "assistant":
         raise BadRow("unsupported flag", f"{key} asks to train on a turn of role {role}; allowed: assistant")
+    if learnt and not supervise:
+        raise BadRow("unsupported flag", f"{key} asks to train on a turn of the prompt; allowed: turns of the response")
     supervised = supervise and role == "assistant" and learnt is not False
     return Message(role, content, supervised, reasoning, fields)
 

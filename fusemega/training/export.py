@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from fusemega.checkpoint.megatron_folder import MegatronFolder, RunCheckpoint
+from fusemega.checkpoint.series import retire
 from fusemega.convert.convert import export_folder
 from fusemega.errors import UserError
 from fusemega.files.integrity import FILE as INTEGRITY
@@ -101,10 +101,7 @@ def remove_other_export(output: Path, source_hash: str) -> None:
 def _remove(hf: Path, how: str) -> None:
     if (found := _record(hf)) is not None:
         say(f"{hf}: was of the weights after iteration {found.get('iteration')} of another run, or type; {how}")
-        doomed = hf.with_name(f".{HF}.removed")  # a kill in the middle leaves no half of an export under its name
-        shutil.rmtree(doomed, ignore_errors=True)
-        hf.rename(doomed)
-        shutil.rmtree(doomed)
+        retire(hf)  # a kill in the middle leaves no half of an export under its name
 
 
 def _record(hf: Path) -> dict[str, Any] | None:

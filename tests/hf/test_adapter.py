@@ -13,8 +13,20 @@ from safetensors.torch import save_file
 from fusemega.errors import UserError
 from fusemega.hf.adapter import merge_adapter
 from fusemega.hf.folder import HFFolder
+from fusemega.merge.merge import _with_adapter
 from tests.merge.conftest import CONFIG, base_tensors, entries, read_all, run_merge, write_folder
 
+# What peft 0.21 writes into adapter_config.json of an adapter made with its defaults.
+WRITTEN: dict[str, Any] = {
+    **{"alora_invocation_tokens": None, "arrow_config": None, "auto_mapping": None, "base_model_name_or_path": "x/y"},
+    **{"bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None},
+    **{"fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "kasa_config": None},
+    **{"layer_replication": None, "layers_pattern": None, "layers_to_transform": None, "loftq_config": {}},
+    **{"lora_bias": False, "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core"},
+    **{"modules_to_save": None, "monteclora_config": None, "peft_version": "0.21.2", "qalora_group_size": 16},
+    **{"revision": None, "target_parameters": None, "trainable_token_indices": None, "use_bdlora": None},
+    **{"use_dora": False, "use_qalora": False, "use_rslora": False, "velora_config": None},
+}
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
 EMBEDDING, NORM = "model.embed_tokens", "model.norm.weight"
 
@@ -37,7 +49,7 @@ def _adapter(folder: Path, extra: dict[str, torch.Tensor] | None = None, **confi
     save_file({f"base_model.model.{n}": value for n, value in tensors.items()}, folder / "adapter_model.safetensors")
     given = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
     given |= {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {r"layers\.1\..*k_proj": 6}, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(given | config))
+    (folder / "adapter_config.json").write_text(json.dumps(WRITTEN | given | config))
     return tensors
 
 
@@ -77,6 +89,18 @@ def test_base_and_adapter_among_the_models_of_a_merge(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_an_interrupted_merge_has_made_of_an_adapter_is_of_its_small_files_too(tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", base_tensors())
+    _adapter(tmp_path / "lora")
+    paths = []
+    for name, text in (("", ""), ("lora", "a"), ("base", "a"), ("lora", ""), ("lora", "b")):
+        if name:
+            template = tmp_path / name / "chat_template.jinja"
+            template.write_text(text) if text else template.unlink()
+        paths += [_with_adapter(base, tmp_path / "lora", tmp_path / "scratch") for _ in range(2)]
+    assert paths[0::2] == paths[1::2] and len(set(paths)) == 5
+
+
 BAD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
     "DoRA": ({"use_dora": True}, {}, "use_dora = True is not supported"),
     "another kind": ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'; supported: LORA"),
@@ -87,6 +111,12 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor], str]] = {
     "half a pair": ({}, {f"{Q}x.lora_A.weight": torch.zeros(4, 96)}, f"{Q}x has lora_A alone"),
     "unknown module": ({}, {"model.layers.9.mlp.weight": torch.zeros(2)}, "has no tensor model.layers.9.mlp.weight"),
     "more tokens": ({}, {"lm_head.weight": torch.zeros(302, 96)}, "lm_head.weight is [301, 96]"),
+    "a pattern that backtracks": ({"rank_pattern": {r"(\w+)+x": 2}}, {}, r"the pattern '(\\w+)+x' may take too long"),
+    "choices that multiply": ({"alpha_pattern": {"(q|.)" * 9: 2}}, {}, "may take too long; allowed: 256"),
+    "a repetition beyond all": ({"rank_pattern": {"q{99999999999999999999}": 2}}, {}, "is not a regular expression"),
+    "a pattern of 300 characters": ({"rank_pattern": {"(" * 300: 2}}, {}, "allowed: 256 characters"),
+    "patterns in a list": ({"rank_pattern": ["q_proj"]}, {}, "rank_pattern is ['q_proj']; expected an object"),
+    "QALoRA": ({"use_qalora": True}, {}, "use_qalora = True is not supported"),
     "DoRA's magnitude": ({}, {f"{Q}.lora_magnitude_vector": torch.zeros(96)}, "has no tensor"),
 }
 

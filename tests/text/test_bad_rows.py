@@ -81,6 +81,11 @@ BAD = [
     ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "unsupported flag", "messages[1] has weight: '0.5'; allowed"),
     ({"messages": [USER, ASSISTANT | {"train": "no"}]}, "unsupported flag", "messages[1] has train: 'no'; allowed"),
     ({"messages": [USER | {"train": True}, ASSISTANT]}, "unsupported flag", "asks to train on a turn of role user"),
+    (
+        {"prompt": [USER, ASSISTANT | {"weight": 1}, USER], "completion": [ASSISTANT]},
+        "unsupported flag",
+        "prompt[1] asks to train on a turn of the prompt; allowed: turns of the response",
+    ),
     ('{"text": "\\ud800"}', "invalid unicode", "lone surrogate at character 0"),
     ({"prompt": "x", "chosen": "a"}, "unknown shape", "the row has no rejected; expected prompt with both"),
     ({"chosen": "a", "rejected": "b"}, "unknown shape", "found the keys chosen, rejected; expected"),

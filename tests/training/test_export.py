@@ -105,7 +105,14 @@ def test_another_run_in_the_same_folder(make_run: MakeRun, tmp_path: Path, work:
         with pytest.raises(UserError, match="notes.txt: not a file of the export .* move it away"):
             train(run)
     notes.unlink()
+    (output / "hf.tmp").mkdir()
+    (output / "hf.tmp" / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"hf\.tmp: exists and was not made by fusemega"):
+        train(silent)
+    assert (output / "hf" / RECORD).exists() and (output / "hf.tmp" / "notes.txt").read_text() == "precious"
+    shutil.rmtree(output / "hf.tmp")
     assert train(silent) == 0 and not (output / "hf").exists(), "it is of other weights"
+    assert not (output / "hf.tmp").exists()
     (output / "hf").mkdir()
     with pytest.raises(UserError, match=f"hf: has no {RECORD}, so its weights are unknown"):
         train(other)
