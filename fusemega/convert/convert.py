@@ -43,6 +43,7 @@ from fusemega.files.boxes import whole
 from fusemega.files.integrity import check_contents, write_integrity
 from fusemega.files.moves import ITEM_BYTES, Assembled, FilePart, Item, Move, as_is, window
 from fusemega.files.output import refuse_existing
+from fusemega.files.remembered import traces
 from fusemega.files.unfinished import Unfinished, unfinished_folder
 from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder
@@ -294,8 +295,7 @@ def _grouped(values: Iterable[Any], nbytes: Any, target: int) -> list[list[Any]]
 
 def _identity(kind: str, files: Iterable[Path]) -> dict[str, Any]:
     """What the output depends on: the source's files as they are now, and the plan's own numbers."""
-    seen = {str(path): [(status := path.stat()).st_size, status.st_mtime_ns] for path in files}
-    return {"kind": kind, "version": [_PLAN_VERSION, CHUNK_BYTES, ITEM_TARGET_BYTES], "files": seen}
+    return {"kind": kind, "version": [_PLAN_VERSION, CHUNK_BYTES, ITEM_TARGET_BYTES], "files": traces(list(files))}
 
 
 def _write(items: list[Item], unfinished: Unfinished, pool: Workers, what: str, digests: bool) -> int:

@@ -71,6 +71,19 @@ def content_hash(path: Path, memory: Path) -> str:
     return str(remembered(files, f"contents of {real}", find, memory))
 
 
+def traces(files: Sequence[Path]) -> dict[str, list[int]]:
+    """Resolved path -> size, and times of change of its content and its inode: of files too large to hash again.
+
+    An unfinished output that was begun with the same traces may be continued, also on another machine (inodes and
+    devices, which may differ there, are left out).
+    """
+    found = {}
+    for path in files:
+        status = path.stat()
+        found[str(path.resolve())] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return found
+
+
 def _visible_files(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder, followlinks=False):

@@ -16,6 +16,7 @@ from typing import Any
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_lines
 from fusemega.files.output import write_durably
+from fusemega.files.remembered import traces
 from fusemega.merge.plan import MergePlan
 from fusemega.text.vocabulary_files import FILES
 
@@ -99,13 +100,9 @@ def _line(job: str, done: Done) -> str:
 
 
 def _fingerprint(plan: MergePlan) -> dict[str, Any]:
-    """Everything that the output's bits depend on: settings, and the inputs by path, size and time of change."""
-    files = []
-    for folder in plan.folders:
-        for path in [*folder.files(), *(folder.path / name for name in FILES)]:
-            if path.exists():
-                status = path.stat()
-                files.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    """Everything that the output's bits depend on: settings, and the inputs by path, size and times of change."""
+    named = (path for folder in plan.folders for path in [*folder.files(), *(folder.path / name for name in FILES)])
+    files = traces([path for path in named if path.exists()])
     vocabulary = plan.vocabulary
     decides = hashlib.blake2b(digest_size=16)
     rows_of = (vocabulary.rows, vocabulary.donor, vocabulary.added, plan.template)

@@ -132,11 +132,18 @@ def _begin(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path) -> Path:
 
 
 @pytest.mark.usefixtures("small_items")
-def test_another_source_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("touched", [True, False])
+def test_another_source_is_not_continued(touched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_llama(tmp_path / "hf")
     place = _begin(monkeypatch, source, tmp_path / "out")
     before = _contents(place)
-    os.utime(source / "model-00001-of-00005.safetensors")
+    weights = source / "model-00001-of-00005.safetensors"
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    if touched:
+        os.utime(weights)
+    else:  # as by a tool that sets the time of the file that it copies
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+        os.utime(weights, ns=times)
     with pytest.raises(UserError, match=r"\.out.incomplete: was started from other files or with other options"):
         import_hf(source, tmp_path / "out", resume=True)
     assert _contents(place) == before

@@ -213,6 +213,20 @@ def test_a_merge_is_not_gone_on_with_otherwise(change: str, monkeypatch: pytest.
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
+def test_a_merge_is_not_gone_on_with_other_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the same size and time, as by a tool that sets the time of the file that it copies."""
+    folders = [write_folder(tmp_path / name, base_tensors(seed)) for seed, name in enumerate(("a", "b"))]
+    run: dict[str, Any] = {"merge_method": "linear", "models": entries(folders, weight=[0.5, 0.5])}
+    run |= {"vocabulary": "position"}
+    _interrupted(monkeypatch, tmp_path / "out", **run)
+    weights = next(folders[1].glob("*.safetensors"))
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    os.utime(weights, ns=times)
+    with pytest.raises(UserError, match="other models or settings"):
+        run_merge(tmp_path / "out", Options(resume=True), **run)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "zeroed", "another journal's", "no hash"])
 def test_finished_jobs_are_proved_before_they_are_kept(
     damage: str, family: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
