@@ -265,7 +265,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             yield from enumerate(_array(path, file.read(_ARRAY_BYTES + 1)), start=1)
             return
         file.seek(0)
-        blank: list[int] = []
+        blank = 0  # lines in a row; a small archive can have billions
         for number in itertools.count(1):
             line = file.readline(_LINE_BYTES + 1)
             if not line:
@@ -273,11 +273,11 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             if len(line) > _LINE_BYTES:
                 raise UserError(f"{path}:{number}: a line of more than {_LINE_BYTES} bytes")
             if not line.strip():
-                blank.append(number)
+                blank += 1
                 continue
-            for empty in blank:
+            for empty in range(number - blank, number):
                 yield empty, BadRow("empty", "the row is empty")
-            blank.clear()
+            blank = 0
             yield number, _decode(line)
 
 

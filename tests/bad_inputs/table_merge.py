@@ -24,4 +24,10 @@ TABLE: list[Bad] = [
         "adapter_model.safetensors: missing",
         _LORA,
     ),
+    _w(
+        "an adapter's patterns in a list",
+        "convert merge-adapter model lora out",
+        "adapter_config.json: rank_pattern is ['q_proj']; expected an object",
+        put("lora/adapter_config.json", '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": ["q_proj"]}'),
+    ),
 ]

@@ -33,6 +33,7 @@ TABLE: list[Bad] = [
     _d("an image", TRAIN, "data.jsonl:2: messages[1].content[0] has the type 'image'; allowed: text", rows({"messages": [_TURNS[0], {"role": "assistant", "content": [{"type": "image"}]}]})),
     _d("a special token in a setting", TRAIN, "data.jsonl:2: the row spells the special token", rows({"messages": _TURNS, "chat_template_kwargs": {"x": "<|im_end|>"}})),
     _d("a prompt of another question", TRAIN, "data.jsonl:2: ", rows({"messages": _TURNS, "prompt": "b"})),
+    _d("a turn of the prompt to be trained on", TRAIN, "data.jsonl:2: prompt[1] asks to train on a turn of the prompt", rows({"prompt": [_TURNS[0], {**_TURNS[1], "train": True}, _TURNS[0]], "completion": [_TURNS[1]]})),
     _d("a pair for a token loss", TRAIN, "data.jsonl:2: the row has several responses to one prompt, and objective.name sft trains on one text per row", rows(_PAIR)),
     _d("a pair to be cut", "split data.jsonl new.jsonl --tokenizers model sharded", "data.jsonl:2: the row has several responses to one prompt", rows(_PAIR)),
     _d("rewards of other responses", TRAIN, "data.jsonl:2: rewards is a list of 2 numbers, one per response; found 1 of them", rows({"prompt": "a", "responses": ["b", "c"], "rewards": [1]})),

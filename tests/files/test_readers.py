@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import socket
 import struct
 import zipfile
@@ -309,6 +310,14 @@ def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": bad}), path)
     with pytest.raises(UserError, match="not a whole parquet file: 'utf-8' codec can't decode"):
         list(read_parquet(path))
+    # One text of 40 MB, 256 times: a file of 2 kB.
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256, pyarrow.int32()), ["x" * (40 << 20)])
+    table = pyarrow.table({"text": text})
+    pyarrow.parquet.write_table(table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 30)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match="rows.parquet: 256 rows of more than 1073741824 bytes, which are"):
+        list(read_parquet(path))
+    assert path.stat().st_size < 4000 and resource.getrlimit(resource.RLIMIT_AS) == before
     two = pyarrow.Table.from_arrays([pyarrow.array([1]), pyarrow.array([2])], names=["a", "a"])
     pyarrow.parquet.write_table(two, path)
     with pytest.raises(UserError, match="two columns have the same name, of a, a"):
