@@ -177,6 +177,8 @@ def _cut(
                 logp_PK=logp_PK.float().numpy(),
                 log_residual_P=residual_P.float().numpy(),
                 sum_logp=float(label_logp_P.double().sum()),
+                label_ids_P=sample.ids[sample.positions + 1],
+                label_logp_P=label_logp_P.float().numpy(),
                 num_bytes=sample.num_bytes,
             ),
         )

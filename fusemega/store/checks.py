@@ -24,8 +24,9 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
 
     Raises:
         UserError: not-a-number, a positive log-prob, probabilities whose sum is not 1, counts that are no whole
-            numbers, an id beyond the vocabulary, an id twice at one position.
-        ValueError: shapes that disagree with each other or with the manifest; padding before an entry.
+            numbers, an id or label beyond the vocabulary, an id twice at one position.
+        ValueError: shapes that disagree with each other or with the manifest; padding before an entry; labels in a
+            store of format 2.
     """
     positions, entries = row.num_tokens, manifest.entries
     shapes = (np.shape(row.ids_PK), np.shape(row.logp_PK), np.shape(row.log_residual_P))
@@ -58,6 +59,24 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
     high = int(np.max(row.ids_PK))
     if low < 0 or high >= manifest.vocab_size:
         raise UserError(f"{where}: id {low if low < 0 else high} is outside the vocabulary of {manifest.vocab_size}")
+    _check_labels(row, manifest, where)
     sorted_PK = np.sort(row.ids_PK, axis=1)
     if ((sorted_PK[:, 1:] == sorted_PK[:, :-1]) & (sorted_PK[:, 1:] >= 0)).any():
         raise UserError(f"{where}: it lists an id twice at one position")
+
+
+def _check_labels(row: Row, manifest: Manifest, where: str) -> None:
+    ids_P, logp_P = row.label_ids_P, row.label_logp_P
+    if ids_P is None or logp_P is None:
+        if ids_P is not logp_P:
+            raise ValueError("labels and their log-probs come together")
+        return
+    if manifest.format == 2:
+        raise ValueError("rows of the store format 2 have no labels")
+    if np.shape(ids_P) != (row.num_tokens,) or np.shape(logp_P) != (row.num_tokens,):
+        raise ValueError(f"row of {row.num_tokens} positions: labels, logp are {np.shape(ids_P)}, {np.shape(logp_P)}")
+    if not np.isfinite(logp_P).all() or np.max(logp_P) > _TOLERANCE:
+        raise UserError(f"{where}: its labels' log-probs are not all finite numbers <= 0")
+    low, high = int(np.min(ids_P)), int(np.max(ids_P))
+    if low < 0 or high >= manifest.vocab_size:
+        raise UserError(f"{where}: label {low if low < 0 else high} is outside the vocabulary of {manifest.vocab_size}")

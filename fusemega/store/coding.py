@@ -5,6 +5,9 @@
   fine steps where the mass is, coarse ones in the tail; 255 is -inf. Anything else below -32 reads as -32. On reading,
   the K probabilities and the residual are divided by their sum.
 * A `sampled` row has its number of distinct ids, the ids, and how often each was drawn, all exact.
+* A row may have labels; its first byte says so (1 or 0; rows of format 2 have neither labels nor that byte). Behind
+  the other ids and log-probs it then has, in bits, the place of each label among its position's entries (K: none of
+  them), the ids of those that are none, and the labels' log-probs as half-precision floats.
 * Where positions end: a byte each, the difference to the last one that ended somewhere; 254 for "nowhere", and 255 for
   any other difference, which then stands in 4 bytes at the end of the row.
 
@@ -19,6 +22,8 @@ Shape suffixes: P positions, K entries of a position, U listed entries of all po
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from fusemega.store.manifest import Manifest
@@ -28,7 +33,19 @@ DEPTH, STEPS = 32.0, 254
 _NO_MASS = STEPS + 1
 _LEVELS = np.append(-DEPTH * (np.arange(STEPS + 1) / STEPS) ** 2, -np.inf).astype(np.float32)
 _NOWHERE, _FAR = 254, 255
+_LOWEST = float(np.finfo(np.float16).min)
 _SPARE = 3  # bytes behind the packed bits that `_unpack` may touch
+
+
+class Columns(NamedTuple):
+    """What the code of a row holds, each as in `Row`."""
+
+    end_bytes: np.ndarray
+    ids_PK: np.ndarray
+    logp_PK: np.ndarray
+    log_residual_P: np.ndarray
+    label_ids_P: np.ndarray | None
+    label_logp_P: np.ndarray | None
 
 
 def encode(row: Row, manifest: Manifest) -> bytes:
@@ -42,11 +59,24 @@ def encode(row: Row, manifest: Manifest) -> bytes:
         draws = _width(manifest.entries)
         body = _pack(listed_PK.sum(1) - 1, draws)
         body += _pack(row.ids_PK[listed_PK], _width(manifest.vocab_size)) + _pack(times_U - 1, draws)
-    return body + _encode_ends(row.end_bytes)
+    head = b"" if manifest.format == 2 else bytes([row.label_ids_P is not None])
+    return head + body + _encode_labels(row, manifest) + _encode_ends(row.end_bytes)
 
 
-def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Decodes a row of so many positions from `encode`: (end_bytes, ids_PK, logp_PK, log_residual_P), as in `Row`.
+def _encode_labels(row: Row, manifest: Manifest) -> bytes:
+    if row.label_ids_P is None or row.label_logp_P is None:
+        return b""
+    equal_PK = row.ids_PK == row.label_ids_P[:, None]
+    listed_P = equal_PK.any(1)
+    places_P = np.where(listed_P, equal_PK.argmax(1), manifest.entries)
+    # A log-prob beyond half precision's range reads as its end.
+    half_P = np.clip(row.label_logp_P, _LOWEST, 0.0).astype("<f2")
+    unlisted = _pack(row.label_ids_P[~listed_P], _width(manifest.vocab_size))
+    return _pack(places_P, _width(manifest.entries + 1)) + unlisted + half_P.tobytes()
+
+
+def decode(data: bytes, positions: int, manifest: Manifest) -> Columns:
+    """Decodes a row of so many positions from `encode`.
 
     Args:
         data: bytes, of a length that `coded_bytes` allows.
@@ -57,6 +87,11 @@ def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray,
     """
     cells, width = (positions, manifest.entries), _width(manifest.vocab_size)
     padded, at = data + bytes(_SPARE), 0
+    has_labels = False
+    if manifest.format > 2:
+        if data[0] > 1:
+            raise ValueError(f"its first byte is {data[0]}; expected 0 or 1")
+        has_labels, at = bool(data[0]), 1
 
     def bits(count: int, width: int) -> np.ndarray:
         nonlocal at
@@ -93,17 +128,36 @@ def decode(data: bytes, positions: int, manifest: Manifest) -> tuple[np.ndarray,
         log_residual_P = np.full(positions, -np.inf, dtype=np.float32)
     if ids_PK.max() >= manifest.vocab_size:
         raise ValueError(f"id {int(ids_PK.max())} is outside the vocabulary of {manifest.vocab_size}")
-    return _decode_ends(data, at, positions), ids_PK, logp_PK, log_residual_P
+    label_ids_P = label_logp_P = None
+    if has_labels:
+        # Cut off here, the padded data would read past its end.
+        if at + -(-positions * _width(manifest.entries + 1) // 8) + 3 * positions > len(data):
+            raise ValueError(f"its labels do not fit into {len(data)} bytes")
+        places_P = bits(positions, _width(manifest.entries + 1))
+        listed_P = places_P < manifest.entries
+        num_unlisted = positions - int(listed_P.sum())
+        if at + -(-num_unlisted * width // 8) + 3 * positions > len(data):
+            raise ValueError(f"{num_unlisted} labels do not fit into {len(data)} bytes")
+        label_ids_P = np.take_along_axis(ids_PK, np.minimum(places_P, manifest.entries - 1)[:, None], 1)[:, 0]
+        label_ids_P[~listed_P] = bits(num_unlisted, width)
+        label_logp_P = np.frombuffer(data, "<f2", positions, at).astype(np.float32)
+        at += 2 * positions
+        if places_P.max() > manifest.entries or label_ids_P.min() < 0 or label_ids_P.max() >= manifest.vocab_size:
+            raise ValueError(f"a label is no id of the vocabulary of {manifest.vocab_size}")
+    return Columns(_decode_ends(data, at, positions), ids_PK, logp_PK, log_residual_P, label_ids_P, label_logp_P)
 
 
 def coded_bytes(positions: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     """int64, the fewest and the most bytes that rows of so many positions can be coded in."""
     width, draws, entries = _width(manifest.vocab_size), _width(manifest.entries), manifest.entries
     if manifest.rows == "top_k":
-        fewest = -(-positions * entries * width // 8) + positions * (entries + 1)
-        return fewest + positions, fewest + 5 * positions
-    fewest = -(-positions * draws // 8) + -(-positions * width // 8) + -(-positions * draws // 8)
-    most = -(-positions * draws // 8) + -(-positions * entries * width // 8) + -(-positions * entries * draws // 8)
+        fewest = most = -(-positions * entries * width // 8) + positions * (entries + 1)
+    else:
+        fewest = -(-positions * draws // 8) + -(-positions * width // 8) + -(-positions * draws // 8)
+        most = -(-positions * draws // 8) + -(-positions * entries * width // 8) + -(-positions * entries * draws // 8)
+    if manifest.format > 2:
+        places = -(-positions * _width(entries + 1) // 8)
+        fewest, most = fewest + 1, most + 1 + places + -(-positions * width // 8) + 2 * positions
     return fewest + positions, most + 5 * positions
 
 

@@ -18,7 +18,8 @@ from fusemega.files.json_files import read_json
 from fusemega.files.output import sync
 
 _NAME = "manifest.json"
-_FORMAT = 2
+_FORMAT = 3
+_READABLE = (2, _FORMAT)  # rows of format 2 have no labels
 
 
 class Manifest(Section):
@@ -37,7 +38,7 @@ class Manifest(Section):
         projected: for a store that `fusemega project` brought into another vocabulary: how it was made. Then
             `tokenizer`, `template` and `vocab_size` are those of the new vocabulary.
         versions: versions of the packages that wrote the store; informative, never compared.
-        format: format version of the shards.
+        format: format version of the shards; rows of format 2 never have labels (`Row.label_ids_P`).
     """
 
     weights: str
@@ -102,9 +103,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_format(path: Path, found: Any) -> None:
     """Refuses another format; called before the other fields are checked, because they depend on the format."""
-    if found is not None and found != _FORMAT:
+    if found is not None and found not in _READABLE:
         raise UserError(
-            f"{path}: the store's format is {found}, and this version reads {_FORMAT}: the encoding of rows "
+            f"{path}: the store's format is {found}, and this version reads 2 and {_FORMAT}: the encoding of rows "
             "has changed; run `fusemega teach` again, into a new folder"
         )
 
@@ -116,7 +117,13 @@ def check_claim(folder: Path, manifest: Manifest) -> None:
         UserError: it is a store of another manifest (names the field), or holds something else.
     """
     if (folder / _NAME).exists():
-        read_manifest(folder).check(manifest.model_dump(exclude={"versions"}), folder / _NAME)
+        found = read_manifest(folder)
+        if found.format < manifest.format:
+            raise UserError(
+                f"{folder}: a store of format {found.format}, whose rows have no labels, and this version writes "
+                f"{manifest.format}; it can be read and merged; for more rows run `fusemega teach` into a new folder"
+            )
+        found.check(manifest.model_dump(exclude={"versions"}), folder / _NAME)
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder}: exists and is not a sample store; choose another folder")
 

@@ -26,6 +26,9 @@ class Row:
         sum_logp: summed log-prob of the supervised tokens themselves, at temperature 1, in nats.
         num_bytes: UTF-8 bytes of the supervised tokens.
         num_scored: number of the scorer's own tokens that `sum_logp` sums over; None: P.
+        label_ids_P: int32, the supervised tokens themselves, in the scorer's vocabulary.
+        label_logp_P: float32, their log-probs at temperature 1; read with 11 bits, each off by at most 2^-11 of itself.
+            Both are None in stores of format 2, and where nobody knows them (`fusemega project`).
     """
 
     ids_hash: bytes
@@ -36,6 +39,8 @@ class Row:
     sum_logp: float
     num_bytes: int
     num_scored: int | None = None
+    label_ids_P: np.ndarray | None = None
+    label_logp_P: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -169,16 +169,18 @@ class Shard:
         (entry,), codes = self.coded(r)
         scored = int(entry["num_scored"])
         try:
-            end_bytes, ids_PK, logp_PK, log_residual_P = decode(codes, int(entry["positions"]), self._manifest)
+            columns = decode(codes, int(entry["positions"]), self._manifest)
         except ValueError as error:
             key = entry["key"].tobytes().hex()
             raise UserError(f"{self.path}: damaged shard: the row of sample {key}: {error}") from None
         return Row(
             ids_hash=entry["ids_hash"].tobytes(),
-            end_bytes=end_bytes,
-            ids_PK=ids_PK,
-            logp_PK=logp_PK,
-            log_residual_P=log_residual_P,
+            end_bytes=columns.end_bytes,
+            ids_PK=columns.ids_PK,
+            logp_PK=columns.logp_PK,
+            log_residual_P=columns.log_residual_P,
+            label_ids_P=columns.label_ids_P,
+            label_logp_P=columns.label_logp_P,
             sum_logp=float(entry["sum_logp"]),
             num_bytes=int(entry["num_bytes"]),
             num_scored=None if scored == entry["positions"] else scored,

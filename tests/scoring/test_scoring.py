@@ -78,6 +78,9 @@ def test_rows_are_the_teachers_distribution(
         labels = torch.tensor(sample.ids[sample.positions + 1].astype("int64"))
         label_logp = logits_LV.log_softmax(-1)[sample.positions].gather(1, labels[:, None])
         assert row.sum_logp == pytest.approx(label_logp.sum().item(), rel=1e-6)
+        assert row.label_ids_P is not None and row.label_logp_P is not None
+        assert row.label_ids_P.tolist() == labels.tolist()
+        np.testing.assert_allclose(row.label_logp_P, label_logp[:, 0], rtol=1e-3, atol=1e-6)
 
 
 def test_draws_are_from_the_teachers_distribution(work: Path, tmp_path: Path, samples: TokenizedDataset) -> None:
@@ -98,6 +101,9 @@ def test_draws_are_from_the_teachers_distribution(work: Path, tmp_path: Path, sa
             same += [(v, round(30 * math.exp(x))) for v, x in zip(ids, logp, strict=True) if v >= 0] == expected
         assert same > 0.9 * len(p_PV)  # a draw may fall on the border of two ids
         assert np.isneginf(row.log_residual_P).all()
+        assert row.label_ids_P is not None and row.label_logp_P is not None
+        assert np.array_equal(row.label_ids_P, sample.ids[sample.positions + 1])
+        assert float(row.label_logp_P.sum()) == pytest.approx(row.sum_logp, rel=1e-3)
     with pytest.raises(UserError, match="the store's seed is 5, expected 6"):
         teach(teach_run(work, tmp_path / "store", **{**settings, "seed": 6}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from fusemega.store import Manifest, Row, Store, StoreWriter
-from fusemega.store.coding import decode, encode
+from fusemega.store.coding import coded_bytes, decode, encode
 
 K = 10
 
@@ -96,8 +97,18 @@ def error_and_entropy(logp_PE: np.ndarray, row: Row) -> tuple[np.ndarray, np.nda
 
 
 def through(row: Row, manifest: Manifest) -> Row:
-    end_bytes, ids_PK, logp_PK, log_residual_P = decode(encode(row, manifest), row.num_tokens, manifest)
-    return dataclasses.replace(row, end_bytes=end_bytes, ids_PK=ids_PK, logp_PK=logp_PK, log_residual_P=log_residual_P)
+    return dataclasses.replace(row, **decode(encode(row, manifest), row.num_tokens, manifest)._asdict())
+
+
+def with_labels(row: Row, vocab_size: int, listed: float = 0.7) -> Row:
+    """That share of the labels, about, are entries of their positions."""
+    rng = np.random.default_rng(7)
+    ids_P = rng.integers(0, vocab_size, row.num_tokens)
+    first_P = row.ids_PK[np.arange(row.num_tokens), rng.integers(0, (row.ids_PK >= 0).sum(1))]
+    ids_P = np.where(rng.random(row.num_tokens) < listed, first_P, ids_P).astype(np.int32)
+    logp_P = -rng.exponential(4, row.num_tokens).astype(np.float32)
+    logp_P[:1], logp_P[1:2] = 0.0, -90.0
+    return dataclasses.replace(row, label_ids_P=ids_P, label_logp_P=logp_P)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,8 +146,11 @@ def test_other_sizes(k: int, vocab_size: int) -> None:
 
 def slow_decode(
     data: bytes, positions: int, manifest: Manifest
-) -> tuple[list[int], list[list[int]], list[list[float]]]:
-    """The description in `coding`, bit by bit: (end_bytes, ids, log-probs with the residual last)."""
+) -> tuple[list[int], list[list[int]], list[list[float]], list[tuple[int, float]] | None]:
+    """The description in `coding`, bit by bit: (end_bytes, ids, log-probs with the residual last, labels)."""
+    labelled = False
+    if manifest.format == 3:
+        labelled, data = {0: False, 1: True}[data[0]], data[1:]
     bits = [byte >> bit & 1 for byte in data for bit in range(8)]
     at = 0
 
@@ -166,6 +180,13 @@ def slow_decode(
             ids.append(flat[:n] + [-1] * (entries - n))
             logp.append([math.log((c + 1) / entries) for c in times[:n]] + [-math.inf] * (entries - n + 1))
             flat, times = flat[n:], times[n:]
+    labels = None
+    if labelled:
+        places = numbers(positions, len(bin(entries)) - 2)
+        others = iter(numbers(places.count(entries), width))
+        found = [next(others) if place == entries else ids[t][place] for t, place in enumerate(places)]
+        labels = list(zip(found, struct.unpack_from(f"<{positions}e", data, at // 8), strict=True))
+        at += 16 * positions
     ends, last, at = [], 0, at // 8
     far = at + positions
     for t in range(positions):
@@ -177,7 +198,7 @@ def slow_decode(
             last += code
         ends.append(-1 if code == 254 else last)
     assert far == len(data)
-    return ends, ids, logp
+    return ends, ids, logp, labels
 
 
 def sampled_row(rng: np.random.Generator, positions: int, draws: int, vocab_size: int) -> Row:
@@ -195,23 +216,36 @@ def sampled_row(rng: np.random.Generator, positions: int, draws: int, vocab_size
 
 @pytest.mark.parametrize("rows", ["top_k", "sampled"])
 @pytest.mark.parametrize("vocab_size", [300, 262_144])
-def test_equals_a_slow_reader(rows: str, vocab_size: int) -> None:
-    rng = np.random.default_rng(2)
+@pytest.mark.parametrize("labels", ["format 2", "none", "some listed", "all listed", "none listed"])
+def test_equals_a_slow_reader(rows: str, vocab_size: int, labels: str) -> None:
+    rng, version = np.random.default_rng(2), 2 if labels == "format 2" else 3
     if rows == "top_k":
-        manifest = manifest_of(vocab_size)
+        manifest = manifest_of(vocab_size, format=version)
         row = row_of(CASES["temperature 1"][:9], vocab_size)
     else:
-        manifest = manifest_of(vocab_size, rows="sampled", top_k=None, num_samples=50, seed=0)
+        manifest = manifest_of(vocab_size, rows="sampled", top_k=None, num_samples=50, seed=0, format=version)
         row = sampled_row(rng, 9, 50, vocab_size)
     ends = np.array([-1, 253, -1, 507, 761, 760, 2**31 - 1, -1, 0], dtype=np.int32)  # near, far, nowhere, backwards
     row = dataclasses.replace(row, end_bytes=ends)
+    if labels.endswith("listed"):
+        row = with_labels(row, vocab_size, {"some": 0.5, "all": 1.0, "none": 0.0}[labels.split()[0]])
     codes = encode(row, manifest)
+    fewest, most = coded_bytes(np.int64([9]), manifest)
+    assert fewest[0] <= len(codes) <= most[0]
     found = decode(codes, 9, manifest)
-    slow_ends, slow_ids, slow_logp = slow_decode(codes, 9, manifest)
+    slow_ends, slow_ids, slow_logp, slow_labels = slow_decode(codes, 9, manifest)
     assert slow_ends == found[0].tolist() == ends.tolist()
     assert slow_ids == found[1].tolist() == row.ids_PK.tolist()
-    np.testing.assert_allclose(np.column_stack(found[2:]), slow_logp, atol=1e-5)
-    assert [column.dtype for column in found] == [np.int32, np.int32, np.float32, np.float32]
+    np.testing.assert_allclose(np.column_stack(found[2:4]), slow_logp, atol=1e-5)
+    assert [column.dtype for column in found[:4]] == [np.int32, np.int32, np.float32, np.float32]
+    if row.label_ids_P is None or row.label_logp_P is None:
+        assert slow_labels is found.label_ids_P is found.label_logp_P is None
+    else:
+        assert slow_labels is not None and found.label_ids_P is not None and found.label_logp_P is not None
+        assert slow_labels == list(zip(found.label_ids_P.tolist(), found.label_logp_P.tolist(), strict=True))
+        assert np.array_equal(found.label_ids_P, row.label_ids_P) and found.label_ids_P.dtype == np.int32
+        np.testing.assert_allclose(found.label_logp_P, row.label_logp_P, rtol=2**-11, atol=1e-7)
+        assert found.label_logp_P.dtype == np.float32
     if rows == "sampled":
         np.testing.assert_allclose(found[2], row.logp_PK, atol=1e-6)
 
@@ -225,11 +259,29 @@ def test_draws_are_exact(draws: int) -> None:
     np.testing.assert_allclose(np.exp(found.logp_PK).sum(1), 1.0, atol=1e-5)
 
 
-def test_at_most_35_bytes_a_position(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("listed", "limit"), [(None, 35), (1.0, 37.5), (0.0, 40)])
+def test_bytes_a_position(listed: float | None, limit: float, tmp_path: Path) -> None:
     with StoreWriter(tmp_path, manifest_of()) as writer:
         for n in range(20):
-            logp_PE = CASES["temperature 1"]
-            writer.add(n.to_bytes(16, "big"), row_of(logp_PE, seed=n))
+            row = row_of(CASES["temperature 1"], seed=n)
+            writer.add(n.to_bytes(16, "big"), row if listed is None else with_labels(row, 262_144, listed))
     assert len(Store.open(tmp_path)) == 20
     size = sum(path.stat().st_size for path in tmp_path.glob("shard-*"))
-    assert size / (20 * len(CASES["temperature 1"])) <= 35
+    assert size / (20 * len(CASES["temperature 1"])) <= limit
+
+
+def test_damaged_codes_are_refused_whatever_byte_it_is() -> None:
+    """No byte makes `decode` fail in another way, or read a label that is no id."""
+    manifest = manifest_of(300, rows="sampled", top_k=None, num_samples=5, seed=0)
+    codes = encode(with_labels(sampled_row(np.random.default_rng(4), 9, 5, 300), 300, 0.5), manifest)
+    for at in range(len(codes)):
+        for value in (0, 1, 127, 255):
+            damaged = codes[:at] + bytes([value]) + codes[at + 1 :]
+            try:
+                found = decode(damaged, 9, manifest)
+            except ValueError:
+                continue
+            if found.label_ids_P is not None:
+                assert 0 <= found.label_ids_P.min() <= found.label_ids_P.max() < 300
+    with pytest.raises(ValueError, match="first byte is 2"):
+        decode(b"\x02" + codes[1:], 9, manifest)

@@ -18,7 +18,9 @@ import pytest
 from fusemega.errors import UserError
 from fusemega.store import Manifest, Row, Store, StoreWriter
 from fusemega.store import shard as shard_module
+from fusemega.store.merge import merge, open_inputs
 from fusemega.store.shard import INDEX
+from fusemega.store.verify import verify_rows
 
 K, V = 5, 1000
 MANIFEST = Manifest(
@@ -37,6 +39,11 @@ def row_of(n: int) -> Row:
     positions = int(rng.integers(1, 40))
     logits = rng.normal(scale=4, size=(positions, V))
     logp = np.sort(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:, ::-1]
+    labels: dict[str, Any] = {}
+    if n % 3:  # a store may have rows with and without labels
+        half_P = -rng.exponential(2.0, positions).astype(np.float16)  # what is stored exactly
+        labels = {"label_ids_P": rng.integers(0, V, positions).astype(np.int32)}
+        labels["label_logp_P"] = half_P.astype(np.float32)
     return Row(
         ids_hash=n.to_bytes(8, "big"),
         end_bytes=rng.integers(-1, 500, positions).astype(np.int32),
@@ -45,6 +52,7 @@ def row_of(n: int) -> Row:
         log_residual_P=np.log(np.exp(logp[:, K:]).sum(-1)).astype(np.float32),
         sum_logp=float(-rng.random() * 100),
         num_bytes=int(rng.integers(0, 1000)),
+        **labels,
     )
 
 
@@ -132,7 +140,7 @@ def test_several_writers_at_once_and_another_number_of_them_later(tmp_path: Path
 @pytest.mark.parametrize(
     ("field", "value"),
     [("weights", "other"), ("tokenizer", "other"), ("template", None), ("mask_policy", "all"), ("truncation", 32),
-     ("temperature", 2.0), ("top_k", 4), ("vocab_size", 999), ("format", 3)],
+     ("temperature", 2.0), ("top_k", 4), ("vocab_size", 999), ("format", 2)],
 )  # fmt: skip
 def test_another_scorer_is_refused_by_field(field: str, value: object, tmp_path: Path) -> None:
     fill(tmp_path, range(3))
@@ -230,8 +238,28 @@ def test_a_store_of_the_first_format_is_refused(tmp_path: Path) -> None:
     old |= {"temperature": 1.0, "top_k": 5, "vocab_size": 9, "versions": {}, "format": 1}
     (tmp_path / "manifest.json").write_text(json.dumps(old))
     for use in (Store.open, lambda folder: StoreWriter(folder, MANIFEST)):
-        with pytest.raises(UserError, match="format is 1, and this version reads 2: .*run `fusemega teach` again"):
+        with pytest.raises(UserError, match="format is 1, and this version reads 2 and 3: .*run `fusemega teach` "):
             use(tmp_path)
+
+
+def test_a_store_of_the_second_format_is_read_merged_and_not_continued(tmp_path: Path) -> None:
+    second = MANIFEST.model_copy(update={"format": 2})
+    # As the version before wrote it: shards of such stores stay shards of theirs.
+    assert second.hash.hex() == "19d31768fd8c46ea"
+    bare = [dataclasses.replace(row_of(n), label_ids_P=None, label_logp_P=None) for n in range(4)]
+    for part in (0, 1):
+        with StoreWriter(tmp_path / str(part), second) as writer:
+            for n in (2 * part, 2 * part + 1):
+                writer.add(key_of(n), bare[n])
+            with pytest.raises(ValueError, match="rows of the store format 2 have no labels"):
+                writer.add(key_of(50), row_of(50))
+    merge(open_inputs([tmp_path / "0", tmp_path / "1"]), tmp_path / "both")
+    both = Store.open(tmp_path / "both")
+    assert verify_rows(both) == 4
+    for n in range(4):
+        assert_same(both.get(key_of(n)), bare[n])
+    with pytest.raises(UserError, match="a store of format 2, whose rows have no labels, and this version writes 3"):
+        StoreWriter(tmp_path / "both", MANIFEST)
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
@@ -272,6 +300,10 @@ BAD_ROWS: dict[str, dict[str, Any]] = {
     "summed log-prob is nan": {"sum_logp": np.nan},
     "id 1000 is outside the vocabulary of 1000": {"ids_PK": 1000},
     "id -1 is outside": {"ids_PK": -1},
+    "label 1000 is outside the vocabulary of 1000": {"label_ids_P": 1000},
+    "label -1 is outside": {"label_ids_P": -1},
+    "labels' log-probs are not all finite": {"label_logp_P": -np.inf},
+    "labels' log-probs are not all finite numbers <= 0": {"label_logp_P": 0.5},
 }
 
 
@@ -302,5 +334,10 @@ def test_shapes_that_disagree(tmp_path: Path) -> None:
         ):
             with pytest.raises(ValueError, match="5 entries"):
                 writer.add(key_of(4), wrong)
+        assert row.label_ids_P is not None
+        with pytest.raises(ValueError, match="labels, logp are"):
+            writer.add(key_of(4), dataclasses.replace(row, label_ids_P=row.label_ids_P[:-1]))
+        with pytest.raises(ValueError, match="labels and their log-probs come together"):
+            writer.add(key_of(4), dataclasses.replace(row, label_logp_P=None))
         with pytest.raises(ValueError, match="a key has 16 bytes"):
             writer.add(b"short", row)
