@@ -14,33 +14,25 @@ from pydantic import Field
 from fusemega.align.positions import shared_positions
 from fusemega.align.projection import project
 from fusemega.align.vocabulary_map import VocabularyMap
-from fusemega.checkpoint.open_model import weights_hash
-from fusemega.config import Section
 from fusemega.errors import UserError
 from fusemega.fusion.targets import Tail, Targets, renormalised
-from fusemega.runtime.console import global_rank
+from fusemega.fusion.teacher_rows import TeacherRows, TeacherRowsConfig
 from fusemega.store import Row, Store
-from fusemega.store.missing import why_missing
 from fusemega.text.dataset import TokenizedDataset
-from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import BEGINS, OF_TEXT, Sample
 from fusemega.text.tokenizer import SPACES, Tokenizer
 
 
-class TeacherStoreConfig(Section):
+class TeacherStoreConfig(TeacherRowsConfig):
     """A teacher's store, and the map to the target's ids."""
 
-    store: str = Field(description="folder of a sample store, written by `fusemega teach`")
     map: str | None = Field(
         None,
         description="vocabulary map from `fusemega align`; default: none, the store has the target's own tokenizer",
     )
-    store_of: str | None = Field(
-        None, description="the model whose rows the store must hold: a folder or hub id; hashes all its weights once"
-    )
 
 
-class TeacherStore:
+class TeacherStore(TeacherRows):
     """An open store whose rows become `Targets`.
 
     Args:
@@ -66,10 +58,9 @@ class TeacherStore:
         temperature: float,
         tail: Tail,
     ) -> None:
-        self.store = Store.open(config.store)
+        super().__init__(config, where)
         self._vocab_size, self._temperature, self._tail = vocab_size, temperature, tail
         manifest = self.store.manifest
-        self.store.check({"mask_policy": MASK_POLICY})
         self._map = None if config.map is None else _Map(config.map, self.store, tokenizer, vocab_size)
         if self._map is None:
             self.store.check({"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash})
@@ -81,37 +72,10 @@ class TeacherStore:
                 f"objective.temperature: found {temperature}, and {self.store.path} was stored at "
                 f"{manifest.temperature}; {why}{remedy}"
             )
-        # One rank reads the weights for all; if it refuses, the launch ends.
-        if config.store_of is not None and global_rank() == 0:
-            found = weights_hash(config.store_of)
-            if found != manifest.weights:
-                raise UserError(
-                    f"{where}.store_of: {self.store.path} has rows of weights other than those of {config.store_of} "
-                    f"(store {manifest.weights[:12]}, model {found[:12]})"
-                )
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, str | None]:
-        """Hashes of content in place of the config's paths. The store's are of its manifest, which says whose rows they
-        are and of what kind, and of its rows of the samples."""
-        of_map = None if self._map is None else self._map.content_hash
-        rows = f"{self.store.manifest.hash.hex()}-{self.store.rows_hash(dataset.keys)}"
-        return {"store": rows, "map": of_map, "store_of": None}
-
-    @property
-    def k(self) -> int:
-        """Most ids that a position lists."""
-        return self.store.manifest.entries
-
-    def row(self, sample: Sample, required: bool) -> Row | None:
-        """The store's row of a sample.
-
-        Raises:
-            UserError: there is none, and it is required.
-        """
-        row = self.store.get(sample.key)
-        if row is None and required:
-            raise UserError(self._no_row(sample, "it had one of every sample when the run began"))
-        return row
+        """See `TeacherRows.identity`."""
+        return super().identity(dataset) | {"map": None if self._map is None else self._map.content_hash}
 
     def targets(self, row: Row, sample: Sample) -> Targets:
         """Converts the store's row of this very sample to the target's ids.
@@ -140,18 +104,8 @@ class TeacherStore:
         return renormalised(targets) if self._tail == "renormalise" else targets
 
     def check_data(self, dataset: TokenizedDataset, required: bool) -> None:
-        """Reads the first sample's row, and looks for the rows of all.
-
-        Raises:
-            UserError: that row does not fit, or some sample has none and rows are required.
-        """
-        row = self.row(dataset[0], required=False)
-        if row is not None:
-            self.targets(row, dataset[0])
-        if required:
-            for i, key in enumerate(dataset.keys):
-                if key not in self.store:
-                    raise UserError(self._no_row(dataset[i], why_missing(self.store, dataset, i)))
+        """As `TeacherRows.check_rows`, of rows that become targets."""
+        self.check_rows(dataset, required, self.targets)
 
     def _check_tokens(self, row: Row, sample: Sample) -> None:
         if row.ids_hash != sample.ids_hash:
@@ -161,10 +115,6 @@ class TeacherStore:
                 f"{sample.source}: the row in the store {self.store.path} has {row.num_tokens} positions, "
                 f"the sample {len(sample.positions)} supervised tokens"
             )
-
-    def _no_row(self, sample: Sample, reason: str) -> str:
-        """What to say of a sample that the store lacks."""
-        return f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip): {reason}"
 
 
 class _Map:
