@@ -120,10 +120,11 @@ class Ranks:
             self.end()
             return 128 + self._asked
         if failed:
-            killed = [rank for rank in failed if rank.status is not None and rank.status < 0]
+            killed = _by_signal(failed)
             self._leave_time(_ECHO_SECONDS)  # the others are about to lose the connection, and end because of that
+            late = _by_signal(self._ranks)
             self.end()
-            return self._explain(killed)
+            return self._explain(killed, late)
         stopped = self._folder / "stopped"
         return int(stopped.read_text()) if stopped.is_file() else 0
 
@@ -151,19 +152,24 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, number)
 
-    def _explain(self, killed: list[Rank]) -> int:
-        """Reports the first failure. The ranks `killed` ended by a signal that this process had not sent."""
-        if killed:
-            first = killed[0]
-            number = -(first.status or 0)
-            _tell(f"error: {first.name} was ended by {self._why(number, first)}; the other ranks were ended")
-            return 128 + number
-        if (self._folder / "error").is_file():
+    def _explain(self, killed: list[Rank], late: list[Rank]) -> int:
+        """Reports the first failure.
+
+        Args:
+            killed: ranks that had ended by a signal when the first failure was seen; this process had sent none.
+            late: these, and those that ended so until the others were ended. On a busy machine an echo may come first.
+        """
+        if not killed and (self._folder / "error").is_file():
             raise UserError((self._folder / "error").read_text(encoding="utf-8"))
         left = sorted(self._folder.glob("traceback.*"), key=lambda path: path.stat().st_mtime_ns)
         texts = [path.read_text(encoding="utf-8") for path in left]
+        causes = [text for text in texts if not is_echo(text)]
+        if ended := killed or ([] if causes else late):
+            number = -(ended[0].status or 0)
+            _tell(f"error: {ended[0].name} was ended by {self._why(number, ended[0])}; the other ranks were ended")
+            return 128 + number
         if texts:
-            print(next((text for text in texts if not is_echo(text)), texts[0]), end="", file=sys.stderr)
+            print((causes or texts)[0], end="", file=sys.stderr)
         return 1
 
     def _why(self, number: int, rank: Rank) -> str:
@@ -178,6 +184,10 @@ class Ranks:
         else:
             by = "by somebody or a batch system's limit: the kernel's out-of-memory killer was not at work meanwhile"
         return f"{name}, {by} (it held {rank.resident_bytes / 1e9:.2f} GB of memory at most)"
+
+
+def _by_signal(ranks: list[Rank]) -> list[Rank]:
+    return [rank for rank in ranks if rank.status is not None and rank.status < 0]
 
 
 def _kernel_kills() -> int | None:

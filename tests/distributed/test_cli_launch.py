@@ -39,10 +39,15 @@ def command(mode: str) -> None:
         raise RuntimeError("Connection closed by peer")
     if mode == "crash" and rank == "1":
         raise RuntimeError("a real fault")
-    if mode == "killed":
+    if mode in ("killed", "killed, and seen late"):
+        folder = pathlib.Path(os.environ[LAUNCH_FOLDER])
+        while rank == "1" and mode != "killed" and not (folder / "traceback.0").exists():
+            time.sleep(0.01)
         if rank == "1":
+            (out / "going").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.5)
+        while mode == "killed" and not (out / "going").exists():
+            time.sleep(0.05)
         raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1")
     if mode == "stopped" and rank == "1":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -117,8 +122,9 @@ def test_a_crash_keeps_its_traceback(tmp_path: Path) -> None:
     assert status == 1 and err.count("RuntimeError: a real fault") == 1 and "ChildFailedError" not in err
 
 
-def test_a_killed_rank_is_named(tmp_path: Path) -> None:
-    status, err = _finish(_start("killed", tmp_path), tmp_path)
+@pytest.mark.parametrize("mode", ["killed", "killed, and seen late"])
+def test_a_killed_rank_is_named(mode: str, tmp_path: Path) -> None:
+    status, err = _finish(_start(mode, tmp_path), tmp_path)
     assert status == 128 + signal.SIGKILL and err.count("\n") == 1
     assert re.match(
         rf"error: rank 1 \(process \d+ on {re.escape(socket.gethostname())}\) was ended by SIGKILL, by ", err

@@ -68,6 +68,9 @@ def test_who_needs_whom_and_what_reruns(place: Path, capsys: pytest.CaptureFixtu
         "eval-merged": ["merge"],
     }
     assert "\n    $ fusemega teach out/teach-alike.yaml --nproc 2\n" in said(capsys, "show", "stages", "recipe.yaml")
+    # What is merged stays in fp32 and is rounded once, at the end.
+    runs_of = {stage.name: stage.settings for stage in graph.stages}
+    assert runs_of["target-alike"]["training"]["export_dtype"] == "fp32" and runs_of["merge"]["dtype"] == "float32"
     dry = said(capsys, "run", "recipe.yaml", "--dry-run")
     assert dry.count("run: new") == 14 and "$ fusemega merge out/merge.yaml out/merged --resume\n" in dry
     assert not Path("out").exists()

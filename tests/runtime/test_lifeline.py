@@ -110,8 +110,9 @@ def test_what_somebody_else_started_outlives_it() -> None:
 
 def test_the_ranks_of_a_torchrun_that_dies_get_a_term(tmp_path: Path) -> None:
     rank = (
-        "import signal; from fusemega.runtime import lifeline\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit()))\n"
+        "import os, signal; from fusemega.runtime import lifeline\n"
+        # No print: the signal may come while another one is at work.
+        "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit()))\n"
         "lifeline.follow_starter()"
     )
     agent = tmp_path / "torchrun"
