@@ -41,6 +41,7 @@ from fusemega.convert.copying import Written, item_is, same_bits, write_item
 from fusemega.errors import UserError
 from fusemega.files.boxes import whole
 from fusemega.files.integrity import check_contents, write_integrity
+from fusemega.files.json_files import read_json
 from fusemega.files.moves import ITEM_BYTES, Assembled, FilePart, Item, Move, as_is, window
 from fusemega.files.output import refuse_existing
 from fusemega.files.remembered import traces
@@ -54,6 +55,7 @@ from fusemega.models.rules import WHOLE
 from fusemega.runtime.console import say
 from fusemega.runtime.meter import meter
 from fusemega.runtime.workers import Workers, start_workers
+from fusemega.text.vocabulary_files import read_vocabulary
 
 # A chunk is read whole by every rank that needs a part of it, so it is small; a file is the unit of resumption.
 CHUNK_BYTES = 64 << 20
@@ -145,7 +147,8 @@ def export_megatron(
         workers: processes that copy.
         resume: continue from what an interrupted call has finished.
         iteration: for a run's folder, the checkpoint to take instead of the newest.
-        finish: called with the written folder before it gets its name; None: `settle`, if it is a run's checkpoint.
+        finish: called with the written folder before it gets its name; None: `settle`, if it is a run's checkpoint,
+            and otherwise a line to the user if its tokenizer has ids without a row.
 
     Raises:
         UserError: the source is not a Megatron folder, `out` is not empty, the disk is full; a weight is too large for
@@ -155,21 +158,31 @@ def export_megatron(
     folder = open_megatron(source, iteration)
     # A reading of its own: a file's hash needs all its bytes in order, and the copy reads them tensor by tensor.
     check_contents(folder.path, threads=workers)
-    if finish is None and isinstance(folder, RunCheckpoint):
-        finish = partial(_settled, checkpoint=folder)
+    if finish is None:
+        finish = partial(_settled, checkpoint=folder) if isinstance(folder, RunCheckpoint) else _kept
     settings: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "workers": workers}
     return export_folder(folder, out, **settings, resume=resume, finish=finish)
 
 
 def _settled(made: Path, checkpoint: RunCheckpoint) -> None:
-    """Checks and corrects the files beside a run's weights, as the run's own export does.
-
-    An export from an imported folder keeps that folder's files as they were.
-    """
+    """Checks and corrects the files beside a run's weights, as the run's own export does."""
     from fusemega.hf.loadable import settle  # imports transformers
 
     for note in settle(made, checkpoint.hf, chats=checkpoint.chats):
         say(note)
+
+
+def _kept(made: Path) -> None:
+    """An export from an imported folder keeps that folder's files as they were. Says if the tokenizer does not fit."""
+    try:
+        vocabulary = read_vocabulary(made)
+    except UserError as error:
+        say(f"kept as it was: {error}")
+        return
+    rows = int(read_json(made / "config.json")["vocab_size"])
+    if vocabulary is not None and (beyond := sorted(i for i in vocabulary.strings if i >= rows)):
+        first = vocabulary.strings[beyond[0]]
+        say(f"the tokenizer has {beyond[-1] + 1} ids, the model {rows} rows: none for {first!r} and after")
 
 
 def export_folder(

@@ -29,7 +29,7 @@ from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 
-_FORMAT = 8  # raise when the meaning of a cached file changes
+_FORMAT = 9  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
 _COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value for each token
 _INDEX = np.dtype(

@@ -23,6 +23,7 @@ from fusemega.hf.folder import HFFolder
 from fusemega.models.build import init_random
 from fusemega.runtime.parallel import World
 from tests.checkpoint.conftest import save_llama
+from tests.merge.conftest import write_tokenizer
 
 
 def _change(folder: Path, name: str, new: torch.Tensor | None) -> None:
@@ -92,6 +93,28 @@ def test_the_megatron_folder_stands_alone(world: World, tmp_path: Path, folder: 
     assert torch.equal(model.chunks[0].decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
     init_random(model, world, seed=1)
     assert not torch.equal(model.chunks[0].decoder.layers[0].mlp.linear_fc2.weight, whole.to(torch.bfloat16))
+
+
+def test_an_export_keeps_the_files_and_says_what_does_not_fit(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, tokens, words in (
+        ("fits", 101, None),
+        ("longer", 103, "the tokenizer has 103 ids, the model 101 rows: none for 't101' and after"),
+        ("damaged", 0, "kept as it was: "),
+    ):
+        write_tokenizer(folder, [f"t{i}" for i in range(tokens or 1)])
+        if not tokens:
+            (folder / "tokenizer.json").write_text('{"added_tokens": [3]}')
+        caplog.clear()
+        import_hf(folder, tmp_path / f"{name}.megatron")
+        export_megatron(tmp_path / f"{name}.megatron", tmp_path / name)
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        assert (
+            [line for line in caplog.messages if "tokenizer" in line] == []
+            if words is None
+            else words in caplog.text
+        )
 
 
 def test_equal_weights_under_another_configuration_are_not_identical(tmp_path: Path, folder: Path) -> None:
