@@ -41,7 +41,6 @@ from fusemega.convert.copying import Written, item_is, same_bits, write_item
 from fusemega.errors import UserError
 from fusemega.files.boxes import whole
 from fusemega.files.integrity import check_contents, write_integrity
-from fusemega.files.json_files import read_json
 from fusemega.files.moves import ITEM_BYTES, Assembled, FilePart, Item, Move, as_is, window
 from fusemega.files.output import refuse_existing
 from fusemega.files.remembered import traces
@@ -159,7 +158,9 @@ def export_megatron(
     # A reading of its own: a file's hash needs all its bytes in order, and the copy reads them tensor by tensor.
     check_contents(folder.path, threads=workers)
     if finish is None:
-        finish = partial(_settled, checkpoint=folder) if isinstance(folder, RunCheckpoint) else _kept
+        finish = (
+            partial(_settled, checkpoint=folder) if isinstance(folder, RunCheckpoint) else partial(_kept, source=folder)
+        )
     settings: dict[str, Any] = {"dtype": dtype, "max_shard_size": max_shard_size, "workers": workers}
     return export_folder(folder, out, **settings, resume=resume, finish=finish)
 
@@ -172,17 +173,19 @@ def _settled(made: Path, checkpoint: RunCheckpoint) -> None:
         say(note)
 
 
-def _kept(made: Path) -> None:
+def _kept(made: Path, source: MegatronFolder) -> None:
     """An export from an imported folder keeps that folder's files as they were. Says if the tokenizer does not fit."""
     try:
-        vocabulary = read_vocabulary(made)
+        vocabulary = read_vocabulary(source.hf)
     except UserError as error:
-        say(f"kept as it was: {error}")
+        say(f"{error}; kept as it is")
         return
-    rows = int(read_json(made / "config.json")["vocab_size"])
+    rows = source.architecture.vocab_size
     if vocabulary is not None and (beyond := sorted(i for i in vocabulary.strings if i >= rows)):
         first = vocabulary.strings[beyond[0]]
-        say(f"the tokenizer has {beyond[-1] + 1} ids, the model {rows} rows: none for {first!r} and after")
+        say(
+            f"{source.path}: the tokenizer has {beyond[-1] + 1} ids, the model {rows} rows: none for {first!r} and after"
+        )
 
 
 def export_folder(

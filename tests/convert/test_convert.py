@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusemega.checkpoint.megatron_folder import MegatronFolder
+from fusemega.convert import convert
 from fusemega.convert.convert import export_megatron, import_hf
 from fusemega.convert.verify import logit_difference, verify
 from fusemega.errors import UserError
@@ -96,25 +97,27 @@ def test_the_megatron_folder_stands_alone(world: World, tmp_path: Path, folder: 
 
 
 def test_an_export_keeps_the_files_and_says_what_does_not_fit(
-    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(convert, "say", said.append)
     for name, tokens, words in (
-        ("fits", 101, None),
-        ("longer", 103, "the tokenizer has 103 ids, the model 101 rows: none for 't101' and after"),
-        ("damaged", 0, "kept as it was: "),
+        ("fits", 101, []),
+        (
+            "longer",
+            103,
+            [f"{tmp_path}/longer.megatron: the tokenizer has 103 ids, the model 101 rows: none for 't101' and after"],
+        ),
+        ("damaged", 0, [f"{tmp_path}/damaged.megatron/hf/tokenizer.json: 3 is not an added token; kept as it is"]),
     ):
         write_tokenizer(folder, [f"t{i}" for i in range(tokens or 1)])
         if not tokens:
             (folder / "tokenizer.json").write_text('{"added_tokens": [3]}')
-        caplog.clear()
         import_hf(folder, tmp_path / f"{name}.megatron")
+        said.clear()
         export_megatron(tmp_path / f"{name}.megatron", tmp_path / name)
         assert (tmp_path / name / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-        assert (
-            [line for line in caplog.messages if "tokenizer" in line] == []
-            if words is None
-            else words in caplog.text
-        )
+        assert said == words
 
 
 def test_equal_weights_under_another_configuration_are_not_identical(tmp_path: Path, folder: Path) -> None:
@@ -133,9 +136,9 @@ def test_an_output_that_exists_is_refused_before_the_weights_are_read(tmp_path: 
     out.mkdir()
     (out / "precious").write_text("x")
     (folder / "model-00001-of-00005.safetensors").unlink()
-    for convert in (import_hf, export_megatron):
+    for conversion in (import_hf, export_megatron):
         with pytest.raises(UserError, match="out: exists and is not an empty folder"):
-            convert(folder, out)
+            conversion(folder, out)
 
 
 @pytest.mark.parametrize(
