@@ -182,10 +182,8 @@ def _kept(made: Path, source: MegatronFolder) -> None:
         return
     rows = source.architecture.vocab_size
     if vocabulary is not None and (beyond := sorted(i for i in vocabulary.strings if i >= rows)):
-        first = vocabulary.strings[beyond[0]]
-        say(
-            f"{source.path}: the tokenizer has {beyond[-1] + 1} ids, the model {rows} rows: none for {first!r} and after"
-        )
+        many, first = beyond[-1] + 1, vocabulary.strings[beyond[0]]
+        say(f"{source.path}: the tokenizer has {many} ids, the model {rows} rows: none for {first!r} and after")
 
 
 def export_folder(
