@@ -5,6 +5,8 @@ make_map.py         how each kind of map is made
 vocabulary_map.py   for each source id a target id, as a file
 vocabulary.py       what each token of a tokenizer stands for, in bytes
 pieces.py           a token of one tokenizer in pieces of another
+cells.py            sets of target ids whose probability both models can state
+probes.py           texts on which two tokenizers are compared beforehand
 mined.py            the nearest of many strings by edit distance
 cooccurrence.py     the choice among equally near tokens, by their neighbours in a corpus
 pairs.py            sparse counts of pairs of ids

@@ -51,26 +51,40 @@ class MapKind:
         summary: one sentence for readers of a report.
         make: makes the map; its `VocabularyMap.kind` is the name that the kind is registered under.
         counts: which positions of a corpus count as pairs by default; None for a kind that needs no corpus.
+        cells: whether its maps have cells of target ids (`VocabularyMap.cell_T`).
     """
 
     summary: str
     make: Callable[[MapInputs], VocabularyMap]
     counts: Positions | None = None
+    cells: bool = False
 
 
 KINDS: dict[str, MapKind] = {}
 
 
 def map_kind(
-    name: str, summary: str, counts: Positions | None = None
+    name: str, summary: str, counts: Positions | None = None, cells: bool = False
 ) -> Callable[[Callable[[MapInputs], VocabularyMap]], Callable[[MapInputs], VocabularyMap]]:
     """Decorator: the function makes maps of the kind `name`; see `MapKind` for the other arguments."""
 
     def add(make: Callable[[MapInputs], VocabularyMap]) -> Callable[[MapInputs], VocabularyMap]:
-        KINDS[name] = MapKind(summary, make, counts)
+        KINDS[name] = MapKind(summary, make, counts, cells)
         return make
 
     return add
+
+
+@map_kind("cells", "Cells of tokens with which the same text can go on, in either vocabulary.", cells=True)
+def _cells(inputs: MapInputs) -> VocabularyMap:
+    from fusemega.align.cells import cells_map
+    from fusemega.align.probes import next_tokens, probe_texts
+
+    (source, target), (source_tokenizer, target_tokenizer) = inputs.vocabularies, inputs.tokenizers
+    forward = _pieces(source, target, source_tokenizer, target_tokenizer)
+    backward = _pieces(target, source, target_tokenizer, source_tokenizer)
+    written = next_tokens(source_tokenizer, target_tokenizer, probe_texts(inputs.vocabularies))
+    return cells_map(source, target, forward, backward, written)
 
 
 @map_kind("exact", "Tokens that stand for the same bytes.")
@@ -84,12 +98,7 @@ def _exact(inputs: MapInputs) -> VocabularyMap:
     "first_piece", "Tokens that stand for the same bytes, else the first piece that the target writes the token with."
 )
 def _first_piece(inputs: MapInputs) -> VocabularyMap:
-    from fusemega.align.make_map import first_piece_map
-    from fusemega.align.pieces import before_text, cutter
-
-    (source, target), (_, target_tokenizer) = inputs.vocabularies, inputs.tokenizers
-    written = before_text(*inputs.tokenizers, source.contents)
-    return first_piece_map(source, target, cutter(target_tokenizer, target), written)
+    return _pieces(*inputs.vocabularies, *inputs.tokenizers)
 
 
 @map_kind("mined", "Tokens that stand for the same bytes, else the target's nearest by edit distance.")
@@ -117,3 +126,13 @@ def _ms_reference(inputs: MapInputs) -> VocabularyMap:
 
     assert inputs.counts is not None
     return ms_reference_map(*inputs.vocabularies, inputs.counts)
+
+
+def _pieces(
+    source: Vocabulary, target: Vocabulary, source_tokenizer: Tokenizer, target_tokenizer: Tokenizer
+) -> VocabularyMap:
+    from fusemega.align.make_map import first_piece_map
+    from fusemega.align.pieces import before_text, cutter
+
+    written = before_text(source_tokenizer, target_tokenizer, source.contents)
+    return first_piece_map(source, target, cutter(target_tokenizer, target), written)

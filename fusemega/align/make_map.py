@@ -85,7 +85,7 @@ def mined_map(
     """
     from fusemega.align.mined import Nearest  # compiled code, slow to import
 
-    index, roles = ids_by_content(target), _roles(source, target)
+    index, roles = ids_by_content(target), by_role(source, target)
     asked = [
         u
         for u, content in enumerate(source.contents)
@@ -160,7 +160,7 @@ def ms_reference_map(source: Vocabulary, target: Vocabulary, counts: PairCounts)
     for own, other in ((source.bos_id, target.bos_id), (source.eos_id, target.eos_id)):
         if own is not None and other is not None:
             table_S[own] = other
-    return _map("ms_reference", source, target, table_S, table_S, table_S, {})
+    return counted("ms_reference", source, target, table_S, table_S, table_S, {})
 
 
 def ids_by_content(vocabulary: Vocabulary) -> dict[bytes, int]:
@@ -185,7 +185,7 @@ def as_text(content: bytes | None) -> str:
     return content.decode("utf-8", "surrogateescape")
 
 
-def _roles(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
+def by_role(source: Vocabulary, target: Vocabulary) -> dict[int, int]:
     """Source id -> target id of the same role. For a token with two roles the later one here counts: the end of a turn
     rather than that of a text."""
     pairs = [(source.bos_id, target.bos_id), (source.eos_id, target.eos_id), (source.closing_id, target.closing_id)]
@@ -206,7 +206,7 @@ def assembled(
     source's own token of those bytes becomes. A token that has no space to lose, or whose form with a space is unknown
     to both, keeps its entry: it is the same text to the reader.
     """
-    index, own, roles = ids_by_content(target), ids_by_content(source), _roles(source, target)
+    index, own, roles = ids_by_content(target), ids_by_content(source), by_role(source, target)
     table_S, marked_S, unmarked_S = (np.full(source.size, -1, dtype=np.int32) for _ in range(3))
     for u, content in enumerate(source.contents):
         if u in roles:
@@ -223,10 +223,10 @@ def assembled(
             continue
         marked_S[u] = changed(b" " + content, table_S[u])
         unmarked_S[u] = changed(content[1:], -1) if content.startswith(b" ") else table_S[u]
-    return _map(kind, source, target, table_S, marked_S, unmarked_S, statistics)
+    return counted(kind, source, target, table_S, marked_S, unmarked_S, statistics)
 
 
-def _map(
+def counted(
     kind: str,
     source: Vocabulary,
     target: Vocabulary,
@@ -235,7 +235,8 @@ def _map(
     unmarked_S: np.ndarray,
     statistics: dict[str, Any],
 ) -> VocabularyMap:
-    roles, same_S = _roles(source, target), identical(source, target)
+    """The map of these tables, with counts of what they do before `statistics`."""
+    roles, same_S = by_role(source, target), identical(source, target)
     usable = [u for u, content in enumerate(source.contents) if content is not None or u in roles]
     per_target = np.bincount(table_S[table_S >= 0], minlength=target.size)
     counted = {

@@ -53,7 +53,7 @@ def before_text(source: Tokenizer, target: Tokenizer, contents: Sequence[bytes |
     Args:
         contents: contents of the source's vocabulary.
     """
-    asked = {u: text for u, content in enumerate(contents) if (text := _spaced(content))}
+    asked = {u: text for u, content in enumerate(contents) if (text := spaced(content))}
     found: dict[int, int] = {}
     for follower in ("a", " a"):
         waiting = [u for u in asked if u not in found]
@@ -68,7 +68,7 @@ def before_text(source: Tokenizer, target: Tokenizer, contents: Sequence[bytes |
     return found
 
 
-def _spaced(content: bytes | None) -> str:
+def spaced(content: bytes | None) -> str:
     """A token's text where it is several characters and the last one is white space, else nothing."""
     try:
         text = (content or b"").decode()

@@ -44,6 +44,11 @@ from fusemega.text.tokenizer import Tokenizer
 
 RECORD = "transplant.json"
 GENERATION = "generation_config.json"
+# Kinds of maps whose ids are no counterpart of a token, and why.
+_NO_ROWS = {
+    "first_piece": "are only the beginnings of new tokens",
+    "cells": "stand for sets of tokens",
+}
 _ROWS_EACH = 1 << 12  # rows averaged together
 # Generation settings that hold ids of the old vocabulary (beside `*_token_id`, of which three are known here).
 _ID_SETTINGS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids")
@@ -162,10 +167,11 @@ def _load_map(path: Path, new: Vocabulary, old: Vocabulary) -> VocabularyMap:
             f"{path}: maps {'in the other direction' if turned else 'other vocabularies'}; "
             f"a transplant needs a map whose source is {new.source} and whose target is {old.source}"
         )
-    if loaded.kind == "first_piece":
+    why = _NO_ROWS.get(loaded.kind)
+    if why is not None:
         raise UserError(
-            f"{path}: of kind first_piece, whose old ids are only the beginnings of new tokens; make it with "
-            "`fusemega align --kind exact`, or leave it out"
+            f"{path}: of kind {loaded.kind}, whose old ids {why}; make it with `fusemega align --kind exact`, or leave "
+            "it out"
         )
     return loaded
 

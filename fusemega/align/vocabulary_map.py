@@ -1,6 +1,6 @@
 """A vocabulary map, stored as one file: for each id of a source tokenizer the corresponding id of a target tokenizer.
 
-Shape suffixes: S ids of the source's vocabulary.
+Shape suffixes: S ids of the source's vocabulary, T ids of the target's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from fusemega.files.json_files import MalformedError, parse_json
 from fusemega.files.npz_files import MalformedArraysError, read_arrays
 from fusemega.files.output import INSIDE, check_output_file, publish_file, scratch
 
-_FORMAT = 2
+_FORMAT = 3
 _IDS = 1 << 25  # the most that stores can code
 _TABLES = ("table_S", "marked_S", "unmarked_S")
+_CELLS = "cell_T"
+_NO_MAP = "not a vocabulary map, or a damaged one; make one with `fusemega align`"
 _FACTS = {
     "kind": str,
     "source": str,
@@ -55,6 +57,8 @@ class VocabularyMap:
         source_marks_text, target_marks_text: `Vocabulary.marks_text` of both.
         source_eos, target_eos: ids that end a plain text, -1 for none. There the first becomes the second, even if
             `table_S` says otherwise because the source closes turns with it too.
+        cell_T: int32, for each target id the id that stands for its cell; the tables have only ids that stand for a
+            cell. Empty for kinds without cells, where each id stands for itself.
         statistics: counts from the making of the map, JSON-able.
     """
 
@@ -72,6 +76,7 @@ class VocabularyMap:
     target_marks_text: bool = False
     source_eos: int = -1
     target_eos: int = -1
+    cell_T: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     statistics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,7 +84,7 @@ class VocabularyMap:
         """Hash, in hex, of everything that a projected row depends on, given the two tokenizers."""
         facts = [getattr(self, name) for name in _FACTS if name not in ("kind", "source", "target", "statistics")]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
-        for name in _TABLES:
+        for name in (*_TABLES, _CELLS):
             digest.update(np.ascontiguousarray(getattr(self, name), dtype="<i4").tobytes())
         return digest.hexdigest()
 
@@ -122,7 +127,7 @@ class VocabularyMap:
         """
         path = Path(path)
         facts = {"format": _FORMAT, "hash": self.content_hash, **{name: getattr(self, name) for name in _FACTS}}
-        tables = {name: np.asarray(getattr(self, name), dtype="<i4") for name in _TABLES}
+        tables = {name: np.asarray(getattr(self, name), dtype="<i4") for name in (*_TABLES, _CELLS)}
         written = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
         self.check_replaceable(path)
         with scratch(path) as place:
@@ -133,7 +138,7 @@ class VocabularyMap:
 
     @classmethod
     def check_replaceable(cls, path: Path) -> None:
-        """Refuses a path at which something else than a vocabulary map stands.
+        """Refuses a path at which something else than a vocabulary map stands, of this format or of an older one.
 
         Raises:
             UserError: names it.
@@ -141,7 +146,8 @@ class VocabularyMap:
         check_output_file(path)
         if os.path.lexists(path):
             try:
-                cls.load(path)
+                if _facts(path)["format"] >= _FORMAT:
+                    cls.load(path)
             except UserError:
                 raise UserError(f"{path}: exists and is not a vocabulary map; it is not replaced") from None
 
@@ -150,19 +156,16 @@ class VocabularyMap:
         """The map in a file.
 
         Raises:
-            UserError: no such file, not a map, or a damaged one.
+            UserError: no such file, not a map, one of another format, or a damaged one.
         """
-        try:
-            dtypes = {"facts": "|u1"} | dict.fromkeys(_TABLES, "<i4")
-            arrays: dict[str, Any] = {**read_arrays(path, dtypes, "the vocabulary map")}
-            facts = parse_json(arrays.pop("facts").tobytes())
-        except (MalformedArraysError, MalformedError):
-            raise UserError(f"{path}: not a vocabulary map, or a damaged one; make one with `fusemega align`") from None
-        if not isinstance(facts, dict) or facts.pop("format", None) != _FORMAT:
+        facts = _facts(path)
+        if facts["format"] != _FORMAT:
+            older = ", from before maps had cells" if facts["format"] < _FORMAT else ""
             raise UserError(
-                f"{path}: a vocabulary map of another format, and this version reads format {_FORMAT}; make it again "
-                "with `fusemega align`"
+                f"{path}: a vocabulary map of format {facts['format']}{older}; this version reads format {_FORMAT}; "
+                f"make it again with `fusemega align SOURCE TARGET {path}`"
             )
+        arrays = _arrays(path, dict.fromkeys((*_TABLES, _CELLS), "<i4"))
         for name, kind in _FACTS.items():
             if type(facts.get(name)) is not kind:
                 raise UserError(f"{path}: damaged vocabulary map: {name} is {facts.get(name)!r}")
@@ -173,7 +176,8 @@ class VocabularyMap:
         for side in ("source", "target"):
             if not -1 <= facts[f"{side}_eos"] < facts[f"{side}_size"]:
                 raise UserError(f"{path}: damaged vocabulary map: {side}_eos is {facts[f'{side}_eos']}")
-        for name, table in arrays.items():
+        for name in _TABLES:
+            table = arrays[name]
             if table.shape != (facts["source_size"],):
                 raise UserError(
                     f"{path}: damaged vocabulary map: {name} has {table.size} entries, one for each of the source's "
@@ -181,7 +185,47 @@ class VocabularyMap:
                 )
             if table.min(initial=-1) < -1 or table.max(initial=-1) >= limit:
                 raise UserError(f"{path}: damaged vocabulary map: {name} is no table of ids below {limit}")
+        _check_cells(path, facts, arrays)
         loaded = cls(**arrays, **{name: facts[name] for name in _FACTS})
         if facts.get("hash") != loaded.content_hash:
             raise UserError(f"{path}: damaged vocabulary map: it was changed after it was made (its hash differs)")
         return loaded
+
+
+def _facts(path: str | Path) -> dict[str, Any]:
+    """What a map's file says of the map; it has a format, a whole number."""
+    try:
+        facts = parse_json(_arrays(path, {"facts": "|u1"})["facts"].tobytes())
+    except MalformedError:
+        facts = None
+    if not isinstance(facts, dict) or type(facts.get("format")) is not int:
+        raise UserError(f"{path}: {_NO_MAP}")
+    return facts
+
+
+def _arrays(path: str | Path, dtypes: dict[str, str]) -> dict[str, Any]:
+    try:
+        return {**read_arrays(path, dtypes, "the vocabulary map")}
+    except MalformedArraysError:
+        raise UserError(f"{path}: {_NO_MAP}") from None
+
+
+def _check_cells(path: str | Path, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Checks the table of cells, and that the other tables have only ids that stand for a cell."""
+    cell_T, damaged = arrays[_CELLS], f"{path}: damaged vocabulary map: {_CELLS}"
+    expected = facts["target_size"] if KINDS[facts["kind"]].cells else 0
+    if cell_T.size != expected:
+        why = "one for each of the target's ids" if expected else f"none for kind {facts['kind']}"
+        raise UserError(f"{damaged} has {cell_T.size} entries; expected: {expected}, {why}")
+    if not expected:
+        return
+    if cell_T.min() < 0 or cell_T.max() >= expected:
+        raise UserError(f"{damaged} is no table of ids below {expected}")
+    wrong = np.flatnonzero(cell_T[cell_T] != cell_T)
+    if len(wrong):
+        stands = int(cell_T[wrong[0]])
+        raise UserError(f"{damaged} says that {stands} stands for {wrong[0]}, but {cell_T[stands]} for {stands} itself")
+    for name in _TABLES:
+        ids = arrays[name][arrays[name] >= 0]
+        if (cell_T[ids] != ids).any():
+            raise UserError(f"{damaged} does not fit {name}, which has an id that stands for no cell")

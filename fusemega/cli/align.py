@@ -22,10 +22,10 @@ def command(
     kind: Annotated[
         str,
         typer.Option(
-            help="What a token maps to if TARGET has no token of the same bytes: first_piece (the first piece "
-            "that TARGET writes it with), exact (nothing), mined (the nearest by edit distance), ms (the "
-            "token that most often ends at the same byte in a corpus). ms_reference is FuseChat's rule as"
-            " released."
+            help="What a token maps to: cells (the set of TARGET's tokens with which the same text can go on). Or, if "
+            "TARGET has no token of the same bytes: first_piece (the first piece that TARGET writes it with), exact "
+            "(nothing), mined (the nearest by edit distance), ms (the token that most often ends at the same byte in a "
+            "corpus). ms_reference is FuseChat's rule as released."
         ),
     ] = "first_piece",
     data: Annotated[
@@ -102,6 +102,8 @@ def command(
             "identical": round(facts["identical"] / max(facts["source_tokens"], 1), 6),
             "seconds": facts["seconds"],
         }
+        if "cell_sizes" in facts:
+            told["cells"] = sum(facts["cell_sizes"].values())
         if "corpus" in facts:
             told["corpus_tokens"] = facts["corpus"]["tokens"]
             told["corpus_coverage"] = round(facts["corpus"]["mapped"] / max(facts["corpus"]["tokens"], 1), 6)

@@ -30,6 +30,7 @@ from fusemega.text.tokenizer import Tokenizer
 EXAMPLE = "Naïve tokenizers disagree: antidisestablishmentarianism, 12345 今天."
 _LISTED = 24  # lines of a table
 _BINS = 32
+_CELLS, _EXAMPLES = 12, 6  # cells of a table, tokens of a cell
 
 TEMPLATE = (
     HEAD
@@ -78,6 +79,13 @@ really follows, play no part in it.</p>
 <h2>One to many</h2>
 <p class="soft">Several source tokens may share a target token; their probabilities add.</p>
 {{ table(["source tokens that share one", "target tokens", "share of the mapped source tokens"], sharing) }}
+{% if cell_sizes %}
+<h2>Cells</h2>
+<p class="soft">A cell is a set of target tokens that the source's tokens cannot tell apart at a shared position. \
+A row gives the probability of the whole cell; the label teaches which of the cell's tokens comes.</p>
+{{ table(["target tokens in a cell", "cells", "share of the target's ids"], cell_sizes) }}
+{{ table(["largest cells", "target tokens", "such as", "source tokens"], largest_cells) }}
+{% endif %}
 <div class="tables">
 {% for heading, note, head, rows in tables if rows %}
 <section><h2>{{ heading }}</h2><p class="soft">{{ note }}</p>{{ table(head, rows) }}</section>
@@ -114,7 +122,9 @@ def render(made: Aligned, drawn: Sequence[Chart]) -> str:
         colours=charts.COLOURS,
         example_text=EXAMPLE,
         example=worked_example(*made.tokenizers, *made.vocabularies),
-        sharing=_sharing(made.map.statistics),
+        sharing=_by_size(made.map.statistics["sharing"]),
+        cell_sizes=_by_size(made.map.statistics.get("cell_sizes", {})),
+        largest_cells=_largest_cells(made),
         tables=_tables(made),
     )
 
@@ -179,8 +189,9 @@ def _shares(total: int, mapped: int, same: int) -> list[str]:
     return [f"{total:,}", *(f"{count:,} ({count / max(total, 1):.1%})" for count in (mapped, same))]
 
 
-def _sharing(facts: dict[str, Any]) -> list[list[str]]:
-    counts = {int(n): count for n, count in facts["sharing"].items()}
+def _by_size(counts_of: dict[str, int]) -> list[list[str]]:
+    """Lines of a table: sizes, how many there are of them, their share of all members."""
+    counts = {int(n): count for n, count in counts_of.items()}
     rows = []
     for low, high in ((1, 1), (2, 2), (3, 3), (4, 9), (10, 99), (100, 1 << 30)):
         inside = {n: count for n, count in counts.items() if low <= n <= high}
@@ -189,6 +200,22 @@ def _sharing(facts: dict[str, Any]) -> list[list[str]]:
             share = sum(n * c for n, c in inside.items()) / sum(n * c for n, c in counts.items())
             rows.append([name, f"{sum(inside.values()):,}", f"{share:.1%}"])
     return rows
+
+
+def _largest_cells(made: Aligned) -> list[list[str]]:
+    """Lines of a table: the token that stands for a cell, the number of its tokens, some of them, the source's."""
+    (source, target), (table_S, cell_T) = made.vocabularies, (made.map.table_S, made.map.cell_T)
+    sizes = np.bincount(cell_T, minlength=target.size)
+    rows = []
+    for cell in np.argsort(-sizes, kind="stable")[:_CELLS].tolist():
+        if sizes[cell] > 1:
+            ours, theirs = np.flatnonzero(cell_T == cell)[:_EXAMPLES], np.flatnonzero(table_S == cell)[:_EXAMPLES]
+            rows.append([shown(target, cell), f"{sizes[cell]:,}", _examples(target, ours), _examples(source, theirs)])
+    return rows
+
+
+def _examples(vocabulary: Vocabulary, ids: np.ndarray) -> str:
+    return "\0" + "  ".join(shown(vocabulary, i)[1:] for i in ids.tolist())
 
 
 def _tables(made: Aligned) -> list[tuple[str, str, list[str], list[list[Any]]]]:
@@ -219,8 +246,7 @@ def _tables(made: Aligned) -> list[tuple[str, str, list[str], list[list[Any]]]]:
     for p in popular.tolist():
         group = np.flatnonzero(table_S == p)
         if len(group) > 1:
-            examples = "  ".join(shown(source, u)[1:] for u in group[:6].tolist())
-            shared.append([shown(target, p), f"{len(group):,}", "\0" + examples])
+            shared.append([shown(target, p), f"{len(group):,}", _examples(source, group[:_EXAMPLES])])
     return [
         ("Tokens that keep no id", by, head, lines(usable_S & (table_S < 0))),
         ("Tokens that become another", by, head, lines(moved_S)),

@@ -52,6 +52,43 @@ def first_piece(u: int, cut, source: Vocabulary, target: Vocabulary) -> int:
     return -1
 
 
+def cells(
+    source: Vocabulary, target: Vocabulary, cuts: tuple, written: list[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """(representative of each source token's cell, that of each target token), by walking edges from each target token.
+
+    `cuts`: what cuts a content into the target's pieces, and into the source's.
+    """
+    alone = {target.bos_id, target.eos_id, target.closing_id}
+    edges = set(written)
+    for u in range(source.size):
+        if u not in roles(source, target) and source.contents[u] is not None:
+            edges.add((u, same_bytes(source.contents[u], target)))
+            edges.add((u, first_piece(u, cuts[0], source, target)))
+    for v in range(target.size):
+        if v not in roles(target, source) and target.contents[v] is not None:
+            edges.add((first_piece(v, cuts[1], target, source), v))
+    edges = {(u, v) for u, v in edges if min(u, v) >= 0 and v not in alone and u not in roles(source, target)}
+    of_source, of_target = [-1] * source.size, list(range(target.size))
+    for start in range(target.size):
+        seen: set[tuple[str, int]] = set()
+        waiting = [("target", start)]
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += [("target", v) for u, v in edges if node == ("source", u)]
+                waiting += [("source", u) for u, v in edges if node == ("target", v)]
+        ids = sorted((len(target.contents[v] or b""), v) for side, v in seen if side == "target")
+        of_target[start] = ids[0][1]
+        for side, u in seen:
+            if side == "source":
+                of_source[u] = ids[0][1]
+    for u, v in roles(source, target).items():
+        of_source[u] = v
+    return of_source, of_target
+
+
 def mined(u: int, source: Vocabulary, target: Vocabulary) -> int:
     content = source.contents[u]
     if content is None or u in roles(source, target):

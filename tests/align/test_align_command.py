@@ -76,6 +76,23 @@ def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[s
     assert len(changed) and set(changed) <= set(ids)
 
 
+def test_cells_and_their_page(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = run(capsys, "map.npz", "--kind", "cells", "--report", "page")
+    made, target = VocabularyMap.load("map.npz"), Vocabulary.of(byte_level())
+    cells, sizes = np.unique(made.cell_T, return_counts=True)
+    assert told["cells"] == len(cells) < target.size and told["coverage"] > told["identical"]
+    section = Path("page/report.html").read_text().split("<h2>Cells</h2>")[1].split("<h2>")[0]
+    largest = int(cells[sizes.argmax()])
+    assert shown(target, largest)[1:] in section and f"<td>{sizes.max()}</td>" in section
+    assert all(
+        shown(target, i)[1:].replace("'", "&#39;") in section for i in np.flatnonzero(made.cell_T == largest)[:6]
+    )
+    # Ends of texts and turns are cells of their own.
+    assert all((made.cell_T == i).sum() == 1 for i in (target.eos_id, target.closing_id))
+    run(capsys, "map.npz", "--kind", "exact", "--report", "page")
+    assert "<h2>Cells</h2>" not in Path("page/report.html").read_text()
+
+
 def test_kinds_that_count(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tables = {}
     for kind, positions in (("ms", None), ("ms_reference", None), ("ms_reference", "offsets"), ("ms", "dtw_reference")):

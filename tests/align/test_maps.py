@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fusemega.align.cells import cells_map
 from fusemega.align.kinds import KINDS
 from fusemega.align.make_map import exact_map, first_piece_map, mined_map, ms_map, ms_reference_map
 from fusemega.align.pieces import cutter
@@ -56,7 +57,21 @@ def test_every_kind_is_what_plain_loops_make(seed: int) -> None:
     def cut(content: bytes) -> list[int]:
         return [in_bytes[content[i : i + 1]] for i in range(len(content)) if content[i : i + 1] in in_bytes]
 
+    own_bytes = {c: i for i, c in enumerate(source.contents) if c is not None and len(c) == 1}
+
+    def cut_own(content: bytes) -> list[int]:
+        return [own_bytes[content[i : i + 1]] for i in range(len(content)) if content[i : i + 1] in own_bytes]
+
+    forward, backward = first_piece_map(source, target, cut), first_piece_map(target, source, cut_own)
+    written = sorted({(rng.randrange(3, source.size), rng.randrange(3, target.size)) for _ in range(3)})
+    cells = cells_map(source, target, forward, backward, tuple(np.array(written).T))  # type: ignore[arg-type]
+    of_source, of_target = map_loops.cells(source, target, (cut, cut_own), written)
+    assert cells.cell_T.dtype == np.int32 and cells.cell_T.tolist() == of_target
+    assert 5 < len(set(of_target)) < target.size - 5 and np.isin(cells.marked_S, [-1, *of_target]).all()
+    sizes = [of_target.count(v) for v in set(of_target)]
+    assert cells.statistics["cell_sizes"] == {str(n): sizes.count(n) for n in sorted(set(sizes))}
     expected = [
+        (cells, of_source),
         (exact_map(source, target), same),
         (first_piece_map(source, target, cut), [map_loops.first_piece(u, cut, source, target) for u in ids]),
         (mined_map(source, target), [map_loops.mined(u, source, target) for u in ids]),
@@ -66,8 +81,8 @@ def test_every_kind_is_what_plain_loops_make(seed: int) -> None:
     assert [made.kind for made, _ in expected] == list(KINDS)
     for made, table in expected:
         assert made.table_S.dtype == np.int32 and made.table_S.tolist() == table, made.kind
-    assert len({tuple(table) for _, table in expected}) == 5, "two kinds agree: nothing was told apart"
-    assert len({made.content_hash for made, _ in expected}) == 5
+    assert len({tuple(table) for _, table in expected}) == 6, "two kinds agree: nothing was told apart"
+    assert len({made.content_hash for made, _ in expected}) == 6
 
 
 @pytest.mark.parametrize("flip", [False, True], ids=["to sentencepiece", "to byte-level"])
@@ -183,7 +198,10 @@ def test_damaged_files_are_refused(saved: tuple[VocabularyMap, Path]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 1}, "another format, and this version reads format 2; make it again with"),
+        ({"format": 2}, "format 2, from before maps had cells; this version reads format 3; make it again with"),
+        ({"format": 4}, "a vocabulary map of format 4; this version reads format 3"),
+        ({"format": "3"}, "map.npz: not a vocabulary map"),
+        ({"kind": "cells"}, "cell_T has 0 entries; expected: 35, one for each of the target's ids"),
         ({"kind": "exakt"}, "unknown name 'exakt' .did you mean 'exact'"),
         ({"target_size": 3}, "table_S is no table of ids below 3"),
         ({"source_marks_start": 1}, "damaged vocabulary map: source_marks_start is 1"),
@@ -203,3 +221,42 @@ def test_wrong_facts_are_refused(saved: tuple[VocabularyMap, Path], change: dict
         np.savez(out, **arrays)
     with pytest.raises(UserError, match=words):
         VocabularyMap.load(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell_T", "words"),
+    [
+        ("exact", [0, 1, 1, 3], "cell_T has 4 entries; expected: 0, none for kind exact"),
+        ("cells", [0, 1, 1], "cell_T has 3 entries; expected: 4, one for each of the target's ids"),
+        ("cells", [0, 1, 1, 4], "cell_T is no table of ids below 4"),
+        ("cells", [0, 1, -1, 3], "cell_T is no table of ids below 4"),
+        ("cells", [0, 0, 1, 3], "cell_T says that 1 stands for 2, but 0 for 1 itself"),
+        ("cells", [0, 1, 1, 1], "cell_T does not fit unmarked_S, which has an id that stands for no cell"),
+        ("cells", [0, 1, 1, 3], ""),
+    ],
+)
+def test_tables_of_cells_that_cannot_be(kind: str, cell_T: list[int], words: str, tmp_path: Path) -> None:
+    tables = [np.array(table, dtype=np.int32) for table in ([0, 1, -1], [0, 1, 1], [3, 1, 0])]
+    made = VocabularyMap(kind, "a", "b", *tables, 3, 4, False, False, cell_T=np.array(cell_T, dtype=np.int32))
+    made.save(tmp_path / "map")
+    if words:
+        with pytest.raises(UserError, match=words):
+            VocabularyMap.load(tmp_path / "map")
+    else:
+        again = VocabularyMap.load(tmp_path / "map")
+        assert again.cell_T.tolist() == cell_T
+        assert again.content_hash == made.content_hash != replace(made, cell_T=np.arange(4)).content_hash
+
+
+def test_a_map_of_an_older_format_is_replaced(saved: tuple[VocabularyMap, Path]) -> None:
+    made, path = saved
+    facts = np.frombuffer(json.dumps({"format": 2}).encode(), dtype=np.uint8)
+    with path.open("wb") as out:
+        np.savez(out, facts=facts)
+    with pytest.raises(UserError, match=f"make it again with `fusemega align SOURCE TARGET {path}`"):
+        VocabularyMap.load(path)
+    made.save(path)
+    assert VocabularyMap.load(path).content_hash == made.content_hash
+    path.write_bytes(b"a text of somebody else")
+    with pytest.raises(UserError, match="exists and is not a vocabulary map; it is not replaced"):
+        made.save(path)

@@ -179,6 +179,25 @@ def mapped(path: str, **facts: Any) -> Damage:
     return lambda: replace(VocabularyMap.load(path), **facts).save(path)
 
 
+def celled(path: str, representatives: dict[int, int] | None = None, file_format: int = 3) -> Damage:
+    """A vocabulary map of kind cells, in which each id is a cell but for those given; of a format."""
+
+    def do() -> None:
+        made = VocabularyMap.load(path)
+        cell_T = np.arange(made.target_size, dtype=np.int32)
+        for token, other in (representatives or {}).items():
+            cell_T[token] = other
+        replace(made, kind="cells", cell_T=cell_T).save(path)
+        with np.load(path) as file:
+            arrays = dict(file)
+        facts = json.loads(arrays["facts"].tobytes()) | {"format": file_format}
+        arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+        with Path(path).open("wb") as out:
+            np.savez(out, **arrays)
+
+    return do
+
+
 def parquet(path: str, **columns: list[Any]) -> Damage:
     """A parquet file of these columns."""
 

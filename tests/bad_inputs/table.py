@@ -9,6 +9,7 @@ import gzip
 
 from tests.bad_inputs.base import ROWS
 from tests.bad_inputs.damage import (
+    celled,
     copied,
     cut,
     flip,
@@ -222,6 +223,7 @@ TABLE: list[Bad] = [
     _t("transplanted from another form", MOVE.replace("model", "megatron"), "megatron/config.json: cannot read"),
     _t("transplanted by no map", MOVE + " --map nowhere", "nowhere: cannot read the vocabulary map"),
     _t("transplanted by first pieces", "transplant model new --tokenizer model --map map.npz", "map.npz: of kind first_piece", mapped("map.npz", kind="first_piece")),
+    _t("transplanted by cells", "transplant model new --tokenizer model --map map.npz", "map.npz: of kind cells, whose old ids stand for sets of tokens", celled("map.npz")),
     _t("transplanted by no map at all", MOVE + " --map data.jsonl", "data.jsonl: not a vocabulary map"),
     _t("transplanted, torn", MOVE, "model/model.safetensors: truncated", cut(SAFE, -1)),
     _t("none", TRAIN, "model: cannot load a tokenizer", gone(TOKENIZER), gone(SETTINGS)),
@@ -350,6 +352,10 @@ TABLE: list[Bad] = [
     _a("a projection by no map", PROJECT, "map.npz: cannot read the vocabulary map: No such file", gone("map.npz")),
     _a("a map for another target", PROJECT, "map.npz: the map's target is not the tokenizer of model", mapped("map.npz", target="x")),
     _a("a map of no published kind", PROJECT, "map.npz: of kind first_piece", mapped("map.npz", kind="first_piece")),
+    _a("a projection by cells", PROJECT, "map.npz: of kind cells, which was never published", celled("map.npz")),
+    _a("a map from before cells", FUSE, "map.npz: a vocabulary map of format 2, from before maps had cells; this version reads format 3; make it again with `fusemega align SOURCE TARGET map.npz`", celled("map.npz", file_format=2)),
+    _a("an id that stands for a cell and is in another", FUSE, "map.npz: damaged vocabulary map: cell_T says that 1 stands for 2, but 0 for 1 itself", celled("map.npz", {2: 1, 1: 0})),
+    _a("cells of other tables", FUSE, "map.npz: damaged vocabulary map: cell_T does not fit table_S", celled("map.npz", {2: 1})),
     _a("a map from another source", PROJECT, "map.npz: the map's source is not the tokenizer of model", mapped("map.npz", source="x")),
     _a("a store of another tokenizer", PROJECT + " source.tokenizer=sharded", "store: the store's tokenizer is", key("sharded/tokenizer_config.json", "bos_token", "<|im_start|>")),
     _a("a store of another template", PROJECT + " target.tokenizer=sharded", "store: the store's template is", put("sharded/chat_template.jinja", "{{ messages[0]['content'] }}")),
