@@ -1,9 +1,8 @@
 """Kinds of shared positions: how the bytes of the teacher's next token and of the target's next token lie to each other.
 
-At a shared position both models have read the same text, and both predict a token that begins there. The text's own next
-token of either side may end at the same byte (`equal`), or one of them later: the other is then a beginning of it. Only
-at equal positions is the label an event of both vocabularies, so a map can be right at the others only if it says what
-to do there.
+At a shared position both models have read the same text, and both predict a token that begins there. The text's own
+next tokens of the two may end at the same byte (`equal`), or one of them later: the other is then a beginning of it.
+Only at equal positions is the label an event of both vocabularies; a bad map shows at the others.
 
 Shape suffixes: P positions of a row or sample (each side has its own number), M positions that match.
 """
