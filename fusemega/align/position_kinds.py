@@ -1,4 +1,4 @@
-"""Kinds of shared positions: how the bytes of the teacher's next token and of the target's next token lie to each other.
+"""Kinds of shared positions: whether the two next tokens end at the same byte, or which of them is the longer one.
 
 At a shared position both models have read the same text, and both predict a token that begins there. The text's own
 next tokens of the two may end at the same byte (`equal`), or one of them later: the other is then a beginning of it.
