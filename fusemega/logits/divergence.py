@@ -32,15 +32,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusemega.logits._gradients import Gradients
-from fusemega.logits._head import (
-    ChunkedHead,
-    Query,
-    SparseLogProbs,
-    Sums,
-    all_reduced,
-    default_chunk,
-    reduce_together,
-)
+from fusemega.logits._head import ChunkedHead, default_chunk
+from fusemega.logits._query import Query, SparseLogProbs, Sums
+from fusemega.logits._sums import all_reduced, reduce_together
 from fusemega.logits.topk import largest_ids
 
 

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusemega.logits._head import MIB, ChunkedHead, Query
+from fusemega.logits._head import MIB, ChunkedHead
+from fusemega.logits._query import Query
 
 _CUMULATED_BYTES = 64 * MIB
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusemega.logits._head import ChunkedHead, Query
+from fusemega.logits._head import ChunkedHead
+from fusemega.logits._query import Query
 
 
 @torch.no_grad()

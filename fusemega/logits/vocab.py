@@ -1,4 +1,4 @@
-"""Log-probabilities of a few ids per token from a vocabulary-parallel head; every loss uses them.
+"""Log-probabilities of a few ids, or groups of ids, per token from a vocabulary-parallel head; every loss uses them.
 
 Two entry points over one kernel (`_head`). With N tokens and chunks of `chunk_tokens`:
 
@@ -11,13 +11,14 @@ the group; the returned d_hidden is this rank's *partial* sum, which Megatron's 
 (`copy_to_tensor_model_parallel_region`, or `gather_from_sequence_parallel_region` under sequence parallelism). The
 upstream gradient is the same on every rank, so no factor of the group's size appears anywhere.
 
-Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary rows, K listed ids, M auxiliary
-sums.
+Shape suffixes: T tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary rows, K entries of a query (ids
+and groups), M auxiliary sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusemega.logits._gradients import Gradients
-from fusemega.logits._head import ChunkedHead, Query, SparseLogProbs, Sums
+from fusemega.logits._head import ChunkedHead
+from fusemega.logits._query import Query, SparseLogProbs, Sums
+from fusemega.logits.groups import Groups
 
-__all__ = ["Query", "SparseLogProbs", "TokenLoss", "fused_token_loss", "sparse_log_probs"]
+__all__ = ["Groups", "Query", "SparseLogProbs", "TokenLoss", "fused_token_loss", "sparse_log_probs"]
 
 TokenLoss = Callable[[list[SparseLogProbs], slice], tuple[Tensor, Tensor]]
 
@@ -58,7 +61,8 @@ def sparse_log_probs(
         fp32 (float64 for float64 inputs) tensors, equal on every rank of the group.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, ids outside [-1, vocab_size).
+        ValueError: shapes or dtypes that do not fit, ids that are neither -1 nor of the vocabulary nor of a
+            group, a group twice in one row.
     """
     options = {"group": group, "vocab_size": vocab_size, "softcap": softcap, "chunk_tokens": chunk_tokens}
     logp_TK, lse_T, log_residual_T = _SparseLogProbs.apply(hidden_TH, weight_VH, query, options)
@@ -120,10 +124,7 @@ class _SparseLogProbs(torch.autograd.Function):
             hidden_TH,
             weight_VH,
             query.ids_TK,
-            torch.cat([state.peak_C for state in states]),
-            torch.cat([state.sum_C for state in states]),
-            _cat([state.residual_peak_C for state in states]),
-            _cat([state.residual_sum_C for state in states]),
+            *Sums.cat(states).tensors(),
         )
         ctx.query, ctx.options = query, options
         return (
@@ -137,14 +138,13 @@ class _SparseLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, d_logp_TK: Tensor, d_lse_T: Tensor, d_residual_T: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden_TH, weight_VH, ids_TK, peak_T, sum_T, other_peak_T, other_sum_T = ctx.saved_tensors
-        query = Query(ids_TK, ctx.query.temperature, ctx.query.residual)
+        hidden_TH, weight_VH, ids_TK, *sums = ctx.saved_tensors
+        query, state = replace(ctx.query, ids_TK=ids_TK), Sums(*sums)
         head = ChunkedHead(hidden_TH, weight_VH, [query], **ctx.options)
         gradients = Gradients(hidden_TH, weight_VH, head.dtype, head.blocks, ctx.needs_input_grad[:2])
         for rows in head.chunks:
-            state = Sums(peak_T[rows], sum_T[rows], _rows(other_peak_T, rows), _rows(other_sum_T, rows))
             upstream = SparseLogProbs(d_logp_TK[rows], d_lse_T[rows], _rows(d_residual_T, rows))
-            head.backward(rows, head.logits(rows), [query.rows(rows)], [state], [upstream], gradients)
+            head.backward(rows, head.logits(rows), [query.rows(rows)], [state.rows(rows)], [upstream], gradients)
         return (*gradients.give(1.0), None, None)
 
 

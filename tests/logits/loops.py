@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fusemega.logits.vocab import Query, SparseLogProbs
+from fusemega.logits.vocab import Groups, Query, SparseLogProbs
 
 
 def log_sum_exp(values: list[Tensor]) -> Tensor:
@@ -18,6 +20,16 @@ def log_sum_exp(values: list[Tensor]) -> Tensor:
     return peak + torch.log(total)
 
 
+def members_of(entry: int, vocab_size: int, groups: Groups | None) -> list[tuple[int, float]]:
+    """The ids that an entry of a query stands for, and their weights."""
+    if entry < vocab_size:
+        return [(entry, 1.0)]
+    assert groups is not None
+    start = int(groups.start_J[entry - vocab_size])
+    places = range(start, start + int(groups.count_J[entry - vocab_size]))
+    return [(int(groups.members_E[e]), 1.0 if groups.weight_E is None else float(groups.weight_E[e])) for e in places]
+
+
 def loops(hidden_TH: Tensor, weight_VH: Tensor, query: Query, softcap: float | None = None) -> SparseLogProbs:
     """The answer to `query`, token by token and id by id. `weight_VH` holds real rows only."""
     logp, lse, residual = [], [], []
@@ -28,11 +40,18 @@ def loops(hidden_TH: Tensor, weight_VH: Tensor, query: Query, softcap: float | N
             if softcap is not None:
                 logit = softcap * torch.tanh(logit / softcap)
             scores.append(logit / query.temperature)
-        ids = [int(i) for i in query.ids_TK[t]]
         lse.append(log_sum_exp(scores))
-        zero = torch.zeros((), dtype=torch.float64)
-        logp.append(torch.stack([scores[i] - lse[-1] if i >= 0 else zero for i in ids]))
-        residual.append(log_sum_exp([score for v, score in enumerate(scores) if v not in ids]) - lse[-1])
+        left = [1.0] * len(scores)
+        row = []
+        for i in query.ids_TK[t].tolist():
+            parts = [] if i < 0 else members_of(i, len(scores), query.groups)
+            logs = [scores[v] + math.log(w) for v, w in parts]
+            row.append(log_sum_exp(logs) - lse[-1] if logs else torch.zeros((), dtype=torch.float64))
+            for v, w in parts:
+                left[v] -= w
+        logp.append(torch.stack(row))
+        others = [score + math.log(part) for score, part in zip(scores, left, strict=True) if part > 1e-9]
+        residual.append(log_sum_exp(others) - lse[-1])
     return SparseLogProbs(torch.stack(logp), torch.stack(lse), torch.stack(residual) if query.residual else None)
 
 
