@@ -74,9 +74,9 @@ def test_the_last_row_has_the_peak_of_the_last_save(
     assert rows[0][CPU_MEMORY] <= before[0] and len(before) == 1 and not held
     least = before[0] + ((64 + 2 * 48) << 20)
     assert least - slack <= rows[1][CPU_MEMORY]
-    # Pages that this process changes while the writers live are theirs alone from then on, and count: few, unless tests
-    # before this one have left gigabytes to it.
-    assert rows[1][CPU_MEMORY] <= (least + (160 << 20) if before[0] < 1 << 30 else 3 * least)
+    # Pages that this process changes while the writers live are theirs alone from then on, and count: more of them the
+    # more tests before this one have left to it, and all if that is gigabytes.
+    assert rows[1][CPU_MEMORY] <= (least + (160 << 20) + before[0] // 2 if before[0] < 1 << 30 else 3 * least)
     assert [row["iteration"] for row in rows] == [1, 2]
     assert not list((tmp_path / "run").rglob("*.memory"))
 
