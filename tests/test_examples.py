@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 KINDS: dict[str, type[Section]] = {
     "train": TrainRun,
     "online": TrainRun,
+    "chunk": TrainRun,
     "teach": TeachRun,
     "project": ProjectRun,
     "eval": EvalRun,

@@ -9,6 +9,7 @@ from pydantic import Field
 from fusemega.checkpoint.open_model import weights_hash
 from fusemega.config import Section
 from fusemega.errors import UserError
+from fusemega.fusion.targets import Tail
 from fusemega.runtime.console import global_rank
 from fusemega.store import Row, Store
 from fusemega.store.missing import why_missing
@@ -67,6 +68,22 @@ class TeacherRows:
     def k(self) -> int:
         """Most ids that a position of a row lists."""
         return self.store.manifest.entries
+
+    def check_temperature(self, temperature: float, tail: Tail) -> None:
+        """Refuses a temperature of the targets that the rows cannot be brought to.
+
+        Raises:
+            UserError: `tail: residual` or a store of draws, at another temperature than the store's.
+        """
+        manifest = self.store.manifest
+        sampled = manifest.rows == "sampled"
+        if (sampled or tail == "residual") and temperature != manifest.temperature:
+            why = "its rows are draws at that one" if sampled else "with tail: residual they must be equal"
+            remedy = "" if sampled else " (or use tail: renormalise)"
+            raise UserError(
+                f"objective.temperature: found {temperature}, and {self.store.path} was stored at "
+                f"{manifest.temperature}; {why}{remedy}"
+            )
 
     def row(self, sample: Sample, required: bool) -> Row | None:
         """The store's row of a sample.

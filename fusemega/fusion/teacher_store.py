@@ -60,18 +60,10 @@ class TeacherStore(TeacherRows):
     ) -> None:
         super().__init__(config, where)
         self._vocab_size, self._temperature, self._tail = vocab_size, temperature, tail
-        manifest = self.store.manifest
         self._map = None if config.map is None else _Map(config.map, self.store, tokenizer, vocab_size)
         if self._map is None:
             self.store.check({"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash})
-        sampled = manifest.rows == "sampled"
-        if (sampled or tail == "residual") and temperature != manifest.temperature:
-            why = "its rows are draws at that one" if sampled else "with tail: residual they must be equal"
-            remedy = "" if sampled else " (or use tail: renormalise)"
-            raise UserError(
-                f"objective.temperature: found {temperature}, and {self.store.path} was stored at "
-                f"{manifest.temperature}; {why}{remedy}"
-            )
+        self.check_temperature(temperature, tail)
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, str | None]:
         """See `TeacherRows.identity`."""

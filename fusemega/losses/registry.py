@@ -51,6 +51,7 @@ class Objective(Fields, ABC, Generic[Output]):
             together, such as a pair, and lies in one micro-batch.
         wants: for unit sequence or group, what `loss` gets of each sequence: "logp" of its supervised tokens,
             or "score", what a scalar head gives for its last token. The model in training has to have that head.
+        splits_samples: False: the tokens of a sample must lie on one rank, and context parallelism is refused.
         frozen: the frozen models that it asks, by name, which is also their key in its section of the run file. Their
             answers are in the micro-batch's `answers` under that name; nothing passes back to them.
     """
@@ -59,6 +60,7 @@ class Objective(Fields, ABC, Generic[Output]):
     terms: ClassVar[tuple[str, ...]]
     unit: ClassVar[Literal["token", "sequence", "group"]]
     wants: ClassVar[Literal["logp", "score"]] = "logp"
+    splits_samples: ClassVar[bool] = True
     frozen: Mapping[str, Request] = MappingProxyType({})
 
     @classmethod

@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section
 from fusemega.errors import UserError
-from fusemega.losses.registry import ObjectiveSettings, parse_objective
+from fusemega.losses.registry import ObjectiveSettings, objective_named, parse_objective
 from fusemega.passes.batches import RowShape, TrainingData
 from fusemega.passes.micro_batch import Fields
 from fusemega.runtime.layout import ParallelConfig
@@ -197,6 +197,17 @@ class TrainRun(Section):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         return parse_objective(value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _samples_are_whole(self) -> TrainRun:
+        """context_parallel_size must be 1 for an objective that couples the tokens of a sample (chunk)."""
+        size = self.parallel.context_parallel_size
+        if size > 1 and not objective_named(self.objective.name).splits_samples:
+            raise ValueError(
+                f"objective.name {self.objective.name} sums over neighbouring tokens of a sample, and "
+                f"parallel.context_parallel_size {size} gives them to several ranks; set it to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_divide(self) -> TrainRun:

@@ -5,13 +5,15 @@
                                  `sft` compare with; the run file of a `teach`
 
 Reports the curves, what an evaluation found after them, and for each layout what the optimizer holds for the last row
-of the vocabulary and the one before. Leaves the trained weights in each run's hf/.
+of the vocabulary and the one before; and errors of losses that are tried alone. Leaves the trained weights in each
+run's hf/.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +36,7 @@ from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.pairwise import Pairwise, PairwiseScores
+from tests.losses.published import chunk_case
 from tests.losses.sequence_mean import SequenceMean
 
 
@@ -75,6 +78,16 @@ def last_rows(trainer: Trainer) -> dict[str, list[float]] | None:
     }
 
 
+def published() -> dict[str, float]:
+    """Errors of the published cross-tokenizer losses over two and four tensor-parallel ranks; see `Case.check`."""
+    rank = dist.get_rank()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {"chunk": chunk_case(Path(folder) / "chunk", **{"lambda": 0.2})}
+    found = {f"{name}, TP2": case.check(pairs[rank // 2], rank % 2, 2) for name, case in cases.items()}
+    return found | {f"{name}, TP4": case.check(dist.group.WORLD, rank, 4) for name, case in cases.items()}
+
+
 def main() -> None:
     register("sequence_mean")(SequenceMean)
     register("pairwise")(Pairwise)
@@ -110,6 +123,7 @@ def main() -> None:
     if len(sys.argv) > 2:
         for section in json.loads(Path(sys.argv[2]).read_text()):
             teach(validate(TeachRun, section, "teach"))
+    found["published"] = published()
     report(found)
 
 

@@ -1,0 +1,155 @@
+"""The published cross-tokenizer objectives against plain loops, each setting, and what they refuse.
+
+Tensor-parallel ranks are in tests/distributed/test_vocab.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fusemega.config import validate
+from fusemega.errors import UserError
+from fusemega.passes.answers import HiddenStates
+from fusemega.training.run_file import TrainRun
+from tests.logits.loops import make_head
+from tests.losses.published import (
+    CHUNK_SETTINGS,
+    NO_LABELS,
+    OURS,
+    THEIRS,
+    VOCAB,
+    built,
+    chunk_case,
+    packed,
+    row_of,
+    sample_of,
+    store_of,
+)
+
+
+@pytest.mark.parametrize("settings", CHUNK_SETTINGS, ids=str)
+def test_chunk_equals_the_formula(settings: dict[str, Any], tmp_path: Path) -> None:
+    case = chunk_case(tmp_path, **settings)
+    assert case.objective.counts(case.batch) == {"lm": 12, "chunk": 6}
+    assert case.check() <= 1e-10
+
+
+def test_chunk_settings_all_act(tmp_path: Path) -> None:
+    hidden, weight = make_head(tokens=12)
+    losses = []
+    for number, settings in enumerate(CHUNK_SETTINGS):
+        case = chunk_case(tmp_path / str(number), **settings)
+        head = {"group": None, "vocab_size": VOCAB}
+        loss, sums = case.objective.loss(HiddenStates(hidden, weight, head), case.batch, case.denominators)
+        losses.append(float(loss))
+        assert set(sums) == {"lm", "chunk"} and not sums["chunk"].requires_grad
+    assert len({round(loss, 6) for loss in losses}) == len(CHUNK_SETTINGS)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "total_variation"])
+def test_chunk_is_nothing_between_a_model_and_itself(divergence: str, tmp_path: Path) -> None:
+    """With one tokenizer every token is a chunk, and where both give the same there is nothing to learn."""
+    sample = sample_of(0, [0, 3, 4, 9])
+    hidden, weight = make_head()
+    labels = torch.from_numpy(sample.ids[1:].astype(np.int64))
+    logp_P = (hidden @ weight[:VOCAB].t()).log_softmax(1).gather(1, labels[:, None])[:, 0].detach().numpy()
+    store = store_of(tmp_path, {0: row_of(0, [0, 3, 4, 9], logp_P)})
+    settings = {"divergence": divergence, "lambda": 0.0, "binarization_temperature": 2.0}
+    objective = built({"name": "chunk", "store": str(store.path), **settings})
+    batch = packed(objective, [sample])
+    assert objective.counts(batch) == {"lm": 4, "chunk": 4}
+    # What half precision lost is put back.
+    batch.position_fields["chunk_logp"] = torch.from_numpy(logp_P)  # type: ignore[index]
+    output = HiddenStates(hidden, weight, {"group": None, "vocab_size": VOCAB})
+    loss, sums = objective.loss(output, batch, {"lm": 4, "chunk": 4})
+    assert float(sums["chunk"]) == pytest.approx(0.0, abs=1e-12)
+    if divergence != "total_variation":  # whose gradient has a step there
+        for gradient in torch.autograd.grad(loss, (hidden, weight)):
+            assert float(gradient.abs().max()) < 1e-12
+
+
+def test_chunk_of_certain_and_of_impossible_text_is_finite(tmp_path: Path) -> None:
+    """In fp32, with log-probs of 0 and far beyond the range of exp."""
+    for tau in (1.0, 100.0):
+        for theirs in (0.0, -6e4):
+            ends = [0, 3, 4, 9]
+            store = store_of(tmp_path / f"{tau}{theirs}", {0: row_of(0, ends, np.full(4, theirs))})
+            section = {"name": "chunk", "store": str(store.path), "binarization_temperature": tau}
+            objective = built(section)
+            batch = packed(objective, [sample_of(0, ends)])
+            for scale in (0.0, 1e3):
+                hidden = torch.full((4, 2), scale, requires_grad=True)
+                weight = torch.zeros(VOCAB, 2)
+                weight[int(batch.labels[0])] = 1.0  # one label is certain, the others impossible
+                output = HiddenStates(hidden, weight, {"group": None, "vocab_size": VOCAB})
+                loss, _ = objective.loss(output, batch, {"lm": 4, "chunk": 4})
+                (gradient,) = torch.autograd.grad(loss, hidden)
+                assert loss.isfinite() and gradient.isfinite().all()
+
+
+def test_stores_without_labels_are_refused_by_name(tmp_path: Path) -> None:
+    old = store_of(tmp_path / "old", {0: row_of(0, THEIRS[0], **NO_LABELS)}, format=2)
+    section = {"name": "chunk", "store": str(old.path)}
+    remedy = "run `fusemega teach` with the teacher and its own tokenizer into a new folder"
+    with pytest.raises(UserError, match=rf"objective.store: objective.name chunk needs .*old \(format 2\).*{remedy}"):
+        built(section)
+    projected = store_of(tmp_path / "projected", {0: row_of(0, THEIRS[0], **NO_LABELS)}, projected={"source": "s"})
+    with pytest.raises(UserError, match=rf"objective.store: .*`fusemega project`, which knows none; {remedy}"):
+        built({**section, "store": str(projected.path)})
+    mixed = store_of(tmp_path / "mixed", {0: row_of(0, THEIRS[0], **NO_LABELS)})
+    with pytest.raises(UserError, match=rf"chat.jsonl:1: objective.name chunk needs .*{remedy}"):
+        built({**section, "store": str(mixed.path)}).position_fields(sample_of(0))
+
+
+def test_a_sample_without_a_row_and_one_that_shares_no_position(tmp_path: Path) -> None:
+    store = store_of(tmp_path, {0: row_of(0, [90, 91])})
+    section = {"name": "chunk", "store": str(store.path)}
+    with pytest.raises(UserError, match=r"chat.jsonl:2: no row in the store .*on_missing: skip"):
+        built(section).position_fields(sample_of(1))
+    for fields in (
+        built({**section, "on_missing": "skip"}).position_fields(sample_of(1)),
+        built(section).position_fields(sample_of(0)),
+    ):
+        assert not fields["chunk_starts"].any() and not fields["in_chunk"].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"divergence": "jsd"}, "objective.divergence: found 'jsd'.*allowed: kl, reverse_kl, total_variation"),
+        ({"binarization_temperature": 0}, "objective.binarization_temperature: Input should be greater than 0"),
+        ({"lambda": 2}, "objective.lambda: Input should be less than or equal to 1"),
+        ({"temperature": 2.0}, "objective.temperature: unknown key"),
+        ({"map": "m"}, "objective.map: unknown key"),
+    ],
+)
+def test_wrong_chunk_sections(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        built({"name": "chunk", "store": "s", **changes})
+
+
+def test_context_parallelism_is_refused_before_anything_is_opened() -> None:
+    run = {
+        "output_dir": "out",
+        "model": {"load": "nowhere"},
+        "parallel": {"context_parallel_size": 2},
+        "data": {"path": "nowhere", "seq_length": 64},
+        "objective": {"name": "chunk", "store": "nowhere"},
+        "optimizer": {"lr": 1.0},
+        "training": {"train_iters": 1, "global_batch_size": 2},
+    }
+    with pytest.raises(UserError, match="objective.name chunk sums over .*context_parallel_size 2 .*set it to 1"):
+        validate(TrainRun, run, "train.yaml")
+    validate(TrainRun, run | {"parallel": {"tensor_model_parallel_size": 2}}, "train.yaml")
+
+
+def test_chunks_are_those_of_the_bytes(tmp_path: Path) -> None:
+    """The last of several positions at one byte begins a chunk; a token before the first shared byte is in none."""
+    case = chunk_case(tmp_path)
+    starts = case.batch.position_fields["chunk_starts"].tolist()
+    assert starts == [n in (0, 2, 4, 5) for n in range(len(OURS[0]))] + [False] * 2 + [False, True, True]
+    assert case.batch.position_fields["in_chunk"].tolist() == [True] * 7 + [False] * 3 + [True] * 2
