@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fusemega.align.make_map import by_role, counted, exact_map
+from fusemega.align.make_map import by_role, counted, exact_map, ids_by_content
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
 
@@ -30,7 +30,7 @@ def cells_map(
 ) -> VocabularyMap:
     """The map of kind `cells`. The shortest of a cell's target ids stands for it, of equally short ones the lowest.
 
-    Tokens that begin or end a text or a turn are cells of their own.
+    Tokens that begin or end a text or a turn are cells of their own, and so are tokens that no text is made of.
 
     Args:
         forward: first pieces of the source's tokens in the target's vocabulary (`first_piece_map`); also says what a
@@ -43,6 +43,9 @@ def cells_map(
     alone_S, alone_T = np.zeros(source.size, dtype=bool), np.zeros(target.size, dtype=bool)
     alone_S[list(own)] = True
     alone_T[[i for i in (target.bos_id, target.eos_id, target.closing_id) if i is not None]] = True
+    # No text has these: byte tokens whose byte another token has, for example.
+    written_as = ids_by_content(target)
+    alone_T[[i for i, content in enumerate(target.contents) if content is not None and written_as[content] != i]] = True
     same = _edges(exact_map(source, target).table_S)
     edges = [same, _edges(forward.table_S), _edges(backward.table_S)[::-1], written]
     source_E, target_E = (np.concatenate([edge[side] for edge in edges]) for side in (0, 1))
@@ -59,14 +62,15 @@ def cells_map(
     # A token that no target token begins like may itself begin one.
     lacking_S = (table_S < 0) & ~alone_S
     table_S[lacking_S] = [of_label.get(label, -1) for label in label_N[: source.size][lacking_S].tolist()]
-    sizes, counts = np.unique(np.unique(cell_T, return_counts=True)[1], return_counts=True)
-    statistics = {
-        "target_tokens_reached": int(np.isin(cell_T, table_S).sum()),
-        # Number of target ids in a cell -> number of such cells.
-        "cell_sizes": dict(zip(map(str, sizes.tolist()), counts.tolist(), strict=True)),
-    }
+    statistics = {"target_tokens_reached": int(np.isin(cell_T, table_S).sum()), **_sizes(cell_T)}
     tables = table_S, of_cell(forward.marked_S), of_cell(forward.unmarked_S)
     return replace(counted("cells", source, target, *tables, statistics), cell_T=cell_T)
+
+
+def identity_map(vocabulary: Vocabulary) -> VocabularyMap:
+    """The map of kind `cells` between a vocabulary and itself: each id, special ones too, is itself and alone."""
+    own_S = np.arange(vocabulary.size, dtype=np.int32)
+    return replace(counted("cells", vocabulary, vocabulary, own_S, own_S, own_S, _sizes(own_S)), cell_T=own_S)
 
 
 def components(size: int, left_E: np.ndarray, right_E: np.ndarray) -> np.ndarray:
@@ -96,6 +100,12 @@ def representatives(label_T: np.ndarray, length_T: np.ndarray) -> np.ndarray:
     cell_T = np.empty(len(label_T), dtype=np.int32)
     cell_T[order] = order[first][inverse]
     return cell_T
+
+
+def _sizes(cell_T: np.ndarray) -> dict[str, dict[str, int]]:
+    """Number of target ids in a cell -> number of such cells, for a map's statistics."""
+    sizes, counts = np.unique(np.unique(cell_T, return_counts=True)[1], return_counts=True)
+    return {"cell_sizes": dict(zip(map(str, sizes.tolist()), counts.tolist(), strict=True))}
 
 
 def _edges(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -77,10 +77,12 @@ def map_kind(
 
 @map_kind("cells", "Cells of tokens with which the same text can go on, in either vocabulary.", cells=True)
 def _cells(inputs: MapInputs) -> VocabularyMap:
-    from fusemega.align.cells import cells_map
+    from fusemega.align.cells import cells_map, identity_map
     from fusemega.align.probes import next_tokens, probe_texts
 
     (source, target), (source_tokenizer, target_tokenizer) = inputs.vocabularies, inputs.tokenizers
+    if source.content_hash == target.content_hash:
+        return identity_map(source)
     forward = _pieces(source, target, source_tokenizer, target_tokenizer)
     backward = _pieces(target, source, target_tokenizer, source_tokenizer)
     written = next_tokens(source_tokenizer, target_tokenizer, probe_texts(inputs.vocabularies))

@@ -27,7 +27,7 @@ def command(
             "(nothing), mined (the nearest by edit distance), ms (the token that most often ends at the same byte in a "
             "corpus). ms_reference is FuseChat's rule as released."
         ),
-    ] = "first_piece",
+    ] = "cells",
     data: Annotated[
         list[str] | None,
         typer.Option(

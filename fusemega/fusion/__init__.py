@@ -2,6 +2,7 @@
 
 targets.py        the distributions, their temperature and tail, mixtures
 teacher_rows.py   one teacher's open store, and the rows of samples in it
+partitions.py     cells of several ids, and what the kernel is asked for them
 teacher_store.py  its rows as targets, seen through a vocabulary map where the tokenizers differ
 functions.py      several teachers into one: MinCE, AvgCE, blend
 """

@@ -6,7 +6,7 @@ Shape suffixes: P positions, K listed ids, J teachers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,16 +21,18 @@ class Targets:
     """One distribution a position, at the temperature that training uses.
 
     Attributes:
-        ids_PK: int64; -1 for no entry. Each id occurs at most once in a row.
+        ids_PK: int64; -1 for no entry. Each id occurs at most once in a row, and stands for its cell.
         logp_PK: fp32; -inf where nothing is listed.
         log_residual_P: fp32, log of the mass of all ids that are not listed; -inf for none.
         mask_P: bool; False: the position is taught nothing.
+        partition: number of the partition of ids into cells (`fusemega.fusion.partitions`); 0: an id is a cell.
     """
 
     ids_PK: np.ndarray
     logp_PK: np.ndarray
     log_residual_P: np.ndarray
     mask_P: np.ndarray
+    partition: int = 0
 
     @classmethod
     def nothing(cls, positions: int, k: int) -> Targets:
@@ -49,7 +51,12 @@ def renormalised(targets: Targets) -> Targets:
     # A position whose listed ids have no mass cannot be scaled to 1, so it is taught nothing.
     listed_P = targets.mask_P & (total_P > -np.inf)
     logp_PK = targets.logp_PK - np.where(listed_P, total_P, 0.0)[:, None]
-    return Targets(targets.ids_PK, logp_PK.astype(np.float32), np.full_like(targets.log_residual_P, -np.inf), listed_P)
+    return replace(
+        targets,
+        logp_PK=logp_PK.astype(np.float32),
+        log_residual_P=np.full_like(targets.log_residual_P, -np.inf),
+        mask_P=listed_P,
+    )
 
 
 def or_label(targets: Targets, labels_P: np.ndarray) -> Targets:
@@ -58,11 +65,13 @@ def or_label(targets: Targets, labels_P: np.ndarray) -> Targets:
     ids_PK, logp_PK, log_residual_P = targets.ids_PK.copy(), targets.logp_PK.copy(), targets.log_residual_P.copy()
     ids_PK[bare_P], logp_PK[bare_P], log_residual_P[bare_P] = -1, -np.inf, -np.inf
     ids_PK[bare_P, 0], logp_PK[bare_P, 0] = labels_P[bare_P], 0.0
-    return Targets(ids_PK, logp_PK, log_residual_P, np.ones_like(targets.mask_P))
+    return replace(
+        targets, ids_PK=ids_PK, logp_PK=logp_PK, log_residual_P=log_residual_P, mask_P=np.ones_like(targets.mask_P)
+    )
 
 
 def mixture(parts: Sequence[Targets], weights_JP: np.ndarray) -> Targets:
-    """sum_j w_j P_j at each position, over the teachers that have a distribution there.
+    """sum_j w_j P_j at each position, over the teachers that have a distribution there; all in one partition.
 
     An id that several teachers list gets the weighted sum of their probabilities. For a teacher that does not list it,
     the id is part of the residual, and stays part of the mixture's residual.
@@ -92,4 +101,4 @@ def mixture(parts: Sequence[Targets], weights_JP: np.ndarray) -> Targets:
     # What a teacher of weight 0 lists is no entry.
     ids_PK = np.where(logp_PK > -np.inf, np.concatenate([part.ids_PK for part in parts], 1), -1)
     ids_PK, logp_PK = sum_duplicates(ids_PK, logp_PK)
-    return Targets(ids_PK, logp_PK, log_sum(residual_JP.T).astype(np.float32), mask_P)
+    return Targets(ids_PK, logp_PK, log_sum(residual_JP.T).astype(np.float32), mask_P, parts[0].partition)

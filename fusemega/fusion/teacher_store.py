@@ -1,7 +1,7 @@
 """One teacher: an open sample store, whose rows are converted to targets with the target model's ids.
 
 Shape suffixes: P supervised positions of a sample, K ids of a row, M positions at which both tokenizations end a token,
-S ids of the teacher's tokenizer.
+S ids of the teacher's tokenizer, V ids of the target's vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from fusemega.align.position_kinds import TARGET_LONGER, position_kinds
 from fusemega.align.positions import shared_positions
 from fusemega.align.projection import project
 from fusemega.align.vocabulary_map import VocabularyMap
@@ -30,6 +31,11 @@ class TeacherStoreConfig(TeacherRowsConfig):
         None,
         description="vocabulary map from `fusemega align`; default: none, the store has the target's own tokenizer",
     )
+    consistent: bool = Field(
+        False,
+        description="treat a position at which the target's next token ends after the teacher's next token as "
+        "unaligned; only with a map",
+    )
 
 
 class TeacherStore(TeacherRows):
@@ -43,6 +49,9 @@ class TeacherStore(TeacherRows):
             rows is welcome as long as no row lists an id that the target lacks.
         temperature: the temperature of the targets.
         tail: the mass outside the listed ids: kept as one more outcome, or shared out over the listed ids.
+
+    Attributes:
+        vocab_size: as given.
 
     Raises:
         UserError: no store or map there; a store of another tokenizer, template, mask or model; a map of other
@@ -59,9 +68,16 @@ class TeacherStore(TeacherRows):
         tail: Tail,
     ) -> None:
         super().__init__(config, where)
-        self._vocab_size, self._temperature, self._tail = vocab_size, temperature, tail
-        self._map = None if config.map is None else _Map(config.map, self.store, tokenizer, vocab_size)
-        if self._map is None:
+        self.vocab_size, self._temperature, self._tail = vocab_size, temperature, tail
+        if config.consistent and config.map is None:
+            raise UserError(
+                f"{where}.consistent: no effect without {where}.map, because a teacher with the target's tokenizer has "
+                "the same next token; leave it out"
+            )
+        self._map = None
+        if config.map is not None:
+            self._map = _Map(config.map, self.store, tokenizer, vocab_size, config.consistent)
+        else:
             self.store.check({"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash})
         self.check_temperature(temperature, tail)
 
@@ -69,10 +85,16 @@ class TeacherStore(TeacherRows):
         """See `TeacherRows.identity`."""
         return super().identity(dataset) | {"map": None if self._map is None else self._map.content_hash}
 
+    @property
+    def cell_V(self) -> np.ndarray | None:
+        """int64 [V]: for each id the one that stands for its cell in `targets`; None: each is a cell of its own."""
+        return None if self._map is None else self._map.cell_V
+
     def targets(self, row: Row, sample: Sample) -> Targets:
         """Converts the store's row of this very sample to the target's ids.
 
-        With a map, a position is taught where both tokenizations have a token that ends at its byte.
+        With a map, a position is taught where both tokenizations have a token that ends at its byte. If the map has
+        cells, the ids are those that stand for cells (`cell_V`); the number of this partition is left to the caller.
 
         Raises:
             UserError: a row of another tokenization or mask, or with ids beyond the target's vocabulary.
@@ -88,10 +110,10 @@ class TeacherStore(TeacherRows):
             ids_PK, mask_P = row.ids_PK.astype(np.int64), np.ones(row.num_tokens, dtype=bool)
             targets = Targets(ids_PK, logp_PK.astype(np.float32), row.log_residual_P, mask_P)
         largest = targets.ids_PK.max(initial=-1)
-        if largest >= self._vocab_size:
+        if largest >= self.vocab_size:
             raise UserError(
                 f"{sample.source}: the row in the store {self.store.path} lists id {largest}, and the model in "
-                f"training has a vocabulary of {self._vocab_size}"
+                f"training has a vocabulary of {self.vocab_size}"
             )
         return renormalised(targets) if self._tail == "renormalise" else targets
 
@@ -112,17 +134,24 @@ class TeacherStore(TeacherRows):
 class _Map:
     """A vocabulary map at work: rows of one tokenizer's store for samples of another tokenizer."""
 
-    def __init__(self, path: str, store: Store, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, path: str, store: Store, tokenizer: Tokenizer, vocab_size: int, consistent: bool) -> None:
+        self._consistent = consistent
         self._map = loaded = VocabularyMap.load(Path(path))
         self.content_hash = loaded.content_hash
         scorer = store.manifest.tokenizer, f"that of the store {store.path}"
         ours = tokenizer.content_hash, tokenizer.source
         loaded.check(path, scorer, ours, target_ids=tokenizer.num_ids)
         tables = np.stack([loaded.table_S, loaded.marked_S, loaded.unmarked_S])
-        if tables.max(initial=-1) >= vocab_size:
+        self.cell_V: np.ndarray | None = None
+        if len(loaded.cell_T):
+            # Ids that only the model has are cells of their own, ids that it lacks are in none.
+            self.cell_V = np.arange(vocab_size)
+            inside = min(vocab_size, len(loaded.cell_T))
+            self.cell_V[:inside] = loaded.cell_T[:inside]
+        largest = max(tables.max(initial=-1), -1 if self.cell_V is None else self.cell_V.max(initial=-1))
+        if largest >= vocab_size:
             raise UserError(
-                f"{path}: the map contains id {tables.max()}, and the model in training has a vocabulary of "
-                f"{vocab_size}"
+                f"{path}: the map contains id {largest}, and the model in training has a vocabulary of {vocab_size}"
             )
         # A model may have more rows than its tokenizer has ids; those map to no id (-1).
         spare = max(0, store.manifest.vocab_size - loaded.source_size)
@@ -130,7 +159,8 @@ class _Map:
         # At the end of a plain text eos becomes eos, even if the source also closes turns with it.
         self._text_tables = self._chat_tables.copy()
         if loaded.source_eos >= 0 and loaded.target_eos < vocab_size:
-            self._text_tables[:, loaded.source_eos] = loaded.target_eos
+            eos = loaded.target_eos
+            self._text_tables[:, loaded.source_eos] = eos if self.cell_V is None or eos < 0 else self.cell_V[eos]
         self._tokenizer = tokenizer
 
     def targets(self, row: Row, logp_PK: np.ndarray, sample: Sample) -> Targets:
@@ -152,6 +182,9 @@ class _Map:
         targets.ids_PK[target_M], targets.logp_PK[target_M] = ids_MK, logp_MK
         targets.log_residual_P[target_M] = log_residual_M
         targets.mask_P[target_M] = (ids_MK >= 0).any(1)
+        if self._consistent:
+            kinds_M = position_kinds(row.end_bytes, source_M, sample, target_M)
+            targets.mask_P[target_M[kinds_M == TARGET_LONGER]] = False
         return targets
 
     def _first_table(self, sample: Sample, position: int, of_text: bool) -> int:

@@ -20,6 +20,14 @@ If a teacher has another tokenizer, some positions of the target end inside one 
 p is the label alone at these positions, as in FuseChat; so with a small lambda the target still learns how its own
 tokens continue. With `nothing`, and for samples without a row, such positions have only the label's term.
 
+If a teacher's map has cells (`fusemega.align.cells`), p is a distribution over cells of the target's ids, and q of a
+cell is the sum over its ids. A row says nothing of the ids inside a cell, so there the label teaches:
+
+    CE(p_t, q_t) = - sum_c p_t(c) log q_t(c) - p_t(other) log q_t(other) - log q_t(y_t | cell of y_t)
+
+The last term is 0 where the label is alone in its cell. It has no bias, because the label is drawn from the
+distribution that is to be learnt. A position whose p is the label alone is the special case of one cell for everything.
+
 Shape suffixes: N supervised positions of a micro-batch (T in the kernel's names), P of one sample, K ids of a row,
 H hidden size, V this rank's vocabulary rows, C positions of a chunk, M sums that metrics are made of.
 """
@@ -28,6 +36,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,8 +45,10 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fusemega.errors import UserError
+from fusemega.fusion.partitions import Partitions
 from fusemega.fusion.targets import Tail, Targets, or_label
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
+from fusemega.logits.groups import Groups
 from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
 from fusemega.losses.registry import Objective, ObjectiveSettings, register
 from fusemega.passes.answers import HiddenStates
@@ -77,13 +88,18 @@ class Taught(Objective[HiddenStates]):
     Args:
         settings: as in the run file.
         k: largest number of ids at a position.
+        partitions: those that `targets` are in, by their numbers.
     """
 
     terms = ("lm", "distill")
     unit = "token"
 
-    def __init__(self, settings: TaughtSettings, k: int) -> None:
-        self.settings, self._k = settings, k
+    def __init__(self, settings: TaughtSettings, k: int, partitions: Partitions) -> None:
+        self.settings, self._k, self._partitions = settings, k, partitions
+        self._groups: Groups | None = None
+        if partitions.num_groups:
+            member_E, group_E = torch.from_numpy(partitions.member_E), torch.from_numpy(partitions.group_E)
+            self._groups = Groups(member_E, group_E, partitions.num_groups)
 
     @abstractmethod
     def targets(self, sample: Sample) -> Targets | None:
@@ -96,14 +112,18 @@ class Taught(Objective[HiddenStates]):
     def position_fields(self, sample: Sample) -> dict[str, np.ndarray]:
         """teacher_ids int64 [P, K] (-1: none), teacher_logp fp32 [P, K], teacher_log_residual fp32 [P], teacher_mask.
 
+        If there are cells of several ids, teacher_ids has ids of groups for them, and label_cell int64 [P] is the group
+        that the label is in; -1 where the label is alone in its cell, and where no row teaches.
+
         Raises:
             UserError: as `targets`.
         """
-        targets = self.targets(sample)
-        if targets is None:
-            targets = Targets.nothing(len(sample.positions), self._k)
-        elif self.settings.unaligned == "label":
-            targets = or_label(targets, sample.ids[sample.positions + 1])
+        found, labels_P = self.targets(sample), sample.ids[sample.positions + 1]
+        targets = found or Targets.nothing(len(sample.positions), self._k)
+        targets, label_cell_P = self._partitions.queries(targets, labels_P)
+        cells = {} if self._groups is None else {"label_cell": np.where(targets.mask_P, label_cell_P, -1)}
+        if found is not None and self.settings.unaligned == "label":
+            targets = or_label(targets, labels_P)
         # Fields have one shape for all samples, and so one K.
         spare = ((0, 0), (0, self._k - targets.ids_PK.shape[1]))
         return {
@@ -111,6 +131,7 @@ class Taught(Objective[HiddenStates]):
             "teacher_logp": np.pad(targets.logp_PK.astype(np.float32), spare, constant_values=-np.inf),
             "teacher_log_residual": targets.log_residual_P.astype(np.float32),
             "teacher_mask": targets.mask_P,
+            **cells,
         }
 
     def counts(self, batch: MicroBatch) -> dict[str, int]:
@@ -125,19 +146,26 @@ class Taught(Objective[HiddenStates]):
         distill_weight = (1.0 - settings.lambda_) * settings.temperature**2 / denominators["distill"]
 
         def token_loss(results: list[SparseLogProbs], rows: slice) -> tuple[Tensor, Tensor]:
-            label, taught = results
+            label, taught, *inside = results
             ce_C = -label.logp_TK[:, 0]
             kd_C = -(p_NK[rows] * taught.logp_TK).sum(1)
             if p_other_N is not None and taught.log_residual_T is not None:
                 p_other_C = p_other_N[rows]
                 # If every id is listed, the student's residual is -inf and the teacher's mass 0; 0 * -inf is nan.
                 kd_C = kd_C - p_other_C * torch.where(p_other_C > 0, taught.log_residual_T, 0.0)
+            for within in inside:  # - log q(label | its cell); both columns are 0 where the label is alone in it
+                kd_C = kd_C + within.logp_TK[:, 0] - within.logp_TK[:, 1]
             return lm_weight * ce_C + distill_weight * kd_C, torch.stack([ce_C, kd_C], dim=1)
 
+        groups = None if self._groups is None else self._groups.to(output.hidden_NH.device)
         queries = [
             Query(batch.labels[:, None]),
-            Query(fields["teacher_ids"], settings.temperature, residual=p_other_N is not None),
+            Query(fields["teacher_ids"], settings.temperature, p_other_N is not None, groups),
         ]
+        if groups is not None:
+            cell_N = fields["label_cell"]
+            label_N = torch.where(cell_N >= 0, batch.labels, -1)
+            queries.append(Query(torch.stack([cell_N, label_N], dim=1), settings.temperature, groups=groups))
         loss, sums_M = fused_token_loss(output.hidden_NH, output.weight_VH, queries, token_loss, **output.head)
         return loss, {"lm": sums_M[0], "distill": sums_M[1]}
 
@@ -164,7 +192,7 @@ class Distill(Taught):
         name: Literal["distill"] = "distill"
 
     def __init__(self, settings: Distill.Settings, store: TeacherStore) -> None:
-        super().__init__(settings, store.k)
+        super().__init__(settings, store.k, Partitions([store.cell_V], store.vocab_size))
         self.store = store
 
     @classmethod
@@ -181,7 +209,9 @@ class Distill(Taught):
 
     def targets(self, sample: Sample) -> Targets | None:
         row = self.store.row(sample, self.settings.on_missing == "error")
-        return None if row is None else self.store.targets(row, sample)
+        if row is None:
+            return None
+        return replace(self.store.targets(row, sample), partition=self._partitions.numbers[0])
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
         return self.store.identity(dataset)

@@ -7,11 +7,15 @@ FuseLLM (arXiv:2401.10491) and FuseChat (arXiv:2402.16107). The target's own ini
 teachers: a store that `fusemega teach` wrote with the model that training starts from. The teachers' weights are
 computed from numbers in the stores, outside the training step.
 
-Shape suffixes: J teachers.
+A mixture of teachers whose maps have different cells is one over the finest cells that are unions of each teacher's;
+with `min_ce`, a sample has the cells of its teacher.
+
+Shape suffixes: J teachers, P supervised positions of a sample, V ids of the vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,6 +23,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fusemega.config import Section
 from fusemega.fusion.functions import FUNCTIONS, rewards
+from fusemega.fusion.partitions import Partitions, coarsened, joined
 from fusemega.fusion.targets import Targets
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.losses.distill import Taught, TaughtSettings
@@ -82,9 +87,14 @@ class Fuse(Taught):
             return teachers
 
     def __init__(self, settings: Fuse.Settings, teachers: list[TeacherStore]) -> None:
-        ks = [teacher.k for teacher in teachers]
-        # min_ce keeps the ids of one teacher, a mixture those of all.
-        super().__init__(settings, max(ks) if settings.fusion.function == "min_ce" else sum(ks))
+        ks, vocab_size = [teacher.k for teacher in teachers], teachers[0].vocab_size
+        cells = [teacher.cell_V for teacher in teachers]
+        # min_ce keeps the ids and cells of one teacher; a mixture has the ids of all, in cells that all can state.
+        self._joined_V = None if settings.fusion.function == "min_ce" else joined(cells, vocab_size)
+        if settings.fusion.function == "min_ce":
+            super().__init__(settings, max(ks), Partitions(cells, vocab_size))
+        else:
+            super().__init__(settings, sum(ks), Partitions([self._joined_V] * len(teachers), vocab_size))
         self.teachers, self._fusion = teachers, settings.fusion
 
     @classmethod
@@ -101,18 +111,23 @@ class Fuse(Taught):
 
     def targets(self, sample: Sample) -> Targets | None:
         """With `on_missing: skip`, only the teachers that have a row of the sample are combined."""
-        found: list[tuple[TeacherStore, Row]] = []
-        for teacher in self.teachers:
+        found: list[tuple[int, Row]] = []
+        for j, teacher in enumerate(self.teachers):
             row = teacher.row(sample, self.settings.on_missing == "error")
             if row is not None:
-                found.append((teacher, row))
+                found.append((j, row))
         if not found:
             return None
         rewards_J = rewards(np.array([self._cross_entropy(row) for _, row in found]), self._fusion.decide_in == "bf16")
         if self._fusion.function == "min_ce":  # so only the chosen teacher's row is aligned
             found, rewards_J = [found[int(np.argmax(rewards_J))]], rewards_J.max(keepdims=True)
-        parts = [teacher.targets(row, sample) for teacher, row in found]
-        return FUNCTIONS[self._fusion.function](parts, rewards_J, sample.ids[sample.positions + 1].astype(np.int64))
+        parts = [
+            replace(self.teachers[j].targets(row, sample), partition=self._partitions.numbers[j]) for j, row in found
+        ]
+        labels_P = sample.ids[sample.positions + 1].astype(np.int64)
+        if self._joined_V is not None:
+            parts, labels_P = [coarsened(part, self._joined_V) for part in parts], self._joined_V[labels_P]
+        return FUNCTIONS[self._fusion.function](parts, rewards_J, labels_P)
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
         return {"teachers": [teacher.identity(dataset) for teacher in self.teachers]}

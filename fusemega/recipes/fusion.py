@@ -62,7 +62,7 @@ class AlignSection(Section):
     """How the ids of a source with another tokenizer become the target's."""
 
     kind: str = Field(
-        "first_piece", description="kind of the vocabulary map: first_piece, exact, mined, ms or ms_reference"
+        "cells", description="kind of the vocabulary map: cells, first_piece, exact, mined, ms or ms_reference"
     )
 
 

@@ -60,6 +60,7 @@ def cells(
     `cuts`: what cuts a content into the target's pieces, and into the source's.
     """
     alone = {target.bos_id, target.eos_id, target.closing_id}
+    alone |= {v for v, c in enumerate(target.contents) if c is not None and same_bytes(c, target) != v}
     edges = set(written)
     for u in range(source.size):
         if u not in roles(source, target) and source.contents[u] is not None:
@@ -84,8 +85,10 @@ def cells(
         for side, u in seen:
             if side == "source":
                 of_source[u] = ids[0][1]
-    for u, v in roles(source, target).items():
-        of_source[u] = v
+    for u in range(source.size):
+        piece = first_piece(u, cuts[0], source, target)
+        if piece in alone:  # it begins with a token that is in no other's cell
+            of_source[u] = piece
     return of_source, of_target
 
 

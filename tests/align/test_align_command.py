@@ -41,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
 
 
 def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "default.npz")["kind"] == "first_piece"
+    assert run(capsys, "default.npz")["kind"] == "cells"
     told = run(capsys, "exact.npz", "--kind", "exact", "--data", "data.jsonl", "--report", "page")
     made = VocabularyMap.load("exact.npz")
     source, target = Vocabulary.of(sentencepiece()), Vocabulary.of(byte_level())
@@ -77,7 +77,7 @@ def test_what_is_written_and_said(folders: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_cells_and_their_page(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = run(capsys, "map.npz", "--kind", "cells", "--report", "page")
+    told = run(capsys, "map.npz", "--report", "page")
     made, target = VocabularyMap.load("map.npz"), Vocabulary.of(byte_level())
     cells, sizes = np.unique(made.cell_T, return_counts=True)
     assert told["cells"] == len(cells) < target.size and told["coverage"] > told["identical"]

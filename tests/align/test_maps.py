@@ -81,7 +81,9 @@ def test_every_kind_is_what_plain_loops_make(seed: int) -> None:
     assert [made.kind for made, _ in expected] == list(KINDS)
     for made, table in expected:
         assert made.table_S.dtype == np.int32 and made.table_S.tolist() == table, made.kind
-    assert len({tuple(table) for _, table in expected}) == 6, "two kinds agree: nothing was told apart"
+    assert len({(tuple(table), made.cell_T.tobytes()) for made, table in expected}) == 6, (
+        "two kinds agree: nothing was told apart"
+    )
     assert len({made.content_hash for made, _ in expected}) == 6
 
 
