@@ -3,9 +3,9 @@
 * `registry.py`: the contract, and objectives by name
 * `apply.py`: an objective applied to what a model gives for a micro-batch
 * `sft.py`, `distill.py`, `fuse.py`, `online_distill.py`: one objective a file
-* `chunk.py`: others' methods across tokenizers, as published
+* `chunk.py`, `project_student.py`: others' methods across tokenizers, as published
 """
 
-from fusemega.losses import chunk, distill, fuse, online_distill, sft
+from fusemega.losses import chunk, distill, fuse, online_distill, project_student, sft
 
-__all__ = ["chunk", "distill", "fuse", "online_distill", "sft"]
+__all__ = ["chunk", "distill", "fuse", "online_distill", "project_student", "sft"]

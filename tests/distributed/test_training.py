@@ -55,6 +55,7 @@ TRIED = {
     "online_distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
     "fuse": ["CP2 x PP2 x VPP2, recompute"],
     "chunk": ["TP2+SP x PP2", "TP2 x DP2, micro-batch 2"],
+    "project_student": ["TP2+SP x PP2", "CP2 x DP2, overlapped"],
     "sequence_mean": ["CP2 x DP2, overlapped"],
     "pairwise_scores": ["TP2+SP x PP2", "CP2 x DP2, overlapped"],
     "pairwise": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
@@ -100,13 +101,14 @@ def section(
     work: Path, name: str, objective: dict[str, Any], parallel: Any, training: Any, optimizer: Any
 ) -> dict[str, Any]:
     grouped = objective["name"].startswith("pairwise")
+    whole = grouped or objective["name"] in ("fuse", "chunk", "project_student")
     path = work / ("groups.jsonl" if grouped else "chat.jsonl")
     model = "scalar" if objective["name"] == "pairwise_scores" else "model"
     return {
         "output_dir": str(work / "runs" / name),
         "model": {"load": str(work / model), "dtype": "fp32"},
         "parallel": parallel,
-        "data": {"path": str(path), "seq_length": WHOLE if objective["name"] in ("fuse", "chunk") or grouped else 128},
+        "data": {"path": str(path), "seq_length": WHOLE if whole else 128},
         "objective": objective,
         "optimizer": {"lr": 2e-3, "weight_decay": 0.1, "lr_warmup_fraction": 0.2, **optimizer},
         "training": {"train_iters": 4, "global_batch_size": 6, "export_hf": False, **training},
@@ -138,6 +140,12 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
             "lambda": 0.3,
         },
         "chunk": {"name": "chunk", "store": str(work / "whole-coarse"), "lambda": 0.3},
+        "project_student": {
+            "name": "project_student",
+            "store": str(work / "whole-coarse"),
+            "tokenizer": str(work / "coarse"),
+            "lambda": 0.3,
+        },
         "pairwise": {"name": "pairwise", "beta": 0.5, "reference": {"load": str(work / "wide"), "dtype": "fp32"}},
         "pairwise_scores": {"name": "pairwise_scores", "beta": 1.0},
         "sequence_mean": {"name": "sequence_mean"},
@@ -153,7 +161,8 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
     ranks = run_ranks("training.py", 4, str(work / "cases.json"), str(work / "teach.json"))
     for rank in ranks:
         errors = rank.pop("published")
-        assert len(errors) == 2 and all(error <= 1e-10 for error in errors.values()), errors
+        # Some fields are fp32.
+        assert len(errors) == 4 and all(error <= 3e-7 for error in errors.values()), errors
     shared = [{name: found for name, found in rank.items() if "last rows" not in name} for rank in ranks]
     assert shared[0] == shared[3]  # every rank has the metrics
     for objective, settings in objectives.items():

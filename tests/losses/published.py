@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fusemega.align.student_projection import by_columns
+from fusemega.fusion.teacher_rows import TeacherRows
+from fusemega.losses.project_student import ProjectStudent
 from fusemega.losses.registry import Objective, build_objective, parse_objective
 from fusemega.passes.answers import HiddenStates
 from fusemega.passes.micro_batch import MicroBatch
@@ -154,4 +157,80 @@ CHUNK_SETTINGS: list[dict[str, Any]] = [
     {"lambda": 0.2, "binarization_temperature": 1.5},
     {"lambda": 0.0, "divergence": "reverse_kl"},
     {"lambda": 0.0, "divergence": "total_variation", "binarization_temperature": 4.0},
+]
+
+
+def weights() -> np.ndarray:
+    """W [VOCAB, 50]: student ids with a teacher id of their own, with shares of several, and without any."""
+    rng = np.random.default_rng(3)
+    found = np.zeros((VOCAB, 50))
+    for v, kind in enumerate(rng.permutation(VOCAB)):
+        if kind < 30:  # the only one of its column, with others, or of nobody's column
+            found[v, kind] = 1.0
+        elif kind < 110:
+            pieces = 8 + rng.permutation(38)[: 2 + kind % 3]  # columns 46 to 49 stay empty
+            decays = 0.9 * 0.1 ** np.arange(len(pieces))
+            found[v, pieces] = decays / decays.sum()
+    return found
+
+
+def project_case(folder: Path, rows: dict[str, Any] | None = None, **settings: Any) -> Case:
+    """As `chunk_case`; positions that are not aligned learn their label."""
+    about = {"temperature": settings.pop("store_temperature", 1.0)}
+    store = store_of(folder, {n: row_of(n, ends, **(rows or {})) for n, ends in enumerate(THEIRS)}, **about)
+    section = {"name": "project_student", "store": str(store.path), "tokenizer": "t", "on_missing": "skip", **settings}
+    W = weights()
+    columns = {g: {v: W[v, g] for v in np.flatnonzero(W[:, g])} for g in range(50) if W[:, g].any()}
+    parsed = parse_objective(section)
+    assert isinstance(parsed, ProjectStudent.Settings)
+    objective = ProjectStudent(parsed, TeacherRows(parsed, "objective"), by_columns(columns, VOCAB, 50), VOCAB)
+    batch = packed(objective, [sample_of(0), sample_of(7, [2, 4]), sample_of(1)])
+    T, renormalise = parsed.temperature, parsed.tail == "renormalise"
+
+    def by_hand(hidden: Tensor, weight: Tensor) -> Tensor:
+        scores = [hidden[n] @ weight.t() for n in range(len(batch.labels))]
+        labels = batch.labels.tolist()
+        kd, taught = torch.zeros((), dtype=torch.float64), 0
+        for number, begin in ((0, 0), (1, len(OURS[0]) + 2)):
+            row = store.get(bytes([number]) * 16)
+            assert row is not None
+            shared = {OURS[number].index(b) if b != 9 else 4: THEIRS[number].index(b) for b in OURS[number]
+                      if b >= 0 and b in THEIRS[number]}  # fmt: skip
+            for t in range(len(OURS[number])):
+                logq = (scores[begin + t] / T).log_softmax(0)
+                if t not in shared:
+                    if parsed.unaligned == "label":
+                        kd, taught = kd - logq[labels[begin + t]], taught + 1
+                    continue
+                entries = {int(g): math.exp(float(x) * about["temperature"] / T)
+                           for g, x in zip(row.ids_PK[shared[t]], row.logp_PK[shared[t]], strict=True)}  # fmt: skip
+                known = {g: p for g, p in entries.items() if W[:, g].any()}
+                if not known:
+                    if parsed.unaligned == "label":
+                        kd, taught = kd - logq[labels[begin + t]], taught + 1
+                    continue
+                taught += 1
+                q = {g: sum(logq[v].exp() * W[v, g] for v in range(VOCAB)) for g in known}
+                if renormalise:
+                    for g, p in known.items():
+                        kd = kd - p / sum(known.values()) * torch.log(q[g] / sum(q.values()))
+                else:
+                    rest = math.exp(float(row.log_residual_P[shared[t]])) + sum(entries.values()) - sum(known.values())
+                    for g, p in known.items():
+                        kd = kd - p * torch.log(q[g])
+                    left = sum(logq[v].exp() * (1 - sum(W[v, g] for g in known)) for v in range(VOCAB))
+                    kd = kd - rest * torch.log(left)
+        ce = -sum(one.log_softmax(0)[label] for one, label in zip(scores, labels, strict=True))
+        return parsed.lambda_ * ce / (2 * len(labels)) + (1 - parsed.lambda_) * T**2 * kd / (2 * taught)
+
+    return Case(objective, batch, by_hand)
+
+
+PROJECT_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"lambda": 0.2},
+    {"lambda": 0.2, "unaligned": "nothing"},
+    {"lambda": 0.2, "tail": "renormalise"},
+    {"lambda": 0.0, "tail": "renormalise", "temperature": 2.0},
+    {"lambda": 0.0, "temperature": 2.0, "store_temperature": 2.0},
 ]

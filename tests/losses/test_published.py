@@ -4,27 +4,37 @@ Tensor-parallel ranks are in tests/distributed/test_vocab.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fusemega.align.student_projection import student_projection
 from fusemega.config import validate
 from fusemega.errors import UserError
+from fusemega.fusion.teacher_rows import TeacherRows
+from fusemega.losses.project_student import ProjectStudent
+from fusemega.losses.registry import parse_objective
 from fusemega.passes.answers import HiddenStates
+from fusemega.text.sample import BEGINS
+from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.run_file import TrainRun
 from tests.logits.loops import make_head
 from tests.losses.published import (
     CHUNK_SETTINGS,
     NO_LABELS,
     OURS,
+    PROJECT_SETTINGS,
     THEIRS,
     VOCAB,
     built,
     chunk_case,
     packed,
+    project_case,
     row_of,
     sample_of,
     store_of,
@@ -153,3 +163,79 @@ def test_chunks_are_those_of_the_bytes(tmp_path: Path) -> None:
     starts = case.batch.position_fields["chunk_starts"].tolist()
     assert starts == [n in (0, 2, 4, 5) for n in range(len(OURS[0]))] + [False] * 2 + [False, True, True]
     assert case.batch.position_fields["in_chunk"].tolist() == [True] * 7 + [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("settings", PROJECT_SETTINGS, ids=str)
+def test_project_student_equals_the_formula(settings: dict[str, Any], tmp_path: Path) -> None:
+    case = project_case(tmp_path, **settings)
+    aligned = 6 if settings.get("unaligned") == "nothing" else 10
+    assert case.objective.counts(case.batch) == {"lm": 12, "distill": aligned}
+    assert case.check() <= 3e-7  # the fields are fp32
+
+
+def test_project_student_settings_all_act(tmp_path: Path) -> None:
+    hidden, weight = make_head(tokens=12)
+    losses = []
+    for number, settings in enumerate(PROJECT_SETTINGS):
+        case = project_case(tmp_path / str(number), **settings)
+        output = HiddenStates(hidden, weight, {"group": None, "vocab_size": VOCAB})
+        losses.append(float(case.objective.loss(output, case.batch, case.denominators)[0]))
+    assert len({round(loss, 6) for loss in losses}) == len(PROJECT_SETTINGS)
+
+
+@pytest.mark.parametrize("tail", ["residual", "renormalise"])
+def test_project_student_with_one_tokenizer_is_distill(tail: str, tmp_path: Path) -> None:
+    """For `renormalise` up to what `distill` does not scale: log of the student's mass on the listed ids."""
+    sample = sample_of(0, [0, 3, 4, 9])
+    store = store_of(
+        tmp_path, {0: row_of(0, [0, 3, 4, 9], ids_hash=sample.ids_hash)}, tokenizer="own", vocab_size=VOCAB
+    )
+    section = {"store": str(store.path), "lambda": 0.2, "tail": tail}
+    parsed = parse_objective({"name": "project_student", "tokenizer": "t", **section})
+    assert isinstance(parsed, ProjectStudent.Settings)
+    same: Any = SimpleNamespace(content_hash="own")
+    identity = student_projection(same, same, lambda content: [], VOCAB, VOCAB)
+    objective = ProjectStudent(parsed, TeacherRows(parsed, "objective"), identity, VOCAB)
+    hidden, weight = make_head()
+    found = []
+    for each in (objective, built({"name": "distill", **section})):
+        batch = packed(each, [sample])
+        output = HiddenStates(hidden, weight, {"group": None, "vocab_size": VOCAB})
+        loss, _ = each.loss(output, batch, {"lm": 4, "distill": 4})
+        found.append((loss, *torch.autograd.grad(loss, (hidden, weight), retain_graph=True)))
+    if tail == "residual":
+        for got, wanted in zip(*found, strict=True):
+            assert torch.equal(got, wanted)
+    else:
+        logq = (hidden @ weight[:VOCAB].t()).log_softmax(1)
+        mass = logq.gather(1, batch.position_fields["teacher_ids"]).logsumexp(1)
+        torch.testing.assert_close(found[0][0], found[1][0] + 0.8 / 4 * mass.sum(), rtol=0, atol=1e-7)
+
+
+def test_a_content_whose_first_token_has_a_space_in_one_tokenizer_only(tmp_path: Path) -> None:
+    """There the projected tokens do not stand for the teacher's text, so the position learns its label."""
+    places = np.zeros(8, dtype=np.uint8)
+    places[1] = BEGINS  # position 1 ends at byte 5, where the teacher ends no token; position 2 at 6
+    places[2] = BEGINS
+    sample = replace(sample_of(0), places=places)
+    for same_start, taught in ((True, [0, 2, 4, 5]), (False, [0, 4, 5])):
+        objective = project_case(tmp_path / str(same_start)).objective
+        objective.projection = replace(objective.projection, same_start=same_start)  # type: ignore[attr-defined]
+        assert np.flatnonzero(objective.position_fields(sample)["teacher_row"]).tolist() == taught
+
+
+def test_project_student_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(tmp_path, {0: row_of(0, THEIRS[0])})
+    section = {"name": "project_student", "store": str(store.path), "tokenizer": "elsewhere"}
+    with pytest.raises(UserError, match="objective.tokenizer: required"):
+        built({"name": "project_student", "store": "s"})
+    with pytest.raises(UserError, match="objective.max_pieces: Input should be greater than or equal to 1"):
+        built({**section, "max_pieces": 0})
+    with pytest.raises(UserError, match="objective.map: unknown key"):
+        built({**section, "map": "m"})
+    loaded = SimpleNamespace(content_hash="third")
+    monkeypatch.setattr(Tokenizer, "load", classmethod(lambda cls, source: loaded))
+    with pytest.raises(UserError, match="objective.tokenizer: elsewhere is not the tokenizer of the store .*third"):
+        built(section)
+    with pytest.raises(UserError, match=r"objective.temperature: found 2.0, .* was stored at 1.0"):
+        project_case(tmp_path / "other", temperature=2.0)

@@ -36,7 +36,7 @@ from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.pairwise import Pairwise, PairwiseScores
-from tests.losses.published import chunk_case
+from tests.losses.published import chunk_case, project_case
 from tests.losses.sequence_mean import SequenceMean
 
 
@@ -83,7 +83,10 @@ def published() -> dict[str, float]:
     rank = dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     with tempfile.TemporaryDirectory() as folder:
-        cases = {"chunk": chunk_case(Path(folder) / "chunk", **{"lambda": 0.2})}
+        cases = {
+            "chunk": chunk_case(Path(folder) / "chunk", **{"lambda": 0.2}),
+            "project_student": project_case(Path(folder) / "project_student", **{"lambda": 0.2}),
+        }
     found = {f"{name}, TP2": case.check(pairs[rank // 2], rank % 2, 2) for name, case in cases.items()}
     return found | {f"{name}, TP4": case.check(dist.group.WORLD, rank, 4) for name, case in cases.items()}
 
