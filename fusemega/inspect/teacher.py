@@ -33,7 +33,7 @@ def show_taught(run: TrainRun, row: str | None, most: int) -> list[RenderableTyp
         most: the most ids that are shown for a position.
 
     Raises:
-        UserError: the objective reads no store, or it does not fit; no such row of data.
+        UserError: the objective reads no such rows, or a store does not fit; no such row of data.
     """
     settings = run.objective
     if isinstance(settings, Distill.Settings):
@@ -41,7 +41,10 @@ def show_taught(run: TrainRun, row: str | None, most: int) -> list[RenderableTyp
     elif isinstance(settings, Fuse.Settings):
         configs = [(f"objective.teachers.{i}", config) for i, config in enumerate(settings.teachers)]
     else:
-        raise UserError(f"objective.name: {settings.name} reads no stored rows; expected distill or fuse")
+        raise UserError(
+            f"objective.name: {settings.name} reads no rows in the ids of the model in training; "
+            "expected distill or fuse"
+        )
     rows = Rows.of(run)
     found = samples_of_row(rows.dataset, row)
     drawings: list[RenderableType] = []

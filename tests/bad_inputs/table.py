@@ -37,6 +37,8 @@ SAFE, CONFIG, INDEX = "model/model.safetensors", "model/config.json", "sharded/m
 SHARDED, PART = "train train.yaml model.load=sharded", "sharded/model-00002-of-00004.safetensors"
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
 TOKENIZER, SETTINGS, TEMPLATE = "model/tokenizer.json", "model/tokenizer_config.json", "model/chat_template.jinja"
+CHUNK = "train distill.yaml objective.name=chunk"
+PROJECTED = "train distill.yaml objective.name=project_student objective.tokenizer="
 SHARD, STORE_MANIFEST = "store/shard-00000-000000.bin", "store/manifest.json"
 MOVE = "transplant model new --tokenizer sharded"
 SPLIT = "split data.jsonl new.jsonl --tokenizers model sharded"
@@ -297,6 +299,11 @@ TABLE: list[Bad] = [
     _s("manifest without top_k", DISTILL, "top_k: missing with rows: top_k", key(STORE_MANIFEST, "top_k")),
     _s("manifest of both kinds", DISTILL, "num_samples: not with rows: top_k", key(STORE_MANIFEST, "num_samples", 5)),
     _s("of the first format", DISTILL, "the store's format is 1, and this version reads 2", key(STORE_MANIFEST, "format", 1)),
+    _s("of the second format, taught again", MORE, "a store of format 2, whose rows have no labels", key(STORE_MANIFEST, "format", 2)),
+    _s("chunks over several ranks", CHUNK + " parallel.context_parallel_size=2", "objective.name chunk sums over neighbouring tokens"),
+    _s("projected onto no tokenizer", PROJECTED + "train.yaml", "train.yaml: cannot load a tokenizer"),
+    _s("projected onto another tokenizer", PROJECTED + "other", "objective.tokenizer: other is not the tokenizer of the store", copied("model", "other"), swap("other/tokenizer.json", b'"<|im_start|>"', b'"<|im_begin|>"'), swap("other/chat_template.jinja", b"im_start", b"im_begin")),
+    _s("projected at another temperature", PROJECTED + "model objective.temperature=2", "objective.temperature"),
     _s("a later format", DISTILL, "the store's format is 99", key(STORE_MANIFEST, "format", 99)),
     _s("its manifest changed", DISTILL, "or the manifest was changed", key(STORE_MANIFEST, "temperature", 2.0)),
     _s("of another tokenizer", DISTILL, "the store's tokenizer is", swap(TOKENIZER, b'"<|im_start|>"', b'"<|im_begin|>"'), swap(TEMPLATE, b"im_start", b"im_begin")),

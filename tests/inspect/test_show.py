@@ -171,7 +171,7 @@ def test_a_key_finds_its_row(show: Show, run_file: Path, rows: Rows, work: Path)
         (["data", "RUN", "--row", "99"], "--row: no sample is of row 99; the data's rows go from"),
         (["data", "RUN", "--row", "x"], "--row: found 'x'; expected a row's number, or FILE:NUMBER"),
         (["key", "xyz", "RUN"], "xyz: not a sample's key"),
-        (["teacher", "RUN"], "objective.name: sft reads no stored rows; expected distill or fuse"),
+        (["teacher", "RUN"], "objective.name: sft reads no rows in the ids of the model in training"),
         (["teacher", "RUN", "--data", "x"], "a run file names its data and its model"),
         (["teacher", "."], "of a store, --data and --tokenizer are needed"),
         (["data", "RUN", "data.sequence=3"], "data.sequence: unknown key"),
