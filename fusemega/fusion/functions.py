@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from fusemega.fusion.evidence import probability_of
 from fusemega.fusion.targets import Targets, mixture
 
 FusionFunction = Callable[[Sequence[Targets], np.ndarray, np.ndarray], Targets]
@@ -55,13 +56,8 @@ def avg_ce(parts: Sequence[Targets], rewards_J: np.ndarray, labels_P: np.ndarray
 
 def blend(parts: Sequence[Targets], rewards_J: np.ndarray, labels_P: np.ndarray) -> Targets:
     """The mixture with weights P_j(label), `labels_P` int64. If no teacher lists the label, all weights are equal."""
-    listed_JP = np.stack([_probability(part, labels_P) for part in parts])
+    listed_JP = np.stack([probability_of(part, labels_P) for part in parts])
     return mixture(parts, np.where(listed_JP.sum(0) > 0, listed_JP, 1.0))
-
-
-def _probability(part: Targets, labels_P: np.ndarray) -> np.ndarray:
-    """A teacher's probability of the labels, [P]; 0 if it does not list the label or has no distribution."""
-    return np.where(part.mask_P, np.where(part.ids_PK == labels_P[:, None], np.exp(part.logp_PK), 0.0).sum(1), 0.0)
 
 
 FUNCTIONS: dict[str, FusionFunction] = {"min_ce": min_ce, "avg_ce": avg_ce, "blend": blend}

@@ -26,6 +26,8 @@ class Targets:
         log_residual_P: fp32, log of the mass of all ids that are not listed; -inf for none.
         mask_P: bool; False: the position is taught nothing.
         partition: number of the partition of ids into cells (`fusemega.fusion.partitions`); 0: an id is a cell.
+        kind_P: int8, the kind of each position (`fusemega.align.position_kinds`); -1 where tokens do not end together.
+            None: the teacher has the target's tokenizer, so all are equal. Of a mixture the last kind of any teacher.
     """
 
     ids_PK: np.ndarray
@@ -33,6 +35,7 @@ class Targets:
     log_residual_P: np.ndarray
     mask_P: np.ndarray
     partition: int = 0
+    kind_P: np.ndarray | None = None
 
     @classmethod
     def nothing(cls, positions: int, k: int) -> Targets:
@@ -101,4 +104,13 @@ def mixture(parts: Sequence[Targets], weights_JP: np.ndarray) -> Targets:
     # What a teacher of weight 0 lists is no entry.
     ids_PK = np.where(logp_PK > -np.inf, np.concatenate([part.ids_PK for part in parts], 1), -1)
     ids_PK, logp_PK = sum_duplicates(ids_PK, logp_PK)
-    return Targets(ids_PK, logp_PK, log_sum(residual_JP.T).astype(np.float32), mask_P, parts[0].partition)
+    number, kind_P = parts[0].partition, _kinds(parts, weights_JP)
+    return Targets(ids_PK, logp_PK, log_sum(residual_JP.T).astype(np.float32), mask_P, number, kind_P)
+
+
+def _kinds(parts: Sequence[Targets], weights_JP: np.ndarray) -> np.ndarray | None:
+    """`Targets.kind_P` of a mixture."""
+    if all(part.kind_P is None for part in parts):
+        return None
+    kind_JP = np.stack([np.zeros(part.mask_P.shape, np.int8) if part.kind_P is None else part.kind_P for part in parts])
+    return np.where(weights_JP > 0, kind_JP, -1).max(0)

@@ -6,6 +6,7 @@ S ids of the teacher's tokenizer, V ids of the target's vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ class TeacherStore(TeacherRows):
         tail: the mass outside the listed ids: kept as one more outcome, or shared out over the listed ids.
 
     Attributes:
-        vocab_size: as given.
+        vocab_size, where: as given.
+        map_file: the path of the map, as given; None without one.
 
     Raises:
         UserError: no store or map there; a store of another tokenizer, template, mask or model; a map of other
@@ -68,7 +70,8 @@ class TeacherStore(TeacherRows):
         tail: Tail,
     ) -> None:
         super().__init__(config, where)
-        self.vocab_size, self._temperature, self._tail = vocab_size, temperature, tail
+        self.vocab_size, self.where, self.map_file = vocab_size, where, config.map
+        self._temperature, self._tail = temperature, tail
         if config.consistent and config.map is None:
             raise UserError(
                 f"{where}.consistent: no effect without {where}.map, because a teacher with the target's tokenizer has "
@@ -89,6 +92,11 @@ class TeacherStore(TeacherRows):
     def cell_V(self) -> np.ndarray | None:
         """int64 [V]: for each id the one that stands for its cell in `targets`; None: each is a cell of its own."""
         return None if self._map is None else self._map.cell_V
+
+    @property
+    def map_kind(self) -> str | None:
+        """How the map was made; None without one."""
+        return None if self._map is None else self._map.kind
 
     def targets(self, row: Row, sample: Sample) -> Targets:
         """Converts the store's row of this very sample to the target's ids.
@@ -137,7 +145,7 @@ class _Map:
     def __init__(self, path: str, store: Store, tokenizer: Tokenizer, vocab_size: int, consistent: bool) -> None:
         self._consistent = consistent
         self._map = loaded = VocabularyMap.load(Path(path))
-        self.content_hash = loaded.content_hash
+        self.content_hash, self.kind = loaded.content_hash, loaded.kind
         scorer = store.manifest.tokenizer, f"that of the store {store.path}"
         ours = tokenizer.content_hash, tokenizer.source
         loaded.check(path, scorer, ours, target_ids=tokenizer.num_ids)
@@ -182,10 +190,12 @@ class _Map:
         targets.ids_PK[target_M], targets.logp_PK[target_M] = ids_MK, logp_MK
         targets.log_residual_P[target_M] = log_residual_M
         targets.mask_P[target_M] = (ids_MK >= 0).any(1)
+        kind_M = position_kinds(row.end_bytes, source_M, sample, target_M)
         if self._consistent:
-            kinds_M = position_kinds(row.end_bytes, source_M, sample, target_M)
-            targets.mask_P[target_M[kinds_M == TARGET_LONGER]] = False
-        return targets
+            targets.mask_P[target_M[kind_M == TARGET_LONGER]] = False
+        kind_P = np.full(len(positions_P), -1, dtype=np.int8)
+        kind_P[target_M] = kind_M
+        return replace(targets, kind_P=kind_P)
 
     def _first_table(self, sample: Sample, position: int, of_text: bool) -> int:
         """Which table a content's first token takes: 1 from "Hello" to "▁Hello", 2 the other way, 0 neither.

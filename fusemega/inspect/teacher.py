@@ -14,12 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fusemega.errors import UserError
+from fusemega.fusion.evidence import complaints, evidence_of, spread
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.inspect.rows import Rows, samples_of_row, token_text
 from fusemega.losses.distill import Distill
 from fusemega.losses.fuse import Fuse
 from fusemega.store import Store
 from fusemega.store.samples import scored_samples
+from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.run_file import TrainRun
@@ -54,6 +56,7 @@ def show_taught(run: TrainRun, row: str | None, most: int) -> list[RenderableTyp
         through = "" if config.map is None else f", through {config.map}"
         drawings.append(Text(f"{where}: {config.store}{through}", style="bold"))
         drawings += _rows(teacher, [rows.dataset[i] for i in found], rows.tokenizer, most)
+        drawings += _by_kind(teacher, rows.dataset)
     return drawings
 
 
@@ -73,7 +76,29 @@ def show_stored(store: Path, data: str, tokenizer: str, row: str | None, most: i
     config = TeacherStoreConfig(store=str(store))
     teacher = TeacherStore(config, "store", loaded, manifest.vocab_size, manifest.temperature, "residual")
     found = samples_of_row(dataset, row)
-    return [Text(str(store), style="bold"), *_rows(teacher, [dataset[i] for i in found], loaded, most)]
+    drawings = _rows(teacher, [dataset[i] for i in found], loaded, most)
+    return [Text(str(store), style="bold"), *drawings, *_by_kind(teacher, dataset)]
+
+
+def _by_kind(teacher: TeacherStore, dataset: TokenizedDataset) -> list[RenderableType]:
+    """How probable the rows make the labels, over samples spread over all data."""
+    samples = spread(dataset)
+    found = evidence_of(teacher, samples)
+    if not found:
+        return []
+    table = Table(box=None, pad_edge=False)
+    for name in ("kind of position", "positions", "share", "probability of the label", "of a unigram"):
+        table.add_column(name, justify="left" if name == "kind of position" else "right")
+    for each in found:
+        figures = f"{each.positions:,}", f"{each.share:.1%}", f"{each.label:.3f}", f"{each.unigram:.3f}"
+        table.add_row(each.kind, *figures)
+    about = (
+        f"Over {len(samples)} of {len(dataset)} samples, spread over the data. The kind says whether the text's own "
+        "next token ends at the same byte for both tokenizers, or which one's is longer. Unigram: how frequent the "
+        "label is at the other positions of the kind."
+    )
+    bad = [Text(each, style="bold red") for each in complaints(teacher, found)]
+    return [Text("How probable the teacher makes the label", style="bold"), table, Text(about, style="dim"), *bad]
 
 
 def _rows(teacher: TeacherStore, samples: Sequence[Sample], tokenizer: Tokenizer, most: int) -> list[RenderableType]:

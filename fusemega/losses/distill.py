@@ -45,11 +45,13 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fusemega.errors import UserError
+from fusemega.fusion.evidence import warn_of_bad_rows
 from fusemega.fusion.partitions import Partitions
 from fusemega.fusion.targets import Tail, Targets, or_label
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.logits.groups import Groups
 from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
+from fusemega.losses.label_probability import label_fields, measured, measures_of
 from fusemega.losses.registry import Objective, ObjectiveSettings, register
 from fusemega.passes.answers import HiddenStates
 from fusemega.passes.micro_batch import MicroBatch
@@ -89,13 +91,15 @@ class Taught(Objective[HiddenStates]):
         settings: as in the run file.
         k: largest number of ids at a position.
         partitions: those that `targets` are in, by their numbers.
+        mapped: whether any teacher has another tokenizer.
     """
 
     terms = ("lm", "distill")
     unit = "token"
 
-    def __init__(self, settings: TaughtSettings, k: int, partitions: Partitions) -> None:
-        self.settings, self._k, self._partitions = settings, k, partitions
+    def __init__(self, settings: TaughtSettings, k: int, partitions: Partitions, mapped: bool) -> None:
+        self.settings, self._k, self._partitions, self._mapped = settings, k, partitions, mapped
+        self.measures = measures_of(mapped)
         self._groups: Groups | None = None
         if partitions.num_groups:
             member_E, group_E = torch.from_numpy(partitions.member_E), torch.from_numpy(partitions.group_E)
@@ -110,7 +114,8 @@ class Taught(Objective[HiddenStates]):
         """
 
     def position_fields(self, sample: Sample) -> dict[str, np.ndarray]:
-        """teacher_ids int64 [P, K] (-1: none), teacher_logp fp32 [P, K], teacher_log_residual fp32 [P], teacher_mask.
+        """teacher_ids int64 [P, K] (-1: none), teacher_logp fp32 [P, K], teacher_log_residual fp32 [P], teacher_mask,
+        and those of `label_fields`.
 
         If there are cells of several ids, teacher_ids has ids of groups for them, and label_cell int64 [P] is the group
         that the label is in; -1 where the label is alone in its cell, and where no row teaches.
@@ -121,6 +126,7 @@ class Taught(Objective[HiddenStates]):
         found, labels_P = self.targets(sample), sample.ids[sample.positions + 1]
         targets = found or Targets.nothing(len(sample.positions), self._k)
         targets, label_cell_P = self._partitions.queries(targets, labels_P)
+        of_labels = label_fields(targets, np.where(label_cell_P >= 0, label_cell_P, labels_P))
         cells = {} if self._groups is None else {"label_cell": np.where(targets.mask_P, label_cell_P, -1)}
         if found is not None and self.settings.unaligned == "label":
             targets = or_label(targets, labels_P)
@@ -132,10 +138,14 @@ class Taught(Objective[HiddenStates]):
             "teacher_log_residual": targets.log_residual_P.astype(np.float32),
             "teacher_mask": targets.mask_P,
             **cells,
+            **of_labels,
         }
 
     def counts(self, batch: MicroBatch) -> dict[str, int]:
         return {"lm": len(batch.labels), "distill": int(batch.position_fields["teacher_mask"].sum())}
+
+    def measured(self, batch: MicroBatch) -> dict[str, tuple[float, float]]:
+        return measured(batch, self._mapped)
 
     def loss(
         self, output: HiddenStates, batch: MicroBatch, denominators: Mapping[str, Tensor | float]
@@ -192,7 +202,7 @@ class Distill(Taught):
         name: Literal["distill"] = "distill"
 
     def __init__(self, settings: Distill.Settings, store: TeacherStore) -> None:
-        super().__init__(settings, store.k, Partitions([store.cell_V], store.vocab_size))
+        super().__init__(settings, store.k, Partitions([store.cell_V], store.vocab_size), settings.map is not None)
         self.store = store
 
     @classmethod
@@ -218,3 +228,4 @@ class Distill(Taught):
 
     def check_data(self, dataset: TokenizedDataset) -> None:
         self.store.check_data(dataset, self.settings.on_missing == "error")
+        warn_of_bad_rows(self.store, dataset)

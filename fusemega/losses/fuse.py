@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from fusemega.config import Section
+from fusemega.fusion.evidence import warn_of_bad_rows
 from fusemega.fusion.functions import FUNCTIONS, rewards
 from fusemega.fusion.partitions import Partitions, coarsened, joined
 from fusemega.fusion.targets import Targets
@@ -89,12 +90,13 @@ class Fuse(Taught):
     def __init__(self, settings: Fuse.Settings, teachers: list[TeacherStore]) -> None:
         ks, vocab_size = [teacher.k for teacher in teachers], teachers[0].vocab_size
         cells = [teacher.cell_V for teacher in teachers]
+        mapped = any(config.map is not None for config in settings.teachers)
         # min_ce keeps the ids and cells of one teacher; a mixture has the ids of all, in cells that all can state.
         self._joined_V = None if settings.fusion.function == "min_ce" else joined(cells, vocab_size)
         if settings.fusion.function == "min_ce":
-            super().__init__(settings, max(ks), Partitions(cells, vocab_size))
+            super().__init__(settings, max(ks), Partitions(cells, vocab_size), mapped)
         else:
-            super().__init__(settings, sum(ks), Partitions([self._joined_V] * len(teachers), vocab_size))
+            super().__init__(settings, sum(ks), Partitions([self._joined_V] * len(teachers), vocab_size), mapped)
         self.teachers, self._fusion = teachers, settings.fusion
 
     @classmethod
@@ -135,6 +137,7 @@ class Fuse(Taught):
     def check_data(self, dataset: TokenizedDataset) -> None:
         for teacher in self.teachers:
             teacher.check_data(dataset, self.settings.on_missing == "error")
+            warn_of_bad_rows(teacher, dataset)
 
     def _cross_entropy(self, row: Row) -> float:
         """Nats a byte or a token, as `ce_per` says. Closing tokens have no bytes: a text without any counts as one."""

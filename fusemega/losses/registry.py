@@ -52,6 +52,7 @@ class Objective(Fields, ABC, Generic[Output]):
         wants: for unit sequence or group, what `loss` gets of each sequence: "logp" of its supervised tokens,
             or "score", what a scalar head gives for its last token. The model in training has to have that head.
         splits_samples: False: the tokens of a sample must lie on one rank, and context parallelism is refused.
+        measures: names of metrics that it tells besides its terms; see `measured`.
         frozen: the frozen models that it asks, by name, which is also their key in its section of the run file. Their
             answers are in the micro-batch's `answers` under that name; nothing passes back to them.
     """
@@ -61,6 +62,7 @@ class Objective(Fields, ABC, Generic[Output]):
     unit: ClassVar[Literal["token", "sequence", "group"]]
     wants: ClassVar[Literal["logp", "score"]] = "logp"
     splits_samples: ClassVar[bool] = True
+    measures: tuple[str, ...] = ()
     frozen: Mapping[str, Request] = MappingProxyType({})
 
     @classmethod
@@ -96,6 +98,11 @@ class Objective(Fields, ABC, Generic[Output]):
         Under context parallelism an objective of unit token counts the positions that this rank has; one of unit
         sequence or group counts whole sequences or groups, which its ranks all have.
         """
+
+    def measured(self, batch: MicroBatch) -> Mapping[str, tuple[float, float]]:
+        """This micro-batch's part of the sum and of the count of each of `measures`, summed over the step as `counts`
+        are. The metric is sum / count, and is left out of a step in which the count is 0. Called when `counts` is."""
+        return {}
 
     @abstractmethod
     def loss(

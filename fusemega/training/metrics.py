@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from fusemega.files.output import write_durably
+from fusemega.losses.label_probability import POSITION_SHARE
 from fusemega.runtime.console import say
 from fusemega.runtime.memory import peak_memory
 from fusemega.runtime.parallel import World
@@ -171,7 +172,11 @@ class MetricsWriter:
     def _line(self, iteration: int, values: Mapping[str, float]) -> str:
         done = iteration - self._start_iteration
         left = (time.monotonic() - self._started) / done * (self._train_iters - iteration)
-        shown = [f"{name} {_number(value)}" for name, value in values.items() if name not in _NOT_ON_THE_CONSOLE]
+        shown = [
+            f"{name} {_number(value)}"
+            for name, value in values.items()
+            if name not in _NOT_ON_THE_CONSOLE and not name.startswith(POSITION_SHARE)
+        ]
         total = self._train_iters
         return f"iteration {iteration:>{len(str(total))}}/{total} | {' | '.join(shown)} | left {_clock(left)}"
 

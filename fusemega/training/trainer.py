@@ -131,7 +131,7 @@ class Trainer:
         started = time.monotonic()
         taken = self.batches.take(self.iteration)
         # Counted before the batches go to the device, where the host would wait for the counts.
-        denominators = self._denominators(taken.micro_batches)
+        denominators, measured = self._counted(taken.micro_batches)
         batches = taken.on(self.world.device)
         for chunk in self.ddp:
             chunk.train()  # an evaluation leaves the model in evaluation mode
@@ -153,8 +153,9 @@ class Trainer:
         )
         totals = total_over_ranks(collected, 1 + len(self.objective.terms), self.world, self._adding_ranks)
         # The one place where the host waits for the numbers of a step, before the update.
-        loss, *read = torch.cat([totals, torch.stack(list(denominators.values()))]).tolist()
-        sums, counts = read[: len(self.objective.terms)], read[len(self.objective.terms) :]
+        loss, *read = torch.cat([totals, torch.stack(list(denominators.values())), measured]).tolist()
+        terms = len(self.objective.terms)
+        sums, counts, told = read[:terms], read[terms : 2 * terms], read[2 * terms :]
         if not math.isfinite(loss):
             self._refuse_unsound(micro_batches, collected)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -172,6 +173,11 @@ class Trainer:
         return {
             **means,
             **({"loss": loss} if len(means) > 1 else {}),
+            **{
+                name: value / count
+                for name, value, count in zip(self.objective.measures, told[::2], told[1::2], strict=True)
+                if count
+            },
             "grad-norm": float(grad_norm),
             "learning-rate": learning_rate,
             "consumed-samples": self.data.consumed_samples(self.iteration),
@@ -184,19 +190,25 @@ class Trainer:
         """The ranks whose parts of the loss add up: context-parallel ranks have other tokens, but the same samples."""
         return self.world.dp_cp_group if self.objective.unit == "token" else self.world.dp_group
 
-    def _denominators(self, micro_batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
-        """Global count of each term of the loss, at least 1: what this rank has, summed over the ranks.
+    def _counted(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Global count of each term of the loss, at least 1, and sum and count of each of the objective's measures.
+
+        They are what this rank has, summed over the ranks.
 
         Args:
             micro_batches: in host memory, where they are counted.
         """
         counts = [self.objective.counts(batch) for batch in micro_batches]
-        mine = [sum(count[term] for count in counts) for term in self.objective.terms]
+        mine: list[float] = [sum(count[term] for count in counts) for term in self.objective.terms]
+        measured = [self.objective.measured(batch) for batch in micro_batches]
+        for name in self.objective.measures:
+            mine += [sum(each[name][part] for each in measured) for part in (0, 1)]
         # Filled on the device, rather than copied there, for which the host would wait.
         totals = torch.stack([torch.full((), n, dtype=torch.float64, device=self.world.device) for n in mine])
         dist.all_reduce(totals, group=self._adding_ranks)
         # A term that counts nothing in this step sums to 0, so dividing by 1 leaves 0.
-        return dict(zip(self.objective.terms, totals.clamp(min=1), strict=True))
+        terms = len(self.objective.terms)
+        return dict(zip(self.objective.terms, totals[:terms].clamp(min=1), strict=True)), totals[terms:]
 
     def _refuse_unsound(self, micro_batches: Sequence[MicroBatch], collected: Sequence[torch.Tensor]) -> None:
         """Ends the run and names the samples whose loss is not finite. Collective.

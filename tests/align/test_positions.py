@@ -65,10 +65,10 @@ def test_kinds_of_positions_against_loops(tmp_path: Path) -> None:
     rows = [chat("hi", *CONTENTS), chat("a", code, "b", "今天 12345"), {"text": code}, {"text": CONTENTS[2]}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = DataConfig(path=str(tmp_path / "rows.jsonl"), seq_length=1024)
-    loaded = real_tokenizers("smollm2", "mistral_v3", "qwen2.5")
+    loaded = real_tokenizers("smollm2", "mistral_v3")
     samples = {name: {s.key: s for s in prepare(config, t, tmp_path)} for name, (t, _) in loaded.items()}
     seen: Counter[str] = Counter()
-    for source, target in (("qwen2.5", "smollm2"), ("mistral_v3", "smollm2"), ("smollm2", "mistral_v3")):
+    for source, target in (("mistral_v3", "smollm2"), ("smollm2", "mistral_v3")):
         shared = samples[source].keys() & samples[target].keys()
         assert len(shared) == len(rows)
         for key in shared:

@@ -149,6 +149,15 @@ def test_a_teachers_row_beside_the_text(
             f"|{token_text(rows.tokenizer, best)}|{'*' if best == label else ''} {np.exp(row.logp_PK[0, 0]):.1%}"
             in lines[0]
         )
+        # The rows of all samples that have one, not of the row shown alone.
+        held = [(s, found) for s in rows.dataset if (found := Store.open(store).get(s.key)) is not None]
+        labels = [s.ids[s.positions + 1] for s, _ in held]
+        p = [
+            np.exp(found.logp_PK)[found.ids_PK == y[:, None]].sum() for (_, found), y in zip(held, labels, strict=True)
+        ]
+        count = sum(map(len, labels))
+        (line,) = re.findall(r"^equal .*$", out, flags=re.M)
+        assert line.split()[1:4] == [f"{count:,}", "100.0%", f"{sum(p) / count:.3f}"]
     status, out, _ = show("teacher", run_file, distill, "--row", 20)
     assert status == 0 and "no row in the store" in out
 

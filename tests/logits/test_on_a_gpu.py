@@ -82,7 +82,7 @@ def test_a_step_of_each_objective_stays_on_the_device(name: str, tmp_path: Path,
     trainer: Any = SimpleNamespace(objective=objective, world=alone, _adding_ranks=None)
     _products.operand_dtype(torch.bfloat16, GPU)  # tries once
     with Spy() as spy:
-        denominators = Trainer._denominators(trainer, host.micro_batches)
+        denominators, measured = Trainer._counted(trainer, host.micro_batches)
         (batch,) = host.on(GPU).micro_batches
         moved = {**vars(batch), **batch.position_fields}.values()
         assert {value.device for value in moved if isinstance(value, Tensor)} == {GPU}
@@ -93,7 +93,8 @@ def test_a_step_of_each_objective_stays_on_the_device(name: str, tmp_path: Path,
         loss, sums = objective.loss(output, replace(batch, answers=answers), denominators)
         loss.backward()
     assert all(
-        value.device == GPU for value in (loss, *sums.values(), *denominators.values(), hidden.grad, weight.grad)
+        value.device == GPU
+        for value in (loss, *sums.values(), *denominators.values(), measured, hidden.grad, weight.grad)
     )
     assert all(value.dtype == torch.float64 for value in denominators.values())
     # Scalars of the host in front of a tensor of the device are arguments, not copies.

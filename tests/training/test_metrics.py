@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import mmap
 import sys
 import types
@@ -10,15 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from fusemega.checkpoint import saver as saver_module
+from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.runtime.memory import peak_memory
+from fusemega.scoring.teach import TeachRun, teach
+from fusemega.store import Store
 from fusemega.training import checkpoints as checkpoints_module
-from fusemega.training.assembly import train
+from fusemega.training.assembly import open_trainer, train
+from fusemega.training.metrics import _number
 from fusemega.training.records import CPU_MEMORY, THROUGHPUT, TIME, read_metrics
 from fusemega.training.run_file import TrainRun
 
@@ -45,6 +51,28 @@ def test_rows_have_throughput_and_memory(make_run: MakeRun, tmp_path: Path) -> N
         assert row[THROUGHPUT] == pytest.approx(row["tokens"] / row[TIME])
         assert 50e6 < row[CPU_MEMORY] <= peak_memory(torch.device("cpu")) + (100 << 20)  # of the writers
     assert rows[1][CPU_MEMORY] >= rows[0][CPU_MEMORY]
+
+
+def test_distillation_tells_how_probable_the_labels_are(
+    make_run: MakeRun, work: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, data = {"load": str(work / "model"), "dtype": "fp32"}, {"path": str(work / "chat.jsonl"), "seq_length": 128}
+    section = {"model": model, "data": data, "store": str(tmp_path / "store"), "top_k": 4}
+    store = Store.open(teach(validate(TeachRun, section, "teach")))
+    run = make_run(objective={"name": "distill", "store": str(store.path)}, training={"train_iters": 1})
+    trainer, _ = open_trainer(run)
+    probabilities: list[float] = []
+    for sample in (sample for part in trainer.data.step(0).samples for sample in part):
+        row = store.get(sample.key)
+        assert row is not None
+        for p, label in enumerate(sample.ids[sample.positions + 1]):
+            probabilities.append(sum(math.exp(row.logp_PK[p, k]) for k in np.flatnonzero(row.ids_PK[p] == label)))
+    trainer.fit()
+    (found,) = read_metrics(tmp_path / "run")
+    mean = sum(probabilities) / len(probabilities)
+    assert found["label-prob equal"] == pytest.approx(mean, rel=1e-5)
+    assert [name for name in found if name.startswith(("label-prob", "position-share"))] == ["label-prob equal"]
+    assert f"| label-prob equal {_number(found['label-prob equal'])} |" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("in_background", [False, True])
