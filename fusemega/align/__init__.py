@@ -14,6 +14,7 @@ counts.py           counts of pairs of tokens that are aligned in a corpus
 corpus.py           the samples that two tokenizations share, over processes
 positions.py        positions that end at the same byte
 position_kinds.py   which of the two next tokens is longer at such a position
+verdicts.py         where a map sends the text's own next token there
 student_projection.py  a student's probabilities as those of the teacher's tokens, as X-Token projects them
 projection.py       a source's rows with the target's ids, by lookup
 dtw.py              the published alignment: dynamic time warping of token strings

@@ -15,6 +15,7 @@ import numpy as np
 from fusemega.align import make_map
 from fusemega.align.cooccurrence import Neighbours
 from fusemega.align.kinds import KINDS, POSITIONS, MapInputs
+from fusemega.align.verdicts import Verdicts, verdicts_of
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.errors import UserError, choose
@@ -33,13 +34,20 @@ _SAY_SECONDS = 15.0  # between two lines of progress
 
 @dataclass(frozen=True)
 class Aligned:
-    """A map with what it was made of. `frequency_S`: int64, how often each source id is a target of the corpus; None
-    without one."""
+    """A map with what it was made of.
+
+    Attributes:
+        frequency_S: int64, how often each source id is a target of the corpus; None without one.
+        data: the corpus, in the windows and ids of the target; None without one.
+        verdicts: where the map sends its next tokens; None without one.
+    """
 
     map: VocabularyMap
     tokenizers: tuple[Tokenizer, Tokenizer]
     vocabularies: tuple[Vocabulary, Vocabulary]
     frequency_S: np.ndarray | None
+    data: TokenizedDataset | None = None
+    verdicts: Verdicts | None = None
 
 
 def check(
@@ -78,6 +86,7 @@ def align(
     ties: str | None = None,
     workers: int | None = None,
     unknown_fields: str = "error",
+    judge: bool = False,
 ) -> Aligned:
     """A map from the ids of the tokenizer at `source` to those of the one at `target`.
 
@@ -88,6 +97,7 @@ def align(
             path. By default what the kind is defined with.
         ties: which of equally near tokens `mined` takes.
         workers: threads, or processes where a corpus is read.
+        judge: also find where the map sends the next tokens of `data`.
 
     Raises:
         UserError: as `check`; a tokenizer or data that cannot be used.
@@ -104,9 +114,9 @@ def align(
         cache = cache_folder() / "data"
         own = prepare(config, tokenizers[0], cache, progress=True)
         frequency_S = frequencies(own, source_vocabulary.size)
-    counts = near = None
+    counts = near = other = None
     counted = KINDS[kind].counts
-    if config is not None and (counted or ties == "cooccurrence"):
+    if config is not None and (counted or ties == "cooccurrence" or judge):
         other = prepare(config, tokenizers[1], cache, progress=True)
         if counted:
             counts = _count(own, other, tokenizers, vocabularies, positions or counted, seq_length, workers)
@@ -121,7 +131,8 @@ def align(
             "mapped": int(frequency_S[made.table_S >= 0].sum()),
             "identical": int(frequency_S[same_S].sum()),
         }
-    return Aligned(replace(made, statistics=facts), tokenizers, vocabularies, frequency_S)
+    judged = verdicts_of(made, own, other) if other is not None and judge else None
+    return Aligned(replace(made, statistics=facts), tokenizers, vocabularies, frequency_S, other, judged)
 
 
 def frequencies(dataset: TokenizedDataset, size: int) -> np.ndarray:

@@ -67,6 +67,13 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Folder for a page about the map; only an older such page is replaced.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="A store of SOURCE's rows of --data: the page then tells how probable the rows, mapped, make the "
+            "text's own next tokens."
+        ),
+    ] = None,
 ) -> None:
     """Make a vocabulary map: for each id of SOURCE the corresponding id of TARGET. Reads tokenizers, no weights.
 
@@ -76,19 +83,20 @@ def command(
     from fusemega.align.vocabulary_map import VocabularyMap
     from fusemega.files.lock import locked
     from fusemega.report.align_page import write_align_page
+    from fusemega.report.align_positions import check_store, rows_through
     from fusemega.report.page import check_out
     from fusemega.runtime.console import say
 
     check(kind, data or [], on_bad_row, positions, ties, unknown_fields)
+    check_store(store, source, bool(data), report is not None)
     VocabularyMap.check_replaceable(out)
     with ExitStack() as held:
         held.enter_context(locked(out))
         if report is not None:
             check_out(report, [out])
             held.enter_context(locked(report))
-        made = align(
-            *(source, target, kind, data or [], seq_length, on_bad_row, positions, ties, workers, unknown_fields)
-        )
+        settings = (kind, data or [], seq_length, on_bad_row, positions, ties, workers, unknown_fields)
+        made = align(source, target, *settings, judge=report is not None)
         if made.map.source == made.map.target:
             say(f"{source} and {target} are the same tokenizer: rows need no map")
         made.map.save(out)
@@ -108,5 +116,6 @@ def command(
             told["corpus_tokens"] = facts["corpus"]["tokens"]
             told["corpus_coverage"] = round(facts["corpus"]["mapped"] / max(facts["corpus"]["tokens"], 1), 6)
         if report is not None:
-            told["report"] = str(write_align_page(made, report))
+            rows = None if store is None else rows_through(made, out, store)
+            told["report"] = str(write_align_page(made, report, rows))
         print(json.dumps(told))

@@ -19,6 +19,7 @@ from fusemega.align.make_map import as_text, identical
 from fusemega.align.positions import shared_positions
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.report import charts
+from fusemega.report.align_positions import RowsThrough, evidence_table, verdict_table
 from fusemega.report.charts import Chart, Curve, short
 from fusemega.report.page import write_page
 from fusemega.report.page_template import HEAD, STYLE
@@ -76,6 +77,26 @@ really follows, play no part in it.</p>
 {{ table(["target position", "its token", "ends at byte", "supervised by the source's position", "whose token is",
           "so its row tells what follows", "label of the target"], example) }}
 
+{% if verdicts %}
+<h2>Is the map right?</h2>
+<p>At a shared position both tokenizers go on with a token of the same text. The two tokens end at the same byte \
+(equal), or one of them is longer. The map sends the source's token to the target's{% if cells %}, or to its cell\
+{% endif %} (right), to another one, or to nothing. A row's probability goes the same way.</p>
+{{ table(verdicts[0], verdicts[1]) }}
+<p class="soft">{{ judged }} of the corpus, without the first position of each message. Unrelated: where a next token \
+ends is not known.</p>
+{% endif %}
+{% if evidence %}
+<p>The rows of <code>{{ store }}</code>, through this map: the mean probability of the target's own next token (the \
+label){% if cells %}, or of its cell{% endif %}. A useful teacher says more of it than its frequency does.</p>
+{{ table(evidence[0], evidence[1]) }}
+<p class="soft">At most 64 samples, spread over the corpus. Unigram: how frequent the label is at the other positions \
+of the kind.</p>
+{% for complaint in complaints %}
+<p><b>{{ complaint }}</b></p>
+{% endfor %}
+{% endif %}
+
 <h2>One to many</h2>
 <p class="soft">Several source tokens may share a target token; their probabilities add.</p>
 {{ table(["source tokens that share one", "target tokens", "share of the mapped source tokens"], sharing) }}
@@ -98,17 +119,20 @@ A row gives the probability of the whole cell; the label teaches which of the ce
 )
 
 
-def write_align_page(made: Aligned, out: Path) -> Path:
+def write_align_page(made: Aligned, out: Path, rows: RowsThrough | None = None) -> Path:
     """Writes the folder `out` with the page and its charts. Returns the page.
+
+    Args:
+        rows: what a store's rows say through the map.
 
     Raises:
         UserError: as `fusemega.report.page.write_report`.
     """
     drawn = _charts(made)
-    return write_page(out, render(made, drawn), drawn)
+    return write_page(out, render(made, drawn, rows), drawn)
 
 
-def render(made: Aligned, drawn: Sequence[Chart]) -> str:
+def render(made: Aligned, drawn: Sequence[Chart], rows: RowsThrough | None = None) -> str:
     """The page's HTML."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE).render(
@@ -126,6 +150,12 @@ def render(made: Aligned, drawn: Sequence[Chart]) -> str:
         cell_sizes=_by_size(made.map.statistics.get("cell_sizes", {})),
         largest_cells=_largest_cells(made),
         tables=_tables(made),
+        cells=len(made.map.cell_T) > 0,
+        verdicts=None if made.verdicts is None else verdict_table(made.verdicts),
+        judged="" if made.verdicts is None else f"{made.verdicts.samples:,} samples",
+        store="" if rows is None else rows.store,
+        evidence=evidence_table(rows.found) if rows else None,
+        complaints=rows.complaints if rows else (),
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,17 @@ from fusemega.align.dtw import decoded_strings
 from fusemega.align.make_map import exact_map, ms_map, ms_reference_map
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.align.vocabulary_map import VocabularyMap
+from fusemega.fusion.evidence import evidence_of
+from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.report.align_page import EXAMPLE, shown, worked_example
+from fusemega.store import Manifest, Row, StoreWriter
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import prepare
+from fusemega.text.document import MASK_POLICY
+from fusemega.text.sample import Sample
+from fusemega.text.tokenizer import Tokenizer
 from tests.align.map_loops import vocabulary
+from tests.align.test_positions import kinds_by_loops
 from tests.text.toys import CORPUS, byte_level, sentencepiece
 
 
@@ -91,6 +100,63 @@ def test_cells_and_their_page(folders: Path, capsys: pytest.CaptureFixture[str])
     assert all((made.cell_T == i).sum() == 1 for i in (target.eos_id, target.closing_id))
     run(capsys, "map.npz", "--kind", "exact", "--report", "page")
     assert "<h2>Cells</h2>" not in Path("page/report.html").read_text()
+
+
+def test_the_page_tells_whether_the_map_is_right(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "map.npz", "--kind", "exact", "--data", "data.jsonl")
+    made, config = VocabularyMap.load("map.npz"), DataConfig(path="data.jsonl", seq_length=2048)
+    theirs, ours = (prepare(config, tokenizer, "cache/data") for tokenizer in (sentencepiece(), byte_level()))
+    counts: Counter[tuple[str, str]] = Counter()
+    with StoreWriter("store", manifest_of(sentencepiece())) as writer:
+        for a, b in zip(theirs, ours, strict=True):
+            writer.add(a.key, flat_row(a))
+            kinds, at = kinds_by_loops(a, b), {int(a.end_bytes[i]): int(i) for i in a.positions}
+            for i, kind in kinds.items():
+                if int(b.end_bytes[i]) > 0:  # but for the first position
+                    said = int(made.table_S[a.ids[at[int(b.end_bytes[i])] + 1]])
+                    counts[kind, "nothing" if said < 0 else "right" if said == b.ids[i + 1] else "another"] += 1
+    run(capsys, "map.npz", "--kind", "exact", "--data", "data.jsonl", "--report", "page", "--store", "store")
+    page = re.sub(r"\s*</?t[dr]>\s*", "|", Path("page/report.html").read_text())
+    section = page[page.index("Is the map right?") : page.index("One to many")]
+    total = sum(counts.values())
+    for kind in {kind for kind, _ in counts}:
+        here = [counts[kind, verdict] for verdict in ("right", "another", "nothing")]
+        cells = [kind, f"{sum(here):,}", f"{sum(here) / total:.1%}", *(f"{count / sum(here):.1%}" for count in here)]
+        assert "||".join(cells) in section, (kind, section)
+    teacher = TeacherStore(
+        TeacherStoreConfig(store="store", map="map.npz"), "", byte_level(), made.target_size, 1.0, "residual"
+    )
+    for each in evidence_of(teacher, list(ours)):
+        cells = [each.kind, f"{each.positions:,}", f"{each.share:.1%}", f"{each.label:.3f}", f"{each.unigram:.3f}"]
+        assert "||".join(cells) in section, cells
+    byte_level().hf.save_pretrained("source")
+    for words, message in (
+        (["--data", "data.jsonl", "--report", "page"], "store: the store's tokenizer is"),
+        (["--report", "page"], "--store: its rows are looked at in a text, for the page; give --data too"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["align", "source", "target", "other.npz", "--store", "store", *words])
+        assert message in capsys.readouterr().err and not Path("other.npz").exists()
+
+
+def manifest_of(tokenizer: Tokenizer) -> Manifest:
+    return Manifest(
+        weights="w",
+        tokenizer=tokenizer.content_hash,
+        template=tokenizer.template_hash,
+        mask_policy=MASK_POLICY,
+        truncation=2048,
+        temperature=1.0,
+        top_k=1,
+        vocab_size=tokenizer.num_ids,
+    )
+
+
+def flat_row(sample: Sample) -> Row:
+    """Half of the probability for the token that follows."""
+    half = np.full(len(sample.positions), np.log(0.5), dtype=np.float32)
+    labels = sample.ids[sample.positions + 1]
+    return Row(sample.ids_hash, sample.end_bytes[sample.positions], labels[:, None], half[:, None], half, -1.0, 1)
 
 
 def test_kinds_that_count(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
