@@ -12,7 +12,7 @@ from fusemega.logits import _head
 from fusemega.logits.divergence import DIVERGENCES, fused_divergence_loss
 from fusemega.logits.sampled import sample_ids, uniforms
 from fusemega.logits.topk import top_k_log_probs
-from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
+from fusemega.logits.vocab import Groups, Query, SparseLogProbs, fused_token_loss, sparse_log_probs
 from tests.distributed.launch import report
 from tests.logits.dense_divergence import dense_logits, dense_sums
 
@@ -27,7 +27,32 @@ CASES: dict[str, dict[str, Any]] = {
     "one token": {"tokens": 1},
     "no tokens": {"tokens": 0},
     "extreme": {"scale": 3000.0},
+    "groups": {"groups": True, "temperature": 2.0, "softcap": 3.0, "chunk_tokens": 4},
+    "groups of weighted ids": {"groups": True, "weights": True, "chunk_tokens": 1},
+    "groups, a rank without real rows": {"groups": True, "weights": True, "vocab_size": 150},
+    "groups, no tokens": {"groups": True, "tokens": 0},
 }
+
+
+def some_groups(vocab_size: int, weights: bool, generator: torch.Generator) -> Groups:
+    """One within a rank, others over all ranks, one of them of almost half the vocabulary; an id may be in two."""
+    order = torch.randperm(vocab_size, generator=generator)
+    sizes = [1, 5, 9, vocab_size // 2 - 15]
+    members_E = torch.cat([torch.arange(4), order[: sum(sizes)]])
+    group_E = torch.arange(5).repeat_interleave(torch.tensor([4, *sizes]))
+    weight_E = torch.rand(len(members_E), generator=generator).double() / 3 + 0.1 if weights else None
+    return Groups(members_E, group_E, 5, weight_E)
+
+
+def entry_weights(groups: Groups | None, vocab_size: int) -> Tensor:
+    """Weight of each id in each entry that a query can list: ids, groups, and last, for -1, everything."""
+    table = torch.eye(vocab_size, dtype=torch.float64)
+    if groups is not None:
+        group_E = torch.arange(groups.num_groups).repeat_interleave(groups.count_J)
+        sums = torch.zeros(groups.num_groups, vocab_size, dtype=torch.float64)
+        sums[group_E, groups.members_E] = 1.0 if groups.weight_E is None else groups.weight_E
+        table = torch.cat([table, sums])
+    return torch.cat([table, torch.ones(1, vocab_size, dtype=torch.float64)])
 
 
 def check(case: dict[str, Any]) -> float:
@@ -45,7 +70,10 @@ def check(case: dict[str, Any]) -> float:
         ids_TK = torch.arange(vocab_size).repeat(tokens, 1)
     elif tokens > 1:
         ids_TK[0, 0], ids_TK[1, 3] = ids_TK[0, 1], -1
-    queries = [Query(ids_TK, temperature, residual=True), Query(ids_TK[:, 2:3])]
+    groups = some_groups(vocab_size, case.get("weights", False), generator) if case.get("groups") else None
+    if groups is not None:
+        ids_TK[:, 4:] = vocab_size + torch.rand(tokens, groups.num_groups, generator=generator).argsort(1)[:, :3]
+    queries = [Query(ids_TK, temperature, residual=True, groups=groups), Query(ids_TK[:, 2:3], groups=groups)]
 
     def f(results: list[SparseLogProbs], rows: slice) -> tuple[Tensor, Tensor]:
         one, two = results
@@ -59,10 +87,11 @@ def check(case: dict[str, Any]) -> float:
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logp = (logits / query.temperature).log_softmax(1)
-        unlisted = torch.ones(tokens, vocab_size + 1, dtype=torch.bool)
-        unlisted = unlisted.scatter(1, query.ids_TK % (vocab_size + 1), False)[:, :-1]  # -1 -> the last, dropped
-        residual = logp.masked_fill(~unlisted, -torch.inf).logsumexp(1)
-        logp_TK = torch.where(query.ids_TK >= 0, logp.gather(1, query.ids_TK.clamp(min=0)), 0.0)
+        weight_TKV = entry_weights(query.groups, vocab_size)[query.ids_TK]
+        real_TK = query.ids_TK >= 0
+        logp_TK = torch.where(real_TK, (logp[:, None] + weight_TKV.log()).logsumexp(2), 0.0)
+        left = 1.0 - weight_TKV.mul(real_TK[..., None]).sum(1)
+        residual = (logp + left.clamp(min=1e-9).log()).masked_fill(left <= 1e-9, -torch.inf).logsumexp(1)
         return SparseLogProbs(logp_TK, (logits / query.temperature).logsumexp(1), residual)
 
     full = [hidden_TH.clone().requires_grad_(), weight_VH.clone().requires_grad_()]
