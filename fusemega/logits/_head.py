@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusemega.logits._gradients import Gradients
 from fusemega.logits._listed import Listed
+from fusemega.logits._members import ListedMembers
 from fusemega.logits._products import add_product, operand_dtype, product
 from fusemega.logits._query import Query, SparseLogProbs, Sums, check_query
 from fusemega.logits._slopes import d_logits
@@ -140,7 +141,12 @@ class ChunkedHead:
 
     def listed(self, logits_CV: Tensor, queries: Sequence[Query]) -> list[Listed]:
         """What each of `queries`, cut to the chunk's rows, lists."""
-        return [Listed(query, logits_CV, self.first_id, self._vocab_size) for query in queries]
+        return [
+            Listed(query, logits_CV, self.first_id)
+            if query.groups is None or not query.groups.num_groups or not query.ids_TK.numel()
+            else ListedMembers(query, query.groups, logits_CV, self.first_id, self._vocab_size)
+            for query in queries
+        ]
 
     def _weight(self, block: slice) -> Tensor:
         weight_BH = self.weight_VH[block]

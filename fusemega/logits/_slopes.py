@@ -1,7 +1,7 @@
 """The gradient of a chunk's loss in its logits, block by block, from the gradients of its `SparseLogProbs`.
 
 Shape suffixes: C tokens of a chunk, V this rank's real vocabulary rows, B rows of one vocabulary block, K entries of a
-query, L listed ids.
+query.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def d_logits(
             # A listed id may lie far above the residual's peak: exp is then inf, and is overwritten.
             listed.take_out(other_wide, block, logits=False)
             total_CB.addcmul_(exp_CB, factor_C[:, None])
-        for listed, slope_CL in slopes:
-            wide.scatter_add_(1, listed.columns(block), slope_CL)
+        for listed, slope in slopes:
+            listed.add(wide, block, slope)
         if further_CV is not None:
             total_CB.add_(further_CV[:, block])
         if head.softcap is not None:  # d cap tanh(x / cap) = 1 - tanh^2

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fusemega.logits._members import ListedMembers
 from fusemega.logits._query import Query, SparseLogProbs, Sums
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class _Chunk:
     def __init__(self, head: ChunkedHead, logits_CV: Tensor, queries: Sequence[Query]) -> None:
         self._head, self._logits_CV = head, logits_CV
         self._listed = head.listed(logits_CV, queries)
+        self._grouped = [listed for listed in self._listed if isinstance(listed, ListedMembers)]
         self._residuals = [listed for listed in self._listed if listed.query.residual]
         self._temperatures = sorted({query.temperature for query in queries})
 
@@ -63,7 +65,7 @@ class _Chunk:
                 others_CB.copy_(logits_CB)
                 listed.take_out(wide, block, logits=True)
                 torch.maximum(peaks[number], others_CB.amax(1), out=peaks[number])
-        return torch.cat([peaks, *(listed.peaks().t() for listed in self._listed if listed.grouped)])
+        return torch.cat([peaks, *(listed.peaks().t() for listed in self._grouped)])
 
     def sums(self, peaks: Tensor) -> Tensor:
         """This rank's part of the sums, given the peaks of all ranks."""
@@ -80,7 +82,9 @@ class _Chunk:
                 listed.take_out(wide, block, logits=False)
                 sums[len(temperatures) + number] += exp_CB.sum(1)
         entries = [
-            listed.logits() if entry_peak_CK is None else listed.sums(entry_peak_CK)
+            listed.sums(entry_peak_CK)
+            if isinstance(listed, ListedMembers) and entry_peak_CK is not None
+            else listed.logits()
             for listed, entry_peak_CK in zip(self._listed, entry_peaks, strict=True)
         ]
         return torch.cat([sums, *(entry_CK.t() for entry_CK in entries)])
@@ -116,8 +120,7 @@ class _Chunk:
 
     def _split_peaks(self, peaks: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """[C], those of the residuals [n, C], and [C, K] of each query (None: no groups)."""
-        grouped = [listed for listed in self._listed if listed.grouped]
-        widths = [listed.query.ids_TK.shape[1] for listed in grouped]
+        widths = [listed.query.ids_TK.shape[1] for listed in self._grouped]
         peak, residuals, *entries = peaks.split([1, len(self._residuals), *widths])
         found = iter(entries)
-        return peak[0], residuals, [next(found).t() if listed.grouped else None for listed in self._listed]
+        return peak[0], residuals, [next(found).t() if listed in self._grouped else None for listed in self._listed]

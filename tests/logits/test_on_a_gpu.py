@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusemega.logits import _head, _products
+from fusemega.logits import _head, _members, _products
 from fusemega.logits.divergence import fused_divergence_loss
 from fusemega.logits.topk import top_k_log_probs
-from fusemega.logits.vocab import Query, sparse_log_probs
+from fusemega.logits.vocab import Query, fused_token_loss, sparse_log_probs
 from fusemega.losses.registry import Objective, build_objective, parse_objective
 from fusemega.passes.answers import HiddenStates
 from fusemega.passes.batches import GlobalBatch
 from fusemega.training.trainer import Trainer
 from tests.logits.loops import make_head, make_ids
+from tests.logits.test_groups import IDS_TK, make_groups
 from tests.losses.test_objectives import TOKENIZER, VOCAB, N, row_of, sample_of, store_of
 from tests.passes.bare import bare_batch
 
@@ -110,6 +111,42 @@ def test_scores_stay_on_the_device() -> None:
     with Spy() as spy:
         rows = sparse_log_probs(hidden, weight, Query(ids, 2.0, residual=True), vocab_size=VOCAB, softcap=30.0)
     assert rows.log_residual_T is not None and rows.log_residual_T.device == GPU and spy.mixed == []
+
+
+@pytest.mark.parametrize("entry", ["fused", "recompute"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_groups_stay_on_the_device(entry: str, weighted: bool) -> None:
+    """And need no number from it, although their sizes differ: the list of members has a length known in advance."""
+    groups = make_groups(weighted).to(GPU)
+    hidden, weight = (t.detach().bfloat16().to(GPU).requires_grad_() for t in make_head())
+    query = Query(make_ids(vocab_size=VOCAB + 7).to(GPU), 2.0, True, groups)
+    with Spy() as spy:
+        if entry == "fused":
+            loss = fused_token_loss(
+                hidden, weight, [query], lambda found, rows: (found[0].lse_T, found[0].logp_TK), vocab_size=VOCAB
+            )[0]
+        else:
+            loss = sparse_log_probs(hidden, weight, query, vocab_size=VOCAB, chunk_tokens=3).logp_TK.sum()
+        loss.backward()
+    assert spy.mixed == [] and hidden.grad is not None and hidden.grad.device == GPU
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_list_of_members_with_room_to_spare(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: for any K groups a token. What is not filled changes nothing."""
+    query = Query(IDS_TK, 2.0, True, make_groups(weighted))
+    results = []
+    for spare in (False, True):
+        if spare:
+            monkeypatch.setattr(
+                _members, "length_of", lambda count_N, ids_CK, groups: groups.most_members(5) * len(ids_CK)
+            )
+        hidden, weight = make_head(tokens=len(IDS_TK))
+        result = sparse_log_probs(hidden, weight, query, vocab_size=VOCAB, chunk_tokens=2)
+        assert result.log_residual_T is not None
+        value = result.logp_TK.sin().sum() + result.log_residual_T.sin().sum()
+        results.append([result.logp_TK, result.log_residual_T, *torch.autograd.grad(value, (hidden, weight))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_ids_that_are_on_the_device_are_checked_there(monkeypatch: pytest.MonkeyPatch) -> None:
