@@ -72,6 +72,7 @@ class ChunkedHead:
         self.weight_VH = weight_VH.detach()[:real]
         self.softcap = softcap
         self._vocab_size = vocab_size
+        self._listed: list[Listed] = []
         self.dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         device = hidden_TH.device
         self.gemm_dtype = operand_dtype(hidden_TH.dtype, device)
@@ -97,6 +98,7 @@ class ChunkedHead:
 
     def logits(self, rows: slice) -> Tensor:
         """Soft-capped logits [C, V] of the tokens `rows`, in a buffer that the next call overwrites."""
+        self._listed = []
         hidden_CH = self.hidden_TH[rows].to(self.gemm_dtype)
         logits_CV = self._logits_CV[: hidden_CH.shape[0]]
         for block in self.blocks:
@@ -140,13 +142,15 @@ class ChunkedHead:
                 add_product(d_weight.blocks[number], factor_CB.t(), hidden_CH)
 
     def listed(self, logits_CV: Tensor, queries: Sequence[Query]) -> list[Listed]:
-        """What each of `queries`, cut to the chunk's rows, lists."""
-        return [
-            Listed(query, logits_CV, self.first_id)
-            if query.groups is None or not query.groups.num_groups or not query.ids_TK.numel()
-            else ListedMembers(query, query.groups, logits_CV, self.first_id, self._vocab_size)
-            for query in queries
-        ]
+        """What each of `queries`, cut to the chunk's rows, lists; kept for the same queries until the next chunk."""
+        if [id(listed.query) for listed in self._listed] != [id(query) for query in queries]:
+            self._listed = [
+                Listed(query, logits_CV, self.first_id)
+                if query.groups is None or not query.groups.num_groups or not query.ids_TK.numel()
+                else ListedMembers(query, query.groups, logits_CV, self.first_id, self._vocab_size)
+                for query in queries
+            ]
+        return self._listed
 
     def _weight(self, block: slice) -> Tensor:
         weight_BH = self.weight_VH[block]

@@ -32,16 +32,19 @@ class ListedMembers(Listed):
         self._ids_L, self._entry_L, weight_L = written_out(query.ids_TK, groups, vocab_size)
         self._weight_L = None if weight_L is None else weight_L.to(logits_CV.dtype)
         self._token_L = self._entry_L // query.ids_TK.shape[1]
+        self._logits_L = self._own_logits()
+        self._exp_L: Tensor | None = None
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def take_out(self, wide: Tensor, block: slice, *, logits: bool) -> None:
         """As `Listed.take_out`. With weights an id may be listed in part: its logit stays, or the part that is left."""
         flat, nothing = _flat(wide), -torch.inf if logits else 0.0
-        place_L = self._places(wide, block)
+        chosen, place_L = self._places(wide, block)
         if self._weight_L is None:
             flat.index_fill_(0, place_L, nothing)
             return
         value_L = flat[place_L]
-        flat.index_fill_(0, place_L, 0.0).index_add_(0, place_L, self._weight_L)
+        flat.index_fill_(0, place_L, 0.0).index_add_(0, place_L, self._weight_L[chosen])
         left_L = 1.0 - flat[place_L]
         part_L = value_L if logits else value_L * left_L
         # An id that is listed more than once gets the same number each time.
@@ -50,28 +53,41 @@ class ListedMembers(Listed):
     def peaks(self) -> Tensor:
         """Largest logit [C, K] on this rank of each entry's ids, -inf where it has none."""
         peak_N = self._logits_CV.new_full((self.query.ids_TK.numel(),), -torch.inf)
-        return peak_N.scatter_reduce_(0, self._entry_L, self._own_logits(), "amax").view_as(self.query.ids_TK)
+        return peak_N.scatter_reduce_(0, self._entry_L, self._logits_L, "amax").view_as(self.query.ids_TK)
 
     def sums(self, peak_CK: Tensor) -> Tensor:
         """sum_v w_v exp((logit_v - peak) / temperature) [C, K] over this rank's ids of each entry."""
+        self._exp_L = self._exponentials(peak_CK)
         sum_N = peak_CK.new_zeros(peak_CK.numel())
-        return sum_N.index_add_(0, self._entry_L, self._exponentials(peak_CK)).view_as(peak_CK)
+        return sum_N.index_add_(0, self._entry_L, self._exp_L).view_as(peak_CK)
 
     def slopes(self, d_logp_CK: Tensor, sums: Sums) -> Tensor:
         """[L]: an entry's gradient is shared by its ids."""
         assert sums.entry_peak_CK is not None and sums.entry_sum_CK is not None
         slope_CK = torch.where(sums.entry_sum_CK > 0, d_logp_CK / self.query.temperature / sums.entry_sum_CK, 0.0)
-        return self._exponentials(sums.entry_peak_CK).mul_(self._of_entry(slope_CK))
+        exp_L = self._exponentials(sums.entry_peak_CK) if self._exp_L is None else self._exp_L
+        return exp_L * self._of_entry(slope_CK)
 
     def add(self, wide: Tensor, block: slice, slopes: Tensor) -> None:
-        _flat(wide).index_add_(0, self._places(wide, block), slopes)
+        chosen, place_L = self._places(wide, block)
+        _flat(wide).index_add_(0, place_L, slopes[chosen])
 
-    def _places(self, wide: Tensor, block: slice) -> Tensor:
-        """Place of each id in `_flat(wide)`; the sink of its token's row for what lives elsewhere, or is none."""
+    def _places(self, wide: Tensor, block: slice) -> tuple[Tensor | slice, Tensor]:
+        """Which of the ids are in the block, and their places in `_flat(wide)`.
+
+        On a device all are chosen: what lives elsewhere, or is none, has its place in the sink of its token's row.
+        """
+        if block.start in self._found:
+            return self._found[block.start]
         width = block.stop - block.start
         column_L = self._ids_L - (self._first_id + block.start)
         inside = (column_L >= 0) & (column_L < width)
-        return torch.where(inside, column_L, width).add_(self._token_L, alpha=wide.stride(0))
+        if not may_read(column_L):
+            return slice(None), torch.where(inside, column_L, width).add_(self._token_L, alpha=wide.stride(0))
+        chosen = inside.nonzero()[:, 0]
+        place_L = column_L[chosen].add_(self._token_L[chosen], alpha=wide.stride(0))
+        self._found[block.start] = chosen, place_L
+        return chosen, place_L
 
     def _own_logits(self) -> Tensor:
         """[L], -inf for ids of other ranks."""
@@ -86,7 +102,7 @@ class ListedMembers(Listed):
     def _exponentials(self, peak_CK: Tensor) -> Tensor:
         """w_v exp((logit_v - peak) / temperature) of each listed id, relative to its own entry's peak; 0 elsewhere."""
         peak_L = self._of_entry(torch.where(peak_CK > -torch.inf, peak_CK, 0.0))
-        exp_L = self._own_logits().sub_(peak_L)
+        exp_L = self._logits_L - peak_L
         if self.query.temperature != 1.0:
             exp_L.div_(self.query.temperature)
         exp_L.exp_()
@@ -113,7 +129,7 @@ def written_out(ids_CK: Tensor, groups: Groups, vocab_size: int) -> tuple[Tensor
     group_N = (ids_N - vocab_size).clamp_(min=0)
     count_N = torch.where(is_group_N, groups.count_J[group_N], (ids_N >= 0).long())
     stop_N = count_N.cumsum(0)
-    length = length_of(count_N, ids_CK, groups)
+    length = int(stop_N[-1]) if may_read(ids_N) else len(ids_CK) * groups.most_members(ids_CK.shape[1])
     at_L = torch.arange(length, device=ids_N.device)
     # The last repeat fills the list up, so that the operation need not read its length.
     entry_L = torch.repeat_interleave(torch.cat([count_N, (length - stop_N[-1])[None]]), output_size=length)
@@ -129,6 +145,6 @@ def written_out(ids_CK: Tensor, groups: Groups, vocab_size: int) -> tuple[Tensor
     return ids_L, entry_L, weight_L
 
 
-def length_of(count_N: Tensor, ids_CK: Tensor, groups: Groups) -> int:
-    """L, at least the sum of `count_N`; on a device without reading it."""
-    return int(count_N.sum()) if ids_CK.is_cpu else len(ids_CK) * groups.most_members(ids_CK.shape[1])
+def may_read(tensor: Tensor) -> bool:
+    """Whether sizes can be read from it without waiting for a device."""
+    return tensor.is_cpu

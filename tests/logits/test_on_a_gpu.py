@@ -133,14 +133,13 @@ def test_groups_stay_on_the_device(entry: str, weighted: bool) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_list_of_members_with_room_to_spare(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: for any K groups a token. What is not filled changes nothing."""
+    """As on a GPU: for any K groups a token, and in every block. What is not filled changes nothing."""
     query = Query(IDS_TK, 2.0, True, make_groups(weighted))
+    monkeypatch.setitem(_head.BLOCK_BYTES, "cpu", 1)
     results = []
     for spare in (False, True):
         if spare:
-            monkeypatch.setattr(
-                _members, "length_of", lambda count_N, ids_CK, groups: groups.most_members(5) * len(ids_CK)
-            )
+            monkeypatch.setattr(_members, "may_read", lambda tensor: False)
         hidden, weight = make_head(tokens=len(IDS_TK))
         result = sparse_log_probs(hidden, weight, query, vocab_size=VOCAB, chunk_tokens=2)
         assert result.log_residual_T is not None
