@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import tiny
-from fusemega.align.make_map import exact_map
+from fusemega.align.kinds import KINDS, MapInputs
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.config import validate
 from fusemega.fixtures import data as assets
@@ -53,7 +53,7 @@ TRIED = {
     "sft": list(LAYOUTS),
     "distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute"],
     "online_distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
-    "fuse": ["CP2 x PP2 x VPP2, recompute"],
+    "fuse": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
     "chunk": ["TP2+SP x PP2", "TP2 x DP2, micro-batch 2"],
     "project_student": ["TP2+SP x PP2", "CP2 x DP2, overlapped"],
     "sequence_mean": ["CP2 x DP2, overlapped"],
@@ -86,8 +86,11 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
     for name in ("teacher", "coarse"):
         model = {"model": {"load": str(folder / name), "dtype": "fp32"}, "store": str(folder / f"whole-{name}")}
         teach(validate(TeachRun, section | model | {"data": {"path": str(chat), "seq_length": WHOLE}}, "teach"))
-    coarse, fine = (Vocabulary.of(Tokenizer.load(folder / name)) for name in ("coarse", "model"))
-    exact_map(coarse, fine).save(folder / "coarse.map")
+    tokenizers = Tokenizer.load(folder / "coarse"), Tokenizer.load(folder / "model")
+    coarse, fine = map(Vocabulary.of, tokenizers)
+    cells = KINDS["cells"].make(MapInputs(tokenizers, (coarse, fine)))
+    assert len(set(cells.cell_T.tolist())) < fine.size
+    cells.save(folder / "coarse.map")
     sampled = section | {"store": str(folder / "sampled"), "rows": "sampled", "num_samples": 8, "temperature": 2.0}
     again = []
     for one in (section, sampled):
