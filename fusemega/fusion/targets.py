@@ -14,6 +14,7 @@ import numpy as np
 from fusemega.align.projection import log_sum, sum_duplicates
 
 Tail = Literal["renormalise", "residual"]
+TextEnd = Literal["label", "row"]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fusemega.align.positions import shared_positions
 from fusemega.align.projection import project
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.errors import UserError
-from fusemega.fusion.targets import Tail, Targets, renormalised
+from fusemega.fusion.targets import Tail, Targets, TextEnd, renormalised
 from fusemega.fusion.teacher_rows import TeacherRows, TeacherRowsConfig
 from fusemega.store import Row, Store
 from fusemega.text.dataset import TokenizedDataset
@@ -50,6 +50,7 @@ class TeacherStore(TeacherRows):
             rows is welcome as long as no row lists an id that the target lacks.
         temperature: the temperature of the targets.
         tail: the mass outside the listed ids: kept as one more outcome, or shared out over the listed ids.
+        text_end: what teaches the position before the eos of a plain text: `label` leaves it without a target.
 
     Attributes:
         vocab_size, where: as given.
@@ -68,10 +69,12 @@ class TeacherStore(TeacherRows):
         vocab_size: int,
         temperature: float,
         tail: Tail,
+        text_end: TextEnd = "row",
     ) -> None:
         super().__init__(config, where)
         self.vocab_size, self.where, self.map_file = vocab_size, where, config.map
         self._temperature, self._tail = temperature, tail
+        self._eos_id = tokenizer.eos_id if text_end == "label" else None
         if config.consistent and config.map is None:
             raise UserError(
                 f"{where}.consistent: no effect without {where}.map, because a teacher with the target's tokenizer has "
@@ -123,6 +126,10 @@ class TeacherStore(TeacherRows):
                 f"{sample.source}: the row in the store {self.store.path} lists id {largest}, and the model in "
                 f"training has a vocabulary of {self.vocab_size}"
             )
+        if self._eos_id is not None:
+            after_P = sample.positions + 1
+            ends_P = sample.is_place(OF_TEXT)[after_P] & (sample.ids[after_P] == self._eos_id)
+            targets = replace(targets, mask_P=targets.mask_P & ~ends_P)
         return renormalised(targets) if self._tail == "renormalise" else targets
 
     def check_data(self, dataset: TokenizedDataset, required: bool) -> None:

@@ -51,8 +51,8 @@ def show_taught(run: TrainRun, row: str | None, most: int) -> list[RenderableTyp
     found = samples_of_row(rows.dataset, row)
     drawings: list[RenderableType] = []
     for where, config in configs:
-        temperature, tail = settings.temperature, settings.tail
-        teacher = TeacherStore(config, where, rows.tokenizer, rows.source.vocab_size, temperature, tail)
+        common = settings.temperature, settings.tail, settings.text_end
+        teacher = TeacherStore(config, where, rows.tokenizer, rows.source.vocab_size, *common)
         through = "" if config.map is None else f", through {config.map}"
         drawings.append(Text(f"{where}: {config.store}{through}", style="bold"))
         drawings += _rows(teacher, [rows.dataset[i] for i in found], rows.tokenizer, most)

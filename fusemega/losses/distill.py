@@ -35,7 +35,7 @@ H hidden size, V this rank's vocabulary rows, C positions of a chunk, M sums tha
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,7 +47,7 @@ from torch import Tensor
 from fusemega.errors import UserError
 from fusemega.fusion.evidence import warn_of_bad_rows
 from fusemega.fusion.partitions import Partitions
-from fusemega.fusion.targets import Tail, Targets, or_label
+from fusemega.fusion.targets import Tail, Targets, TextEnd, or_label
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.logits.groups import Groups
 from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
@@ -82,6 +82,10 @@ class TaughtSettings(ObjectiveSettings):
         description="target of a position at which no token of a teacher with another tokenizer ends: its label, "
         "or nothing",
     )
+    text_end: TextEnd = Field(
+        "label",
+        description="what teaches where a plain text ends: its label, or the teacher's row as elsewhere (FuseLLM)",
+    )
 
 
 class Taught(Objective[HiddenStates]):
@@ -91,15 +95,18 @@ class Taught(Objective[HiddenStates]):
         settings: as in the run file.
         k: largest number of ids at a position.
         partitions: those that `targets` are in, by their numbers.
-        mapped: whether any teacher has another tokenizer.
+        teachers: those that `targets` come from.
     """
 
     terms = ("lm", "distill")
     unit = "token"
 
-    def __init__(self, settings: TaughtSettings, k: int, partitions: Partitions, mapped: bool) -> None:
-        self.settings, self._k, self._partitions, self._mapped = settings, k, partitions, mapped
-        self.measures = measures_of(mapped)
+    def __init__(
+        self, settings: TaughtSettings, k: int, partitions: Partitions, teachers: Sequence[TeacherStore]
+    ) -> None:
+        self.settings, self._k, self._partitions = settings, k, partitions
+        self._mapped = any(teacher.map_file is not None for teacher in teachers)
+        self.measures = measures_of(self._mapped)
         self._groups: Groups | None = None
         if partitions.num_groups:
             member_E, group_E = torch.from_numpy(partitions.member_E), torch.from_numpy(partitions.group_E)
@@ -202,12 +209,14 @@ class Distill(Taught):
         name: Literal["distill"] = "distill"
 
     def __init__(self, settings: Distill.Settings, store: TeacherStore) -> None:
-        super().__init__(settings, store.k, Partitions([store.cell_V], store.vocab_size), settings.map is not None)
+        super().__init__(settings, store.k, Partitions([store.cell_V], store.vocab_size), [store])
         self.store = store
 
     @classmethod
     def build(cls, settings: Distill.Settings, tokenizer: Tokenizer, vocab_size: int) -> Distill:
-        store = TeacherStore(settings, "objective", tokenizer, vocab_size, settings.temperature, settings.tail)
+        store = TeacherStore(
+            settings, "objective", tokenizer, vocab_size, settings.temperature, settings.tail, settings.text_end
+        )
         # With a map some draws' ids have no counterpart in the target's vocabulary, so there is a tail.
         sampled = store.store.manifest.rows == "sampled"
         if sampled and settings.map is None and "tail" in settings.model_fields_set:

@@ -90,26 +90,19 @@ class Fuse(Taught):
     def __init__(self, settings: Fuse.Settings, teachers: list[TeacherStore]) -> None:
         ks, vocab_size = [teacher.k for teacher in teachers], teachers[0].vocab_size
         cells = [teacher.cell_V for teacher in teachers]
-        mapped = any(config.map is not None for config in settings.teachers)
         # min_ce keeps the ids and cells of one teacher; a mixture has the ids of all, in cells that all can state.
         self._joined_V = None if settings.fusion.function == "min_ce" else joined(cells, vocab_size)
         if settings.fusion.function == "min_ce":
-            super().__init__(settings, max(ks), Partitions(cells, vocab_size), mapped)
+            super().__init__(settings, max(ks), Partitions(cells, vocab_size), teachers)
         else:
-            super().__init__(settings, sum(ks), Partitions([self._joined_V] * len(teachers), vocab_size), mapped)
+            super().__init__(settings, sum(ks), Partitions([self._joined_V] * len(teachers), vocab_size), teachers)
         self.teachers, self._fusion = teachers, settings.fusion
 
     @classmethod
     def build(cls, settings: Fuse.Settings, tokenizer: Tokenizer, vocab_size: int) -> Fuse:
-        return cls(
-            settings,
-            [
-                TeacherStore(
-                    config, f"objective.teachers.{i}", tokenizer, vocab_size, settings.temperature, settings.tail
-                )
-                for i, config in enumerate(settings.teachers)
-            ],
-        )
+        common = tokenizer, vocab_size, settings.temperature, settings.tail, settings.text_end
+        named = ((f"objective.teachers.{i}", config) for i, config in enumerate(settings.teachers))
+        return cls(settings, [TeacherStore(config, where, *common) for where, config in named])
 
     def targets(self, sample: Sample) -> Targets | None:
         """With `on_missing: skip`, only the teachers that have a row of the sample are combined."""

@@ -55,7 +55,7 @@ def rows_through(made: Aligned, path: Path, store: Path) -> RowsThrough:
     assert made.data is not None
     manifest, config = Store.open(store).manifest, TeacherStoreConfig(store=str(store), map=str(path))
     teacher = TeacherStore(
-        config, "objective", made.tokenizers[1], made.map.target_size, manifest.temperature, "residual"
+        config, "objective", made.tokenizers[1], made.map.target_size, manifest.temperature, "residual", "label"
     )
     found = evidence_of(teacher, spread(made.data))
     if not found:

@@ -123,9 +123,8 @@ def test_the_page_tells_whether_the_map_is_right(folders: Path, capsys: pytest.C
         here = [counts[kind, verdict] for verdict in ("right", "another", "nothing")]
         cells = [kind, f"{sum(here):,}", f"{sum(here) / total:.1%}", *(f"{count / sum(here):.1%}" for count in here)]
         assert "||".join(cells) in section, (kind, section)
-    teacher = TeacherStore(
-        TeacherStoreConfig(store="store", map="map.npz"), "", byte_level(), made.target_size, 1.0, "residual"
-    )
+    config = TeacherStoreConfig(store="store", map="map.npz")
+    teacher = TeacherStore(config, "", byte_level(), made.target_size, 1.0, "residual", "label")
     for each in evidence_of(teacher, list(ours)):
         cells = [each.kind, f"{each.positions:,}", f"{each.share:.1%}", f"{each.label:.3f}", f"{each.unigram:.3f}"]
         assert "||".join(cells) in section, cells

@@ -20,6 +20,7 @@ from fusemega.store import Manifest, Row, Store, StoreWriter
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.document import MASK_POLICY
+from fusemega.text.sample import OF_TEXT
 from fusemega.text.tokenizer import Tokenizer
 from tests.text.toys import byte_level, sentencepiece
 
@@ -170,6 +171,44 @@ def test_rows_in_the_targets_ids(source_template: str, target_template: str, fli
                 assert fields["teacher_log_residual"][p] == -np.inf
     assert compared > 12 and starts == 3
     assert len(taught) == 2
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["a map", "the teacher's own tokenizer"])
+@pytest.mark.parametrize("unaligned", ["label", "nothing"])
+def test_the_end_of_a_plain_text_is_learnt_from_its_label(mapped: bool, unaligned: str, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows: list[dict[str, Any]] = [*ROWS, {"text": "the quick fox"}, {"prompt": "the", "completion": " dog"}]
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    theirs, ours = byte_level("chatml"), sentencepiece("chatml")
+    ours = ours if mapped else theirs
+    write_teacher(tmp_path / "teacher", data, theirs)
+    section = {"name": "distill", "store": str(tmp_path / "teacher/store"), "unaligned": unaligned}
+    spare = 0 if mapped else PADDING  # rows of the teacher without a map may list ids that only the models have
+    if mapped:
+        exact_map(Vocabulary.of(theirs), Vocabulary.of(ours)).save(tmp_path / "a.map")
+        section["map"] = str(tmp_path / "a.map")
+    by_label = build_objective(parse_objective(section), ours, ours.num_ids + spare)
+    by_row = build_objective(parse_objective(section | {"text_end": "row"}), ours, ours.num_ids + spare)
+    assert isinstance(by_label, Distill)
+    texts = 0
+    for sample in prepare(DataConfig(path=str(data), seq_length=512), ours, tmp_path / "cache"):
+        is_text = bool(sample.is_place(OF_TEXT).any())
+        got, wanted = by_label.position_fields(sample), by_row.position_fields(sample)
+        label = int(sample.ids[-1])
+        last = len(sample.positions) - 1
+        for name, field in got.items():
+            others = slice(last) if is_text else slice(None)
+            np.testing.assert_array_equal(field[others], wanted[name][others])
+        if is_text:
+            texts += 1
+            assert label == ours.eos_id and not by_label.targets(sample).mask_P[last]
+            assert got["teacher_mask"][last] == (unaligned == "label")
+            if unaligned == "label":
+                assert (
+                    got["teacher_ids"][last].tolist() == [label, *[-1] * (K - 1)] and got["teacher_logp"][last][0] == 0
+                )
+            assert wanted["teacher_mask"][last] and wanted["teacher_logp"][last][0] < 0
+    assert texts == 2
 
 
 def test_maps_and_stores_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def sure_row(sample: Any) -> Row:
 def opened(work: Path, kind: str | None) -> TeacherStore:
     tokenizer = real_tokenizers("smollm2", "mistral_v3")["smollm2"][0]
     config = TeacherStoreConfig(store=str(work / ("theirs" if kind else "ours")), map=kind and f"{work}/{kind}.map")
-    return TeacherStore(config, "objective", tokenizer, tokenizer.num_ids, 1.0, "residual")
+    return TeacherStore(config, "objective", tokenizer, tokenizer.num_ids, 1.0, "residual", "label")
 
 
 @pytest.mark.parametrize("kind", ["exact", "cells"])

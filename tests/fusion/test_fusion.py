@@ -21,7 +21,7 @@ from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
 
 VOCAB, P, OTHER = 40, 7, "other ids"
-TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None)
+TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None, eos_id=None)
 
 
 def random_targets(k: int, seed: int, without: tuple[int, ...] = ()) -> Targets:

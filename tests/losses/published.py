@@ -26,7 +26,7 @@ from tests.logits.loops import make_head
 from tests.passes.bare import bare_batch
 
 VOCAB = 141
-TOKENIZER: Any = SimpleNamespace(content_hash="own", template_hash=None)
+TOKENIZER: Any = SimpleNamespace(content_hash="own", template_hash=None, eos_id=None)
 # Where the supervised positions of two samples end, for the model in training and for the teacher.
 OURS = [[3, 5, 6, 9, 9, 12, -1], [-1, 0, 4]]
 THEIRS = [[-1, 3, 4, 6, 7, 9, 12], [0, 2, 4]]

@@ -24,7 +24,7 @@ from tests.logits.loops import make_head
 from tests.passes.bare import bare_batch
 
 VOCAB, SOURCE, K = 141, 60, 8
-TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None, num_ids=VOCAB, source="target")
+TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None, num_ids=VOCAB, source="target", eos_id=None)
 LABELS = np.random.default_rng(2).integers(0, 100, size=10)
 SAMPLE = Sample(
     key=bytes(range(16)),

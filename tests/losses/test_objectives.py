@@ -26,7 +26,7 @@ from tests.logits.loops import loops, make_head, make_ids
 from tests.passes.bare import bare_batch
 
 VOCAB, K, N = 141, 6, 4
-TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None)
+TOKENIZER: Any = SimpleNamespace(content_hash="tok", template_hash=None, eos_id=None)
 HEAD: dict[str, Any] = {"group": None, "vocab_size": VOCAB}
 MANIFEST = {
     "weights": "w",
@@ -290,7 +290,7 @@ def test_build_checks_tokenizer_and_template(tmp_path: Path) -> None:
     settings = parse_objective({"name": "distill", "store": str(store.path), "lambda": 0.25})
 
     def tokenizer(content_hash: str, template_hash: str | None) -> Any:
-        return SimpleNamespace(content_hash=content_hash, template_hash=template_hash)
+        return SimpleNamespace(content_hash=content_hash, template_hash=template_hash, eos_id=None)
 
     objective = build_objective(settings, tokenizer("tok", None), VOCAB)
     assert isinstance(objective, Distill) and objective.settings.lambda_ == 0.25
