@@ -21,6 +21,7 @@ KINDS: dict[str, type[Section]] = {
     "train": TrainRun,
     "online": TrainRun,
     "chunk": TrainRun,
+    "merge": TrainRun,
     "project_student": TrainRun,
     "teach": TeachRun,
     "project": ProjectRun,

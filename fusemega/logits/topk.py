@@ -67,6 +67,44 @@ def top_k_log_probs(
     return torch.cat(ids), torch.cat(logps), torch.cat(residuals), torch.cat(labels)
 
 
+@torch.no_grad()
+def top_ids(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    k: int,
+    excluded: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """int64 [T, k]: the most probable ids that are not excluded, by falling probability; -1 where there are fewer.
+
+    Args:
+        k: 1 to vocab_size.
+        excluded: bool [vocab_size], on the device of `hidden_TH`.
+        (others): as in `fusemega.logits.vocab.sparse_log_probs`.
+    """
+    none_T0 = torch.empty(len(hidden_TH), 0, dtype=torch.int64, device=hidden_TH.device)
+    head = ChunkedHead(
+        hidden_TH,
+        weight_VH,
+        [Query(none_T0)],
+        group=group,
+        vocab_size=vocab_size,
+        softcap=softcap,
+        chunk_tokens=chunk_tokens,
+    )
+    found = []
+    for rows in head.chunks:
+        logits_CV = head.logits(rows)
+        here = excluded[head.first_id : head.first_id + logits_CV.shape[1]]
+        ids_CK = largest_ids(logits_CV.masked_fill_(here, -torch.inf), k, head)
+        found.append(torch.where((ids_CK < 0) | excluded[ids_CK.clamp(min=0)], -1, ids_CK))
+    return torch.cat(found)
+
+
 def largest_ids(logits_CV: Tensor, k: int, head: ChunkedHead) -> Tensor:
     """Ids [C, K] of the largest logits over all ranks."""
     values_CK, columns_CK = _local_largest(logits_CV, min(k, logits_CV.shape[1]))

@@ -4,9 +4,9 @@
 * `apply.py`: an objective applied to what a model gives for a micro-batch
 * `label_probability.py`: metrics of distillation
 * `sft.py`, `distill.py`, `fuse.py`, `online_distill.py`: one objective a file
-* `chunk.py`, `project_student.py`: others' methods across tokenizers, as published
+* `chunk.py`, `merge.py`, `project_student.py`: others' methods across tokenizers, as published
 """
 
-from fusemega.losses import chunk, distill, fuse, online_distill, project_student, sft
+from fusemega.losses import chunk, distill, fuse, merge, online_distill, project_student, sft
 
-__all__ = ["chunk", "distill", "fuse", "online_distill", "project_student", "sft"]
+__all__ = ["chunk", "distill", "fuse", "merge", "online_distill", "project_student", "sft"]

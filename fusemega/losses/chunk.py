@@ -121,14 +121,9 @@ class ChunkLikelihood(Objective[HiddenStates]):
         settings, fields = self.settings, batch.position_fields
         query = Query(batch.labels[:, None])
         logp_N = sparse_log_probs(output.hidden_NH, output.weight_VH, query, **output.head).logp_TK[:, 0]
-        starts_N = fields["chunk_starts"]
-        place_N = (starts_N.long().cumsum(0) - 1).clamp(min=0)
-
-        def summed(values_N: Tensor) -> Tensor:
-            return logp_N.new_zeros(logp_N.shape).index_add(0, place_N, values_N)
-
-        student_G = summed(torch.where(fields["in_chunk"], logp_N, 0.0))
-        teacher_G = summed(fields["chunk_logp"].to(logp_N.dtype))
+        place_N = places(fields["chunk_starts"])
+        student_G = summed(torch.where(fields["in_chunk"], logp_N, 0.0), place_N)
+        teacher_G = summed(fields["chunk_logp"].to(logp_N.dtype), place_N)
         tau = settings.binarization_temperature
         divergence_G = binarised(settings.divergence, teacher_G / tau, student_G / tau)
         # Places without a chunk compare 0 with 0.
@@ -136,6 +131,16 @@ class ChunkLikelihood(Objective[HiddenStates]):
         loss = settings.lambda_ * ce / denominators["lm"]
         loss = loss + (1.0 - settings.lambda_) * tau * divergence / denominators["chunk"]
         return loss, {"lm": ce.detach(), "chunk": divergence.detach()}
+
+
+def places(starts_N: Tensor) -> Tensor:
+    """int64 [N]: the number of each position's chunk, counted over the micro-batch; 0 before the first."""
+    return (starts_N.long().cumsum(0) - 1).clamp(min=0)
+
+
+def summed(values_N: Tensor, place_N: Tensor) -> Tensor:
+    """[G]: the sum over each chunk's positions; 0 at places past the last chunk."""
+    return torch.zeros_like(values_N).index_add(0, place_N, values_N)
 
 
 def binarised(kind: Binarised, teacher_G: Tensor, student_G: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ TRIED = {
     "online_distill": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
     "fuse": ["TP2+SP x PP2", "CP2 x PP2 x VPP2, recompute", "CP2 x DP2, overlapped"],
     "chunk": ["TP2+SP x PP2", "TP2 x DP2, micro-batch 2"],
+    "merge": ["TP2+SP x PP2"],
     "project_student": ["TP2+SP x PP2", "CP2 x DP2, overlapped"],
     "sequence_mean": ["CP2 x DP2, overlapped"],
     "pairwise_scores": ["TP2+SP x PP2", "CP2 x DP2, overlapped"],
@@ -104,7 +105,7 @@ def section(
     work: Path, name: str, objective: dict[str, Any], parallel: Any, training: Any, optimizer: Any
 ) -> dict[str, Any]:
     grouped = objective["name"].startswith("pairwise")
-    whole = grouped or objective["name"] in ("fuse", "chunk", "project_student")
+    whole = grouped or objective["name"] in ("fuse", "chunk", "merge", "project_student")
     path = work / ("groups.jsonl" if grouped else "chat.jsonl")
     model = "scalar" if objective["name"] == "pairwise_scores" else "model"
     return {
@@ -143,6 +144,12 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
             "lambda": 0.3,
         },
         "chunk": {"name": "chunk", "store": str(work / "whole-coarse"), "lambda": 0.3},
+        "merge": {
+            "name": "merge",
+            "store": str(work / "whole-coarse"),
+            "map": str(work / "coarse.map"),
+            "lambda": 0.3,
+        },
         "project_student": {
             "name": "project_student",
             "store": str(work / "whole-coarse"),
@@ -165,7 +172,7 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
     for rank in ranks:
         errors = rank.pop("published")
         # Some fields are fp32.
-        assert len(errors) == 4 and all(error <= 3e-7 for error in errors.values()), errors
+        assert len(errors) == 6 and all(error <= 3e-7 for error in errors.values()), errors
     shared = [{name: found for name, found in rank.items() if "last rows" not in name} for rank in ranks]
     assert shared[0] == shared[3]  # every rank has the metrics
     for objective, settings in objectives.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusemega.logits import _head
-from fusemega.logits.topk import top_k_log_probs
+from fusemega.logits.topk import top_ids, top_k_log_probs
 from fusemega.logits.vocab import Query
 from tests.logits.loops import loops, make_head
 
@@ -63,6 +63,22 @@ def test_the_whole_vocabulary() -> None:
     assert ids_TK.sort(dim=1).values.tolist() == [list(range(12))] * 4
     torch.testing.assert_close(logp_TK.exp().sum(1), torch.ones(4, dtype=torch.float64))
     assert (log_residual_T == -torch.inf).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_most_probable_of_some_ids(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_head.BLOCK_BYTES, "cpu", 1)
+    hidden_TH, weight_VH = make_head()
+    with torch.no_grad():
+        weight_VH[VOCAB:] = torch.nan
+    logits_TV = (hidden_TH @ weight_VH[:VOCAB].t()).detach()
+    for allowed in (range(0, VOCAB, 2), [3, 140], []):
+        excluded = torch.ones(VOCAB, dtype=torch.bool)
+        excluded[list(allowed)] = False
+        found = top_ids(hidden_TH, weight_VH, 5, excluded, vocab_size=VOCAB, softcap=softcap, chunk_tokens=3)
+        for t in range(4):
+            ranked = sorted(allowed, key=lambda v: -float(logits_TV[t, v]))[:5]
+            assert found[t].tolist() == ranked + [-1] * (5 - len(ranked))
 
 
 def test_no_tokens_and_bad_arguments() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusemega.align.student_projection import by_columns
 from fusemega.fusion.teacher_rows import TeacherRows
+from fusemega.losses.merge import MergedGroups
 from fusemega.losses.project_student import ProjectStudent
 from fusemega.losses.registry import Objective, build_objective, parse_objective
 from fusemega.passes.answers import HiddenStates
@@ -233,4 +234,70 @@ PROJECT_SETTINGS: list[dict[str, Any]] = [
     {"lambda": 0.2, "tail": "renormalise"},
     {"lambda": 0.0, "tail": "renormalise", "temperature": 2.0},
     {"lambda": 0.0, "temperature": 2.0, "store_temperature": 2.0},
+]
+
+
+def merge_case(folder: Path, **settings: Any) -> Case:
+    """As `chunk_case`. Teacher ids 10 to 49 are target ids 30 to 69, two of them the same."""
+    store = store_of(folder, {n: row_of(n, ends) for n, ends in enumerate(THEIRS)})
+    parsed = parse_objective({"name": "merge", "store": str(store.path), "on_missing": "skip", **settings})
+    assert isinstance(parsed, MergedGroups.Settings)
+    table = np.append(np.full(10, -1), np.arange(30, 70))
+    table[11] = table[12]
+    objective = MergedGroups(parsed, TeacherRows(parsed, "objective", "merge"), table, VOCAB)
+    batch = packed(objective, [sample_of(0), sample_of(7, [2, 4]), sample_of(1)])
+    shares = (parsed.matched_weight, parsed.unmatched_weight) if parsed.matched_weight is not None else (0.8, 0.2)
+    last, beta = parsed.token_merge_strategy == "bayesian", parsed.beta
+    unmatched = [v for v in range(VOCAB) if v not in table]
+
+    def by_hand(hidden: Tensor, weight: Tensor) -> Tensor:
+        logq = [(hidden[n] @ weight.t()).log_softmax(0) for n in range(len(batch.labels))]
+        labels = batch.labels.tolist()
+        total, groups = torch.zeros((), dtype=torch.float64), 0
+        for number, begin in ((0, 0), (1, len(OURS[0]) + 2)):
+            row = store.get(bytes([number]) * 16)
+            assert row is not None and row.label_logp_P is not None
+            for (a, b), (c, d) in zip(CHUNKS[number], THEIR_CHUNKS[number], strict=True):
+                base, t = (d - 1, begin + b - 1) if last else (c, begin + a)
+                theirs = math.prod(max(math.exp(float(row.label_logp_P[j])), 1e-8) for j in range(c, d) if j != base)
+                ours = torch.ones((), dtype=torch.float64)
+                for n in range(begin + a, begin + b):
+                    if n != t:
+                        ours = ours * logq[n][labels[n]].exp().clamp(min=1e-8)
+                P: dict[int, float] = {}
+                rest = []
+                for g, x in zip(row.ids_PK[base].tolist(), row.logp_PK[base].tolist(), strict=True):
+                    if table[g] < 0:
+                        rest.append(math.exp(x) * theirs)
+                    else:
+                        P[int(table[g])] = P.get(int(table[g]), 0.0) + math.exp(x) * theirs
+                for v, p in P.items():
+                    q = logq[t][v].exp() * ours
+                    m = beta * p + (1 - beta) * q
+                    if beta < 1:
+                        total = total + shares[0] * (
+                            beta * p * (math.log(p) - torch.log(m)) if beta else p * torch.log(p / q)
+                        )
+                    if beta > 0:
+                        total = total + shares[0] * (
+                            (1 - beta) * q * torch.log(q / m) if beta < 1 else q * torch.log(q / p)
+                        )
+                largest = sorted((logq[t][v].exp() * ours for v in unmatched), key=float, reverse=True)[:3]
+                for p, q in zip([*sorted(rest, reverse=True), 0.0, 0.0, 0.0], largest, strict=False):
+                    total = total + shares[1] * (p - q).abs()
+                groups += 1
+        ce = -sum(one[label] for one, label in zip(logq, labels, strict=True))
+        return parsed.lambda_ * ce / (2 * len(labels)) + (1 - parsed.lambda_) * total / (2 * groups)
+
+    return Case(objective, batch, by_hand)
+
+
+MERGE_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"lambda": 0.2},
+    {"lambda": 0.2, "token_merge_strategy": "bayesian"},
+    {"lambda": 0.0, "beta": 0.0},
+    {"lambda": 0.0, "beta": 1.0},
+    {"lambda": 0.0, "matched_weight": 1.0, "unmatched_weight": 0.0},
+    {"lambda": 0.0, "matched_weight": 0.0, "unmatched_weight": 3.0},
 ]

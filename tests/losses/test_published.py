@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fusemega.align.student_projection import student_projection
+from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.fusion.teacher_rows import TeacherRows
@@ -26,6 +27,7 @@ from fusemega.training.run_file import TrainRun
 from tests.logits.loops import make_head
 from tests.losses.published import (
     CHUNK_SETTINGS,
+    MERGE_SETTINGS,
     NO_LABELS,
     OURS,
     PROJECT_SETTINGS,
@@ -33,6 +35,7 @@ from tests.losses.published import (
     VOCAB,
     built,
     chunk_case,
+    merge_case,
     packed,
     project_case,
     row_of,
@@ -239,3 +242,58 @@ def test_project_student_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: 
         built(section)
     with pytest.raises(UserError, match=r"objective.temperature: found 2.0, .* was stored at 1.0"):
         project_case(tmp_path / "other", temperature=2.0)
+
+
+@pytest.mark.parametrize("settings", MERGE_SETTINGS, ids=str)
+def test_merge_equals_the_formula(settings: dict[str, Any], tmp_path: Path) -> None:
+    case = merge_case(tmp_path, **settings)
+    assert case.objective.counts(case.batch) == {"lm": 12, "merge": 6}
+    assert case.check() <= 3e-7  # the fields are fp32
+
+
+def test_merge_settings_all_act(tmp_path: Path) -> None:
+    hidden, weight = make_head(tokens=12)
+    losses = []
+    for number, settings in enumerate(MERGE_SETTINGS):
+        case = merge_case(tmp_path / str(number), **settings)
+        output = HiddenStates(hidden, weight, {"group": None, "vocab_size": VOCAB})
+        losses.append(float(case.objective.loss(output, case.batch, case.denominators)[0]))
+    assert len({round(loss, 6) for loss in losses}) == len(MERGE_SETTINGS)
+
+
+@pytest.mark.parametrize("strategy", ["observed", "bayesian"])
+def test_merge_with_one_tokenizer_compares_the_listed_ids(strategy: str, tmp_path: Path) -> None:
+    """Every token is a group and every id is matched: beta = 0 is KL over the listed ids, without a residual."""
+    sample = sample_of(0, [0, 3, 4, 9])
+    row = row_of(0, [0, 3, 4, 9])
+    store = store_of(tmp_path, {0: row}, tokenizer="own", vocab_size=VOCAB)
+    section = {"name": "merge", "store": str(store.path), "lambda": 0.0, "beta": 0.0, "token_merge_strategy": strategy}
+    objective = built(section)
+    hidden, weight = make_head()
+    output = HiddenStates(hidden, weight, {"group": None, "vocab_size": VOCAB})
+    loss, _ = objective.loss(output, packed(objective, [sample]), {"lm": 4, "merge": 4})
+    read = store.get(sample.key)
+    assert read is not None
+    logq = (hidden @ weight[:VOCAB].t()).log_softmax(1).gather(1, torch.from_numpy(row.ids_PK.astype(np.int64)))
+    logp = torch.from_numpy(read.logp_PK).double()
+    torch.testing.assert_close(loss, (logp.exp() * (logp - logq)).sum() / 4, rtol=0, atol=1e-6)
+
+
+def test_merge_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
+    def section(name: str, **changes: Any) -> dict[str, Any]:
+        return {"name": "merge", "store": str(store_of(tmp_path / name, {0: row_of(0, THEIRS[0])}, **changes).path)}
+
+    with pytest.raises(UserError, match="matched_weight and unmatched_weight: give both, or none"):
+        built({"name": "merge", "store": "s", "matched_weight": 1.0})
+    with pytest.raises(UserError, match="objective.beta: Input should be less than or equal to 1"):
+        built({"name": "merge", "store": "s", "beta": 1.5})
+    with pytest.raises(UserError, match="the store's tokenizer is 'theirs', expected 'own'"):
+        built(section("tokenizer"))
+    with pytest.raises(UserError, match="has rows: top_k at temperature 2.0; merge needs rows: top_k at 1.0"):
+        built(section("temperature", temperature=2.0, tokenizer="own"))
+    mined = VocabularyMap("mined", "theirs", "own", *[np.zeros(50, dtype=np.int32)] * 3, 50, VOCAB, False, False)
+    mined.save(tmp_path / "mined.map")
+    with pytest.raises(
+        UserError, match="mined.map: the map's kind is mined; merge needs `fusemega align --kind exact`"
+    ):
+        built({**section("map"), "map": str(tmp_path / "mined.map")})

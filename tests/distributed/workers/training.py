@@ -36,7 +36,7 @@ from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.pairwise import Pairwise, PairwiseScores
-from tests.losses.published import chunk_case, project_case
+from tests.losses.published import chunk_case, merge_case, project_case
 from tests.losses.sequence_mean import SequenceMean
 
 
@@ -85,6 +85,7 @@ def published() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         cases = {
             "chunk": chunk_case(Path(folder) / "chunk", **{"lambda": 0.2}),
+            "merge": merge_case(Path(folder) / "merge", **{"lambda": 0.2}),
             "project_student": project_case(Path(folder) / "project_student", **{"lambda": 0.2}),
         }
     found = {f"{name}, TP2": case.check(pairs[rank // 2], rank % 2, 2) for name, case in cases.items()}
