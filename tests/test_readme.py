@@ -86,7 +86,9 @@ def test_quickstart_across_tokenizers(home: Path) -> None:
     assert bits.keys() == {"target", "control", "fused", "smollm2"}
     assert bits["smollm2"] < bits["control"] < bits["target"] and bits["smollm2"] < bits["fused"] < bits["target"]
     assert bits["fused"] != bits["control"]
-    assert all(one.keys() == {"bits_per_byte"} for of in summary["measures"].values() for one in of.values())
+    found = summary["measures"]
+    assert all(one.keys() == {"bits_per_byte", "kl"} for of in found.values() for one in of.values())
+    assert all((one["kl"] == [0]) == (name == "smollm2") for name, of in found.items() for one in of.values())
     config = json.loads((folder / "fused" / "hf" / "config.json").read_text())
     assert config["vocab_size"] == 32_768
     taught = [json.loads(line) for line in (folder / "fused" / "metrics.jsonl").read_text().splitlines()]

@@ -37,13 +37,14 @@ class TeacherRows:
 
     Attributes:
         store: the open store.
+        can_skip: whether the caller has an `on_missing` setting that allows samples without a row; for messages.
 
     Raises:
         UserError: no store there; one of another mask or model; one of format 2, if labels are needed.
     """
 
     def __init__(self, config: TeacherRowsConfig, where: str, labels_for: str | None = None) -> None:
-        self.store = Store.open(config.store)
+        self.store, self.can_skip = Store.open(config.store), True
         self._labels_for = labels_for
         manifest = self.store.manifest
         self.store.check({"mask_policy": MASK_POLICY})
@@ -117,7 +118,8 @@ class TeacherRows:
 
     def _no_row(self, sample: Sample, reason: str) -> str:
         """What to say of a sample that the store lacks."""
-        return f"{sample.source}: no row in the store {self.store.path} (allowed with on_missing: skip): {reason}"
+        allowed = " (allowed with on_missing: skip)" if self.can_skip else ""
+        return f"{sample.source}: no row in the store {self.store.path}{allowed}: {reason}"
 
     def _no_labels(self) -> str:
         manifest = self.store.manifest

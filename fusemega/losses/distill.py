@@ -50,7 +50,7 @@ from fusemega.fusion.partitions import Partitions
 from fusemega.fusion.targets import Tail, Targets, TextEnd, or_label
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.logits.groups import Groups
-from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
+from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss, sparse_log_probs
 from fusemega.losses.label_probability import label_fields, measured, measures_of
 from fusemega.losses.registry import Objective, ObjectiveSettings, register
 from fusemega.passes.answers import HiddenStates
@@ -185,6 +185,24 @@ class Taught(Objective[HiddenStates]):
             queries.append(Query(torch.stack([cell_N, label_N], dim=1), settings.temperature, groups=groups))
         loss, sums_M = fused_token_loss(output.hidden_NH, output.weight_VH, queries, token_loss, **output.head)
         return loss, {"lm": sums_M[0], "distill": sums_M[1]}
+
+    @torch.no_grad()
+    def distances(self, output: HiddenStates, batch: MicroBatch) -> Tensor:
+        """fp64 [2]: sum of KL(p_t, q_t^T) over the positions with a target, in nats, and how many they are.
+
+        Both are compared as outcomes that p tells apart: cells, and "any other id" where p keeps it.
+        """
+        fields, dtype = batch.position_fields, torch.promote_types(output.hidden_NH.dtype, torch.float32)
+        p_NK, p_other_N = self._teacher(fields, dtype)
+        groups = None if self._groups is None else self._groups.to(output.hidden_NH.device)
+        query = Query(fields["teacher_ids"], self.settings.temperature, p_other_N is not None, groups)
+        found = sparse_log_probs(output.hidden_NH, output.weight_VH, query, **output.head)
+        kl_N = torch.where(p_NK > 0, p_NK * (fields["teacher_logp"].to(dtype) - found.logp_TK), 0.0).sum(1)
+        if p_other_N is not None:
+            assert found.log_residual_T is not None
+            apart_N = fields["teacher_log_residual"].to(dtype) - found.log_residual_T
+            kl_N = kl_N + torch.where(p_other_N > 0, p_other_N * apart_N, 0.0)
+        return torch.stack([kl_N.double().sum(), fields["teacher_mask"].double().sum()])
 
     def _teacher(self, fields: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The row as probabilities [N, K], and that of all other ids [N] if it is kept; 0 where there is no row."""

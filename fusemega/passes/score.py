@@ -44,6 +44,7 @@ def score_samples(
     world: World,
     advance: Callable[[int], None] | None = None,
     frozen: Mapping[str, FrozenModel] = MappingProxyType({}),
+    fields: Fields | None = None,
 ) -> Iterator[tuple[int, list[Any]]]:
     """Calls `score` for every micro-batch of the samples `ids`, pass by pass.
 
@@ -52,13 +53,14 @@ def score_samples(
             had on all data-parallel ranks; and at a pass's end with the rest. The calls add up to all tokens.
         frozen: models that run over each pass's micro-batches first; `score` finds their answers in the batch's
             `answers`.
+        fields: what the micro-batches carry besides tokens and labels; None: nothing.
 
     Yields:
         (samples done so far on all ranks, what `score` returned for this rank's micro-batches of the pass; empty except
         on the last stage). The same number of times on every rank.
     """
     gpt.eval()
-    for done, part, batch in _passes(dataset, ids, shape, world):
+    for done, part, batch in _passes(dataset, ids, shape, world, fields or Fields()):
         samples = iter(batch.samples)
 
         def loss(
@@ -100,7 +102,7 @@ def layer_states(
         ValueError: a point's layer is not in the model.
     """
     gpt.eval()
-    for done, _, batch in _passes(dataset, ids, shape, world):
+    for done, _, batch in _passes(dataset, ids, shape, world, Fields()):
         seen: dict[Point, list[Any]] = {}
 
         def hand_out(
@@ -120,7 +122,7 @@ def _nothing(hidden_NH: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, None
 
 
 def _passes(
-    dataset: TokenizedDataset, ids: Sequence[int], shape: RowShape, world: World
+    dataset: TokenizedDataset, ids: Sequence[int], shape: RowShape, world: World, fields: Fields
 ) -> Iterator[tuple[int, list[int], GlobalBatch]]:
     """Yields for each pass (samples done at its end, numbers of its samples, its batch on the device)."""
     per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size
@@ -129,7 +131,7 @@ def _passes(
     parts = [ordered[start : start + per_pass] for start in range(0, len(ordered), per_pass)]
 
     def build(number: int) -> GlobalBatch:
-        return global_batch(dataset, [[i] for i in parts[number]], Fields(), shape, world)
+        return global_batch(dataset, [[i] for i in parts[number]], fields, shape, world)
 
     done = 0
     with Prefetch(build, world.device, len(parts)) as batches:

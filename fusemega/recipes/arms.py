@@ -29,6 +29,7 @@ TOP_K = 10
 TRAINED_KIND = "chat"  # the others are kinds that no arm is trained on
 SEED = 1234
 _SIZES = ("samples", "tokens", "bytes")
+_ITSELF = {"kl": 0.0, "same_top_1": 1.0}  # a model compared with itself
 # Chosen among SmolLM2-135M-Instruct's 30 layers one by one: each time the layer whose removal costs least on three
 # training conversations (cross-entropy 2.83 -> 2.91 -> 2.98 -> 3.08 -> 3.21 nats). A model that lost a third of its
 # layers babbles, and neither run can recover from that in minutes.
@@ -116,6 +117,11 @@ class Arms:
         """Adds stage teach-`name`, which stores a teacher's rows of the training data. Returns the store's folder."""
         return self.steps.teach(name, teacher, self.rows, top_k=TOP_K)
 
+    def teach_measured(self, name: str, teacher: str) -> str:
+        """Adds stage teach-`name`, which stores a teacher's rows of all text that models are measured on."""
+        texts = {"path": list(self._measured().values()), "seq_length": SEQ_LENGTH}
+        return self.steps.teach(name, teacher, texts, top_k=TOP_K)
+
     def train(self, target: str, objectives: Mapping[str, Mapping[str, Any]]) -> None:
         """Adds a stage for each objective and seed, which trains a copy of `target` on the same tokens."""
         scale = self.scale
@@ -139,6 +145,7 @@ class Arms:
         title: str,
         started: float,
         reference: str | None = None,
+        rows: Mapping[str, str] | None = None,
         note: str = "",
     ) -> dict[str, Any]:
         """Run the stages and measure; write summary.json, summary.png and report/. Returns what the first holds.
@@ -149,7 +156,9 @@ class Arms:
             teachers: name -> folder.
             title: title of picture and page.
             started: `time.monotonic()` when the command began.
-            reference: the teacher with the target's tokenizer, to which distances are measured; None: there is none.
+            reference: the teacher to which distances are measured; None: there is none.
+            rows: the reference's store of the measured text, and the map to the target's tokenizer, if it has another.
+                None: it has the target's, and runs beside each model.
             note: a sentence added to the one on what was seen.
         """
         runs = {arm: [self.run_name(arm, seed) for seed in range(self.scale.seeds)] for arm in arms}
@@ -159,7 +168,8 @@ class Arms:
         models |= {name: [load] for name, load in teachers.items()}
         for name, loads in models.items():
             for number, load in enumerate(loads):
-                self._measure(self.run_name(name, number), load, reference)
+                compared = reference if rows is None or name not in teachers else None
+                self._measure(self.run_name(name, number), load, compared, rows)
             asked = {"folder": loads[0], "prompt": self.options.prompt, "tokens": self.scale.answer_tokens}
             self.steps.call(f"answer-{name}", answer, asked, {"model": loads[0]})
 
@@ -186,7 +196,9 @@ class Arms:
             for number, load in enumerate(loads):
                 one = results[f"eval-{self.run_name(name, number)}"]
                 if load == reference:  # its distance from itself is not measured
-                    one = {kind: {**of, "kl": 0.0, "same_top_1": 1.0} for kind, of in one.items()}
+                    asked = results["eval-target"][TRAINED_KIND].keys()
+                    itself = {key: value for key, value in _ITSELF.items() if key in asked}
+                    one = {kind: of | itself for kind, of in one.items()}
                 kinds = kinds or {kind: {key: of[key] for key in _SIZES} for kind, of in one.items()}
                 for kind, of in one.items():
                     for key in (m.key for m in MEASURES if m.key in of):
@@ -218,18 +230,25 @@ class Arms:
         write_arms_page(summary, panels(summary, fixed), curves, self.folder)
         return summary
 
-    def _measure(self, name: str, load: str, reference: str | None) -> None:
-        """Adds stage eval-`name`, which measures one model on each kind of text."""
+    def _measured(self) -> dict[str, str]:
+        """Kind -> the text of it that models are measured on."""
+        return {TRAINED_KIND: self.texts["held_out"]} | {kind: self.texts[kind] for kind in DOMAINS}
+
+    def _measure(self, name: str, load: str, reference: str | None, rows: Mapping[str, str] | None) -> None:
+        """Adds stage eval-`name`, which measures one model on each kind of text; `reference`, `rows`: see `finish`."""
         model, run_file = {"dtype": self.options.dtype}, str(self.folder / f"eval-{name}.yaml")
         evaluation: dict[str, Any] = {"model": {"load": load, **model}}
-        read = {"model": load}
-        if reference is not None and load != reference:
+        read, stored = {"model": load}, {}
+        if reference is not None and rows is not None:
+            evaluation["teacher"] = dict(rows)
+            stored = {f"teacher.{key}": path for key, path in rows.items()}
+        elif reference is not None and load != reference:
             evaluation["reference"] = {"load": reference, **model}
             read["reference"] = reference
         evaluation["data"] = {"path": self.texts["held_out"], "seq_length": SEQ_LENGTH}
-        texts = {TRAINED_KIND: self.texts["held_out"]} | {kind: self.texts[kind] for kind in DOMAINS}
+        texts = self._measured()
         settings = {"evaluation": evaluation, "texts": texts, "run_file": run_file}
-        self.steps.call(f"eval-{name}", measure, settings, read, texts, run_file=run_file)
+        self.steps.call(f"eval-{name}", measure, settings, read, texts | stored, run_file=run_file)
 
 
 def link(place: Path, model: str) -> None:

@@ -80,7 +80,7 @@ def answer(folder: str, prompt: str, tokens: int) -> str:
 
 
 def panels(summary: Mapping[str, Any], reference: str | None) -> list[Panel]:
-    """The measures that were taken of all models.
+    """The measures that were taken of the target and of what became of it, with the teachers that have them.
 
     Args:
         summary: as in summary.json.
@@ -89,8 +89,9 @@ def panels(summary: Mapping[str, Any], reference: str | None) -> list[Panel]:
     found: dict[str, Found] = summary["measures"]
     made = []
     for one in MEASURES:
-        if all(one.key in of[kind] for of in found.values() for kind in summary["kinds"]):
-            kinds = {kind: {name: of[kind][one.key] for name, of in found.items()} for kind in summary["kinds"]}
+        having = [name for name, of in found.items() if all(one.key in of[kind] for kind in summary["kinds"])]
+        if {"target", "control", "fused"} <= {*having}:
+            kinds = {kind: {name: found[name][kind][one.key] for name in having} for kind in summary["kinds"]}
             fixed = None if one.key == MEASURES[0].key else reference
             made.append(Panel(one.title, one.form, one.lower, kinds, fixed))
     return made
@@ -106,9 +107,8 @@ def seen(found: Mapping[str, Found], trained: str) -> str:
     others = [kind for kind in found["fused"] if kind != trained]
     counts = [(f"bits per byte on held-out {trained}", "bits_per_byte", [trained])]
     counts += [(f"on kinds of text never trained on ({', '.join(others)})", "bits_per_byte", others)]
-    if "kl" in found["fused"][trained]:
-        counts += [("distance from the teacher, nats a token", "kl", [trained, *others])]
-        counts += [("same most probable token", "same_top_1", [trained, *others])]
+    named = (("distance from the teacher, nats a token", "kl"), ("same most probable token", "same_top_1"))
+    counts += [(what, key, [trained, *others]) for what, key in named if key in found["fused"][trained]]
     said, better, clear = [], 0, 0
     for what, key, kinds in counts:
         one = next(m for m in MEASURES if m.key == key)

@@ -6,8 +6,9 @@ The target is SmolLM2-135M-Instruct without four of its thirty layers, moved ont
 (32,768 SentencePiece tokens; SmolLM2 has 49,152 byte-level ones). The teachers are SmolLM2 itself and whatever
 `--teacher` adds; each reads the text with its own tokenizer. Two copies of the target are trained on the same tokens:
 `control` on the labels alone, `fused` on labels and the teachers' rows brought onto the target's tokens. All are
-measured in bits per byte, in which models of different vocabularies compare, on held-out chat and on three kinds of
-text that neither arm was trained on; a sentence says what was seen, whichever way it came out.
+measured in bits per byte, in which models of different vocabularies compare, and in their distance from SmolLM2, over
+cells of tokens that both vocabularies can state, on held-out chat and on three kinds of text that neither arm was
+trained on; a sentence says what was seen, whichever way it came out.
 """
 
 from __future__ import annotations
@@ -44,16 +45,17 @@ def quickstart_xtok(options: argparse.Namespace, scale: Scale) -> dict[str, Any]
     cut, vocabulary = arms.cut(smollm2, folder / "cut"), str(tokenizer("mistral_v3"))
     target = steps.transplant(cut, str(folder / "target"), vocabulary)
     arms.choose_data([target, *teachers.values()])
-    sources = [
-        {"store": arms.teach(name, load), "map": steps.align(name, load, vocabulary)} for name, load in teachers.items()
-    ]
+    maps = {name: steps.align(name, load, vocabulary) for name, load in teachers.items()}
+    sources = [{"store": arms.teach(name, load), "map": maps[name]} for name, load in teachers.items()]
+    first = next(iter(teachers))  # distances are measured to this one
+    measured = {"store": arms.teach_measured("measured", teachers[first]), "map": maps[first]}
     objectives: dict[str, dict[str, Any]] = {
         "control": {"name": "sft"},
         "fused": {"name": "fuse", "teachers": sources, "lambda": options.lambda_},
     }
     arms.train(target, objectives)
     title = "fusemega quickstart across tokenizers"
-    return arms.finish(target, list(objectives), teachers, title, started, note=NOT_SHOWN)
+    return arms.finish(target, list(objectives), teachers, title, started, teachers[first], measured, NOT_SHOWN)
 
 
 def _named(argument: str) -> tuple[str, str]:

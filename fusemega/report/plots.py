@@ -43,8 +43,10 @@ class Panel:
         return f"{self.title} ({'lower' if self.lower else 'higher'} is better)"
 
     def cell(self, kind: str, name: str) -> str:
-        """The mean over seeds, and in brackets the distance from lowest to highest."""
-        values = self.kinds[kind][name]
+        """The mean over seeds, and in brackets the distance from lowest to highest; nothing if it was not measured."""
+        values = self.kinds[kind].get(name, ())
+        if not values:
+            return ""
         mean = self.form.format(fmean(values))
         return mean if len(values) == 1 else f"{mean} ({self.form.format(max(values) - min(values))})"
 

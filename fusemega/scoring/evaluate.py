@@ -1,4 +1,7 @@
-"""`fusemega eval`: perplexity and bits per byte of a model on a data set, and its distance from a reference model."""
+"""`fusemega eval`: perplexity and bits per byte of a model on a data set, and its distance from another model.
+
+The other one is a model with the same tokenizer that runs beside it, or one whose rows are stored.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.errors import UserError
@@ -15,6 +18,8 @@ from fusemega.files.cache import cache_folder
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import check_output_file
+from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
+from fusemega.losses.distill import Distill, Taught
 from fusemega.models.build import GPT
 from fusemega.passes.batches import prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
@@ -22,7 +27,9 @@ from fusemega.runtime.parallel import World, environment_rank, initialize
 from fusemega.runtime.together import on_main
 from fusemega.scoring.evaluation import Evaluation, evaluate_model
 from fusemega.scoring.run_file import PassRun
+from fusemega.store import Store
 from fusemega.text.data import DataConfig
+from fusemega.text.tokenizer import Tokenizer
 
 
 class EvalRun(PassRun):
@@ -31,6 +38,11 @@ class EvalRun(PassRun):
     reference: ModelConfig | None = Field(
         None,
         description="a model with the same tokenizer, run in the same layout; adds kl and same_top_1 to the result",
+    )
+    teacher: TeacherStoreConfig | None = Field(
+        None,
+        description="a teacher's rows of this data, written by `fusemega teach`, with a map if its tokenizer is "
+        "another one; adds kl and taught to the result",
     )
     output: str | None = Field(None, description="JSON file for the result; default: print it only")
 
@@ -41,9 +53,15 @@ class EvalRun(PassRun):
             raise ValueError("fp8 is for the model that is scored; a reference runs in bf16 or fp32")
         return reference
 
+    @model_validator(mode="after")
+    def _one_distance(self) -> EvalRun:
+        if self.reference is not None and self.teacher is not None:
+            raise ValueError("reference and teacher: give one of them; both would be the result's kl")
+        return self
+
 
 class Scorer:
-    """A model and its reference, built once, to score any data. Collective.
+    """A model and what it is compared with, built once, to score any data. Collective.
 
     Raises:
         UserError: bad input, before anything is allocated.
@@ -55,24 +73,43 @@ class Scorer:
         if run.reference is not None:
             ranks = environment_rank()[1]
             reference = open_frozen(run.reference, run.parallel, ranks, self._source, key="reference")
+        rows = None
+        if run.teacher is not None:
+            rows = rows_of(run.teacher, self._source.tokenizer, self._source.vocab_size)
         self.world = initialize(run.parallel)
-        self._run, self._reference_source = run, reference
+        self._run, self._reference_source, self._rows = run, reference, rows
         self._gpt: GPT | None = None
         self._reference: FrozenModel | None = None
 
     def score(self, data: DataConfig) -> Evaluation:
-        """The evaluation of `data`; a `Comparison` if there is a reference. Every rank gets it.
+        """The evaluation of `data`; a `Comparison` with a reference, a `RowsComparison` with rows. Every rank gets it.
 
         Raises:
-            UserError: bad data, before the model is built.
+            UserError: bad data, or a sample without a row, before the model is built.
         """
         source, world = self._source, self.world
         dataset = prepare_together(data, source.tokenizer, cache_folder() / "data", source.vocab_size, world)
+        if self._rows is not None:
+            self._rows.check_data(dataset)
         if self._gpt is None:
             self._gpt = source.build(world)
             if self._reference_source is not None:
                 self._reference = FrozenModel.build(self._reference_source, "hidden", self._gpt, world)
-        return evaluate_model(self._gpt, dataset, self._run.row_shape(source), world, self._reference)
+        return evaluate_model(self._gpt, dataset, self._run.row_shape(source), world, self._reference, self._rows)
+
+
+def rows_of(config: TeacherStoreConfig, tokenizer: Tokenizer, vocab_size: int) -> Taught:
+    """The rows of a store as they are compared with a model: at the store's temperature, nothing where no row teaches.
+
+    Raises:
+        UserError: as `TeacherStore`.
+    """
+    settings = Distill.Settings.model_validate(
+        config.model_dump() | {"unaligned": "nothing", "temperature": Store.open(config.store).manifest.temperature}
+    )
+    store = TeacherStore(config, "teacher", tokenizer, vocab_size, settings.temperature, settings.tail, "label")
+    store.can_skip = False
+    return Distill(settings, store)
 
 
 def check_output(path: Path) -> None:

@@ -1,7 +1,7 @@
 """A model's log-probability of a data set: perplexity, and bits per byte, which is comparable across tokenizers.
 
-Also its distance from another model of the same tokenizer, over the whole vocabulary: labels are one author's text and
-do not say which other tokens would have been as good.
+Also its distance from another model of the same tokenizer, over the whole vocabulary, or from a teacher's stored rows,
+with any tokenizer: labels are one author's text and do not say which other tokens would have been as good.
 
 Shape suffixes: N supervised positions of a micro-batch (T in the kernel's names), H hidden size, V this rank's
 vocabulary rows, K listed ids of a query (here 1).
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fusemega.config import Section
 from fusemega.logits.divergence import compared_sums
 from fusemega.logits.vocab import Query, sparse_log_probs
+from fusemega.losses.distill import Taught
 from fusemega.models.build import GPT
 from fusemega.passes.answers import HiddenStates
 from fusemega.passes.batches import RowShape
@@ -76,13 +77,31 @@ class Comparison(Evaluation):
     same_top_1: float
 
 
+class RowsComparison(Evaluation):
+    """The same, and the distance from a teacher's stored rows.
+
+    Attributes:
+        kl: mean KL(row || model) in nats, over outcomes that the rows tell apart.
+        taught: number of positions with a row; the mean is over these.
+    """
+
+    kl: float
+    taught: int
+
+
 def evaluate_model(
-    gpt: GPT, dataset: TokenizedDataset, shape: RowShape, world: World, reference: FrozenModel | None = None
+    gpt: GPT,
+    dataset: TokenizedDataset,
+    shape: RowShape,
+    world: World,
+    reference: FrozenModel | None = None,
+    rows: Taught | None = None,
 ) -> Evaluation:
     """Score every sample. Leaves the model in evaluation mode. Collective; every rank gets the result.
 
     Args:
         reference: a frozen model that wants "hidden"; the result is then a `Comparison` with it.
+        rows: an objective that reads a teacher's rows; the result is then a `RowsComparison`. Not both.
     """
 
     def score(hidden_NH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample]) -> torch.Tensor:
@@ -90,8 +109,10 @@ def evaluate_model(
         num_bytes = sum(sample.num_bytes for sample in samples) if world.cp_rank == 0 else 0
         own = hidden_states(gpt, hidden_NH, world)
         if reference is None:
-            rows = sparse_log_probs(own.hidden_NH, own.weight_VH, Query(batch.labels[:, None]), **own.head)
-            sums = rows.logp_TK.double().sum()[None]
+            labels = sparse_log_probs(own.hidden_NH, own.weight_VH, Query(batch.labels[:, None]), **own.head)
+            sums = labels.logp_TK.double().sum()[None]
+            if rows is not None:
+                sums = torch.cat([sums, rows.distances(own, batch)])
         else:
             other = batch.answers["reference"]
             assert isinstance(other, HiddenStates)
@@ -103,9 +124,9 @@ def evaluate_model(
         return torch.cat([sums.new_tensor([len(batch.labels), num_bytes]), sums])
 
     frozen = {} if reference is None else {"reference": reference}
-    passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world, frozen=frozen)
+    passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world, frozen=frozen, fields=rows)
     collected = [values for _, part in passes for values in part]
-    size = 3 if reference is None else 5
+    size = 3 if reference is None and rows is None else 5
     total = total_over_ranks(collected, size, world, world.dp_cp_group).tolist()
     tokens, num_bytes, logp = total[:3]
     found = {
@@ -116,6 +137,8 @@ def evaluate_model(
         "bytes": int(num_bytes),
         "samples": len(dataset),
     }
+    if rows is not None:
+        return RowsComparison(**found, kl=total[3] / max(total[4], 1.0), taught=int(total[4]))
     if reference is None:
         return Evaluation(**found)
     return Comparison(**found, kl=total[3] / tokens, same_top_1=total[4] / tokens)

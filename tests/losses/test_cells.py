@@ -122,6 +122,26 @@ def in_cells(told: Told, cells: Cells) -> Told:
     return found
 
 
+def kl_by_hand(objective: Taught, told: Told, hidden: Tensor, weight: Tensor) -> tuple[float, int]:
+    """Sum of KL(row, student) over the positions with a target, and how many they are."""
+    s = objective.settings
+    q = (hidden @ weight[:VOCAB].t() / s.temperature).softmax(1).tolist()
+    kl, count = 0.0, 0
+    for n in range(N):
+        if n not in told:
+            if s.unaligned == "label":
+                kl, count = kl - math.log(q[n][int(SAMPLE.ids[SAMPLE.positions[n] + 1])]), count + 1
+            continue
+        named, other = told[n]
+        if s.tail == "renormalise":
+            raw = {cell: p ** (1.0 / s.temperature) for cell, p in named.items()}
+            named, other = {cell: p / sum(raw.values()) for cell, p in raw.items()}, 0.0
+        parts = [(p, sum(q[n][i] for i in cell)) for cell, p in named.items()]
+        parts += [(other, sum(q[n][i] for i in set(range(VOCAB)) - set().union(*named)))]
+        kl, count = kl + sum(p * math.log(p / mine) for p, mine in parts if p > 0), count + 1
+    return kl, count
+
+
 def by_hand(objective: Taught, told: Told, cells: Cells, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, sum of the distillation term), from the definition, position by position."""
     s = objective.settings
@@ -167,6 +187,8 @@ def check(section: dict[str, Any], told: Told, cells: Cells) -> Taught:
     torch.testing.assert_close(sums["distill"], kd, rtol=0, atol=2e-5)
     got = torch.autograd.grad(loss, (hidden, weight))
     torch.testing.assert_close(got, torch.autograd.grad(wanted, (hidden, weight)), rtol=0, atol=3e-6)
+    distances = objective.distances(HiddenStates(hidden, weight, head), batch)
+    assert distances.tolist() == pytest.approx(kl_by_hand(objective, told, hidden, weight), abs=2e-5)
     return objective
 
 

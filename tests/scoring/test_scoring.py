@@ -22,7 +22,7 @@ from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.logits.sampled import uniforms
 from fusemega.scoring.evaluate import EvalRun, evaluate
-from fusemega.scoring.evaluation import Comparison
+from fusemega.scoring.evaluation import Comparison, RowsComparison
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store, StoreWriter
 from fusemega.text.data import DataConfig
@@ -318,3 +318,48 @@ def test_distillation_from_a_store_equals_dense(
     assert values["lm loss"] == pytest.approx(ce / count, rel=1e-5)
     assert values["distill loss"] == pytest.approx(kd / count, rel=1e-5)
     assert values["loss"] == pytest.approx(0.3 * ce / count + 0.7 * t**2 * kd / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distance_from_stored_rows_equals_dense(
+    work: Path, tmp_path: Path, samples: TokenizedDataset, temperature: float
+) -> None:
+    """Over the listed ids and all others as one outcome; rows of half of the data are refused."""
+    wide = tiny.write_model(tmp_path / "wide", work / "chat.jsonl", seed=2, hidden_size=32, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    model.lm_head.weight.data *= 50  # sure of something else than the other model
+    model.save_pretrained(wide)
+    lines = (work / "chat.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "half.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    for store, data in (("store", work / "chat.jsonl"), ("half", tmp_path / "half.jsonl")):
+        teach(
+            teach_run(
+                work,
+                tmp_path / store,
+                model={"load": str(wide), "dtype": "fp32"},
+                data={"path": str(data), "seq_length": 128},
+                temperature=temperature,
+            )
+        )
+    run: dict[str, Any] = {
+        "model": {"load": str(work / "model"), "dtype": "fp32"},
+        "data": {"path": str(work / "chat.jsonl"), "seq_length": 128},
+    }
+    result, _ = evaluate(validate(EvalRun, run | {"teacher": {"store": str(tmp_path / "store")}}, "eval.yaml"))
+    assert isinstance(result, RowsComparison) and result.taught == result.tokens
+    kl = 0.0
+    for sample in samples:
+        p_PV, q_PV = (
+            (logits_of(folder, sample.ids)[sample.positions] / temperature).softmax(-1)
+            for folder in (wide, work / "model")
+        )
+        for p, q in zip(p_PV, q_PV, strict=True):
+            top = p.topk(7).indices
+            both = [torch.cat([each[top], 1 - each[top].sum()[None]]) for each in (p, q)]
+            kl += float((both[0] * (both[0] / both[1]).log()).sum())
+    assert result.kl == pytest.approx(kl / result.tokens, abs=3e-4) and result.kl > 0.1
+    with pytest.raises(UserError, match=r"no row in the store .*half: "):
+        evaluate(validate(EvalRun, run | {"teacher": {"store": str(tmp_path / "half")}}, "eval.yaml"))
+    both = {"teacher": {"store": str(tmp_path / "store")}, "reference": run["model"]}
+    with pytest.raises(UserError, match="reference and teacher: give one of them"):
+        validate(EvalRun, run | both, "eval.yaml")
