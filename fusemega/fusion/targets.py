@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from fusemega.align.projection import log_sum, sum_duplicates
+from fusemega.text.sample import OF_TEXT, Sample
 
 Tail = Literal["renormalise", "residual"]
 TextEnd = Literal["label", "row"]
@@ -47,6 +48,12 @@ class Targets:
             np.full(positions, -np.inf, dtype=np.float32),
             np.zeros(positions, dtype=bool),
         )
+
+
+def text_ends(sample: Sample, eos_id: int | None) -> np.ndarray:
+    """bool [P]: the position before the eos of a plain text."""
+    after_P = sample.positions + 1
+    return sample.is_place(OF_TEXT)[after_P] & (sample.ids[after_P] == eos_id)
 
 
 def renormalised(targets: Targets) -> Targets:

@@ -17,7 +17,7 @@ from fusemega.align.positions import shared_positions
 from fusemega.align.projection import project
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.errors import UserError
-from fusemega.fusion.targets import Tail, Targets, TextEnd, renormalised
+from fusemega.fusion.targets import Tail, Targets, TextEnd, renormalised, text_ends
 from fusemega.fusion.teacher_rows import TeacherRows, TeacherRowsConfig
 from fusemega.store import Row, Store
 from fusemega.text.dataset import TokenizedDataset
@@ -127,9 +127,7 @@ class TeacherStore(TeacherRows):
                 f"training has a vocabulary of {self.vocab_size}"
             )
         if self._eos_id is not None:
-            after_P = sample.positions + 1
-            ends_P = sample.is_place(OF_TEXT)[after_P] & (sample.ids[after_P] == self._eos_id)
-            targets = replace(targets, mask_P=targets.mask_P & ~ends_P)
+            targets = replace(targets, mask_P=targets.mask_P & ~text_ends(sample, self._eos_id))
         return renormalised(targets) if self._tail == "renormalise" else targets
 
     def check_data(self, dataset: TokenizedDataset, required: bool) -> None:

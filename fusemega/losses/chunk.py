@@ -17,9 +17,10 @@ As in the released code tau is 100 by default, 1e-6 is subtracted from both log-
 each chunk counts once, however long it is. With a growing tau more weight goes to improbable chunks.
 
 Decided here: the factor tau, with which the gradient keeps its size as tau grows (tau x KL has the limit that tokenkit
-calls `binary_kl_temp_limit`); and the chunks, which come from byte offsets, so the tokens before the first shared
-position are in none. Not reproduced: the debiasing of chunks by their next token's probability (`unbiased`, `space` in
-tokenkit; it needs the whole of the teacher's distribution), hidden states, and GradMag.
+calls `binary_kl_temp_limit`); the chunks, which come from byte offsets, so the tokens before the first shared position
+are in none; and `text_end: label`, by which the eos behind a plain text is in none either. Not reproduced: the
+debiasing of chunks by their next token's probability (`unbiased`, `space` in tokenkit; it needs the whole of the
+teacher's distribution), hidden states, and GradMag.
 
 The teacher's log-probs of the text's own tokens are those of its store (`Row.label_logp_P`, at temperature 1); the
 other entries of its rows are not used.
@@ -39,6 +40,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fusemega.align.positions import shared_positions
+from fusemega.fusion.targets import TextEnd, text_ends
 from fusemega.fusion.teacher_rows import TeacherRows, TeacherRowsConfig
 from fusemega.logits.vocab import Query, sparse_log_probs
 from fusemega.losses.registry import Objective, ObjectiveSettings, register
@@ -61,6 +63,7 @@ class ChunkLikelihood(Objective[HiddenStates]):
     Args:
         settings: as in the run file.
         teacher: the open store.
+        eos_id: the target's token behind a plain text; None for none.
     """
 
     class Settings(ObjectiveSettings, TeacherRowsConfig):
@@ -77,17 +80,21 @@ class ChunkLikelihood(Objective[HiddenStates]):
         on_missing: Literal["error", "skip"] = Field(
             "error", description="what to do with a sample that has no row in the store"
         )
+        text_end: TextEnd = Field(
+            "label", description="whether the eos behind a plain text is in no chunk (label), or is a chunk (row)"
+        )
 
     terms = ("lm", "chunk")
     unit = "token"
     splits_samples = False
 
-    def __init__(self, settings: ChunkLikelihood.Settings, teacher: TeacherRows) -> None:
+    def __init__(self, settings: ChunkLikelihood.Settings, teacher: TeacherRows, eos_id: int | None) -> None:
         self.settings, self.teacher = settings, teacher
+        self._eos_id = eos_id if settings.text_end == "label" else None
 
     @classmethod
     def build(cls, settings: ChunkLikelihood.Settings, tokenizer: Tokenizer, vocab_size: int) -> ChunkLikelihood:
-        return cls(settings, TeacherRows(settings, "objective", labels_for="objective.name chunk"))
+        return cls(settings, TeacherRows(settings, "objective", labels_for="objective.name chunk"), tokenizer.eos_id)
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
         return self.teacher.identity(dataset)
@@ -110,7 +117,11 @@ class ChunkLikelihood(Objective[HiddenStates]):
             if len(source_M):
                 starts_P[target_M] = True
                 logp_P[target_M] = np.add.reduceat(row.label_logp_P.astype(np.float64), source_M)
-        return {"chunk_starts": starts_P, "in_chunk": np.logical_or.accumulate(starts_P), "chunk_logp": logp_P}
+        in_chunk_P = np.logical_or.accumulate(starts_P)
+        if self._eos_id is not None:
+            ends_P = text_ends(sample, self._eos_id)
+            starts_P, in_chunk_P, logp_P = starts_P & ~ends_P, in_chunk_P & ~ends_P, np.where(ends_P, 0.0, logp_P)
+        return {"chunk_starts": starts_P, "in_chunk": in_chunk_P, "chunk_logp": logp_P.astype(np.float32)}
 
     def counts(self, batch: MicroBatch) -> dict[str, int]:
         return {"lm": len(batch.labels), "chunk": int(batch.position_fields["chunk_starts"].sum())}

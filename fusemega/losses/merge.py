@@ -22,8 +22,8 @@ A store's rows do not tell the probabilities of ids that the teacher did not lis
 the k listed, and the sorted sum over the k largest Q; a row with fewer unmatched ids is filled up with 0. TRL sums over
 both whole vocabularies. Decided here: groups come from byte offsets, tokens before the first shared position are in
 none, temperatures are 1, the end of a turn is a token like others (TRL leaves eos out), and matched ids are those of a
-map of kind `exact`, by bytes and role. As in TRL, a space that only one tokenizer puts before a content is not looked
-at.
+map of kind `exact`, by bytes and role. With `text_end: label` the eos behind a plain text is in no group. As in TRL, a
+space that only one tokenizer puts before a content is not looked at.
 
 Shape suffixes: N supervised positions of a micro-batch, P of one sample, M groups of one sample, K ids of a row, J
 matched ids of a row, S ids of the teacher's vocabulary, G places for groups, as many as positions.
@@ -45,6 +45,7 @@ from fusemega.align.positions import shared_positions
 from fusemega.align.projection import project
 from fusemega.align.vocabulary_map import VocabularyMap
 from fusemega.errors import UserError
+from fusemega.fusion.targets import TextEnd, text_ends
 from fusemega.fusion.teacher_rows import TeacherRows, TeacherRowsConfig
 from fusemega.logits.topk import top_ids
 from fusemega.logits.vocab import Query, sparse_log_probs
@@ -71,6 +72,7 @@ class MergedGroups(Objective[HiddenStates]):
         teacher: the open store.
         table_S: the target's id of each teacher id, or -1.
         vocab_size: that of the model in training.
+        eos_id: the target's token behind a plain text; None for none.
     """
 
     class Settings(ObjectiveSettings, TeacherRowsConfig):
@@ -100,6 +102,9 @@ class MergedGroups(Objective[HiddenStates]):
         on_missing: Literal["error", "skip"] = Field(
             "error", description="what to do with a sample that has no row in the store"
         )
+        text_end: TextEnd = Field(
+            "label", description="whether the eos behind a plain text is in no group (label), or is a group (row)"
+        )
 
         @model_validator(mode="after")
         def _both_weights(self) -> MergedGroups.Settings:
@@ -113,9 +118,15 @@ class MergedGroups(Objective[HiddenStates]):
     splits_samples = False
 
     def __init__(
-        self, settings: MergedGroups.Settings, teacher: TeacherRows, table_S: np.ndarray, vocab_size: int
+        self,
+        settings: MergedGroups.Settings,
+        teacher: TeacherRows,
+        table_S: np.ndarray,
+        vocab_size: int,
+        eos_id: int | None,
     ) -> None:
         self.settings, self.teacher, self._table_S = settings, teacher, table_S
+        self._eos_id = eos_id if settings.text_end == "label" else None
         manifest = teacher.store.manifest
         if manifest.rows != "top_k" or manifest.temperature != 1.0:
             raise UserError(
@@ -146,7 +157,7 @@ class MergedGroups(Objective[HiddenStates]):
             loaded.check(settings.map, scorer, (tokenizer.content_hash, tokenizer.source), target_ids=tokenizer.num_ids)
             spare = max(0, manifest.vocab_size - loaded.source_size)
             table_S = np.pad(loaded.table_S, (0, spare), constant_values=-1)
-        return cls(settings, teacher, np.where(table_S < vocab_size, table_S, -1), vocab_size)
+        return cls(settings, teacher, np.where(table_S < vocab_size, table_S, -1), vocab_size, tokenizer.eos_id)
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
         of_map = None if self.settings.map is None else VocabularyMap.load(Path(self.settings.map)).content_hash
@@ -174,9 +185,13 @@ class MergedGroups(Objective[HiddenStates]):
             base_M = target_M if self.settings.token_merge_strategy == "observed" else _lasts(target_M, count)
             base_P[base_M] = True
             ids_PK[base_M], logp_PK[base_M], unmatched_PK[base_M] = self._merged(row, source_M)
+        in_chunk_P = np.logical_or.accumulate(starts_P)
+        if self._eos_id is not None:  # a group of its own: the position before it ends at the text's last byte
+            kept_P = ~text_ends(sample, self._eos_id)
+            starts_P, in_chunk_P, base_P = starts_P & kept_P, in_chunk_P & kept_P, base_P & kept_P
         return {
             "chunk_starts": starts_P,
-            "in_chunk": np.logical_or.accumulate(starts_P),
+            "in_chunk": in_chunk_P,
             "merge_base": base_P,
             "teacher_ids": ids_PK,
             "teacher_logp": logp_PK,

@@ -20,6 +20,7 @@ cross-entropy is KL plus the teacher's entropy, which has no gradient. Decided h
 * At the first token of a content, if only one of the two tokenizers puts a space there, a position is not aligned:
   the tokens of W do not stand for the same text there.
 * What W leaves out (see there).
+* `text_end: label`, as in `distill`.
 
 With the teacher's tokenizer W is the identity, and the loss is that of `distill`.
 
@@ -30,6 +31,7 @@ M positions at which both tokenizations end a token, C positions of a chunk.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -43,7 +45,7 @@ from fusemega.align.projection import log_sum
 from fusemega.align.student_projection import StudentProjection, student_projection
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.errors import UserError
-from fusemega.fusion.targets import Targets, or_label, renormalised
+from fusemega.fusion.targets import Targets, or_label, renormalised, text_ends
 from fusemega.fusion.teacher_rows import TeacherRows, TeacherRowsConfig
 from fusemega.logits.groups import Groups
 from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
@@ -68,7 +70,7 @@ class ProjectStudent(Objective[HiddenStates]):
         settings: as in the run file.
         teacher: the open store.
         projection: W.
-        vocab_size: that of the model in training.
+        eos_id: the target's token behind a plain text; None for none.
     """
 
     class Settings(TaughtSettings, TeacherRowsConfig):
@@ -82,14 +84,18 @@ class ProjectStudent(Objective[HiddenStates]):
     unit = "token"
 
     def __init__(
-        self, settings: ProjectStudent.Settings, teacher: TeacherRows, projection: StudentProjection, vocab_size: int
+        self,
+        settings: ProjectStudent.Settings,
+        teacher: TeacherRows,
+        projection: StudentProjection,
+        eos_id: int | None,
     ) -> None:
         self.settings, self.teacher, self.projection = settings, teacher, projection
         teacher.check_temperature(settings.temperature, settings.tail)
         parts = (projection.members_E, projection.group_E, projection.weight_E)
         members_E, group_E, weight_E = map(torch.from_numpy, parts)
         self._groups = Groups(members_E, group_E, projection.num_groups, weight_E)
-        self._vocab_size = vocab_size
+        self._eos_id = eos_id if settings.text_end == "label" else None
 
     @classmethod
     def build(cls, settings: ProjectStudent.Settings, tokenizer: Tokenizer, vocab_size: int) -> ProjectStudent:
@@ -103,7 +109,7 @@ class ProjectStudent(Objective[HiddenStates]):
         student, other = Vocabulary.of(tokenizer), Vocabulary.of(theirs)
         cut = cutter(theirs, other)
         projection = student_projection(student, other, cut, vocab_size, manifest.vocab_size, settings.max_pieces)
-        return cls(settings, teacher, projection, vocab_size)
+        return cls(settings, teacher, projection, tokenizer.eos_id)
 
     def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
         return self.teacher.identity(dataset) | {"tokenizer": self.projection.content_hash}
@@ -156,6 +162,8 @@ class ProjectStudent(Objective[HiddenStates]):
         targets.ids_PK[target_M], targets.logp_PK[target_M] = ids_MK, logp_MK
         targets.log_residual_P[target_M] = log_residual_M
         targets.mask_P[target_M] = (ids_MK >= 0).any(1)
+        if self._eos_id is not None:
+            targets = replace(targets, mask_P=targets.mask_P & ~text_ends(sample, self._eos_id))
         return renormalised(targets) if settings.tail == "renormalise" else targets
 
     def counts(self, batch: MicroBatch) -> dict[str, int]:

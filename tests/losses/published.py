@@ -184,7 +184,7 @@ def project_case(folder: Path, rows: dict[str, Any] | None = None, **settings: A
     columns = {g: {v: W[v, g] for v in np.flatnonzero(W[:, g])} for g in range(50) if W[:, g].any()}
     parsed = parse_objective(section)
     assert isinstance(parsed, ProjectStudent.Settings)
-    objective = ProjectStudent(parsed, TeacherRows(parsed, "objective"), by_columns(columns, VOCAB, 50), VOCAB)
+    objective = ProjectStudent(parsed, TeacherRows(parsed, "objective"), by_columns(columns, VOCAB, 50), None)
     batch = packed(objective, [sample_of(0), sample_of(7, [2, 4]), sample_of(1)])
     T, renormalise = parsed.temperature, parsed.tail == "renormalise"
 
@@ -244,7 +244,7 @@ def merge_case(folder: Path, **settings: Any) -> Case:
     assert isinstance(parsed, MergedGroups.Settings)
     table = np.append(np.full(10, -1), np.arange(30, 70))
     table[11] = table[12]
-    objective = MergedGroups(parsed, TeacherRows(parsed, "objective", "merge"), table, VOCAB)
+    objective = MergedGroups(parsed, TeacherRows(parsed, "objective", "merge"), table, VOCAB, None)
     batch = packed(objective, [sample_of(0), sample_of(7, [2, 4]), sample_of(1)])
     shares = (parsed.matched_weight, parsed.unmatched_weight) if parsed.matched_weight is not None else (0.8, 0.2)
     last, beta = parsed.token_merge_strategy == "bayesian", parsed.beta

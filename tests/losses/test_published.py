@@ -19,9 +19,9 @@ from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.fusion.teacher_rows import TeacherRows
 from fusemega.losses.project_student import ProjectStudent
-from fusemega.losses.registry import parse_objective
+from fusemega.losses.registry import build_objective, parse_objective
 from fusemega.passes.answers import HiddenStates
-from fusemega.text.sample import BEGINS
+from fusemega.text.sample import BEGINS, OF_TEXT
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.run_file import TrainRun
 from tests.logits.loops import make_head
@@ -198,7 +198,7 @@ def test_project_student_with_one_tokenizer_is_distill(tail: str, tmp_path: Path
     assert isinstance(parsed, ProjectStudent.Settings)
     same: Any = SimpleNamespace(content_hash="own")
     identity = student_projection(same, same, lambda content: [], VOCAB, VOCAB)
-    objective = ProjectStudent(parsed, TeacherRows(parsed, "objective"), identity, VOCAB)
+    objective = ProjectStudent(parsed, TeacherRows(parsed, "objective"), identity, None)
     hidden, weight = make_head()
     found = []
     for each in (objective, built({"name": "distill", **section})):
@@ -297,3 +297,32 @@ def test_merge_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
         UserError, match="mined.map: the map's kind is mined; merge needs `fusemega align --kind exact`"
     ):
         built({**section("map"), "map": str(tmp_path / "mined.map")})
+
+
+@pytest.mark.parametrize("name", ["chunk", "merge", "project_student"])
+def test_the_end_of_a_plain_text_is_not_compared(name: str, tmp_path: Path) -> None:
+    ends = [0, 3, 4, 9]
+    sample = replace(sample_of(0, ends), places=np.full(5, OF_TEXT, dtype=np.uint8))
+    eos_id = int(sample.ids[-1])
+    store = store_of(tmp_path, {0: row_of(0, ends)}, tokenizer="own")
+    tokenizer: Any = SimpleNamespace(content_hash="own", template_hash=None, eos_id=eos_id)
+
+    def fields(text_end: str) -> dict[str, np.ndarray]:
+        section = {"name": name, "store": str(store.path), "text_end": text_end}
+        if name == "project_student":
+            parsed = parse_objective(section | {"tokenizer": "theirs"})
+            assert isinstance(parsed, ProjectStudent.Settings)
+            same: Any = SimpleNamespace(content_hash="own")
+            identity = student_projection(same, same, lambda content: [], VOCAB, VOCAB)
+            return ProjectStudent(parsed, TeacherRows(parsed, "objective"), identity, eos_id).position_fields(sample)
+        return build_objective(parse_objective(section), tokenizer, VOCAB).position_fields(sample)
+
+    taught = {"chunk": "chunk_starts", "merge": "merge_base", "project_student": "teacher_row"}[name]
+    by_label, by_row = fields("label"), fields("row")
+    assert by_row[taught].tolist() == [True] * 4 and by_label[taught].tolist() == [True] * 3 + [False]
+    if name == "project_student":
+        assert by_label["teacher_ids"][3].tolist() == [eos_id, -1, -1] and by_label["teacher_logp"][3, 0] == 0
+    else:
+        assert by_label["in_chunk"].tolist() == [True] * 3 + [False]
+    for field, values in by_row.items():
+        np.testing.assert_array_equal(by_label[field][:3], values[:3])
