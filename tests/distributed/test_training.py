@@ -89,9 +89,10 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
         teach(validate(TeachRun, section | model | {"data": {"path": str(chat), "seq_length": WHOLE}}, "teach"))
     tokenizers = Tokenizer.load(folder / "coarse"), Tokenizer.load(folder / "model")
     coarse, fine = map(Vocabulary.of, tokenizers)
-    cells = KINDS["cells"].make(MapInputs(tokenizers, (coarse, fine)))
+    cells, exact = (KINDS[kind].make(MapInputs(tokenizers, (coarse, fine))) for kind in ("cells", "exact"))
     assert len(set(cells.cell_T.tolist())) < fine.size
     cells.save(folder / "coarse.map")
+    exact.save(folder / "exact.map")
     sampled = section | {"store": str(folder / "sampled"), "rows": "sampled", "num_samples": 8, "temperature": 2.0}
     again = []
     for one in (section, sampled):
@@ -147,7 +148,7 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
         "merge": {
             "name": "merge",
             "store": str(work / "whole-coarse"),
-            "map": str(work / "coarse.map"),
+            "map": str(work / "exact.map"),
             "lambda": 0.3,
         },
         "project_student": {

@@ -131,7 +131,7 @@ def test_no_layer_reads_the_device(
     host_reads.clear()
     trainer.step()
     # The head looks at ids in host memory, as all are here; on a GPU it does not (tests/logits/test_on_a_gpu.py).
-    assert set(scheduled) <= {"_head.py"}
-    outside = [name for name in host_reads if name != "_head.py"]
+    assert set(scheduled) <= {"_query.py"}
+    outside = [name for name in host_reads if name != "_query.py"]
     assert outside.count("trainer.py") == 1, "loss, terms and counts are read together"
     assert len(outside) < micro_batches, outside

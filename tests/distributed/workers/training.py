@@ -127,7 +127,7 @@ def main() -> None:
     if len(sys.argv) > 2:
         for section in json.loads(Path(sys.argv[2]).read_text()):
             teach(validate(TeachRun, section, "teach"))
-    found["published"] = published()
+        found["published"] = published()  # of four ranks
     report(found)
 
 
