@@ -16,7 +16,7 @@ from fusemega.align.corpus import sample_pairs
 from fusemega.align.position_kinds import POSITION_KINDS, position_kinds
 from fusemega.align.positions import shared_positions
 from fusemega.align.vocabulary_map import VocabularyMap
-from fusemega.text.dataset import TokenizedDataset
+from fusemega.text.dataset import TokenizedDataset, evenly
 from fusemega.text.sample import BEGINS
 
 RIGHT, ANOTHER, NOTHING = range(3)
@@ -48,7 +48,7 @@ def verdicts_of(made: VocabularyMap, source: TokenizedDataset, target: Tokenized
         source, target: one data set, as `prepare` tokenizes it for each.
     """
     pairs = sample_pairs(source, target)
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).astype(int)) if pairs else ()
+    chosen = evenly(len(pairs), most)
     counts_CR = np.zeros((len(POSITION_KINDS), len(VERDICTS)), dtype=np.int64)
     cell_T = made.cell_T if len(made.cell_T) else np.arange(made.target_size)
     for i in chosen:

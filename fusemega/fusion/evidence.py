@@ -25,7 +25,7 @@ import numpy as np
 from fusemega.align.position_kinds import EQUAL, POSITION_KINDS
 from fusemega.fusion.targets import Targets
 from fusemega.runtime.console import global_rank, warn
-from fusemega.text.dataset import TokenizedDataset
+from fusemega.text.dataset import TokenizedDataset, evenly
 from fusemega.text.sample import Sample
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def evidence_of(teacher: TeacherStore, samples: Sequence[Sample]) -> list[Eviden
 
 def spread(dataset: TokenizedDataset, most: int = _SAMPLES) -> list[Sample]:
     """At most so many samples, spread evenly over the data."""
-    return [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int))]
+    return [dataset[i] for i in evenly(len(dataset), most)]
 
 
 def complaints(teacher: TeacherStore, found: Sequence[Evidence]) -> list[str]:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fusemega.errors import UserError
 from fusemega.fusion.evidence import complaints, evidence_of, spread
+from fusemega.fusion.targets import Targets, text_ends
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.inspect.rows import Rows, samples_of_row, token_text
 from fusemega.losses.distill import Distill
@@ -112,7 +113,7 @@ def _rows(teacher: TeacherStore, samples: Sequence[Sample], tokenizer: Tokenizer
         drawings.append(
             Text(f"cross-entropy of its own tokens {row.cross_entropy:.3f} nats a token; the label is marked with *")
         )
-        targets = teacher.targets(row, sample)
+        targets, ends_P = teacher.targets(row, sample), text_ends(sample, tokenizer.eos_id)
         table = Table(box=None, pad_edge=False)
         for name in ("token", "the teacher's most probable tokens", "others"):
             table.add_column(name, justify="right" if name == "others" else "left")
@@ -120,17 +121,28 @@ def _rows(teacher: TeacherStore, samples: Sequence[Sample], tokenizer: Tokenizer
             label = int(sample.ids[position + 1])
             text = Text(f"|{token_text(tokenizer, label)}|", "bold green")
             if not targets.mask_P[p]:
-                table.add_row(text, Text("nothing is known here: no token of the teacher ends at this byte", "dim"), "")
+                table.add_row(text, Text(_why_nothing(targets, p, bool(ends_P[p])), "dim"), "")
                 continue
-            table.add_row(text, _listed(targets.ids_PK[p], targets.logp_PK[p], label, tokenizer, most), _others(
-                targets.log_residual_P[p]
-            ))  # fmt: skip
+            stands = label if teacher.cell_V is None else int(teacher.cell_V[label])
+            listed = _listed(targets.ids_PK[p], targets.logp_PK[p], stands, tokenizer, most)
+            table.add_row(text, listed, _others(targets.log_residual_P[p]))
         drawings.append(table)
     return drawings
 
 
+def _why_nothing(targets: Targets, p: int, ends: bool) -> str:
+    """Why a position has no target: what is listed there was left out on purpose."""
+    if (targets.ids_PK[p] >= 0).any():
+        if ends:
+            return "the text ends here: its label teaches (text_end: label)"
+        return "the target's token is longer than the teacher's: left out (consistent: true)"
+    if targets.kind_P is not None and targets.kind_P[p] >= 0:
+        return "nothing is known here: none of the teacher's tokens has a counterpart"
+    return "nothing is known here: no token of the teacher ends at this byte"
+
+
 def _listed(ids_K: np.ndarray, logp_K: np.ndarray, label: int, tokenizer: Tokenizer, most: int) -> Text:
-    """The most probable ids of a position, and the label, wherever it comes."""
+    """The most probable ids of a position, and the label (or the id that stands for its cell), wherever it comes."""
     order = [int(k) for k in np.argsort(-logp_K, kind="stable") if ids_K[k] >= 0]
     shown = [k for n, k in enumerate(order) if n < most or ids_K[k] == label]
     text = Text()

@@ -158,7 +158,8 @@ class Taught(Objective[HiddenStates]):
         self, output: HiddenStates, batch: MicroBatch, denominators: Mapping[str, Tensor | float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         settings, fields = self.settings, batch.position_fields
-        p_NK, p_other_N = self._teacher(fields, torch.promote_types(output.hidden_NH.dtype, torch.float32))
+        dtype = torch.promote_types(output.hidden_NH.dtype, torch.float32)
+        p_NK, p_other_N = probabilities(fields, settings.tail, dtype)
         lm_weight = settings.lambda_ / denominators["lm"]
         distill_weight = (1.0 - settings.lambda_) * settings.temperature**2 / denominators["distill"]
 
@@ -193,7 +194,7 @@ class Taught(Objective[HiddenStates]):
         Both are compared as outcomes that p tells apart: cells, and "any other id" where p keeps it.
         """
         fields, dtype = batch.position_fields, torch.promote_types(output.hidden_NH.dtype, torch.float32)
-        p_NK, p_other_N = self._teacher(fields, dtype)
+        p_NK, p_other_N = probabilities(fields, self.settings.tail, dtype)
         groups = None if self._groups is None else self._groups.to(output.hidden_NH.device)
         query = Query(fields["teacher_ids"], self.settings.temperature, p_other_N is not None, groups)
         found = sparse_log_probs(output.hidden_NH, output.weight_VH, query, **output.head)
@@ -204,14 +205,15 @@ class Taught(Objective[HiddenStates]):
             kl_N = kl_N + torch.where(p_other_N > 0, p_other_N * apart_N, 0.0)
         return torch.stack([kl_N.double().sum(), fields["teacher_mask"].double().sum()])
 
-    def _teacher(self, fields: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The row as probabilities [N, K], and that of all other ids [N] if it is kept; 0 where there is no row."""
-        mask_N = fields["teacher_mask"]
-        listed_NK = (fields["teacher_ids"] >= 0) & mask_N[:, None]
-        p_NK = torch.where(listed_NK, fields["teacher_logp"].to(dtype).exp(), 0.0)
-        if self.settings.tail == "renormalise":
-            return p_NK, None
-        return p_NK, torch.where(mask_N, fields["teacher_log_residual"].to(dtype).exp(), 0.0)
+
+def probabilities(fields: Mapping[str, Tensor], tail: Tail, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The rows as probabilities [N, K], and that of all other ids [N] if it is kept; 0 where there is no row."""
+    mask_N = fields["teacher_mask"]
+    listed_NK = (fields["teacher_ids"] >= 0) & mask_N[:, None]
+    p_NK = torch.where(listed_NK, fields["teacher_logp"].to(dtype).exp(), 0.0)
+    if tail == "renormalise":
+        return p_NK, None
+    return p_NK, torch.where(mask_N, fields["teacher_log_residual"].to(dtype).exp(), 0.0)
 
 
 @register("distill")

@@ -49,7 +49,7 @@ from fusemega.fusion.targets import Targets, or_label, renormalised, text_ends
 from fusemega.fusion.teacher_rows import TeacherRows, TeacherRowsConfig
 from fusemega.logits.groups import Groups
 from fusemega.logits.vocab import Query, SparseLogProbs, fused_token_loss
-from fusemega.losses.distill import TaughtSettings
+from fusemega.losses.distill import TaughtSettings, probabilities
 from fusemega.losses.registry import Objective, register
 from fusemega.passes.answers import HiddenStates
 from fusemega.passes.micro_batch import MicroBatch
@@ -152,6 +152,7 @@ class ProjectStudent(Objective[HiddenStates]):
         if settings.tail == "renormalise":
             # log p at the new temperature, up to a constant that `renormalised` takes away.
             logp_PK *= self.teacher.store.manifest.temperature / settings.temperature
+        # No two ids meet, so `project` is not needed, and the log-probs keep their bits.
         ids_MK, logp_MK = row.ids_PK[source_M], logp_PK[source_M]
         ids_MK = np.where(ids_MK >= 0, self.projection.table_S[ids_MK], -1)
         # Ids onto which nothing is projected become a part of "any other id".
@@ -174,9 +175,7 @@ class ProjectStudent(Objective[HiddenStates]):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         settings, fields = self.settings, batch.position_fields
         dtype = torch.promote_types(output.hidden_NH.dtype, torch.float32)
-        listed_NK = (fields["teacher_ids"] >= 0) & fields["teacher_mask"][:, None]
-        p_NK = torch.where(listed_NK, fields["teacher_logp"].to(dtype).exp(), 0.0)
-        p_other_N = torch.where(fields["teacher_mask"], fields["teacher_log_residual"].to(dtype).exp(), 0.0)
+        p_NK, p_other_N = probabilities(fields, settings.tail, dtype)
         lm_weight = settings.lambda_ / denominators["lm"]
         distill_weight = (1.0 - settings.lambda_) * settings.temperature**2 / denominators["distill"]
 
@@ -184,20 +183,21 @@ class ProjectStudent(Objective[HiddenStates]):
             label, taught = results
             ce_C = -label.logp_TK[:, 0]
             kd_C = -(p_NK[rows] * taught.logp_TK).sum(1)
-            if taught.log_residual_T is not None:
+            if p_other_N is not None and taught.log_residual_T is not None:
+                p_other_C = p_other_N[rows]
                 # If every id is listed, the student's residual is -inf and the teacher's mass 0; 0 * -inf is nan.
-                kd_C = kd_C - p_other_N[rows] * torch.where(p_other_N[rows] > 0, taught.log_residual_T, 0.0)
+                kd_C = kd_C - p_other_C * torch.where(p_other_C > 0, taught.log_residual_T, 0.0)
             else:
                 # q over the listed ids sums to 1 in rows; a label by itself keeps its probability.
-                scaled_C = fields["teacher_row"][rows]
-                logq_CK = torch.where(listed_NK[rows] | ~scaled_C[:, None], taught.logp_TK, -torch.inf)
+                scaled_C, listed_CK = fields["teacher_row"][rows], fields["teacher_ids"][rows] >= 0
+                logq_CK = torch.where(listed_CK | ~scaled_C[:, None], taught.logp_TK, -torch.inf)
                 kd_C = kd_C + torch.where(scaled_C, logq_CK.logsumexp(1), 0.0)
             return lm_weight * ce_C + distill_weight * kd_C, torch.stack([ce_C, kd_C], dim=1)
 
         groups = self._groups.to(output.hidden_NH.device)
         queries = [
             Query(batch.labels[:, None]),
-            Query(fields["teacher_ids"], settings.temperature, settings.tail == "residual", groups),
+            Query(fields["teacher_ids"], settings.temperature, p_other_N is not None, groups),
         ]
         loss, sums_M = fused_token_loss(output.hidden_NH, output.weight_VH, queries, token_loss, **output.head)
         return loss, {"lm": sums_M[0], "distill": sums_M[1]}

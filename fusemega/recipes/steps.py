@@ -66,8 +66,9 @@ class Steps:
         """`fusemega teach` as stage teach-`name`: a model's rows of `data`. Returns the store, `stores/NAME`."""
         store = str(self.folder / "stores" / name)
         run = {"model": self._model(load), "parallel": dict(self.parallel), "data": dict(data), "store": store}
-        paths = {"data": data["path"]} if isinstance(data["path"], str) else _numbered("data", data["path"])
-        inputs = {"model": self._located(load), **paths}
+        path = data["path"]
+        files = {"data": path} if isinstance(path, str) else {f"data.{i}": each for i, each in enumerate(path)}
+        inputs = {"model": self._located(load), **files}
         self._launched("teach", f"teach-{name}", run | settings, inputs, {"store": store})
         return store
 
@@ -223,7 +224,3 @@ class Steps:
 
     def _is_made(self, model: str) -> bool:
         return any(model == path for stage in self.stages for path in stage.outputs.values())
-
-
-def _numbered(name: str, paths: Sequence[str]) -> dict[str, str]:
-    return {f"{name}.{number}": path for number, path in enumerate(paths)}

@@ -102,10 +102,12 @@ def rows_of(config: TeacherStoreConfig, tokenizer: Tokenizer, vocab_size: int) -
     """The rows of a store as they are compared with a model: at the store's temperature, nothing where no row teaches.
 
     Raises:
-        UserError: as `TeacherStore`.
+        UserError: as `TeacherStore`; rows of draws.
     """
+    opened = Store.open(config.store)
+    opened.check({"rows": "top_k"})  # KL from shares of draws is not KL from what they were drawn from
     settings = Distill.Settings.model_validate(
-        config.model_dump() | {"unaligned": "nothing", "temperature": Store.open(config.store).manifest.temperature}
+        config.model_dump() | {"unaligned": "nothing", "temperature": opened.manifest.temperature}
     )
     store = TeacherStore(config, "teacher", tokenizer, vocab_size, settings.temperature, settings.tail, "label")
     store.can_skip = False

@@ -148,6 +148,15 @@ class TokenizedDataset:
         return (self[i] for i in range(len(self)))
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`, spread evenly, rising.
+
+    >>> evenly(10, 4), evenly(2, 4), evenly(0, 4)
+    ([0, 3, 6, 9], [0, 1], [])
+    """
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
+
+
 def prepare(
     config: DataConfig,
     tokenizer: Tokenizer,

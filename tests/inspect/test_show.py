@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from fusemega import cli
 from fusemega.align.make_map import exact_map
 from fusemega.align.vocabulary import Vocabulary
 from fusemega.config import validate
+from fusemega.fusion.targets import Targets
+from fusemega.fusion.teacher_store import TeacherStore
 from fusemega.inspect.layout import place_of
 from fusemega.inspect.rows import Rows, token_text
+from fusemega.inspect.teacher import _why_nothing
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store
@@ -160,6 +164,40 @@ def test_a_teachers_row_beside_the_text(
         assert line.split()[1:4] == [f"{count:,}", "100.0%", f"{sum(p) / count:.3f}"]
     status, out, _ = show("teacher", run_file, distill, "--row", 20)
     assert status == 0 and "no row in the store" in out
+
+
+def test_the_label_of_a_cell_is_marked(
+    show: Show, run_file: Path, store: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row lists the id that stands for the label's cell, not the label."""
+    row = Store.open(store).get(rows.dataset[0].key)
+    assert row is not None
+    best = int(row.ids_PK[0, 0])
+    cell_V = np.full(rows.source.vocab_size, best)
+    monkeypatch.setattr(TeacherStore, "cell_V", cell_V)
+    objective = f"objective={json.dumps({'name': 'distill', 'store': str(store)})}"
+    status, out, err = show("teacher", run_file, objective, "--row", 1)
+    assert status == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("|"))
+    assert f"|{token_text(rows.tokenizer, best)}|* " in line and line.count("|*") == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "kind", "ends", "why"),
+    [
+        (True, 0, True, "the text ends here"),
+        (True, None, True, "the text ends here"),
+        (True, 1, False, "consistent: true"),
+        (False, 0, False, "has a counterpart"),
+        (False, -1, False, "ends at this byte"),
+        (False, None, True, "ends at this byte"),
+    ],
+)
+def test_why_a_position_is_taught_nothing(listed: bool, kind: int | None, ends: bool, why: str) -> None:
+    ids = np.array([[5 if listed else -1]])
+    nothing = Targets.nothing(1, 1)
+    kinds = None if kind is None else np.array([kind], np.int8)
+    assert why in _why_nothing(replace(nothing, ids_PK=ids, kind_P=kinds), 0, ends)
 
 
 def test_a_key_finds_its_row(show: Show, run_file: Path, rows: Rows, work: Path) -> None:

@@ -360,6 +360,9 @@ def test_distance_from_stored_rows_equals_dense(
     assert result.kl == pytest.approx(kl / result.tokens, abs=3e-4) and result.kl > 0.1
     with pytest.raises(UserError, match=r"no row in the store .*half: "):
         evaluate(validate(EvalRun, run | {"teacher": {"store": str(tmp_path / "half")}}, "eval.yaml"))
+    teach(teach_run(work, tmp_path / "draws", rows="sampled", num_samples=4))
+    with pytest.raises(UserError, match="draws: the store's rows is 'sampled'"):
+        evaluate(validate(EvalRun, run | {"teacher": {"store": str(tmp_path / "draws")}}, "eval.yaml"))
     both = {"teacher": {"store": str(tmp_path / "store")}, "reference": run["model"]}
     with pytest.raises(UserError, match="reference and teacher: give one of them"):
         validate(EvalRun, run | both, "eval.yaml")
