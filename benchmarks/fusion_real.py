@@ -13,6 +13,7 @@ of `--kind`, `--passes` times. An arm is a name, and behind a colon the weight o
     consistent       the same without positions whose next token is longer than the teacher's (`consistent: true`)
     project_student  the objective of that name, X-Token's
     chunk            the objective of that name, ALM's
+    merge            the objective of that name, GOLD's
     same             `distill` from a teacher of the target's own tokenizer and size: the target, trained on other text
                      of the same kind
 
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--passes", type=float, default=3.0)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8, help="samples in an update")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--nproc", type=int, default=1)
@@ -204,14 +206,14 @@ def main() -> None:
     texts = {kind: chosen[f"held_out_{kind}"] for kind in KINDS}
     text = {"path": chosen["train"], "seq_length": SEQ_LENGTH}
 
-    maps = {kind: steps.align(kind, args.teacher, target, "--kind", kind) for kind in ("cells", "first_piece")}
+    maps = {kind: steps.align(kind, args.teacher, target, "--kind", kind) for kind in ("cells", "first_piece", "exact")}
     taught = steps.teach("train", args.teacher, text, top_k=TOP_K)
     stores = {
         kind: steps.teach(kind, args.teacher, {"path": path, "seq_length": SEQ_LENGTH}, top_k=TOP_K)
         for kind, path in texts.items()
     }
     optimizer = {"lr": args.lr, "lr_warmup_fraction": 0.1, "adam_beta2": 0.95}
-    length = {"train_epochs": args.passes, "global_batch_size": 8, "save_interval": 1000, "keep_checkpoints": 1}
+    length = {"train_epochs": args.passes, "global_batch_size": args.batch, "save_interval": 1000, "keep_checkpoints": 1}
     models = {"target": [target]}
     for arm in args.arms:
         name, _, weight = arm.partition(":")
@@ -231,8 +233,14 @@ def main() -> None:
                 same = steps.teach("same", tuned, text, top_k=TOP_K)
                 models["teacher-same"] = [tuned]
             objective = {"name": "distill", "store": same}
+        elif name == "chunk":
+            objective = {"name": name, "store": taught}
+        elif name == "project_student":
+            objective = {"name": name, "store": taught, "tokenizer": args.teacher}
+        elif name == "merge":
+            objective = {"name": name, "store": taught, "map": maps["exact"]}
         elif name != "labels":
-            objective = {"name": name, **teacher}
+            parser.error(f"--arms {arm}: no such arm")
         if weight:
             objective["lambda"] = float(weight)
         models[arm] = [
@@ -251,7 +259,7 @@ def main() -> None:
         of_seeds = [results[f"measure-{arm.replace(':', '-')}-{number}"] for number in range(len(folders))]
         found[arm] = {k: {m: _spread([s[k][m] for s in of_seeds]) for m in of} for k, of in of_seeds[0].items()}
         print(arm, json.dumps(found[arm]), flush=True)
-    names = ("kind", "tokens", "passes", "seeds", "lr", "dtype")
+    names = ("kind", "tokens", "passes", "batch", "seeds", "lr", "dtype")
     print(json.dumps({"benchmark": "fusion_real", **{n: getattr(args, n) for n in names}, "measures": found}))
 
 
