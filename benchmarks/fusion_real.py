@@ -213,7 +213,8 @@ def main() -> None:
         for kind, path in texts.items()
     }
     optimizer = {"lr": args.lr, "lr_warmup_fraction": 0.1, "adam_beta2": 0.95}
-    length = {"train_epochs": args.passes, "global_batch_size": args.batch, "save_interval": 1000, "keep_checkpoints": 1}
+    length = {"train_epochs": args.passes, "global_batch_size": args.batch}
+    length |= {"save_interval": 1000, "keep_checkpoints": 1}
     models = {"target": [target]}
     for arm in args.arms:
         name, _, weight = arm.partition(":")

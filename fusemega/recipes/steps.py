@@ -123,7 +123,8 @@ class Steps:
             "training": dict(training),
         }
         inputs = {"model": self._located(load), "data": data["path"]}
-        inputs |= {key: objective[key] for key in ("store",) if key in objective}
+        inputs |= {key: objective[key] for key in ("store", "map") if key in objective}
+        inputs |= {key: self._located(objective[key]) for key in ("tokenizer",) if key in objective}
         for number, teacher in enumerate(objective.get("teachers", [])):
             inputs |= {f"teachers.{number}.{key}": teacher[key] for key in ("store", "map") if key in teacher}
         outputs = {"hf": str(out / "hf"), "metrics": str(out / "metrics.jsonl")}

@@ -17,10 +17,12 @@ from fusemega.errors import UserError
 from fusemega.losses.distill import Taught
 from fusemega.losses.registry import build_objective, parse_objective
 from fusemega.passes.answers import HiddenStates
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.store import Manifest, Row, StoreWriter
 from fusemega.text.document import MASK_POLICY
 from fusemega.text.sample import Sample
 from tests.logits.loops import make_head
+from tests.losses.published import Case
 from tests.passes.bare import bare_batch
 
 VOCAB, SOURCE, K = 141, 60, 8
@@ -171,11 +173,25 @@ def by_hand(objective: Taught, told: Told, cells: Cells, hidden: Tensor, weight:
     return s.lambda_ * ce / N + (1 - s.lambda_) * s.temperature**2 * kd / taught, kd.detach()
 
 
+def cells_case(folder: Path) -> Case:
+    """`distill` with a map of cells, for heads that are split over ranks."""
+    section, told = write(folder, 3, True)
+    objective = build_objective(parse_objective({"name": "distill", "lambda": 0.3, **section}), TOKENIZER, VOCAB)
+    assert isinstance(objective, Taught)
+    cells = all_cells(cell_table(3))
+    # A case's denominators count another rank's positions, too.
+    return Case(objective, batch_of(objective), lambda h, w: by_hand(objective, told, cells, h, w)[0] / 2)
+
+
+def batch_of(objective: Taught) -> MicroBatch:
+    fields = {name: torch.from_numpy(array.copy()) for name, array in objective.position_fields(SAMPLE).items()}
+    return bare_batch(torch.from_numpy(SAMPLE.ids[SAMPLE.positions + 1].astype(np.int64)), fields)
+
+
 def check(section: dict[str, Any], told: Told, cells: Cells) -> Taught:
     objective = build_objective(parse_objective(section), TOKENIZER, VOCAB)
     assert isinstance(objective, Taught)
-    fields = {name: torch.from_numpy(array.copy()) for name, array in objective.position_fields(SAMPLE).items()}
-    batch = bare_batch(torch.from_numpy(SAMPLE.ids[SAMPLE.positions + 1].astype(np.int64)), fields)
+    batch = batch_of(objective)
     hidden, weight = make_head(tokens=N)
     counts = objective.counts(batch)
     denominators = {name: torch.tensor(float(count), dtype=torch.float64) for name, count in counts.items()}
