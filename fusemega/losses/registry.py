@@ -25,6 +25,7 @@ from fusemega.passes.frozen import Request
 from fusemega.passes.micro_batch import Fields, MicroBatch
 
 if TYPE_CHECKING:
+    from fusemega.losses.reference import Reference
     from fusemega.text.dataset import TokenizedDataset
     from fusemega.text.tokenizer import Tokenizer
 
@@ -55,6 +56,7 @@ class Objective(Fields, ABC, Generic[Output]):
         measures: names of metrics that it tells besides its terms; see `measured`.
         frozen: the frozen models that it asks, by name, which is also their key in its section of the run file. Their
             answers are in the micro-batch's `answers` under that name; nothing passes back to them.
+        reference: the reference that its loss compares the model with; None: it has none.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
@@ -64,6 +66,7 @@ class Objective(Fields, ABC, Generic[Output]):
     splits_samples: ClassVar[bool] = True
     measures: tuple[str, ...] = ()
     frozen: Mapping[str, Request] = MappingProxyType({})
+    reference: Reference | None = None
 
     @classmethod
     @abstractmethod

@@ -61,6 +61,14 @@ class Store:
         place = self._place(key)
         return None if place is None else place[0].row(place[1])
 
+    def entry(self, key: bytes) -> np.void | None:
+        """What the index says of a sample, as `shard.INDEX`: its `sum_logp`, `positions` and `ids_hash`; or None.
+
+        No row's bytes are read. The entry may be read only.
+        """
+        place = self._place(key)
+        return None if place is None else place[0].index[place[1]]
+
     def coded(self, key: bytes) -> tuple[np.ndarray, bytes] | None:
         """The row as it is on disk, as `Shard.coded` returns it. Raises as `get`."""
         place = self._place(key)

@@ -29,7 +29,7 @@ from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
 
-_FORMAT = 9  # raise when the meaning of a cached file changes
+_FORMAT = 10  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
 _COLUMNS = {"ids": "<i4", "end_bytes": "<i4", "supervised": "|b1", "places": "|u1"}  # one value for each token
 _INDEX = np.dtype(
@@ -50,6 +50,7 @@ class TokenizedDataset:
         in_group: bool [len(self)], whether each sample belongs to a group.
         starts: int64 [num_units], the first sample of each unit.
         num_supervised: supervised tokens of all samples.
+        sources: names of the sources that responses come from, sorted; a sample's `scalars["source"]` is a place here.
         skipped: reason -> number of rows skipped, and of windows dropped for having no target.
         ignored: name -> number of unknown fields that were left out (`data.unknown_fields: ignore`).
         notes: sentences for the user on how the rows were read.
@@ -60,7 +61,7 @@ class TokenizedDataset:
         self.folder, self.config, self._names = folder, config, names
         try:
             meta = read_json(folder / "meta.json")
-            if missing := {"skipped", "num_supervised", "num_tokens", "ignored", "notes"} - meta.keys():
+            if missing := {"skipped", "num_supervised", "num_tokens", "ignored", "notes", "sources"} - meta.keys():
                 raise UserError(f"meta.json has no {min(missing)}")
             self._index: np.ndarray = np.load(folder / "index.npy", mmap_mode="r")
             if self._index.dtype != _INDEX or self._index.ndim != 1:
@@ -70,6 +71,7 @@ class TokenizedDataset:
         self.skipped: dict[str, int] = meta["skipped"]
         self.ignored: dict[str, int] = meta["ignored"]
         self.notes: list[str] = meta["notes"]
+        self.sources: list[str] = meta["sources"]
         self.num_supervised: int = meta["num_supervised"]
         self._offsets = np.append(self._index["offset"], meta["num_tokens"])
         self._columns = {}
@@ -129,7 +131,9 @@ class TokenizedDataset:
     def contents(self) -> list[np.ndarray]:
         """All that the samples consist of, in order, without where they came from; views of the files."""
         names = ("key", "offset", *(("group", *SCALARS) if self.is_grouped else ()))
-        return [np.ascontiguousarray(self._index[name]) for name in names] + list(self._columns.values())
+        found = [np.ascontiguousarray(self._index[name]) for name in names] + list(self._columns.values())
+        # Objectives may pick sources by name.
+        return found + [np.frombuffer(name.encode() + b"\0", dtype=np.uint8) for name in self.sources]
 
     def place(self, i: int) -> tuple[int, int]:
         """`RawRow.file` and `RawRow.number` of the row of sample `i`."""
@@ -369,6 +373,7 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
         "skipped": dict(sorted(tokenize.skipped.items())),
         "ignored": dict(sorted((tokenize.ignored or {}).items())),
         "notes": tokenize.notes(),
+        "sources": [],
     }
     (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 

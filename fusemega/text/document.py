@@ -101,8 +101,9 @@ class Text:
 
 
 Document = Chat | Text
-SCALARS = ("chosen", "reward")
-"""Numbers that a response of a group may have: 1 for a pair's chosen and 0 for its rejected one; its reward."""
+SCALARS = ("chosen", "reward", "margin", "weight", "source")
+"""Numbers that a response of a group may have: 1 for a pair's chosen and 0 for its rejected one; its reward; the margin
+of its pair; its weight; the place of the name of its source in `TokenizedDataset.sources`."""
 
 
 @dataclass(frozen=True)

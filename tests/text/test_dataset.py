@@ -16,6 +16,7 @@ from fusemega.errors import UserError
 from fusemega.fixtures.data import ChatData
 from fusemega.text.data import DataConfig, Source
 from fusemega.text.dataset import TokenizedDataset, prepare
+from fusemega.text.document import SCALARS
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
 from tests.text.toys import byte_level, sentencepiece
@@ -325,7 +326,7 @@ def test_groups_are_the_samples_of_one_row(tmp_path: Path) -> None:
     assert [sample.scalars for sample in dataset] == [chosen, {"chosen": 0.0}, *rewards, {}, {}]
     assert dataset.in_words().startswith("3 groups, 7 samples, ")
     # Other rewards are other data.
-    assert len(dataset.contents()) == len(single.contents()) + 3
+    assert len(dataset.contents()) == len(single.contents()) + 1 + len(SCALARS)
 
 
 def test_a_group_longer_than_a_row_is_refused_or_skipped(tmp_path: Path) -> None:
