@@ -54,6 +54,8 @@ class Objective(Fields, ABC, Generic[Output]):
             or "score", what a scalar head gives for its last token. The model in training has to have that head.
         splits_samples: False: the tokens of a sample must lie on one rank, and context parallelism is refused.
         measures: names of metrics that it tells besides its terms; see `measured`.
+        statistics: names of metrics that depend on the model's output, such as the accuracy on pairs. `loss` returns
+            their sums; the metric is the sum divided by the count of the first term.
         frozen: the frozen models that it asks, by name, which is also their key in its section of the run file. Their
             answers are in the micro-batch's `answers` under that name; nothing passes back to them.
         reference: the reference that its loss compares the model with; None: it has none.
@@ -65,6 +67,7 @@ class Objective(Fields, ABC, Generic[Output]):
     wants: ClassVar[Literal["logp", "score"]] = "logp"
     splits_samples: ClassVar[bool] = True
     measures: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
     frozen: Mapping[str, Request] = MappingProxyType({})
     reference: Reference | None = None
 
@@ -93,6 +96,14 @@ class Objective(Fields, ABC, Generic[Output]):
             UserError: names the sample.
         """
 
+    def begin_step(self, iteration: int, train_iters: int) -> None:  # noqa: B027  (most losses do not depend on it)
+        """Told before each update, and before held-out data are scored, how far the run is.
+
+        Args:
+            iteration: updates done; a resumed run goes on counting.
+            train_iters: updates of the whole run.
+        """
+
     @abstractmethod
     def counts(self, batch: MicroBatch) -> dict[str, int]:
         """This micro-batch's part of each term's denominator; the trainer sums it over the whole step first.
@@ -117,13 +128,15 @@ class Objective(Fields, ABC, Generic[Output]):
             output: what the model in training gives for the micro-batch. For unit token: `HiddenStates`, for
                 `logits.vocab.fused_token_loss` and its like. For unit sequence or group: a tensor [S] of fp32 or wider,
                 the same on every rank that shares the tokens: the log-probability of each sequence's supervised
-                tokens, summed, or its score, as `wants` says.
+                tokens, summed, or its score, as `wants` says. With `token_weights`, the log-probabilities' weighted
+                sums [S, M].
             batch: labels, bounds, this objective's fields, and its frozen models' answers.
             denominators: each term's count over the whole step, at least 1.
 
         Returns:
             The scalar to differentiate, already divided: micro-batches and data-parallel ranks simply add. And each
             term's sum over this micro-batch, unweighted and not divided, detached: with `counts` it gives the metric.
+            Beside them the sums of `statistics`.
         """
 
 

@@ -1,8 +1,8 @@
 """One micro-batch through a Megatron model, up to the hidden states or log-probabilities that a loss asks for.
 
-Shape suffixes: T tokens of the packed row, N supervised positions, S sequences, H hidden size, K listed ids of a query
-(here 1), V this rank's rows of the output weight. Under context parallelism T and N count this rank's own, unless
-stated otherwise. In the kernel's `logp_TK`, T stands for N.
+Shape suffixes: T tokens of the packed row, N supervised positions, S sequences, M sums of each, H hidden size, K listed
+ids of a query (here 1), V this rank's rows of the output weight. Under context parallelism T and N count this rank's
+own, unless stated otherwise. In the kernel's `logp_TK`, T stands for N.
 """
 
 from __future__ import annotations
@@ -105,14 +105,17 @@ def hidden_states(gpt: GPT, hidden_NH: torch.Tensor, world: World) -> HiddenStat
 
 
 def sequence_log_probs(states: HiddenStates, batch: MicroBatch, world: World) -> torch.Tensor:
-    """[S]: the log-probability of each sequence's supervised tokens, summed; differentiable.
+    """[S]: the log-probability of each sequence's supervised tokens, summed; differentiable. Where the micro-batch has
+    token weights [N, M]: [S, M], the sum with each of these weights.
 
     Collective over context parallelism: each of its ranks gets the sums over all tokens, and passes the gradient to
     its own tokens alone.
     """
     query = Query(batch.labels[:, None])
     logp_N = sparse_log_probs(states.hidden_NH, states.weight_VH, query, **states.head).logp_TK[:, 0]
-    logp_S = logp_N.new_zeros(len(batch.sequence_tokens)).index_add(0, batch.sequences, logp_N)
+    if batch.token_weights is not None:
+        logp_N = logp_N[:, None] * batch.token_weights.to(logp_N.dtype)  # [N, M] from here on
+    logp_S = logp_N.new_zeros(len(batch.sequence_tokens), *logp_N.shape[1:]).index_add(0, batch.sequences, logp_N)
     return sum_over_context(logp_S, world.cp_group) if world.cp_size > 1 else logp_S
 
 

@@ -1,10 +1,11 @@
 """A micro-batch: one packed row of samples, with all that a model and an objective read of it.
 
-Everything in it belongs to one of three things: a supervised position, a sequence (a sample), or a group of sequences
-(a pair, or the responses to one prompt). A sequence that is in no group is a group of its own.
+Everything in it belongs to one of these: a supervised position, a sequence (a sample), a group of sequences (a pair, or
+the responses to one prompt), or a comparison inside a group. A sequence that is in no group is a group of its own.
 
 Shape suffixes: T tokens of the row (R of them on this context-parallel rank), N supervised positions, S sequences,
-B groups, L tokens of a sequence, P supervised positions of one. N, S and B may be 0.
+B groups, C comparisons, K sequences of a comparison, L tokens of a sequence, P supervised positions of one, M sums of a
+sequence. N, S, B and C may be 0.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ class Fields:
         """Arrays [...] of the samples of one group; the micro-batch has them as tensors [B, ...]."""
         return {}
 
+    def comparisons(self, samples: Sequence[Sample]) -> tuple[np.ndarray, Arrays]:
+        """What the loss compares in one group: int64 [C, K], the places among `samples` of the K members of each
+        comparison, such as the chosen and the rejected one; and arrays [C, ...] by name. C may be 0.
+
+        The micro-batch has them as `members` and `comparison_fields`.
+        """
+        return np.empty((0, 0), dtype=np.int64), {}
+
+    def token_weights(self, samples: Sequence[Sample]) -> Sequence[np.ndarray] | None:
+        """For M weighted sums of each sequence's log-probabilities: fp32 [P, M] of each sample of one group, the weight
+        of each supervised token in each sum. None, of every group: the plain sum."""
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
@@ -63,7 +77,10 @@ class MicroBatch:
         groups: int64 [S], the group that each sequence belongs to, in ascending order.
         group_sizes: int64 [B], how many sequences each group has.
         sources: the row of data of each sequence, as "file:row", for messages; on the host.
-        position_fields, sequence_fields, group_fields: the objective's, by name: tensors [N, ...], [S, ...], [B, ...].
+        members: int64 [C, K], the sequences of each comparison (`Fields.comparisons`).
+        position_fields, sequence_fields, group_fields, comparison_fields: the objective's, by name: tensors [N, ...],
+            [S, ...], [B, ...], [C, ...].
+        token_weights: fp32 [N, M], where the objective wants weighted sums of log-probabilities.
         kept: int64 [N], under context parallelism: which of the whole row's positions these are; else None.
         num_positions: supervised positions of the whole row.
         answers: each frozen model's answer for the row, by name, on the last pipeline stage.
@@ -85,6 +102,9 @@ class MicroBatch:
     position_fields: Mapping[str, Tensor] = field(default_factory=dict)
     sequence_fields: Mapping[str, Tensor] = field(default_factory=dict)
     group_fields: Mapping[str, Tensor] = field(default_factory=dict)
+    members: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    comparison_fields: Mapping[str, Tensor] = field(default_factory=dict)
+    token_weights: Tensor | None = None
     kept: Tensor | None = None
     num_positions: int = 0
     answers: Mapping[str, Answer] = field(default_factory=dict)
@@ -126,6 +146,7 @@ class MicroBatch:
             sequences=self.sequences[kept],
             last_tokens=place[self.last_tokens],
             position_fields={name: values[kept] for name, values in self.position_fields.items()},
+            token_weights=None if self.token_weights is None else self.token_weights[kept],
             kept=kept,
         )
 
@@ -137,11 +158,21 @@ class FieldShapes:
     position: Arrays
     sequence: Arrays
     group: Arrays
+    members: np.ndarray
+    comparison: Arrays
+    weights: np.ndarray | None
 
     @classmethod
     def of(cls, fields: Fields, group: Sequence[Sample]) -> FieldShapes:
         """The shapes and dtypes of this group's fields."""
-        return cls(fields.position_fields(group[0]), fields.sequence_fields(group[0]), fields.group_fields(group))
+        weights = fields.token_weights(group)
+        return cls(
+            fields.position_fields(group[0]),
+            fields.sequence_fields(group[0]),
+            fields.group_fields(group),
+            *fields.comparisons(group),
+            None if weights is None else weights[0],
+        )
 
 
 def collate(
@@ -185,6 +216,13 @@ def collate(
     for name, values in position_fields.items():
         if len(values) != len(where):
             raise ValueError(f"field {name!r} has {len(values)} entries for {len(where)} supervised positions")
+    compared = [fields.comparisons(group) for group in groups]
+    firsts = np.cumsum(sizes) - sizes
+    members = [places + first for (places, _), first in zip(compared, firsts, strict=True)]
+    weights: Tensor | None = None
+    if like.weights is not None:
+        parts = [part for group in groups for part in fields.token_weights(group) or ()]
+        weights = torch.from_numpy(np.concatenate([like.weights[:0], *parts]))
     return MicroBatch(
         tokens=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(np.arange(len(tokens)) - np.repeat(bounds[:-1], segments))[None],
@@ -202,6 +240,9 @@ def collate(
         position_fields=position_fields,
         sequence_fields=_joined([fields.sequence_fields(sample) for sample in samples], like.sequence, np.stack),
         group_fields=_joined([fields.group_fields(group) for group in groups], like.group, np.stack),
+        members=torch.from_numpy(np.concatenate([like.members[:0], *members])),
+        comparison_fields=_joined([each for _, each in compared], like.comparison, np.concatenate),
+        token_weights=weights,
         num_positions=len(where),
     )
 

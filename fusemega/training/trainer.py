@@ -130,6 +130,8 @@ class Trainer:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
         started = time.monotonic()
         taken = self.batches.take(self.iteration)
+        self.objective.begin_step(self.iteration, self.train_iters)
+        summed = (*self.objective.terms, *self.objective.statistics)
         # Counted before the batches go to the device, where the host would wait for the counts.
         denominators, measured = self._counted(taken.micro_batches)
         batches = taken.on(self.world.device)
@@ -141,7 +143,7 @@ class Trainer:
 
         def loss_function(hidden_NH: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
             loss, sums = objective_loss(self.objective, self.gpt, hidden_NH, batch, denominators, self.world)
-            return loss, torch.stack([loss.detach().double(), *(sums[term].double() for term in self.objective.terms)])
+            return loss, torch.stack([loss.detach().double(), *(sums[name].double() for name in summed)])
 
         collected = run_schedule(
             self.ddp,
@@ -151,11 +153,11 @@ class Trainer:
             forward_only=False,
             rows=rows_read(self.objective),
         )
-        totals = total_over_ranks(collected, 1 + len(self.objective.terms), self.world, self._adding_ranks)
+        totals = total_over_ranks(collected, 1 + len(summed), self.world, self._adding_ranks)
         # The one place where the host waits for the numbers of a step, before the update.
         loss, *read = torch.cat([totals, torch.stack(list(denominators.values())), measured]).tolist()
-        terms = len(self.objective.terms)
-        sums, counts, told = read[:terms], read[terms : 2 * terms], read[2 * terms :]
+        terms, both = len(self.objective.terms), len(summed) + len(self.objective.terms)
+        sums, counts, told = read[: len(summed)], read[len(summed) : both], read[both:]
         if not math.isfinite(loss):
             self._refuse_unsound(micro_batches, collected)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -168,11 +170,13 @@ class Trainer:
         self.scheduler.step(increment=1)
         self.iteration += 1
         means = {
-            f"{term} loss": value / count for term, value, count in zip(self.objective.terms, sums, counts, strict=True)
+            f"{term} loss": value / count
+            for term, value, count in zip(self.objective.terms, sums[:terms], counts, strict=True)
         }
         return {
             **means,
             **({"loss": loss} if len(means) > 1 else {}),
+            **{name: value / counts[0] for name, value in zip(self.objective.statistics, sums[terms:], strict=True)},
             **{
                 name: value / count
                 for name, value, count in zip(self.objective.measures, told[::2], told[1::2], strict=True)
