@@ -131,7 +131,8 @@ def check_groups(dataset: TokenizedDataset, seq_length: int, parallel: ParallelC
         raise UserError(
             f"{source}: its {len(dataset.unit(longest))} responses take {places[longest]} tokens, each padded to a "
             f"multiple of {multiple} for context_parallel_size {parallel.context_parallel_size}, more than "
-            f"data.seq_length ({seq_length}): a group lies in one row"
+            f"data.seq_length ({seq_length}): a group lies in one row; data.max_length: "
+            f"{seq_length // len(dataset.unit(longest)) // multiple * multiple} would let it fit"
         )
 
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fusemega.config import Section
 from fusemega.errors import UserError, choose, nearest
 from fusemega.files.json_files import MalformedError, parse_json
 from fusemega.files.opening import MIB, open_regular, refuse_special_files, require_regular
 from fusemega.files.parquet_files import read_parquet
-from fusemega.text.document import BadRow
+from fusemega.text.fields import BadRow
 
 _ARRAYS = (".json", ".json.gz")  # may be one array of rows
 _LINES = (*_ARRAYS, ".jsonl", ".jsonl.gz")
@@ -42,6 +42,7 @@ _SHARD = re.compile(r"([\w.-]+)-\d{5}-of-\d{5}\.")  # as datasets writes them: t
 _ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json"}  # beside the rows, by datasets and model folders
 _LINE_BYTES, _ARRAY_BYTES = 64 * MIB, 1024 * MIB
 _DIGITS = 4000  # of a number in a row, which may be training data
+Truncation = Literal["keep_start", "keep_end", "drop"]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -59,6 +60,17 @@ class DataConfig(Section):
     seq_length: int = Field(
         2048, ge=2, description="tokens in a row; longer documents are cut into windows of this length"
     )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="rows of several responses: most tokens of a response with its prompt; default: as many as let "
+        "the group fit in a row",
+    )
+    truncation: Truncation = Field(
+        "keep_start",
+        description="rows of several responses that are too long: cut the end of the longest responses (keep_start), "
+        "or the beginning of the prompt (keep_end), or leave the row out (drop)",
+    )
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip and count it")
     unknown_fields: Literal["error", "ignore"] = Field(
         "error", description="an unknown field is an error, or is left out and counted"
@@ -67,6 +79,13 @@ class DataConfig(Section):
         None, description="file with a jinja chat template that replaces the tokenizer's, also in the export"
     )
     limit: int | None = Field(None, ge=1, description="use only this many rows, the first ones")
+
+    @model_validator(mode="after")
+    def _length_acts(self) -> DataConfig:
+        """max_length must be less than seq_length, which holds at least two responses."""
+        if self.max_length is not None and self.max_length >= self.seq_length:
+            raise ValueError(f"max_length {self.max_length}: no effect beside seq_length {self.seq_length}")
+        return self
 
 
 @dataclass(frozen=True)

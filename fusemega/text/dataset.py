@@ -24,10 +24,11 @@ from fusemega.files.json_files import read_json
 from fusemega.runtime.console import debug, phase, say
 from fusemega.text.chat import ChatRenderer, Rendered, render_text
 from fusemega.text.data import DataConfig, RawRow, Source
-from fusemega.text.document import SCALARS, BadRow, Chat, Document, Group, NotLearnt, canonical, parse_row
+from fusemega.text.document import SCALARS, BadRow, Chat, Document, Dropped, Group, canonical, parse_row
 from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
+from fusemega.text.truncation import group_samples
 
 _FORMAT = 10  # raise when the meaning of a cached file changes
 _BATCH = 512  # rows tokenized together
@@ -200,6 +201,9 @@ def prepare(
         with phase(f"{len(source.names)} file(s) of rows are tokenized into {folder}"):
             _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size), progress)
     dataset = TokenizedDataset(folder, source.names, config)
+    for name in ("max_length", "truncation"):
+        if name in config.model_fields_set and not dataset.is_grouped:
+            raise UserError(f"data.{name}: no effect, because no row has several responses to one prompt; leave it out")
     if progress:
         _say_left_out(tuple(source.names), dataset)
     return dataset
@@ -226,12 +230,19 @@ class _Tokenize:
         self.config, self.source, self.tokenizer, self.vocab_size = config, source, tokenizer, vocab_size
         self.skipped: Counter[str] = Counter()
         self.ignored: Counter[str] | None = Counter() if config.unknown_fields == "ignore" else None
+        self.sources: dict[str, int] = {}  # name -> number, by first appearance
         self._told: Counter[str] = Counter()
+        self._cut: Counter[str] = Counter()
         self._renderer: ChatRenderer | None = None
 
     def notes(self) -> list[str]:
         """See `TokenizedDataset.notes`."""
         notes = [f"fields that change nothing of what is learnt: {', '.join(sorted(self._told))}"] if self._told else []
+        if self._cut:
+            notes.append(
+                f"{self._cut['rows']} rows of several responses were too long: {self._cut['tokens']} of their tokens "
+                f"are left out (data.truncation: {self.config.truncation})"
+            )
         if self._renderer is not None:
             notes += [f"{count} {what}" for what, count in self._renderer.counts.items()]
             closing = self._renderer.closing.strip()
@@ -265,37 +276,29 @@ class _Tokenize:
                 for (_, rendered), encoding in zip(parts, encoded, strict=True):
                     tokens.append(annotate(rendered, encoding, self.tokenizer))
                     self._check_ids(tokens[-1])
-                identities = [identity for identity, _ in parts]
                 if isinstance(parsed, Group):
-                    yield row, self._group(parsed, tokens, identities, row)
+                    yield row, self._group(parsed, tokens, parts, row)
                     continue
             except BadRow as error:
                 self._bad(row, error)
                 continue
-            for sample in cut(tokens[0], identities[0], self.config.seq_length, self._place(row)):
+            for sample in cut(tokens[0], parts[0][0], self.config.seq_length, self._place(row)):
                 if sample.supervised.any():
                     yield row, [sample]
                 else:
                     self.skipped[_NO_TARGET] += 1
 
     def _group(
-        self, group: Group, tokens: Sequence[Annotated], identities: Sequence[bytes], row: RawRow
+        self, group: Group, tokens: Sequence[Annotated], parts: Sequence[tuple[bytes, Rendered]], row: RawRow
     ) -> list[Sample]:
-        """One sample for each document of the group. Raises BadRow unless they fit in one row and each has a target."""
-        total, longest = sum(len(each.ids) for each in tokens), self.config.seq_length
-        if total > longest:
-            raise BadRow(
-                "group longer than a row",
-                f"its {len(tokens)} responses have {total} tokens, each with the prompt, more than data.seq_length "
-                f"({longest}): a group lies in one row",
-            )
-        samples = []
-        for document, identity, scalars in zip(tokens, identities, group.scalars, strict=True):
-            (sample,) = cut(document, identity, longest, self._place(row))
-            if not sample.supervised.any():
-                raise BadRow("no target", "a response of the group has no token to train on")
-            samples.append(replace(sample, group=0, scalars=scalars))  # numbered where it is written
-        return samples
+        samples, left_out = group_samples(tokens, parts, self.config, self._place(row))
+        if left_out:
+            self._cut.update(rows=1, tokens=left_out)
+        found = []
+        for sample, scalars, name in zip(samples, group.scalars, group.sources, strict=True):
+            number = {} if name is None else {"source": float(self.sources.setdefault(name, len(self.sources)))}
+            found.append(replace(sample, group=0, scalars={**scalars, **number}))  # numbered where it is written
+        return found
 
     def _render(self, document: Document) -> Rendered:
         if isinstance(document, Chat):
@@ -315,7 +318,7 @@ class _Tokenize:
             )
 
     def _bad(self, row: RawRow, error: BadRow) -> None:
-        if self.config.on_bad_row == "error" and not isinstance(error, NotLearnt):
+        if self.config.on_bad_row == "error" and not isinstance(error, Dropped):
             hint = "" if "data." in error.detail else " (data.on_bad_row: skip would count and skip it)"
             raise UserError(f"{self._place(row)}: {error.detail}{hint}")
         self.skipped[error.reason] += 1
@@ -366,14 +369,19 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
     if not index:
         counts = ", ".join(f"{reason}: {count}" for reason, count in tokenize.skipped.items()) or "no rows"
         raise UserError(f"{', '.join(source.names)}: no usable sample ({counts})")
-    np.save(partial / "index.npy", np.array(index, dtype=_INDEX))
+    entries, sources = np.array(index, dtype=_INDEX), sorted(tokenize.sources)
+    if sources:  # the same numbers whatever the order of the rows
+        numbers = np.array([sources.index(name) for name in tokenize.sources], dtype=np.float64)
+        named = ~np.isnan(entries["source"])
+        entries["source"][named] = numbers[entries["source"][named].astype(int)]
+    np.save(partial / "index.npy", entries)
     meta = {
         "num_tokens": num_tokens,
         "num_supervised": num_supervised,
         "skipped": dict(sorted(tokenize.skipped.items())),
         "ignored": dict(sorted((tokenize.ignored or {}).items())),
         "notes": tokenize.notes(),
-        "sources": [],
+        "sources": sources,
     }
     (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -95,6 +96,11 @@ class Annotated:
     target_bytes: np.ndarray
     stream_length: int
     places: np.ndarray
+
+    @cached_property
+    def reached(self) -> np.ndarray:
+        """int32 [L]: the byte of the canonical stream that is reached with each token."""
+        return np.maximum.accumulate(np.maximum(self.end_bytes, 0))
 
 
 def annotate(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer) -> Annotated:
@@ -174,24 +180,27 @@ def cut(document: Annotated, canonical: bytes, seq_length: int, source: str) -> 
     of exactly one window. Windows without a target are yielded too, for the caller to count.
     """
     length = len(document.ids)
-    reached = np.maximum.accumulate(np.maximum(document.end_bytes, 0))
     for begin in range(0, max(length - 1, 1), seq_length - 1):
-        end = min(begin + seq_length, length)
-        low = 0 if begin == 0 else int(reached[begin])
-        high = document.stream_length if end == length else int(reached[end - 1])
-        supervised = document.supervised[begin:end].copy()
-        supervised[:1] = False
-        # Long tool calls have no bytes in the canonical stream, so their windows are distinguished by number.
-        identity = canonical if low < high else canonical + b"\n%d" % begin
-        yield Sample(
-            key=sample_key(identity, low, high),
-            ids=document.ids[begin:end],
-            supervised=supervised,
-            end_bytes=document.end_bytes[begin:end],
-            num_bytes=int(document.target_bytes[begin:end][supervised].sum()),
-            source=source,
-            places=document.places[begin:end],
-        )
+        yield part(document, canonical, begin, min(begin + seq_length, length), source)
+
+
+def part(document: Annotated, canonical: bytes, begin: int, end: int, source: str) -> Sample:
+    """The window of the tokens [begin, end) of a document; the first of them is context."""
+    low = 0 if begin == 0 else int(document.reached[begin])
+    high = document.stream_length if end == len(document.ids) else int(document.reached[end - 1])
+    supervised = document.supervised[begin:end].copy()
+    supervised[:1] = False
+    # Long tool calls have no bytes in the canonical stream, so their windows are distinguished by number.
+    identity = canonical if low < high else canonical + b"\n%d" % begin
+    return Sample(
+        key=sample_key(identity, low, high),
+        ids=document.ids[begin:end],
+        supervised=supervised,
+        end_bytes=document.end_bytes[begin:end],
+        num_bytes=int(document.target_bytes[begin:end][supervised].sum()),
+        source=source,
+        places=document.places[begin:end],
+    )
 
 
 def sample_key(canonical: bytes, low: int, high: int) -> bytes:

@@ -18,8 +18,15 @@ from tests.text.toys import CORPUS, SPECIALS, byte_level, wrapped
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 GOOD = {"messages": [USER, ASSISTANT]}
 GROUP = {"prompt": "x", "responses": ["a", "b"]}
+HELLO = {"role": "assistant", "content": "well"}
+PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
 SYSTEM = {"role": "system", "content": "be kind"}
 CALLS = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def responses(*others: dict[str, object]) -> dict[str, object]:
+    return {"prompt": "x", "responses": [{"text": str(i)} | other for i, other in enumerate(others)]}
+
 
 # the line of the file (text, or a value written as JSON) -> (reason it is counted under, words of the message)
 BAD = [
@@ -87,12 +94,27 @@ BAD = [
         "prompt[1] asks to train on a turn of the prompt; allowed: turns of the response",
     ),
     ('{"text": "\\ud800"}', "invalid unicode", "lone surrogate at character 0"),
-    ({"prompt": "x", "chosen": "a"}, "unknown shape", "the row has no rejected; expected prompt with both"),
-    ({"chosen": "a", "rejected": "b"}, "unknown shape", "found the keys chosen, rejected; expected"),
+    ({"prompt": "x", "chosen": "a"}, "unknown shape", "the row has no rejected; expected both chosen and rej"),
+    ({"chosen": "a", "rejected": "b"}, "no prompt", "no prompt, and chosen and rejected begin differently"),
+    (
+        {"chosen": "ab", "rejected": "a"},
+        "empty",
+        "rejected is empty after the beginning that",
+    ),
+    ({"chosen": "a", "rejected": [ASSISTANT]}, "wrong type", "chosen and rejected must both be strings or both be"),
+    ({"chosen": [USER, ASSISTANT], "rejected": [USER, USER]}, "prompts differ", "rejected[1] is of role user, where"),
+    ({"prompt": "a", "chosen": [USER, ASSISTANT], "rejected": [USER, HELLO]}, "unsupported field", "prompt beside cho"),
+    ({"messages": [USER, HELLO], "chosen": [ASSISTANT], "rejected": [HELLO]}, "unsupported field", "are not chosen's"),
     ({"prompt": "x", "chosen": "a", "rejected": "a"}, "no preference", "chosen and rejected are the same"),
     ({"prompt": "x", "chosen": "a", "rejected": ""}, "empty", "rejected is empty"),
     ({"prompt": "x", "chosen": "a", "rejected": [ASSISTANT]}, "wrong type", "prompt and rejected must both be"),
-    ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": 1}, "unknown field", "the row has margin, which might"),
+    (PAIR | {"rejected": " "}, "empty", "rejected is empty"),
+    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [HELLO | {"content": ""}]}, "empty", "rejected is empty"),
+    ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT | {"id": 1}]}, "no preference", "are the same"),
+    (PAIR | {"margin": "1"}, "wrong type", "margin is a finite number, found '1'"),
+    (PAIR | {"weight": -1}, "wrong type", "weight is a number of at least 0, found '-1'"),
+    (PAIR | {"score_chosen": 1}, "number missing", "the row has score_chosen alone; allowed: score_chosen and"),
+    (PAIR | {"rewards": [1, 2]}, "unknown field", "the row has rewards, which might"),
     ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [USER]}, "no assistant turn", "no assistant turn to train"),
     ({"prompt": "x", "responses": "ab"}, "wrong type", "responses is a list of responses, found a string"),
     ({"prompt": "x", "responses": ["a"]}, "empty", "responses has 1; a group has two or more"),
@@ -101,7 +123,27 @@ BAD = [
     (GROUP | {"scores": [1, True]}, "wrong type", "scores[1] is a finite number, found 'True'"),
     (GROUP | {"scores": [1, float("nan")]}, "wrong type", "scores[1] is a finite number, found 'nan'"),
     (GROUP | {"scores": [1, 2], "rewards": [1, 2]}, "unsupported field", "the row has rewards and scores; allowed:"),
-    (GROUP | {"responses": ["a", "word " * 2100]}, "group longer than a row", "more than data.seq_length (2048): a"),
+    (GROUP | {"margin": 1}, "unknown field", "the row has margin, which might"),
+    (
+        GROUP | {"prompt": "word " * 2100},
+        "prompt over the limit",
+        "would be kept (a group lies in one row: data.s",
+    ),
+    (responses({"reward": 1}, {}), "number missing", "responses[1] has no reward, and others have one"),
+    (responses({"reward": float("inf")}, {"reward": 1}), "wrong type", "responses[0].reward is a finite number, found"),
+    (responses({"reward": 1, "score": 1}, {}), "unsupported field", "responses[0] has reward and score; allowed: one"),
+    (responses({"reward": 1}, {"reward": 1}) | {"rewards": [1, 2]}, "unsupported field", "the row and its responses h"),
+    (responses({"weight": 0}, {"weight": 0}), "no weight", "the weights of the responses are all 0"),
+    (responses({"weight": 1}, {"weight": -2}), "wrong type", "responses[1].weight is a number of at least 0, found"),
+    (
+        responses({"weight": 1}, {"weight": 2}) | {"weight": 2},
+        "unsupported field",
+        "the row and its responses have a",
+    ),
+    (responses({"origin": 1}, {}), "unknown field", "responses[0] has origin, which might change"),
+    (responses({"train": True}, {}), "unsupported flag", "responses[0] has train; allowed for a response: weight"),
+    (responses({"source": 3}, {}), "wrong type", "responses[0].source is a string, found a number"),
+    (responses({"messages": [ASSISTANT]}, {}), "wrong type", "responses[0] has text and messages; allowed: one of"),
     ({"text": "a </s> b"}, "special token in content", "'</s>' (character 2"),
 ]
 
@@ -140,13 +182,14 @@ def test_flags_decide_what_is_learnt(flag: dict[str, object], tmp_path: Path) ->
         GOOD | flag,
         {"text": "hello"} | flag,
         {"prompt": "hi", "completion": " hello"} | on,
+        PAIR | flag,
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = byte_level()
     dataset = prepare(DataConfig(path=str(tmp_path / "rows.jsonl")), tokenizer, tmp_path / "cache")
     learnt = [tokenizer.hf.decode(sample.ids[sample.supervised]).strip() for sample in dataset]
     assert [text.removesuffix("<|im_end|>").removesuffix("</s>") for text in learnt] == ["well", "hello"]
-    assert dataset.skipped == {"marked as not to be trained on": 3}
+    assert dataset.skipped == {"marked as not to be trained on": 4}
 
 
 def test_unknown_fields_are_counted_where_asked(tmp_path: Path) -> None:

@@ -327,13 +327,3 @@ def test_groups_are_the_samples_of_one_row(tmp_path: Path) -> None:
     assert dataset.in_words().startswith("3 groups, 7 samples, ")
     # Other rewards are other data.
     assert len(dataset.contents()) == len(single.contents()) + 1 + len(SCALARS)
-
-
-def test_a_group_longer_than_a_row_is_refused_or_skipped(tmp_path: Path) -> None:
-    rows = [{"prompt": "a ", "responses": [word * n for word in ("b ", "c ")]} for n in (2, 40)]
-    path = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UserError, match=r"rows.jsonl:2: its 2 responses have \d+ tokens, .* more than .*seq_length"):
-        prepare(DataConfig(path=str(path), seq_length=64), byte_level(), tmp_path / "cache")
-    config = DataConfig(path=str(path), seq_length=64, on_bad_row="skip")
-    dataset = prepare(config, byte_level(), tmp_path / "cache")
-    assert dataset.num_units == 1 and dataset.skipped == {"group longer than a row": 1}
