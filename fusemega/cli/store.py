@@ -72,7 +72,8 @@ def verify(
         ),
     ] = "error",
 ) -> None:
-    """Read every row of the store PATH; check its checksum and that it is a distribution over the scorer's vocabulary.
+    """Read every row of the store PATH; check its checksum and that it is a distribution over the scorer's vocabulary
+    (of a store of rows: none, that its sums are those of log-probabilities).
 
     Prints one JSON object. Exit status 1 if a sample of --data has no row, or a row of other token ids.
     """

@@ -47,6 +47,7 @@ class TeacherRows:
         self.store, self.can_skip = Store.open(config.store), True
         self._labels_for = labels_for
         manifest = self.store.manifest
+        manifest.require_rows(self.store.path)
         self.store.check({"mask_policy": MASK_POLICY})
         if labels_for is not None and (manifest.format == 2 or manifest.projected is not None):
             raise UserError(f"{where}.store: {self._no_labels()}")

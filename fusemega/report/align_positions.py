@@ -28,7 +28,9 @@ def check_store(store: Path | None, source: str, with_data: bool, with_report: b
     lacking = [name for name, given in (("--data", with_data), ("--report", with_report)) if not given]
     if lacking:
         raise UserError(f"--store: its rows are looked at in a text, for the page; give {' and '.join(lacking)} too")
-    Store.open(store).check({"tokenizer": Tokenizer.load(source).content_hash})
+    opened = Store.open(store)
+    opened.check({"tokenizer": Tokenizer.load(source).content_hash})
+    opened.manifest.require_rows(store)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """`fusemega teach`: a teacher's distribution at every supervised position, as its k most probable tokens or as draws
-from it, into a sample store.
+from it, into a sample store; or only the log-probability of each sample's supervised tokens, summed.
 
 Shape suffixes: N supervised positions of a micro-batch, M of this rank's under context parallelism, P of one sample,
 H hidden size, K ids kept a position, S draws.
@@ -26,7 +26,7 @@ from fusemega.logits.sampled import count_draws, sample_ids, uniforms
 from fusemega.logits.topk import top_k_log_probs
 from fusemega.models.build import GPT
 from fusemega.passes.batches import prepare_together
-from fusemega.passes.forward import head_settings, whole_positions
+from fusemega.passes.forward import head_settings, hidden_states, sequence_log_probs, whole_positions
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.passes.progress import progress
 from fusemega.passes.score import score_samples
@@ -43,18 +43,21 @@ class TeachRun(PassRun):
     """Run file of `fusemega teach`."""
 
     store: str = Field(description="folder of the sample store; an interrupted run resumes where it stopped")
-    rows: Literal["top_k", "sampled"] = Field(
-        "top_k", description="top_k: store the most probable tokens; sampled: draw tokens, an unbiased target"
+    rows: Literal["top_k", "sampled", "none"] = Field(
+        "top_k",
+        description="top_k: store the most probable tokens; sampled: draw tokens, an unbiased target; none: only the "
+        "summed log-probability of each sample, for the reference of a preference loss",
     )
     top_k: int = Field(10, ge=1, description="rows: top_k; log-probabilities stored for each position")
     num_samples: int = Field(50, ge=1, description="rows: sampled; draws for each position, with replacement")
     seed: int = Field(0, ge=0, description="rows: sampled; seed of the draws, which are the same in every layout")
-    temperature: float = Field(1.0, gt=0, description="rows hold softmax(logits / temperature)")
+    temperature: float = Field(1.0, gt=0, description="rows hold softmax(logits / temperature); not with rows: none")
 
     @model_validator(mode="after")
     def _settings_act(self) -> TeachRun:
-        """Settings of the other kind of rows are refused, because they have no effect."""
-        for name in {"top_k": ("num_samples", "seed"), "sampled": ("top_k",)}[self.rows]:
+        """Settings of other kinds of rows are refused, because they have no effect."""
+        others = {"top_k": ("num_samples", "seed"), "sampled": ("top_k",)}
+        for name in others.get(self.rows, ("top_k", "num_samples", "seed", "temperature")):
             if name in self.model_fields_set:
                 raise ValueError(f"{name}: no effect with rows: {self.rows}")
         return self
@@ -108,6 +111,10 @@ def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
         writes = world.tp_rank == 0 and world.cp_rank == 0 and world.is_last_stage
 
         def score(hidden_NH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
+            if run.rows == "none":
+                # As the model in training computes it, which is compared with it before the first update.
+                logp_S = sequence_log_probs(hidden_states(gpt, hidden_NH, world), batch, world)
+                return list(_sums(samples, logp_S)) if writes else []
             rows = _top_k_rows if run.rows == "top_k" else _sampled_rows
             columns_N = rows(run, gpt, hidden_NH, batch, samples, world)
             whole = [whole_positions(column, batch, world) for column in columns_N]
@@ -155,6 +162,12 @@ def _sampled_rows(
     logp_MS = (counts_MS.double() / run.num_samples).log().float().to(hidden_MH.device)
     # Draws are of the whole vocabulary, so no mass is left for a residual: its log is -inf.
     return ids_MS.to(hidden_MH.device), logp_MS, torch.full_like(label_logp_M, -torch.inf), label_logp_M
+
+
+def _sums(samples: Sequence[Sample], logp_S: torch.Tensor) -> Iterator[tuple[bytes, Row]]:
+    """Rows without positions; here S counts the samples of the micro-batch."""
+    for sample, logp in zip(samples, logp_S.tolist(), strict=True):
+        yield sample.key, Row.of_sum(sample.ids_hash, len(sample.positions), logp, sample.num_bytes)
 
 
 def _cut(

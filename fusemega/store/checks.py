@@ -28,6 +28,11 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
         ValueError: shapes that disagree with each other or with the manifest; padding before an entry; labels in a
             store of format 2.
     """
+    if not np.isfinite(row.sum_logp):
+        raise UserError(f"{where}: its summed log-prob is {row.sum_logp}")
+    if manifest.rows == "none":
+        _check_sum(row, where)
+        return
     positions, entries = row.num_tokens, manifest.entries
     shapes = (np.shape(row.ids_PK), np.shape(row.logp_PK), np.shape(row.log_residual_P))
     if positions == 0 or shapes != ((positions, entries), (positions, entries), (positions,)):
@@ -38,8 +43,6 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
         # -inf is a probability of 0.
         if np.isnan(values).any() or (np.asarray(values) > _TOLERANCE).any():
             raise UserError(f"{where}: its {name} are not all numbers <= 0")
-    if not np.isfinite(row.sum_logp):
-        raise UserError(f"{where}: its summed log-prob is {row.sum_logp}")
     p_PK = np.exp(np.asarray(row.logp_PK, dtype=np.float64))
     mass_P = p_PK.sum(1) + np.exp(np.asarray(row.log_residual_P, dtype=np.float64))
     worst = int(np.argmax(np.abs(mass_P - 1)))
@@ -63,6 +66,14 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
     sorted_PK = np.sort(row.ids_PK, axis=1)
     if ((sorted_PK[:, 1:] == sorted_PK[:, :-1]) & (sorted_PK[:, 1:] >= 0)).any():
         raise UserError(f"{where}: it lists an id twice at one position")
+
+
+def _check_sum(row: Row, where: str) -> None:
+    known = row.ids_PK.size or row.label_ids_P is not None or row.num_scored is not None or (row.end_bytes != -1).any()
+    if row.num_tokens == 0 or known:
+        raise ValueError("a row of a store of rows: none is one that `Row.of_sum` makes, of a position at least")
+    if row.sum_logp > _TOLERANCE * row.num_tokens:
+        raise UserError(f"{where}: its summed log-prob is {row.sum_logp}, more than 0")
 
 
 def _check_labels(row: Row, manifest: Manifest, where: str) -> None:

@@ -49,7 +49,9 @@ class Columns(NamedTuple):
 
 
 def encode(row: Row, manifest: Manifest) -> bytes:
-    """The positions of `row`, which must be one that `manifest` describes (see `StoreWriter.add`)."""
+    """The positions of `row`, one that `manifest` describes (see `StoreWriter.add`); b"" with rows: none."""
+    if manifest.rows == "none":
+        return b""
     if manifest.rows == "top_k":
         logp_PK = np.column_stack([row.logp_PK, row.log_residual_P])
         body = _pack(row.ids_PK, _width(manifest.vocab_size)) + _encode_logp(logp_PK).tobytes()
@@ -149,6 +151,8 @@ def decode(data: bytes, positions: int, manifest: Manifest) -> Columns:
 
 def coded_bytes(positions: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     """int64, the fewest and the most bytes that rows of so many positions can be coded in."""
+    if manifest.rows == "none":
+        return 0 * positions, 0 * positions
     width, draws, entries = _width(manifest.vocab_size), _width(manifest.entries), manifest.entries
     if manifest.rows == "top_k":
         fewest = most = -(-positions * entries * width // 8) + positions * (entries + 1)

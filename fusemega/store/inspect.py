@@ -14,10 +14,10 @@ from fusemega.store.shard import INDEX
 def describe(path: str | Path) -> dict[str, Any]:
     """JSON-able: the manifest's fields without those of the other kind of rows, and the following.
 
-    samples, positions, shards, size_bytes (of all shards), bytes_per_position (size_bytes / positions), text_bytes
-    (UTF-8 bytes of the supervised tokens), and the mean cross-entropies of these tokens, in nats, at temperature 1:
-    cross_entropy_per_token for the scorer's own tokenizer, cross_entropy_per_byte for comparing scorers. Without
-    positions, means are None.
+    samples, positions, shards, size_bytes (of all shards), bytes_per_position and bytes_per_sample (shares of it),
+    text_bytes (UTF-8 bytes of the supervised tokens), and the mean cross-entropies of these tokens, in nats, at
+    temperature 1: cross_entropy_per_token for the scorer's own tokenizer, cross_entropy_per_byte for comparing scorers.
+    Without positions, means are None.
 
     Raises:
         UserError: as `Store.open`.
@@ -35,6 +35,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "shards": len(store.shards),
         "size_bytes": size,
         "bytes_per_position": round(size / positions, 2) if positions else None,
+        "bytes_per_sample": round(size / len(index), 2) if len(index) else None,
         "text_bytes": text_bytes,
         "cross_entropy_per_token": nats / scored if scored else None,
         "cross_entropy_per_byte": nats / text_bytes if text_bytes else None,

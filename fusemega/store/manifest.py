@@ -31,7 +31,8 @@ class Manifest(Section):
         mask_policy: which tokens are supervised, by name.
         truncation: length in tokens of the windows that documents were cut into.
         temperature: temperature at which log-probs and residuals are stored, or of the distribution drawn from.
-        rows: `top_k`: the most probable ids of each position; `sampled`: ids drawn from its distribution.
+        rows: `top_k`: the most probable ids of each position; `sampled`: ids drawn from its distribution; `none`: only
+            each sample's summed log-probability and number of positions (`Row.of_sum`).
         top_k: for `top_k` rows: ids at each position.
         num_samples, seed: for `sampled` rows: draws at each position, with replacement, and their seed.
         vocab_size: size of the scorer's vocabulary; ids are below it.
@@ -47,7 +48,7 @@ class Manifest(Section):
     mask_policy: str
     truncation: int = Field(ge=1)
     temperature: float = Field(gt=0)
-    rows: Literal["top_k", "sampled"] = "top_k"
+    rows: Literal["top_k", "sampled", "none"] = "top_k"
     top_k: int | None = Field(None, ge=1)
     num_samples: int | None = Field(None, ge=1, le=1 << 25)
     seed: int | None = Field(None, ge=0, lt=1 << 63)
@@ -64,14 +65,22 @@ class Manifest(Section):
                 raise ValueError(f"{name}: {'missing' if kind == self.rows else 'not'} with rows: {self.rows}")
         if self.top_k is not None and self.top_k > self.vocab_size:
             raise ValueError(f"top_k: {self.top_k} is more than the vocabulary of {self.vocab_size}")
+        if self.rows == "none" and self.temperature != 1.0:
+            raise ValueError(f"temperature: found {self.temperature}; with rows: none it is 1")
         return self
 
     @property
     def entries(self) -> int:
-        """K, the number of entries at each position."""
-        entries = self.top_k if self.rows == "top_k" else self.num_samples
-        assert entries is not None
-        return entries
+        """K, the number of entries at each position; 0 in a store of rows: none."""
+        return self.top_k or self.num_samples or 0
+
+    def require_rows(self, path: Path) -> None:
+        """Raises UserError for a store of rows: none, where positions are read."""
+        if self.rows == "none":
+            raise UserError(
+                f"{path}: the store has rows: none, only a summed log-probability of each sample, for the reference of "
+                "a preference loss; allowed here: rows: top_k or sampled; run `fusemega teach` into another store"
+            )
 
     @property
     def hash(self) -> bytes:

@@ -15,7 +15,8 @@ class Row:
     """What a scorer says about the P supervised tokens of one sample, in order; position t predicts token t + 1.
 
     The K entries of a position come by falling probability. In a store of kind `top_k` they are the K most probable
-    tokens; in one of kind `sampled` the distinct tokens among K draws, padded with id -1 and log-prob -inf.
+    tokens; in one of kind `sampled` the distinct tokens among K draws, padded with id -1 and log-prob -inf. In one of
+    kind `none` K is 0, so all mass is outside, and no position has an end byte (`of_sum`).
 
     Attributes:
         ids_hash: 8 bytes, `Sample.ids_hash` of the scorer's own ids.
@@ -41,6 +42,20 @@ class Row:
     num_scored: int | None = None
     label_ids_P: np.ndarray | None = None
     label_logp_P: np.ndarray | None = None
+
+    @classmethod
+    def of_sum(cls, ids_hash: bytes, positions: int, sum_logp: float, num_bytes: int) -> Row:
+        """A row of a store of kind `none`: what is known of a sample as a whole."""
+        nothing = np.empty((positions, 0), dtype=np.int32)
+        return cls(
+            ids_hash=ids_hash,
+            end_bytes=np.full(positions, -1, dtype=np.int32),
+            ids_PK=nothing,
+            logp_PK=nothing.astype(np.float32),
+            log_residual_P=np.zeros(positions, dtype=np.float32),
+            sum_logp=sum_logp,
+            num_bytes=num_bytes,
+        )
 
     @property
     def num_tokens(self) -> int:

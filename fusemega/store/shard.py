@@ -1,8 +1,9 @@
 """One shard of a store: a file of rows, checked, memory-mapped, complete or absent.
 
 Layout, all little-endian: a header (`_HEADER`), the index (`INDEX`, one entry for each row), and the encoded rows
-(`coding`) one after the other. Header and index are checked when a shard is opened, a row's own bytes when it is read;
-no other bytes are read at that time.
+(`coding`) one after the other. In a store of `rows: none` the index is all there is, and leaves out what follows from
+the rest (`_SUMS`): 40 bytes a sample. Header and index are checked when a shard is opened, a row's own bytes when it is
+read; no other bytes are read at that time.
 
 Shape suffixes: R rows of a shard, P positions of a row, K entries of a position.
 """
@@ -41,6 +42,10 @@ INDEX = np.dtype(
         ("num_scored", "<i4"),
     ]
 )
+_SUMS = np.dtype(
+    [("key", "u1", KEY_BYTES), ("ids_hash", "u1", HASH_BYTES)]
+    + [("sum_logp", "<f8"), ("positions", "<i4"), ("num_bytes", "<u4")]
+)
 _MAPPED = 256  # shards mapped at a time: each holds a file descriptor, of which a process may have 1,024
 
 
@@ -68,11 +73,12 @@ def write_shard(path: Path, manifest: Manifest, index: np.ndarray, codes: list[b
     index = index.copy()
     index["begin"] = np.cumsum([0, *map(len, codes[:-1])])
     size = sum(map(len, codes))
-    header = _HEADER.pack(_MAGIC, manifest.hash, len(index), size, zlib.crc32(index.tobytes()))
+    stored = index if manifest.rows != "none" else _cast(index, _SUMS)
+    header = _HEADER.pack(_MAGIC, manifest.hash, len(index), size, zlib.crc32(stored.tobytes()))
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(header + _CHECKSUM.pack(zlib.crc32(header)) + index.tobytes())
+            file.write(header + _CHECKSUM.pack(zlib.crc32(header)) + stored.tobytes())
             file.writelines(codes)
             file.flush()
             os.fsync(file.fileno())
@@ -113,15 +119,19 @@ class Shard:
                         f"{path}: a shard of another store, or the manifest was changed after it was written; "
                         "`fusemega store merge` joins stores of one scorer"
                     )
-                self._origin = len(start) + rows * INDEX.itemsize
+                stored = INDEX if manifest.rows != "none" else _SUMS
+                self._origin = len(start) + rows * stored.itemsize
                 if stat.st_size != self._origin + size:
                     raise UserError(f"{path}: truncated shard: {stat.st_size} bytes, {self._origin + size} expected")
-                index = file.read(rows * INDEX.itemsize)
+                index = file.read(rows * stored.itemsize)
         except OSError as error:
             raise UserError(f"{path}: cannot read the shard: {error.strerror or error}") from None
         if zlib.crc32(index) != checksum:
             raise UserError(f"{path}: damaged shard: checksum of its index does not match")
-        self.index: np.ndarray = np.frombuffer(index, dtype=INDEX)
+        self.index: np.ndarray = np.frombuffer(index, dtype=stored)
+        if manifest.rows == "none":
+            self.index = _cast(self.index, INDEX)
+            self.index["num_scored"] = self.index["positions"]
         self._ends = np.append(self.index["begin"][1:], size)
         self._check_index(size)
         self._version = (stat.st_ino, stat.st_mtime_ns)
@@ -168,6 +178,9 @@ class Shard:
         """
         (entry,), codes = self.coded(r)
         scored = int(entry["num_scored"])
+        if self._manifest.rows == "none":
+            sizes = int(entry["positions"]), float(entry["sum_logp"]), int(entry["num_bytes"])
+            return Row.of_sum(entry["ids_hash"].tobytes(), *sizes)
         try:
             columns = decode(codes, int(entry["positions"]), self._manifest)
         except ValueError as error:
@@ -185,6 +198,14 @@ class Shard:
             num_bytes=int(entry["num_bytes"]),
             num_scored=None if scored == entry["positions"] else scored,
         )
+
+
+def _cast(index: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The columns that both have; 0 in others, which is also the CRC-32 of no bytes."""
+    cast = np.zeros(len(index), dtype=dtype)
+    for name in set(cast.dtype.names or ()) & set(index.dtype.names or ()):
+        cast[name] = index[name]
+    return cast
 
 
 @lru_cache(maxsize=_MAPPED)

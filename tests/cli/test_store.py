@@ -65,6 +65,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "num_samples" not in found and found["rows"] == "top_k"
     assert (found["samples"], found["positions"], found["text_bytes"]) == (50, positions, text_bytes)
     assert found["size_bytes"] == size and found["bytes_per_position"] == round(size / positions, 2)
+    assert found["bytes_per_sample"] == round(size / 50, 2)
     assert found["shards"] == len(list(path.glob("shard-*"))) > 1
     nats = math.fsum(-row.sum_logp for row in rows)
     assert found["cross_entropy_per_token"] == pytest.approx(nats / positions)

@@ -94,8 +94,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
     cells.save(folder / "coarse.map")
     exact.save(folder / "exact.map")
     sampled = section | {"store": str(folder / "sampled"), "rows": "sampled", "num_samples": 8, "temperature": 2.0}
-    again = []
-    for one in (section, sampled):
+    again, sums = [], section | {"store": str(folder / "sums"), "rows": "none"}
+    for one in (section, sampled, sums):
         teach(validate(TeachRun, one, "teach"))
         again.append(one | {"store": f"{one['store']}-layouts", "parallel": CP2 | PP2 | VPP2})
     (folder / "teach.json").write_text(json.dumps(again))
@@ -230,6 +230,10 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
         assert np.median(np.abs(row.logp_PK - wanted_row.logp_PK)) < 1e-5
         assert row.log_residual_P == pytest.approx(wanted_row.log_residual_P, abs=0.1)
         assert row.sum_logp == pytest.approx(wanted_row.sum_logp, rel=1e-5)
+    for sample in trainer.data.dataset:
+        entries = [Store.open(work / name).entry(sample.key) for name in ("sums-layouts", "sums", "store")]
+        logp = [entry["sum_logp"] for entry in entries if entry is not None]
+        assert logp == pytest.approx([logp[2]] * 3, rel=1e-5)
     drawn, wanted_draws = Store.open(work / "sampled-layouts"), Store.open(work / "sampled")
     assert len(drawn) == len(wanted_draws) > 20 and drawn.manifest == wanted_draws.manifest
     pairs = [(drawn.get(sample.key), wanted_draws.get(sample.key)) for sample in trainer.data.dataset]

@@ -20,6 +20,7 @@ from benchmarks import tiny
 from fusemega import cli
 from fusemega.config import validate
 from fusemega.errors import UserError
+from fusemega.fusion.teacher_rows import TeacherRows, TeacherRowsConfig
 from fusemega.logits.sampled import uniforms
 from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.scoring.evaluation import Comparison, RowsComparison
@@ -110,7 +111,10 @@ def test_draws_are_from_the_teachers_distribution(work: Path, tmp_path: Path, sa
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rows": "sampled", "top_k": 7}, {"rows": "top_k", "num_samples": 7}, {"seed": 1}],
+    [
+        *({"rows": "sampled", "top_k": 7}, {"rows": "top_k", "num_samples": 7}, {"seed": 1}),
+        *({"rows": "none", name: 2} for name in ("top_k", "num_samples", "seed", "temperature")),
+    ],
 )
 def test_a_setting_of_the_other_kind_of_rows_is_refused(work: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no effect with rows: "):
@@ -129,6 +133,23 @@ def test_teaching_again_adds_only_what_is_missing(work: Path, tmp_path: Path, sa
     assert {path: path.stat().st_mtime_ns for path in before} == before
     teach(teach_run(work, store))
     assert len(Store.open(store)) == len(samples)
+
+
+def test_only_sums_are_stored_where_asked(work: Path, tmp_path: Path, samples: TokenizedDataset) -> None:
+    store = tmp_path / "store"
+    for limit in (8, None):  # the second run resumes
+        data = {"path": str(work / "chat.jsonl"), "seq_length": 128, "limit": limit}
+        teach(teach_run(work, store, data=data, rows="none"))
+    opened = Store.open(store)
+    assert len(opened) == len(samples) and opened.manifest.rows == "none" and len(opened.shards) == 2
+    for sample in list(samples)[::5]:
+        row = opened.get(sample.key)
+        logp = logits_of(work / "model", sample.ids).log_softmax(1)[sample.positions]
+        labels = torch.tensor(sample.ids[sample.positions + 1].astype("int64"))
+        assert row is not None and row.num_tokens == len(sample.positions) and row.ids_hash == sample.ids_hash
+        assert row.sum_logp == pytest.approx(logp.gather(1, labels[:, None]).sum().item(), rel=1e-5)
+    with pytest.raises(UserError, match="the store has rows: none, only a summed log-probability of each sample"):
+        TeacherRows(TeacherRowsConfig(store=str(store)), "objective")
 
 
 def test_equal_samples_are_taught_once(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

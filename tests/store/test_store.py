@@ -262,6 +262,41 @@ def test_a_store_of_the_second_format_is_read_merged_and_not_continued(tmp_path:
         StoreWriter(tmp_path / "both", MANIFEST)
 
 
+def sum_of(n: int) -> Row:
+    return Row.of_sum(n.to_bytes(8, "big"), n % 50 + 1, -1.5 * n - 1 / 3, 7 * n)
+
+
+def test_a_store_of_sums_takes_forty_bytes_a_sample(tmp_path: Path) -> None:
+    manifest = MANIFEST.model_copy(update={"rows": "none", "top_k": None})
+    for name, numbers in (("a", range(1200)), ("b", range(1000, 2000))):
+        with StoreWriter(tmp_path / name, manifest) as writer:
+            for n in numbers:
+                writer.add(key_of(n), sum_of(n))
+    size = sum(path.stat().st_size for path in (tmp_path / "b").glob("shard-*"))
+    assert 40_000 < size < 40_100
+    # 800 of `a` and 1000 of `b` are new; a writer that starts again knows what is there.
+    assert merge(open_inputs([tmp_path / "a", tmp_path / "b"]), tmp_path / "both") == (2000, 200)
+    with StoreWriter(tmp_path / "both", manifest) as writer:
+        assert key_of(1999) in writer and key_of(2000) not in writer
+    store = Store.open(tmp_path / "both")
+    assert verify_rows(store) == len(store) == 2000
+    for n in range(0, 2000, 77):
+        assert_same(store.get(key_of(n)), sum_of(n))
+        entry = store.entry(key_of(n))
+        assert entry is not None and entry["sum_logp"] == sum_of(n).sum_logp and entry["positions"] == n % 50 + 1
+    assert store.entry(key_of(2000)) is None
+    assert store.rows_hash([key_of(0)]) == Store.open(tmp_path / "a").rows_hash([key_of(0)])
+    path = next((tmp_path / "a").glob("shard-*.bin"))
+    path.write_bytes(flip(path.read_bytes(), -1))
+    with pytest.raises(UserError, match="checksum of its index"):
+        Store.open(tmp_path / "a")
+    with StoreWriter(tmp_path / "c", manifest) as writer:
+        with pytest.raises(UserError, match="its summed log-prob is 3.0, more than 0"):
+            writer.add(key_of(0), dataclasses.replace(sum_of(0), sum_logp=3.0))
+        with pytest.raises(ValueError, match="a row of a store of rows: none"):
+            writer.add(key_of(0), row_of(0))
+
+
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_a_full_disk_names_the_shard_and_leaves_nothing(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
