@@ -21,7 +21,7 @@ from fusemega.run_values import resolved, with_overrides
 S = TypeVar("S", bound="Section")
 
 # What pydantic puts into a key's path for the types of a union: `data.path.list[str]`.
-_UNION_MEMBER = re.compile(r"(constrained-)?(str|int|float|bool)|(list|dict)\[.*\]")
+_UNION_MEMBER = re.compile(r"(constrained-)?(str|int|float|bool)|(list|dict|literal)\[.*\]|function-after\[.*\]")
 
 
 class Section(BaseModel):

@@ -9,10 +9,11 @@ Shape suffixes: N supervised positions of a micro-batch, S sequences, H hidden s
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -95,6 +96,12 @@ class Objective(Fields, ABC, Generic[Output]):
         Raises:
             UserError: names the sample.
         """
+
+    def for_data(self, dataset: TokenizedDataset) -> Self:
+        """The same loss for held-out data, which may have other sources. Raises as `check_data`."""
+        other = copy.copy(self)
+        other.check_data(dataset)
+        return other
 
     def begin_step(self, iteration: int, train_iters: int) -> None:  # noqa: B027  (most losses do not depend on it)
         """Told before each update, and before held-out data are scored, how far the run is.

@@ -53,7 +53,7 @@ class Fields:
         return np.empty((0, 0), dtype=np.int64), {}
 
     def token_weights(self, samples: Sequence[Sample]) -> Sequence[np.ndarray] | None:
-        """For M weighted sums of each sequence's log-probabilities: fp32 [P, M] of each sample of one group, the weight
+        """For M weighted sums of each sequence's log-probabilities: float64 [P, M] of each sample of one group, the weight
         of each supervised token in each sum. None, of every group: the plain sum."""
         return None
 
@@ -80,7 +80,7 @@ class MicroBatch:
         members: int64 [C, K], the sequences of each comparison (`Fields.comparisons`).
         position_fields, sequence_fields, group_fields, comparison_fields: the objective's, by name: tensors [N, ...],
             [S, ...], [B, ...], [C, ...].
-        token_weights: fp32 [N, M], where the objective wants weighted sums of log-probabilities.
+        token_weights: float64 [N, M], where the objective wants weighted sums of log-probabilities.
         kept: int64 [N], under context parallelism: which of the whole row's positions these are; else None.
         num_positions: supervised positions of the whole row.
         answers: each frozen model's answer for the row, by name, on the last pipeline stage.

@@ -146,7 +146,10 @@ def _with_validation(
     joined = {int(row["iteration"]): dict(row) for row in rows}
     for found in evaluations:
         row = joined.setdefault(int(found["iteration"]), {"iteration": found["iteration"]})
-        row |= {"validation loss": found["loss"], "validation bits per byte": found["bits_per_byte"]}
+        row["validation loss"] = found["loss"]
+        if "bits_per_byte" in found:  # of text
+            row["validation bits per byte"] = found["bits_per_byte"]
+        row |= {f"validation {name}": value for name, value in found.items() if "/" in name or name == "kl"}
     return [joined[iteration] for iteration in sorted(joined)]
 
 

@@ -3,5 +3,6 @@
 run_file.py       what the run files of `teach` and `eval` share
 teach.py          `fusemega teach`: a teacher's rows into a sample store
 evaluation.py     perplexity, bits per byte, distance from a reference model
+preferences.py    an objective's loss and metrics on held-out groups of responses
 evaluate.py       `fusemega eval`
 """

@@ -33,7 +33,10 @@ from fusemega.text.sample import Sample
 
 
 class EvaluationSection(Section):
-    """Held-out text, scored while a run trains: before the first update, every `interval`, and after the last."""
+    """Held-out data, scored while a run trains: before the first update, every `interval`, and after the last.
+
+    Of text the loss is the model's. Of groups of responses it is the objective's, with its metrics.
+    """
 
     data: DataConfig
     interval: int = Field(ge=1, description="iterations between evaluations")
@@ -63,6 +66,25 @@ class Evaluation(BaseModel):
     tokens: int
     bytes: int
     samples: int
+
+    @property
+    def row(self) -> dict[str, float]:
+        """The row of a file of evaluations."""
+        return self.model_dump()
+
+    @property
+    def shown(self) -> dict[str, float]:
+        """What a log shows, by name."""
+        return {
+            "lm loss validation": self.loss,
+            "lm loss validation ppl": self.perplexity,
+            "bits-per-byte validation": self.bits_per_byte,
+        }
+
+    @property
+    def amount(self) -> str:
+        """How much was scored, in words."""
+        return f"{self.tokens} tokens"
 
 
 class Comparison(Evaluation):

@@ -69,11 +69,6 @@ class Checked:
         source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template, heads)
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
-        if scores and run.evaluation is not None:
-            raise UserError(
-                "evaluation: measures a model's log-probability, and objective.name "
-                f"{run.objective.name} trains a model that gives a score; leave it out"
-            )
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
         frozen = {}
         for name, request in objective.frozen.items():
@@ -100,6 +95,23 @@ class Checked:
         if dataset.is_grouped:
             check_groups(dataset, self.run.data.seq_length, self.run.parallel)
 
+    def held_out(self, dataset: TokenizedDataset) -> Objective[Any] | None:
+        """The objective for held-out groups of responses; None for text, whose log-probability is measured.
+
+        Raises:
+            UserError: names the row.
+        """
+        if self.objective.unit == "group" and dataset.is_grouped:
+            assert self.run.evaluation is not None
+            check_groups(dataset, self.run.evaluation.data.seq_length, self.run.parallel)
+            return self.objective.for_data(dataset)
+        if self.objective.wants == "score":
+            raise UserError(
+                "evaluation.data: text, of which a model's log-probability is measured, and objective.name "
+                f"{self.run.objective.name} trains a model that gives a score; allowed: groups of responses"
+            )
+        return None
+
 
 def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer, Checked]:
     """Everything `train` does before its first step. Collective.
@@ -125,11 +137,12 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     if profiled is not None:
         on_main(world, profiled.check)
     data = run.batches(dataset, checked.objective, checked.source.pad_id, world)
-    held_out = None
+    held_out, scorer = None, None
     if run.evaluation is not None:
         held_out = prepare_together(
             run.evaluation.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world
         )
+        scorer = checked.held_out(held_out)
     gpt = checked.source.build(world, run.training.recompute())
     frozen = {
         name: FrozenModel.build(source, checked.objective.frozen[name].wants, gpt, world)
@@ -147,7 +160,7 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
         chat_template=None if run.data.chat_template is None else tokenizer.chat_template,
     )
     trainer = Trainer.create(run, world, gpt, checked.objective, data, frozen)
-    scored = HeldOut(run.evaluation, held_out, str(content["held_out"]))
+    scored = HeldOut(run.evaluation, held_out, str(content["held_out"]), scorer)
     checkpoints = Checkpoints(run, world, scored, content=content, describe=describe)
     # New callbacks are added here. Profiling comes first, to see the step alone; metrics come after the callbacks that
     # add to them, and before evaluation, which may take long.

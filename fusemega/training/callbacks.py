@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fusemega.scoring.evaluation import Evaluation
+    from fusemega.scoring.preferences import GroupEvaluation
     from fusemega.training.trainer import Trainer
 
 
@@ -39,8 +40,8 @@ class Callback:
             values: its metrics, the same on every rank; what is added here is seen by the callbacks after this one.
         """
 
-    def on_evaluate(self, trainer: Trainer, found: Evaluation) -> None:
-        """The held-out text was scored after `trainer.iteration` updates."""
+    def on_evaluate(self, trainer: Trainer, found: Evaluation | GroupEvaluation) -> None:
+        """The held-out data were scored after `trainer.iteration` updates."""
 
     def on_save(self, trainer: Trainer, last: bool) -> None:
         """A checkpoint of `trainer.iteration` is to be written.

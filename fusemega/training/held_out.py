@@ -1,4 +1,4 @@
-"""Held-out text, scored while a run trains: before the first update, every so often, and after the last.
+"""Held-out data, scored while a run trains: before the first update, every so often, and after the last.
 
 Remembers the best evaluation, which ends a run that no longer improves (patience) and picks the checkpoint to keep.
 """
@@ -13,8 +13,10 @@ from typing import Any
 
 from fusemega.checkpoint.series import STATE
 from fusemega.errors import UserError
+from fusemega.losses.registry import Objective
 from fusemega.runtime.console import phase, warn
-from fusemega.scoring.evaluation import EvaluationSection, evaluate_model
+from fusemega.scoring.evaluation import Evaluation, EvaluationSection, evaluate_model
+from fusemega.scoring.preferences import GroupEvaluation, evaluate_groups
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.training.callbacks import Callback
 from fusemega.training.optimizer import complete_parameters
@@ -39,19 +41,26 @@ class Best:
 
 
 class HeldOut(Callback):
-    """Scores held-out text when it is due.
+    """Scores held-out data when it is due.
 
     Args:
         section: `evaluation` of the run file; None: nothing is ever scored.
-        dataset: the text it names.
-        content: hash of that text.
+        dataset: the data it names.
+        content: hash of that data.
+        objective: for groups of responses: it has seen the data (`Objective.for_data`). None: text.
 
     Attributes:
         best: the best evaluation so far.
     """
 
-    def __init__(self, section: EvaluationSection | None, dataset: TokenizedDataset | None, content: str) -> None:
-        self._section, self._dataset, self._content = section, dataset, content
+    def __init__(
+        self,
+        section: EvaluationSection | None,
+        dataset: TokenizedDataset | None,
+        content: str,
+        objective: Objective[Any] | None = None,
+    ) -> None:
+        self._section, self._dataset, self._content, self._objective = section, dataset, content, objective
         self.best = Best()
 
     @property
@@ -98,8 +107,15 @@ class HeldOut(Callback):
             return
         complete_parameters(trainer.ddp)
         shape = replace(trainer.data.shape, seq_length=self._section.data.seq_length, packing=True)
-        with phase(f"the held-out text is scored after iteration {trainer.iteration}"):
-            found = evaluate_model(trainer.gpt, self._dataset, shape, trainer.world)
+        found: Evaluation | GroupEvaluation
+        with phase(f"the held-out data are scored after iteration {trainer.iteration}"):
+            if self._objective is None:
+                found = evaluate_model(trainer.gpt, self._dataset, shape, trainer.world)
+            else:
+                self._objective.begin_step(trainer.iteration, trainer.train_iters)
+                found = evaluate_groups(
+                    trainer.gpt, self._dataset, shape, trainer.world, self._objective, trainer.frozen
+                )
         for callback in trainer.callbacks:
             callback.on_evaluate(trainer, found)
         if self.best.loss is None or found.loss < self.best.loss:

@@ -18,6 +18,7 @@ from fusemega.runtime.console import say
 from fusemega.runtime.memory import peak_memory
 from fusemega.runtime.parallel import World
 from fusemega.scoring.evaluation import Evaluation
+from fusemega.scoring.preferences import GroupEvaluation
 from fusemega.training.callbacks import Callback
 from fusemega.training.checkpoints import Checkpoints
 from fusemega.training.records import (
@@ -77,7 +78,7 @@ class Metrics(Callback):
         if self._writer is not None:
             self._writer.write(trainer.iteration, values)
 
-    def on_evaluate(self, trainer: Trainer, found: Evaluation) -> None:
+    def on_evaluate(self, trainer: Trainer, found: Evaluation | GroupEvaluation) -> None:
         if self._writer is not None:
             self._writer.write_evaluation(trainer.iteration, found)
 
@@ -147,21 +148,17 @@ class MetricsWriter:
             _keep_rows(self._path / METRICS_FILE, [*rows[:-1], changed])
             self._file = open(self._path / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
 
-    def write_evaluation(self, iteration: int, found: Evaluation) -> None:
+    def write_evaluation(self, iteration: int, found: Evaluation | GroupEvaluation) -> None:
         """Record an evaluation after `iteration` updates."""
         with open(self._evaluations, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, **found.model_dump()}) + "\n")
-        values = {
-            "lm loss validation": found.loss,
-            "lm loss validation ppl": found.perplexity,
-            "bits-per-byte validation": found.bits_per_byte,
-        }
+            file.write(json.dumps({"iteration": iteration, **found.row}) + "\n")
+        values = found.shown
         for name, value in values.items():
             self._board.add_scalar(name, value, iteration)
         if self._wandb is not None:
             self._wandb.log(iteration, values)
         shown = " | ".join(f"{name} {_number(value)}" for name, value in values.items())
-        self._print(f"validation at iteration {iteration} | {shown} | {found.tokens} tokens")
+        self._print(f"validation at iteration {iteration} | {shown} | {found.amount}")
 
     def close(self) -> None:
         self._file.close()

@@ -39,7 +39,7 @@ def read_evaluations(folder: Path) -> list[dict[str, float]]:
     path = folder / EVALUATIONS_FILE
     rows, _ = read_rows(path)
     for row in rows:
-        if missing := {"loss", "bits_per_byte"} - row.keys():
+        if missing := {"loss"} - row.keys():
             raise UserError(f"{path}: the row of iteration {row['iteration']} has no {min(missing)}")
     return rows
 

@@ -154,8 +154,9 @@ def test_scores_of_a_scalar_head(
     row = trainer.step()
     assert row["pairwise loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert row["grad-norm"] == pytest.approx(norm.item(), rel=2e-5)
-    with pytest.raises(UserError, match="evaluation: measures a model's log-probability"):
-        opened(make_run(**sections, evaluation={"data": sections["data"], "interval": 1}))
+    with pytest.raises(UserError, match="evaluation.data: text, of which a model's log-probability is measured"):
+        opened(make_run(**sections, evaluation={"data": sections["data"] | {"path": str(work / "chat.jsonl")},
+                                                "interval": 1}))  # fmt: skip
     with pytest.raises(UserError, match="allowed here: LlamaForCausalLM"):
         opened(make_run(model=sections["model"]))
     with pytest.raises(UserError, match="allowed here: LlamaForSequenceClassification"):
