@@ -31,7 +31,7 @@ from torch import Tensor
 from fusemega.losses.preference import Preference, kl_of, only_with, smoothed, tokens_of, total
 from fusemega.losses.reference import Reference, ReferenceSettings
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import Comparison, pair_of
+from fusemega.losses.responses import ResponseComparison, pair_of
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ class DPO(Preference):
     def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> DPO:
         return cls(settings, Reference(settings.reference, tokenizer))
 
-    def compare(self, samples: Sequence[Sample]) -> list[Comparison]:
+    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
         return pair_of(samples)
 
     def token_weights(self, samples: Sequence[Sample]) -> list[np.ndarray] | None:

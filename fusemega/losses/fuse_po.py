@@ -27,7 +27,7 @@ from torch import Tensor
 from fusemega.losses.preference import kl_of, only_with, smoothed, tokens_of, total
 from fusemega.losses.reference import Reference, ReferenceSettings
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import Comparison, advantages, best_and_worst, by_source, rewards_of
+from fusemega.losses.responses import ResponseComparison, advantages, best_and_worst, by_source, rewards_of
 from fusemega.losses.rloo import reinforced
 from fusemega.losses.weighted import Alpha, Weighted
 from fusemega.passes.micro_batch import MicroBatch
@@ -90,7 +90,7 @@ class FusePO(Weighted):
         rewards = rewards_of(samples)
         return np.array([rewards[best] for best, _ in self._extremes(samples, rewards).values()])
 
-    def compare(self, samples: Sequence[Sample]) -> list[Comparison]:
+    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
         rewards = rewards_of(samples)
         found = self._extremes(samples, rewards)
         if not found:
@@ -102,10 +102,10 @@ class FusePO(Weighted):
             for each in self.inside(rewards, by_source(samples)[source], weight)
         ]
 
-    def inside(self, rewards: np.ndarray, places: Sequence[int], share: float) -> list[Comparison]:
+    def inside(self, rewards: np.ndarray, places: Sequence[int], share: float) -> list[ResponseComparison]:
         """The comparisons of one source, which share its weight."""
         found = best_and_worst(rewards, places)
-        return [] if found is None else [Comparison(found, share)]
+        return [] if found is None else [ResponseComparison(found, share)]
 
     @staticmethod
     def _extremes(samples: Sequence[Sample], rewards: np.ndarray) -> dict[int, tuple[int, int]]:
@@ -137,7 +137,7 @@ class FuseRLOO(FusePO):
     numbers = ("source", "advantage")
     chosen, rejected = 1, 2
 
-    def inside(self, rewards: np.ndarray, places: Sequence[int], share: float) -> list[Comparison]:
+    def inside(self, rewards: np.ndarray, places: Sequence[int], share: float) -> list[ResponseComparison]:
         return advantages(rewards, places, share)
 
     def loss(

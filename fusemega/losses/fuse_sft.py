@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusemega.losses.preference import tokens_of, total
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import Comparison, best_of_each, rewards_of
+from fusemega.losses.responses import ResponseComparison, best_of_each, rewards_of
 from fusemega.losses.weighted import Alpha, Weighted
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.sample import Sample
@@ -65,10 +65,10 @@ class FuseSFT(Weighted):
     def weighed(self, samples: Sequence[Sample]) -> np.ndarray:
         return rewards_of(samples)[self.selected(samples)]
 
-    def compare(self, samples: Sequence[Sample]) -> list[Comparison]:
+    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
         places, weights = self.selected(samples), self.weights(self.weighed(samples))
         sources = [{"source": samples[place].scalars.get("source", -1.0)} for place in places]
-        return [Comparison((p,), weight, one) for p, weight, one in zip(places, weights, sources, strict=True)]
+        return [ResponseComparison((p,), weight, one) for p, weight, one in zip(places, weights, sources, strict=True)]
 
     def loss(
         self, output: Tensor, batch: MicroBatch, denominators: Mapping[str, Tensor | float]

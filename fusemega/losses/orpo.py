@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from fusemega.losses.preference import Preference, tokens_of, total
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import Comparison, pair_of
+from fusemega.losses.responses import ResponseComparison, pair_of
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class ORPO(Preference):
     def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> ORPO:
         return cls(settings)
 
-    def compare(self, samples: Sequence[Sample]) -> list[Comparison]:
+    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
         return pair_of(samples)
 
     def loss(

@@ -33,7 +33,7 @@ from torch.nn.functional import logsigmoid
 from fusemega.errors import UserError
 from fusemega.losses.reference import Reference
 from fusemega.losses.registry import Objective
-from fusemega.losses.responses import Comparison, weight_of
+from fusemega.losses.responses import ResponseComparison, weight_of
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.runtime.console import warn
 from fusemega.text.dataset import TokenizedDataset
@@ -79,7 +79,7 @@ class Preference(Objective[Tensor]):
             self.statistics = (*self.statistics, "kl")
 
     @abstractmethod
-    def compare(self, samples: Sequence[Sample]) -> list[Comparison]:
+    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
         """The comparisons of a group; none, if the group lacks what `needs` says.
 
         Raises:

@@ -16,7 +16,7 @@ from fusemega.text.sample import Sample
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ResponseComparison:
     """One term of a loss.
 
     Attributes:
@@ -54,7 +54,7 @@ def best_and_worst(rewards: np.ndarray, places: Sequence[int]) -> tuple[int, int
     return None if rewards[best] == rewards[worst] else (best, worst)
 
 
-def pair_of(samples: Sequence[Sample]) -> list[Comparison]:
+def pair_of(samples: Sequence[Sample]) -> list[ResponseComparison]:
     """The chosen and the rejected response of a pair; of scored responses, the best and the worst.
 
     Raises:
@@ -62,9 +62,9 @@ def pair_of(samples: Sequence[Sample]) -> list[Comparison]:
     """
     if "chosen" in samples[0].scalars:
         chosen = [bool(sample.scalars["chosen"]) for sample in samples]
-        return [Comparison((chosen.index(True), chosen.index(False)))]
+        return [ResponseComparison((chosen.index(True), chosen.index(False)))]
     found = best_and_worst(rewards_of(samples), range(len(samples)))
-    return [] if found is None else [Comparison(found)]
+    return [] if found is None else [ResponseComparison(found)]
 
 
 def by_source(samples: Sequence[Sample]) -> dict[int, list[int]]:
@@ -111,7 +111,7 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return (rewards - rewards.mean()) * (count / (count - 1))
 
 
-def advantages(rewards: np.ndarray, places: Sequence[int], share: float = 1.0) -> list[Comparison]:
+def advantages(rewards: np.ndarray, places: Sequence[int], share: float = 1.0) -> list[ResponseComparison]:
     """Each of the responses `places` with its `advantage`, and beside it the best and the worst of them, for metrics.
 
     They share `share` equally. None, if there are no two different rewards.
@@ -121,7 +121,7 @@ def advantages(rewards: np.ndarray, places: Sequence[int], share: float = 1.0) -
         return []
     numbers = leave_one_out(rewards[list(places)])
     return [
-        Comparison((place, *found), share / len(places), {"advantage": float(number)})
+        ResponseComparison((place, *found), share / len(places), {"advantage": float(number)})
         for place, number in zip(places, numbers, strict=True)
     ]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from fusemega.losses.preference import Preference, kl_of, tokens_of, total
 from fusemega.losses.reference import Reference, ReferenceSettings
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import Comparison, advantages, rewards_of
+from fusemega.losses.responses import ResponseComparison, advantages, rewards_of
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class RLOO(Preference):
     def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> RLOO:
         return cls(settings, None if settings.reference is None else Reference(settings.reference, tokenizer))
 
-    def compare(self, samples: Sequence[Sample]) -> list[Comparison]:
+    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
         return advantages(rewards_of(samples), range(len(samples)))
 
     def loss(

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from fusemega.losses.preference import Preference, tokens_of, total
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import Comparison, pair_of
+from fusemega.losses.responses import ResponseComparison, pair_of
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class SimPO(Preference):
     def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> SimPO:
         return cls(settings)
 
-    def compare(self, samples: Sequence[Sample]) -> list[Comparison]:
+    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
         return pair_of(samples)
 
     def loss(

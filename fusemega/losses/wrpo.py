@@ -28,7 +28,7 @@ from fusemega.errors import UserError, choose
 from fusemega.losses.preference import Preference, kl_of, only_with, smoothed, tokens_of, total
 from fusemega.losses.reference import Reference, ReferenceSettings
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import Comparison, best_and_worst, by_source, rewards_of
+from fusemega.losses.responses import ResponseComparison, best_and_worst, by_source, rewards_of
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.sample import Sample
@@ -116,21 +116,21 @@ class WRPO(Preference):
         if self.settings.schedule == "linear":
             self.alpha = self.settings.alpha * iteration / train_iters
 
-    def compare(self, samples: Sequence[Sample]) -> list[Comparison]:
+    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
         if self._target is None:
             if len(samples) != 3:
                 raise UserError(
                     f"{samples[0].source}: wrpo without objective.target takes groups of three responses (best of the "
                     f"sources, best of the target, worst of the target), found {len(samples)}"
                 )
-            return [Comparison((0, 1, 2))]
+            return [ResponseComparison((0, 1, 2))]
         rewards, sources = rewards_of(samples), by_source(samples)
         own = sources.pop(self._target, [])
         others = [place for places in sources.values() for place in places]
         found = best_and_worst(rewards, own) if own else None
         if found is None or not others:
             return []
-        return [Comparison((max(sorted(others), key=lambda i: rewards[i]), *found))]
+        return [ResponseComparison((max(sorted(others), key=lambda i: rewards[i]), *found))]
 
     def measured(self, batch: MicroBatch) -> dict[str, tuple[float, float]]:
         count = len(batch.members)

@@ -53,8 +53,8 @@ class Fields:
         return np.empty((0, 0), dtype=np.int64), {}
 
     def token_weights(self, samples: Sequence[Sample]) -> Sequence[np.ndarray] | None:
-        """For M weighted sums of each sequence's log-probabilities: float64 [P, M] of each sample of one group, the weight
-        of each supervised token in each sum. None, of every group: the plain sum."""
+        """For M weighted sums of each sequence's log-probabilities: of each sample of one group float64 [P, M], the
+        weight of each supervised token in each sum. None, of every group: the plain sum."""
         return None
 
 

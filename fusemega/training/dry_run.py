@@ -37,6 +37,8 @@ def describe(run: TrainRun, nproc: int | None) -> str:
     if (profiled := profile_of(run, dataset.num_units)) is not None:
         profiled.check()
     held_out = None if run.evaluation is None else checked.prepared(run.evaluation.data)
+    if held_out is not None:
+        checked.held_out(held_out)
     parallel = run.parallel
     dp = parallel.data_parallel_size(world_size)
     files = Source(run.data).names
