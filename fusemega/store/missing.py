@@ -15,7 +15,7 @@ from dataclasses import replace
 from fusemega.store.reader import Store
 from fusemega.text.data import Source
 from fusemega.text.dataset import TokenizedDataset
-from fusemega.text.document import BadRow, Chat, Document, canonical, parse
+from fusemega.text.document import BadRow, Chat, Document, Group, canonical, parse_row
 
 _TURNS = 8  # up to this many assistant turns, every combination is tried
 _TRIES = 1 << 20  # keys looked for, of each kind
@@ -45,9 +45,12 @@ def _document(dataset: TokenizedDataset, i: int) -> Document | None:
     for row in Source(dataset.config).rows():
         if (row.file, row.number) == (file, number):
             try:
-                return parse(row.value, Counter())  # unknown fields were reported when the data was read
+                found = parse_row(row.value, Counter())  # unknown fields were reported when the data was read
             except BadRow:
                 return None
+            if isinstance(found, Group):
+                return found.documents[i - int(dataset.starts[dataset.starts <= i][-1])]
+            return found
     return None
 
 

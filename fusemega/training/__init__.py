@@ -9,6 +9,7 @@ The room knows no single method: an objective brings its loss, and what happens 
     callbacks.py    the interface of callbacks
     checkpoints.py  callback: when a checkpoint is written, and how a run resumes
     held_out.py     callback: held-out text, the best checkpoint, patience
+    reference_check.py  is the model that training starts from the reference of its loss?
     metrics.py      callbacks: what a step cost; where the numbers go
     profile.py      callback: traces of a few iterations, and what their operations cost
     profile_table.py  that cost, as a report reads it, without torch

@@ -36,6 +36,7 @@ from fusemega.training.identity import content_of
 from fusemega.training.metrics import Costs, Metrics
 from fusemega.training.profile import Profile
 from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
+from fusemega.training.reference_check import check_reference
 from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from fusemega.training.wandb_run import require_wandb
@@ -166,6 +167,7 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     # add to them, and before evaluation, which may take long.
     trainer.callbacks = [*([] if profiled is None else [profiled]), Costs(), checkpoints, Metrics(), scored]
     checkpoints.resume(trainer)
+    check_reference(trainer)
     # Last, because a run that is refused must leave nothing, nor its settings in the record of the run it would resume.
     on_main(world, lambda: _write_record(output, run, trainer.finished))
     return trainer, checked
