@@ -125,6 +125,9 @@ class Steps:
         inputs = {"model": self._located(load), "data": data["path"]}
         inputs |= {key: objective[key] for key in ("store", "map") if key in objective}
         inputs |= {key: self._located(objective[key]) for key in ("tokenizer",) if key in objective}
+        reference = objective.get("reference", {})
+        inputs |= {"reference": reference["store"]} if "store" in reference else {}
+        inputs |= {"reference": self._located(reference["in_job"]["load"])} if "in_job" in reference else {}
         for number, teacher in enumerate(objective.get("teachers", [])):
             inputs |= {f"teachers.{number}.{key}": teacher[key] for key in ("store", "map") if key in teacher}
         outputs = {"hf": str(out / "hf"), "metrics": str(out / "metrics.jsonl")}

@@ -1,6 +1,6 @@
 """A row with several responses to one prompt: a pair, or a list of responses with what the row says of each.
 
-    prompt, chosen, rejected     also: score_chosen and score_rejected (their rewards), margin, weight
+    prompt, chosen, rejected     also: score_chosen and score_rejected (or rewards, chosen's first), margin, weight
     chosen, rejected             two texts, or two conversations: what they share at their beginning is the prompt
     prompt, responses            also: rewards (or scores), one number a response; weight
     a response                   a string, a list of messages, or an object with text or messages, and source, reward
@@ -113,11 +113,15 @@ def _pair(
     scores = {name: _number(row[name], name) for name in names if name in row}
     if len(scores) == 1:
         raise BadRow("number missing", f"the row has {min(scores)} alone; allowed: {' and '.join(names)}, or neither")
+    rewards = _rewards(row, 2)
+    if rewards and scores:
+        raise BadRow("unsupported field", f"the row has rewards and {names[0]}; allowed: one of them")
+    rewards = rewards or list(scores.values())
     scalars = tuple(
-        {"chosen": preferred, **({"reward": scores[name]} if scores else {}), **common}
-        for preferred, name in zip((1.0, 0.0), names, strict=True)
+        {"chosen": preferred, **({"reward": rewards[i]} if rewards else {}), **common}
+        for i, preferred in enumerate((1.0, 0.0))
     )
-    keys = ("prompt", "chosen", "rejected", "margin", "weight", *names)
+    keys = ("prompt", "chosen", "rejected", "margin", "weight", "rewards", "scores", *names)
     return Group(tuple(documents), scalars, (None, None)), (*keys, *(("messages",) if "messages" in row else ()))
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from tests.bad_inputs.damage import fifo, folder, gone, key, put, rows
-from tests.bad_inputs.run import Bad, kind
-from tests.bad_inputs.table import SETTINGS, TEACH, TEMPLATE, TRAIN
+import json
 
-_t, _d = kind("tokenizer"), kind("data")
+from tests.bad_inputs.damage import fifo, folder, gone, key, put, rows, swap
+from tests.bad_inputs.run import Bad, kind
+from tests.bad_inputs.table import SETTINGS, SHARD, STORE_MANIFEST, TEACH, TEMPLATE, TRAIN
+
+_t, _d, _s, _c = kind("tokenizer"), kind("data"), kind("store"), kind("configuration")
 _HUGE = "{{ 'x' | center(3000000000) }}"
 
 _PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 _TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+_SUMS = (key(STORE_MANIFEST, "rows", "none"), key(STORE_MANIFEST, "top_k"), gone(SHARD))
 
 # fmt: off
 TABLE: list[Bad] = [
@@ -45,6 +49,14 @@ TABLE: list[Bad] = [
     _d("one response", TRAIN, "data.jsonl:2: responses has 1; a group has two or more", rows({"prompt": "a", "responses": ["b"]})),
     _d("truncation of rows of one text", TRAIN + " data.truncation=drop", "data.truncation: no effect, because no row has several responses"),
     _d("a limit of responses without effect", TRAIN + " data.max_length=64", "data: max_length 64: no effect beside seq_length 64"),
+    _s("sums to distill from", "train distill.yaml", "store: the store has rows: none, only a summed log-probability", *_SUMS),
+    _s("sums to look at", "show teacher store --data data.jsonl --tokenizer model", "store: the store has rows: none", *_SUMS),
+    _s("sums to look at with a map", "align model model new.npz --data data.jsonl --report new.html --store store", "store: the store has rows: none", *_SUMS),
+    _s("sums to be measured with", "eval eval.yaml teacher.store=store", "the store's rows is 'none', expected 'top_k'", *_SUMS),
+    _s("sums with a number of ids", TEACH + " rows=none", "top_k: no effect with rows: none"),
+    _c("no reference", TRAIN + " objective.name=dpo", "objective.reference: required, and not given"),
+    _c("two references", TRAIN + " objective.name=dpo objective.reference.store=store objective.reference.in_job.load=model", "objective.reference: give exactly one of store and in_job"),
+    _s("a reference of other data", TRAIN + " objective.name=dpo objective.reference.store=store", "pairs.jsonl:1: no row in objective.reference.store store: it has none of these 2 samples", put("pairs.jsonl", json.dumps(_PAIR)), swap("train.yaml", b"data.jsonl", b"pairs.jsonl")),
     _d("a FIFO in a saved data set", TRAIN + " data.path=saved", "saved/train/data.arrow: a FIFO, not a regular file", folder("saved/train"), put("saved/dataset_dict.json", '{"splits": ["train"]}'), fifo("saved/train/data.arrow")),
     _t("a split by a template that needs memory", "split data.jsonl new.jsonl --tokenizers model sharded", "data.jsonl:1: model: its chat template needs more than", put(TEMPLATE, _HUGE)),
 ]  # fmt: skip

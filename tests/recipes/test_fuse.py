@@ -15,6 +15,7 @@ from fusemega.errors import UserError
 from fusemega.pipeline.record import Contents, StageRecord, made_from, write_record
 from fusemega.pipeline.verdict import plan
 from fusemega.recipes.registry import read_recipe
+from fusemega.recipes.steps import Steps
 
 RECIPE = {
     "output_dir": "out",
@@ -119,3 +120,14 @@ def test_a_layout_that_does_not_divide_is_refused_before_any_stage(
 def test_the_module_names_the_command() -> None:
     with pytest.raises(SystemExit, match="fusemega run RECIPE.yaml"):
         runpy.run_module("fusemega.recipes.fusion", run_name="__main__")
+
+
+def test_the_reference_of_a_loss_is_an_input_of_its_stage(tmp_path: Path) -> None:
+    steps = Steps(tmp_path, nproc=1, parallel={}, model={"dtype": "fp32"})
+    (tmp_path / "model").mkdir()
+    data, model = {"path": "pairs.jsonl"}, str(tmp_path / "model")
+    store = steps.teach("reference", model, data, rows="none")
+    for name, reference in (("stored", {"store": store}), ("beside", {"in_job": {"load": model}})):
+        steps.train(name, model, data, {"name": "dpo", "reference": reference}, {}, {})
+    taught, stored, beside = steps.stages
+    assert stored.inputs["reference"] == taught.outputs["store"] and beside.inputs["reference"] == model

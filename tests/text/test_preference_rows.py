@@ -69,6 +69,7 @@ def test_the_prompt_of_two_texts_is_what_they_share_as_in_trl() -> None:
     [
         (RATED, [{"chosen": 1, "reward": 2}, {"chosen": 0, "reward": -1.5}]),
         (PAIR | {"margin": -1, "weight": 2.5}, [{"chosen": c, "margin": -1, "weight": 2.5} for c in (1, 0)]),
+        (PAIR | {"rewards": [2, -1.5]}, [{"chosen": 1, "reward": 2}, {"chosen": 0, "reward": -1.5}]),
         (PAIR | {"weight": True}, [{"chosen": c, "weight": 1} for c in (1, 0)]),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [3, 4], "weight": 0.5},
          [{"reward": 3, "weight": 0.5}, {"reward": 4, "weight": 0.5}]),

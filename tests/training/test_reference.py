@@ -2,73 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pytest
-from torch import Tensor
 
 from benchmarks import tiny
 from fusemega.config import validate
 from fusemega.errors import UserError
-from fusemega.losses import registry
-from fusemega.losses.reference import Reference, ReferenceSettings
-from fusemega.losses.registry import Objective, ObjectiveSettings, register
-from fusemega.passes.micro_batch import MicroBatch
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Row, Store, StoreWriter
-from fusemega.text.dataset import TokenizedDataset
-from fusemega.text.sample import Sample
-from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.assembly import open_trainer
 from fusemega.training.dry_run import describe
 from fusemega.training.run_file import TrainRun
-from tests.losses.pairwise import pairwise_loss, write_groups
+from tests.losses.pairwise import write_groups
 
 MakeRun = Callable[..., TrainRun]
-
-
-class Referenced(Objective[Tensor]):
-    """`Pairwise` with any reference."""
-
-    class Settings(ObjectiveSettings):
-        name: Literal["referenced"] = "referenced"
-        reference: ReferenceSettings
-
-    terms = ("pairwise",)
-    unit = "group"
-
-    def __init__(self, reference: Reference) -> None:
-        self.reference: Reference = reference
-        self.frozen = reference.frozen
-
-    @classmethod
-    def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> Referenced:
-        return cls(Reference(settings.reference, tokenizer))
-
-    def identity(self, dataset: TokenizedDataset) -> dict[str, Any]:
-        return {"reference": self.reference.identity(dataset)}
-
-    def check_data(self, dataset: TokenizedDataset) -> None:
-        self.reference.check(dataset)
-
-    def sequence_fields(self, sample: Sample) -> Mapping[str, np.ndarray]:
-        number = sample.scalars.get("reward", sample.scalars.get("chosen", np.nan))
-        return {"number": np.array(number), **self.reference.fields(sample)}
-
-    def counts(self, batch: MicroBatch) -> dict[str, int]:
-        return {"pairwise": len(batch.group_sizes)}
-
-    def loss(
-        self, output: Tensor, batch: MicroBatch, denominators: Mapping[str, Tensor | float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        ratio_S, total = output - self.reference.logp(batch), output.sum() * 0.0
-        for group in range(len(batch.group_sizes)):
-            inside = batch.groups == group
-            total = total + pairwise_loss(ratio_S[inside], batch.sequence_fields["number"][inside].softmax(0))
-        return total / denominators["pairwise"], {"pairwise": total.detach()}
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +40,12 @@ def taught(store: Path, model: Path, folder: Path, dtype: str = "fp32", **settin
 
 
 @pytest.fixture
-def referenced(make_run: MakeRun, folder: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
-    """`make_run` for the loss with this reference."""
-    monkeypatch.setattr(registry, "_OBJECTIVES", dict(registry._OBJECTIVES))
-    register("referenced")(Referenced)
+def referenced(make_run: MakeRun, folder: Path) -> MakeRun:
+    """`make_run` for `dpo` with this reference."""
 
     def make(reference: dict[str, Any], **sections: Any) -> TrainRun:
         data = {"path": str(folder / "groups.jsonl"), "seq_length": 512}
-        return make_run(objective={"name": "referenced", "reference": reference}, data=data, **sections)
+        return make_run(objective={"name": "dpo", "beta": 1.0, "reference": reference}, data=data, **sections)
 
     return make
 
@@ -109,7 +57,7 @@ def in_job(model: Path, **settings: Any) -> dict[str, Any]:
 def two_steps(run: TrainRun) -> list[float]:
     trainer, _ = open_trainer(run)
     rows = [trainer.step() for _ in range(2)]
-    return [row[name] for row in rows for name in ("pairwise loss", "grad-norm")]
+    return [row[name] for row in rows for name in ("dpo loss", "grad-norm")]
 
 
 def test_stored_and_in_the_job_are_the_same(referenced: MakeRun, work: Path, folder: Path) -> None:
