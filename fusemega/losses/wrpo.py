@@ -24,7 +24,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from fusemega.errors import UserError, choose
+from fusemega.errors import UserError, nearest
 from fusemega.losses.preference import Preference, kl_of, only_with, smoothed, tokens_of, total
 from fusemega.losses.reference import Reference, ReferenceSettings
 from fusemega.losses.registry import ObjectiveSettings, register
@@ -109,7 +109,12 @@ class WRPO(Preference):
     def check_data(self, dataset: TokenizedDataset) -> None:
         name = self.settings.target
         if name is not None:
-            self._target = dataset.sources.index(choose("objective.target", name, dataset.sources))
+            if name not in dataset.sources:
+                raise UserError(
+                    f"{dataset[0].source.rpartition(':')[0]}: no response has the source {name!r} of objective.target"
+                    f"{nearest(name, dataset.sources)}; found: {', '.join(dataset.sources) or 'none'}"
+                )
+            self._target = dataset.sources.index(name)
         super().check_data(dataset)
 
     def begin_step(self, iteration: int, train_iters: int) -> None:

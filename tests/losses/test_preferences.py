@@ -232,7 +232,7 @@ def test_rows_that_cannot_be_compared_are_skipped_where_asked(caplog: pytest.Log
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(UserError, match=r"objective.target: unknown name 'tarjet' \(did you mean 'target'\?\)"):
+    with pytest.raises(UserError, match=r"rows.jsonl: no response has the source 'tarjet' .* \(did you mean 'target'"):
         built(CASES["wrpo"][0] | {"target": "tarjet"}, samples_of(SCORED))
 
 
