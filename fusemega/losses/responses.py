@@ -68,7 +68,7 @@ def pair_of(samples: Sequence[Sample]) -> list[ResponseComparison]:
 
 
 def by_source(samples: Sequence[Sample]) -> dict[int, list[int]]:
-    """The number of each source -> its responses, in the order of the row.
+    """The number of each source, rising -> its responses, in the order of the row.
 
     Raises:
         UserError: a response has no source.
@@ -82,7 +82,7 @@ def by_source(samples: Sequence[Sample]) -> dict[int, list[int]]:
                 "each source by itself; allowed: responses as objects with text (or messages), source and reward"
             )
         found.setdefault(source, []).append(place)
-    return found
+    return dict(sorted(found.items()))
 
 
 def best_of_each(samples: Sequence[Sample]) -> list[int]:

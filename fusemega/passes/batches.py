@@ -92,6 +92,18 @@ def global_batch(
     return GlobalBatch(micro_batches, samples, int(lengths.sum()))
 
 
+def compared(dataset: TokenizedDataset, unit: int, fields: Fields) -> Sequence[int]:
+    """The samples of a group that its comparisons are about; the others need no pass. All, if there are none.
+
+    Comparisons of these samples alone must be the same: a best and a worst response remain that.
+    """
+    samples = dataset.unit(unit)
+    if len(samples) == 1:
+        return samples
+    members_CK, _ = fields.comparisons([dataset[i] for i in samples])
+    return [samples[place] for place in np.unique(members_CK)] if members_CK.size else samples
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """The batches of a training run, by iteration: a pure function of the data, the seed and the iteration.
@@ -109,7 +121,7 @@ class TrainingData:
     def step(self, iteration: int) -> GlobalBatch:
         """The batch of `iteration` (from 0), in host memory."""
         units = sample_ids(iteration, self.global_batch_size, self.dataset.num_units, self.seed)
-        groups = [self.dataset.unit(int(i)) for i in units]
+        groups = [compared(self.dataset, int(i), self.fields) for i in units]
         return global_batch(self.dataset, groups, self.fields, self.shape, self.world)
 
     def consumed_samples(self, iteration: int) -> int:

@@ -48,7 +48,8 @@ class Fields:
         """What the loss compares in one group: int64 [C, K], the places among `samples` of the K members of each
         comparison, such as the chosen and the rejected one; and arrays [C, ...] by name. C may be 0.
 
-        The micro-batch has them as `members` and `comparison_fields`.
+        The micro-batch has them as `members` and `comparison_fields`. Samples that are in no comparison are left out,
+        unless a group has none at all; so the comparisons of the others must not depend on them.
         """
         return np.empty((0, 0), dtype=np.int64), {}
 

@@ -17,7 +17,7 @@ from fusemega.errors import UserError
 from fusemega.losses.apply import objective_loss, rows_read
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
-from fusemega.passes.batches import RowShape, global_batch
+from fusemega.passes.batches import RowShape, compared, global_batch
 from fusemega.passes.forward import run_schedule, total_over_ranks
 from fusemega.passes.frozen import FrozenModel, ask_all
 from fusemega.passes.micro_batch import MicroBatch
@@ -90,7 +90,7 @@ def evaluate_groups(
     ordered = sorted(range(dataset.num_units), key=lambda i: -lengths[i])
     per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size
     for start in range(0, len(ordered), per_pass):
-        units = [dataset.unit(i) for i in ordered[start : start + per_pass]]
+        units = [compared(dataset, i, objective) for i in ordered[start : start + per_pass]]
         found = global_batch(dataset, units, objective, shape, world)
         count += sum(objective.counts(batch)[objective.terms[0]] for batch in found.micro_batches)
         asked = ask_all(frozen, found.on(world.device).micro_batches)

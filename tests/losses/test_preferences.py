@@ -34,6 +34,21 @@ def test_equal_the_plain_form(name: str) -> None:
     assert PreferenceCase(*CASES[name]).check() < 1e-12
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_comparisons_do_not_depend_on_what_is_not_compared(name: str) -> None:
+    """Such responses are left out of the batch."""
+    section, groups = CASES[name]
+    samples = samples_of(groups)
+    objective = built(section, samples)
+    for group in samples:
+        members, fields = objective.comparisons(group)
+        kept = np.unique(members)
+        again, same = objective.comparisons([group[place] for place in kept])
+        assert (kept[again] == members).all() and {key: list(values) for key, values in same.items()} == {
+            key: pytest.approx(list(values)) for key, values in fields.items()
+        }
+
+
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("dpo, sigmoid", {"beta": 0.7}),
     ("dpo, sigmoid", {"loss_type": "sigmoid_norm"}),

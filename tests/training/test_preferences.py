@@ -111,6 +111,8 @@ def test_rows_do_not_change_the_curve(preference: MakeRun, change: dict[str, Any
     curves = []
     for training in ({}, change):
         trainer, _ = open_trainer(preference(objective, training=training))
+        # Of each prompt's five responses the best and the worst are compared, and no others are in the batch.
+        assert sum(len(batch.sources) for batch in trainer.data.step(0).micro_batches) == 2 * 4
         curves.append([trainer.step() for _ in range(2)])
     for one, other in zip(*curves, strict=True):
         assert other["dpo loss"] == pytest.approx(one["dpo loss"], rel=1e-6)
