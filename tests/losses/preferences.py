@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -342,3 +344,28 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         {"name": "fuse_po", "loss_type": "rloo", "alpha": 0.3, "beta": 0.2, "reference": IN_JOB}, SCORED
     ),
 }  # fmt: skip
+
+
+def write_sources(path: Path, chat: Path) -> Path:
+    """Rows of eight prompts of a file of conversations, each with three responses of a source and two of the target."""
+    turns = [json.loads(line)["messages"][:2] for line in chat.read_text().splitlines()]
+    texts = [pair[1]["content"] for pair in turns]
+    with path.open("w") as file:
+        for n, (question, _) in enumerate(turns[:8]):
+            responses = [
+                {
+                    "messages": [{"role": "assistant", "content": texts[(n + i) % len(texts)][: 10 + 7 * i]}],
+                    "source": "target" if i % 2 else "source a",
+                    "reward": ((n + 3 * i) % 5) / 10,
+                }
+                for i in range(5)
+            ]
+            prompt = [{**question, "content": question["content"][:40]}]
+            file.write(json.dumps({"prompt": prompt, "responses": responses}) + "\n")
+    return path
+
+
+def errors_over_ranks(group: Any, rank: int, ranks: int) -> dict[str, float]:
+    """See `PreferenceCase.check`, over this many tensor-parallel ranks."""
+    names = ("dpo, all options", "orpo", "rloo", "wrpo", "fuse_sft", "fuse_po")
+    return {f"{name}, TP{ranks}": PreferenceCase(*CASES[name]).check(group, rank, ranks) for name in names}

@@ -17,28 +17,14 @@ from fusemega.training.assembly import open_trainer, train
 from fusemega.training.dry_run import describe
 from fusemega.training.records import read_evaluations, read_metrics
 from fusemega.training.run_file import TrainRun
+from tests.losses.preferences import write_sources
 
 MakeRun = Callable[..., TrainRun]
 
 
 @pytest.fixture(scope="module")
 def rows(work: Path) -> Path:
-    """Eight prompts, each with three responses of a source and two of the target."""
-    turns = [json.loads(line)["messages"][:2] for line in (work / "chat.jsonl").read_text().splitlines()]
-    texts = [pair[1]["content"] for pair in turns]
-    with (work / "sources.jsonl").open("w") as file:
-        for n, (question, _) in enumerate(turns[:8]):
-            responses = [
-                {
-                    "messages": [{"role": "assistant", "content": texts[(n + i) % len(texts)][: 10 + 7 * i]}],
-                    "source": "target" if i % 2 else "source a",
-                    "reward": ((n + 3 * i) % 5) / 10,
-                }
-                for i in range(5)
-            ]
-            prompt = [{**question, "content": question["content"][:40]}]
-            file.write(json.dumps({"prompt": prompt, "responses": responses}) + "\n")
-    return work / "sources.jsonl"
+    return write_sources(work / "sources.jsonl", work / "chat.jsonl")
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 from tests.distributed.launch import report
 from tests.losses.pairwise import Pairwise, PairwiseScores
+from tests.losses.preferences import errors_over_ranks
 from tests.losses.published import chunk_case, merge_case, project_case
 from tests.losses.sequence_mean import SequenceMean
 from tests.losses.test_cells import cells_case
@@ -79,8 +80,9 @@ def last_rows(trainer: Trainer) -> dict[str, list[float]] | None:
     }
 
 
-def across_tokenizers() -> dict[str, float]:
-    """Errors of the cross-tokenizer losses over two and four tensor-parallel ranks; see `Case.check`."""
+def alone() -> dict[str, float]:
+    """Errors of the cross-tokenizer losses, and of those over responses, over two and four tensor-parallel ranks; see
+    `Case.check`."""
     rank = dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     with tempfile.TemporaryDirectory() as folder:
@@ -91,6 +93,7 @@ def across_tokenizers() -> dict[str, float]:
             "project_student": project_case(Path(folder) / "project_student", **{"lambda": 0.2}),
         }
     found = {f"{name}, TP2": case.check(pairs[rank // 2], rank % 2, 2) for name, case in cases.items()}
+    found |= errors_over_ranks(pairs[rank // 2], rank % 2, 2) | errors_over_ranks(dist.group.WORLD, rank, 4)
     return found | {f"{name}, TP4": case.check(dist.group.WORLD, rank, 4) for name, case in cases.items()}
 
 
@@ -129,7 +132,7 @@ def main() -> None:
     if len(sys.argv) > 2:
         for section in json.loads(Path(sys.argv[2]).read_text()):
             teach(validate(TeachRun, section, "teach"))
-        found["across_tokenizers"] = across_tokenizers()  # of four ranks
+        found["alone"] = alone()  # of four ranks
     report(found)
 
 
