@@ -36,5 +36,7 @@ def test_examples_are_valid(path: Path) -> None:
         assert find_method(run.merge_method)
     elif path.parent.name in ("fusellm", "fusechat"):
         load(FusionRecipe, path)
+    elif path.parent.name == "preference":
+        load(KINDS.get(path.stem, TrainRun), path)
     else:
         load(KINDS[path.stem], path)
