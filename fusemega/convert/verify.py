@@ -184,6 +184,11 @@ def transformers_logits(folder: Path, ids: list[int], architecture: Architecture
             f"{folder}: block_configs of config.json leaves out blocks, which transformers would fill at random; "
             f"allowed: folders without it, or no text"
         )
+    if architecture.head == "gated":
+        raise UserError(
+            f"{folder}: transformers has no such class without the code in the model's folder, which is never run; "
+            "allowed: no text"
+        )
     kinds: dict[HeadKind, Any] = {
         "vocabulary": AutoModelForCausalLM,
         "scalar": AutoModelForSequenceClassification,

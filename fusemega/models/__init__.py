@@ -6,7 +6,8 @@ Only this room names architectures. It reads no file of weights: others ask it w
 * `architecture.py`: an opened configuration: family, head, layers, and the rules of all weights
 * `family.py`: what a family answers, and the checks of keys that families share
 * `dense.py`, `llama.py`, `mistral.py`, `qwen.py`: the families
-* `parts.py`: attention, MLP and norms of a layer, with their names and rules; `heads.py`: what a model ends in
+* `parts.py`: attention, MLP and norms of a layer, with their names and rules
+* `heads.py`, `gated_head.py`: what a model ends in
 * `rules.py`: one parameter and the boxes of Hugging Face tensors that it is made of; `rope.py`: rotary frequencies
 * `stages.py`: which layers and parameters a pipeline stage has; layouts that do not divide a model
 * `build.py`: Megatron's model, and the walk that fills or reads it; `dense_logits.py`: whole logits, to compare

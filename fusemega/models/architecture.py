@@ -10,7 +10,8 @@ import torch
 
 from fusemega.errors import UserError
 from fusemega.models.family import Family, HFConfig
-from fusemega.models.heads import EMBEDDING, HeadKind, class_name, head_kind, head_rules
+from fusemega.models.gated_head import GATING_KEYS, Gating
+from fusemega.models.heads import EMBEDDING, HeadKind, class_name, head_kind, head_rules, is_gated
 from fusemega.models.parts import Layer, LayerSpec, Names, without_left_out
 from fusemega.models.rules import Replicated, Rule, VocabRows
 
@@ -27,6 +28,7 @@ class Architecture:
         transformer_config: keyword arguments of Megatron's TransformerConfig that the architecture decides.
         tied: whether the head is the embedding.
         softcap: the head's logits become softcap * tanh(logits / softcap); None: they stay.
+        gating: of a gated head, its sizes.
     """
 
     hf_config: HFConfig
@@ -36,6 +38,7 @@ class Architecture:
     transformer_config: Mapping[str, Any]
     tied: bool
     softcap: float | None
+    gating: Gating | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -78,6 +81,8 @@ class Architecture:
         for number, layer in enumerate(self.layers):
             rules += layer.rules(Names(f"{body}layers.{number}.", f"decoder.layers.{number}.", spec))
         rules.append(Replicated("decoder.final_layernorm.weight", f"{body}norm.weight", (hidden,)))
+        if self.gating is not None:
+            return rules + self.gating.rules(hidden)
         return rules + head_rules(self.head, self.vocab_size, hidden, embedding, self.tied)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,7 +119,8 @@ def open_architecture(hf_config: HFConfig, family: Family) -> Architecture:
     Raises:
         UserError: the family does not support the configuration, its head or its layers.
     """
-    family.check(hf_config)
+    gated = is_gated(hf_config)
+    family.check({key: value for key, value in hf_config.items() if not (gated and key in GATING_KEYS)})
     head = head_kind(hf_config, family.hf_class)
     return Architecture(
         hf_config=dict(hf_config),
@@ -125,4 +131,5 @@ def open_architecture(hf_config: HFConfig, family: Family) -> Architecture:
         # Only a vocabulary can be the embedding, whatever tie_word_embeddings says of another head.
         tied=head == "vocabulary" and family.tied(hf_config),
         softcap=family.softcap(hf_config),
+        gating=Gating.of(hf_config) if gated else None,
     )

@@ -1,6 +1,6 @@
 """Empty Megatron models from Hugging Face configurations, and the walk that fills or reads them.
 
-Shape suffixes: S tokens of a row, N positions that the head reads, H hidden.
+Shape suffixes: S tokens of a row (sequences, of scores), N positions that the head reads, H hidden, M objectives.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from fusemega.files.boxes import Box, slices, volume
 from fusemega.models.architecture import Architecture
+from fusemega.models.gated_head import GatedHead
 from fusemega.models.heads import Head, ScalarHead
 from fusemega.models.rules import Piece, Rule, WeightRanks, padded_vocab_size
 from fusemega.models.stages import LAYER_NAME, check_layout
@@ -59,7 +60,9 @@ class Chunk(GPTModel):
         self._has_vocabulary = architecture.head == "vocabulary"
         if self.post_process and not self._has_vocabulary:
             del self.output_layer
-            if architecture.head == "scalar":
+            if architecture.gating is not None:
+                self.score: torch.nn.Module = GatedHead(architecture.gating, config.hidden_size, config.params_dtype)
+            elif architecture.head == "scalar":
                 self.score = ScalarHead(config.hidden_size, config.params_dtype, world.tp_size)
 
     @property
@@ -144,6 +147,11 @@ class GPT(torch.nn.Module):
         """Scores [N] of a model with a scalar head: see `ScalarHead.forward`. Only on the last stage."""
         scores_N: torch.Tensor = self.chunks[-1].score(hidden_NH)
         return scores_N
+
+    def gated_scores(self, last_SH: torch.Tensor, gate_SH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [S] and objectives [S, M] of a model with a gated head: see `GatedHead.forward`. Last stage only."""
+        scores_S, objectives_SM = self.chunks[-1].score(last_SH, gate_SH)
+        return scores_S, objectives_SM
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Megatron's sharded state of all chunks, under this module's own names. Stored keys have no chunk in them."""

@@ -1,6 +1,6 @@
 """Whole logits of a short text, to compare a model with another implementation. Training never calls this.
 
-Shape suffixes: S tokens, H hidden, V vocabulary.
+Shape suffixes: S tokens, H hidden, V vocabulary, M objectives.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from fusemega.models.build import GPT, Chunk
+from fusemega.models.heads import REWARD
 from fusemega.runtime.parallel import World
 
 
@@ -21,7 +22,8 @@ from fusemega.runtime.parallel import World
 def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> torch.Tensor | None:
     """Logits of several texts packed in one row, through the pipeline. Collective over the model-parallel ranks.
 
-    A model with a scalar head gives the score of every token, one without a head its hidden states.
+    A model with a scalar head gives the score of every token, one with a gated head its objectives, and one without a
+    head its hidden states.
 
     Args:
         model: from `build_model`, filled.
@@ -30,7 +32,7 @@ def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> to
 
     Returns:
         float32 [S, V] (S = all tokens, V without padding) on the last stage's ranks; None elsewhere.
-        Scores are [S, 1], hidden states [S, H].
+        Scores are [S, 1], objectives [S, M], hidden states [S, H].
     """
     if world.cp_size > 1:
         raise ValueError("dense_logits takes whole rows, and context parallelism splits them")
@@ -73,7 +75,7 @@ def dense_logits(model: GPT, world: World, texts: Sequence[Sequence[int]]) -> to
     if model.architecture.head == "none":
         return hidden_SH.float()
     head = model.head
-    if head.kind == "scalar":
+    if head.kind in REWARD:
         return (hidden_SH @ head.weight.T).float()
     logits_SV = torch.cat(_gather(hidden_SH @ head.weight.T, world), dim=1)[:, : model.vocab_size].float()
     return logits_SV if head.softcap is None else head.softcap * torch.tanh(logits_SV / head.softcap)

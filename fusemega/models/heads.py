@@ -1,4 +1,4 @@
-"""What a model ends in: a vocabulary, one number, or its hidden states.
+"""What a model ends in: a vocabulary, one number, several with a gate (`gated_head.py`), or its hidden states.
 
 Shape suffixes: N positions, H hidden, V_padded vocabulary padded to a multiple of TP.
 """
@@ -13,8 +13,16 @@ import torch
 from fusemega.errors import UserError, choose
 from fusemega.models.rules import Replicated, Rule, VocabRows
 
-HeadKind = Literal["vocabulary", "scalar", "none"]
-_KINDS: dict[str, HeadKind] = {"ForCausalLM": "vocabulary", "ForSequenceClassification": "scalar", "Model": "none"}
+HeadKind = Literal["vocabulary", "scalar", "gated", "none"]
+REWARD: tuple[HeadKind, ...] = ("scalar", "gated")
+"""Heads of reward models: one number for a text."""
+_KINDS: dict[str, HeadKind] = {
+    "ForCausalLM": "vocabulary",
+    "ForSequenceClassification": "scalar",
+    "ForRewardModelWithGating": "gated",
+    "Model": "none",
+}
+_GATED = "LlamaForRewardModelWithGating"  # the only family that has one
 # Names of the parameter in a Megatron model: Megatron's own for logits, transformers' for scores.
 _LOGITS, _SCORE = "output_layer.weight", "score.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -45,7 +53,7 @@ def head_kind(hf_config: Any, hf_class: str) -> HeadKind:
         return "vocabulary"
     if not isinstance(given, list) or len(given) != 1:
         raise UserError(f"config.json: architectures = {given!r}, expected a list of one name")
-    kinds = {hf_class + ending: kind for ending, kind in _KINDS.items()}
+    kinds = {hf_class + ending: kind for ending, kind in _KINDS.items() if kind != "gated" or hf_class == "Llama"}
     # The first folders of Llama say LLaMAForCausalLM.
     name = {known.lower(): known for known in kinds}.get(str(given[0]).lower(), str(given[0]))
     kind = kinds[choose("config.json: architectures", name, kinds)]
@@ -56,6 +64,29 @@ def head_kind(hf_config: Any, hf_class: str) -> HeadKind:
                 f"config.json: {given[0]} with {labels} labels (id2label) is not supported; allowed: 1, a score"
             )
     return kind
+
+
+def is_gated(hf_config: Any) -> bool:
+    """Whether this is a configuration of ArmoRM, whose folders bring code that is not needed here."""
+    return hf_config.get("architectures") == [_GATED]
+
+
+def scored_config(hf_config: Any, hf_class: str, pad_token_id: int | None) -> dict[str, Any]:
+    """The configuration of a language model with a scalar head in place of its vocabulary, as transformers writes it.
+
+    Args:
+        hf_class: as in `head_kind`.
+        pad_token_id: transformers scores the last token that is not this one; None: the last.
+
+    Example:
+        >>> scored_config({"model_type": "llama"}, "Llama", 7)["architectures"]
+        ['LlamaForSequenceClassification']
+    """
+    names = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    # With "regression" the pipeline for text classification gives the score as it is, not its sigmoid.
+    kept = {key: value for key, value in hf_config.items() if key != "num_labels"}
+    new = {"architectures": [class_name(hf_class, "scalar")], "problem_type": "regression", **names}
+    return kept | new | {"pad_token_id": pad_token_id}
 
 
 def _labels(hf_config: Any) -> Any:
@@ -109,7 +140,8 @@ class Head:
 
     Attributes:
         kind: what the model ends in.
-        weight: [V_padded / TP, H] of a vocabulary (the embedding itself where they are tied), [1, H] of a score.
+        weight: [V_padded / TP, H] of a vocabulary (the embedding itself where they are tied), [1, H] of a score, [M, H]
+            of M objectives.
         softcap: logits become softcap * tanh(logits / softcap); None: they stay.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fusemega.errors import UserError, choose
 from fusemega.models.architecture import Architecture, open_architecture
 from fusemega.models.family import Family, HFConfig
+from fusemega.models.heads import is_gated
 from fusemega.models.llama import Llama
 from fusemega.models.mistral import Mistral
 from fusemega.models.qwen import Qwen2, Qwen3
@@ -28,6 +29,6 @@ def architecture_of(hf_config: HFConfig) -> Architecture:
     if model_type is None:
         raise UserError(f"config.json: model_type is missing; supported: {', '.join(sorted(by_type))}")
     family = by_type[choose("config.json: model_type", str(model_type), by_type)]
-    if hf_config.get("auto_map"):
+    if hf_config.get("auto_map") and not is_gated(hf_config):
         raise UserError("config.json: auto_map asks for the folder's own Python code, which is never run")
     return open_architecture({key: value for key, value in hf_config.items() if key != "auto_map"}, family)

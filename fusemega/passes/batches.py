@@ -34,6 +34,7 @@ class RowShape:
         packing: whether a row holds several samples, or one.
         pad_id: token id of the padding.
         unit: a micro-batch's tokens are a multiple of it (`Precision.row_unit`).
+        unscored_id: of a reward model, id that it takes for padding: a sequence's score is not read there.
     """
 
     seq_length: int
@@ -41,6 +42,7 @@ class RowShape:
     packing: bool
     pad_id: int
     unit: int
+    unscored_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,12 @@ def global_batch(
     bins = pack(places, shape.seq_length, shape.packing)
     hands = deal(bins, work, world.dp_size, shape.micro_batch_size, world.layout.micro_batch_multiple)
     micro_batches, samples = [], []
-    # A micro-batch without samples needs the fields' shapes too; any group has them.
-    like = FieldShapes.of(fields, [dataset[i] for i in dataset.unit(0)])
+    # A micro-batch without samples needs the fields' shapes too; any of the groups has them.
+    like = FieldShapes.of(fields, [dataset[int(i)] for i in groups[0]])
     hand = hands[world.dp_rank]
     for bins, tokens in zip(hand, micro_batch_tokens(hand, places, shape.unit, world.pp_size > 1), strict=True):
         held = [[dataset[int(i)] for i in groups[number]] for row in bins for number in row]
-        batch = collate(held, fields, tokens, shape.pad_id, like, multiple)
+        batch = collate(held, fields, tokens, shape.pad_id, like, multiple, shape.unscored_id)
         if world.cp_size > 1:
             batch = batch.context_part(world.cp_rank, world.cp_size)
         micro_batches.append(batch.pinned() if world.device.type == "cuda" else batch)

@@ -40,6 +40,11 @@ class Fields:
         """Arrays [...] of one sample; the micro-batch has them as tensors [S, ...]."""
         return {}
 
+    def token_fields(self, sample: Sample) -> Arrays:
+        """Indices int64 [...] of tokens of one sample; the micro-batch has them as tensors [S, ...], indices into its
+        own tokens."""
+        return {}
+
     def group_fields(self, samples: Sequence[Sample]) -> Arrays:
         """Arrays [...] of the samples of one group; the micro-batch has them as tensors [B, ...]."""
         return {}
@@ -75,6 +80,7 @@ class MicroBatch:
         sequence_tokens: int64 [S], how many supervised positions each sequence has, on all context-parallel ranks.
         last_tokens: int64 [S], index into T (into R) of each sequence's last token; -1 where another context-parallel
             rank has it.
+        token_fields: the objective's, by name: int64 [S, ...], indices as in `last_tokens`.
         groups: int64 [S], the group that each sequence belongs to, in ascending order.
         group_sizes: int64 [B], how many sequences each group has.
         sources: the row of data of each sequence, as "file:row", for messages; on the host.
@@ -106,6 +112,7 @@ class MicroBatch:
     members: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     comparison_fields: Mapping[str, Tensor] = field(default_factory=dict)
     token_weights: Tensor | None = None
+    token_fields: Mapping[str, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None
     num_positions: int = 0
     answers: Mapping[str, Answer] = field(default_factory=dict)
@@ -146,6 +153,7 @@ class MicroBatch:
             labels=self.labels[kept],
             sequences=self.sequences[kept],
             last_tokens=place[self.last_tokens],
+            token_fields={name: place[indices] for name, indices in self.token_fields.items()},
             position_fields={name: values[kept] for name, values in self.position_fields.items()},
             token_weights=None if self.token_weights is None else self.token_weights[kept],
             kept=kept,
@@ -162,6 +170,7 @@ class FieldShapes:
     members: np.ndarray
     comparison: Arrays
     weights: np.ndarray | None
+    token: Arrays
 
     @classmethod
     def of(cls, fields: Fields, group: Sequence[Sample]) -> FieldShapes:
@@ -173,6 +182,7 @@ class FieldShapes:
             fields.group_fields(group),
             *fields.comparisons(group),
             None if weights is None else weights[0],
+            fields.token_fields(group[0]),
         )
 
 
@@ -183,12 +193,14 @@ def collate(
     pad_id: int,
     like: FieldShapes,
     multiple: int = 1,
+    unscored_id: int | None = None,
 ) -> MicroBatch:
     """One micro-batch, whole and in host memory: its samples one after the other, then padding up to T = `num_tokens`.
 
     Args:
         groups: the samples of each group.
         multiple: each sample's segment is padded to a multiple of this.
+        unscored_id: a sequence's last token is the last that is not this one; None: the last of all.
 
     Raises:
         ValueError: the samples do not fit; a field lacks an entry for a supervised position, or its shape varies.
@@ -198,13 +210,15 @@ def collate(
     samples = [sample for group in groups for sample in group]
     positions: list[np.ndarray] = []
     last_tokens: list[int] = []
+    token_fields: list[Arrays] = []
     for sample in samples:
         place, end = bounds[-1], bounds[-1] + int(padded(len(sample.ids), multiple))
         if end > num_tokens:
             raise ValueError(f"{sample.source}: the samples of a micro-batch exceed {num_tokens} tokens")
         tokens[place : place + len(sample.ids)] = sample.ids
         positions.append(place + sample.positions)
-        last_tokens.append(place + len(sample.ids) - 1)
+        last_tokens.append(place + _last_token(sample.ids, unscored_id))
+        token_fields.append({name: place + indices for name, indices in fields.token_fields(sample).items()})
         bounds.append(end)
     # The padding at the end is a segment too, because cu_seqlens must cover the whole row.
     if bounds[-1] < num_tokens:
@@ -244,8 +258,15 @@ def collate(
         members=torch.from_numpy(np.concatenate([like.members[:0], *members])),
         comparison_fields=_joined([each for _, each in compared], like.comparison, np.concatenate),
         token_weights=weights,
+        token_fields=_joined(token_fields, like.token, np.stack),
         num_positions=len(where),
     )
+
+
+def _last_token(ids: np.ndarray, unscored_id: int | None) -> int:
+    """Index of the last token that is not `unscored_id`; 0 if all are, as in transformers."""
+    scored = np.flatnonzero(ids != unscored_id) if unscored_id is not None else np.arange(len(ids))
+    return int(scored[-1]) if len(scored) else 0
 
 
 def _joined(parts: Sequence[Arrays], like: Arrays, join: Callable[[list[np.ndarray]], np.ndarray]) -> dict[str, Tensor]:
