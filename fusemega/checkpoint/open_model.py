@@ -16,9 +16,10 @@ from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.hub import resolve
 from fusemega.hf.load import load_hf
+from fusemega.hf.new_score import NewScore
 from fusemega.hf.proof import check_written
 from fusemega.models.build import GPT, build_model
-from fusemega.models.heads import HeadKind
+from fusemega.models.heads import REWARD, HeadKind
 from fusemega.models.rope import longest_text
 from fusemega.models.stages import check_layout, stage_layers
 from fusemega.runtime.console import global_rank, phase, say
@@ -46,6 +47,8 @@ class ModelSource:
     Args:
         chat_template: a file used in place of the tokenizer's template.
         heads: the kinds of head that are accepted.
+        new_score: seed of the scalar head that a language model's folder gets, where "scalar" is accepted; None: such a
+            folder is refused.
 
     Attributes:
         config: the section it was opened from.
@@ -56,6 +59,7 @@ class ModelSource:
         vocab_size: the model's, without padding.
         chunk_sizes: the numbers of layers that pipeline stages, or their virtual stages, have.
         pad_id: id that fills up rows, below `vocab_size`; nothing is computed from it.
+        unscored_id: of a reward model, the id that it takes for padding, before which it reads a text's score; or None.
 
     Raises:
         UserError: the folder is damaged, of an unknown architecture, or with another head; the layout does not divide
@@ -70,12 +74,17 @@ class ModelSource:
         world_size: int,
         chat_template: str | None = None,
         heads: Sequence[HeadKind] = ("vocabulary",),
+        new_score: int | None = None,
     ) -> None:
         parallel.data_parallel_size(world_size)
         self.config = config
         self._parallel = parallel
         self.dtype = DTYPES[config.dtype]
         self._source = _opened(config.load)
+        tokenizer = None
+        if new_score is not None and "scalar" in heads and self._source.architecture.head == "vocabulary":
+            tokenizer = self._tokenizer()
+            self._source = self._with_new_score(new_score, tokenizer)
         self.hf = self._source.hf if isinstance(self._source, MegatronFolder) else self._source.path
         self.architecture = self._source.architecture
         self.architecture.require_head(heads, str(self.hf))
@@ -91,11 +100,29 @@ class ModelSource:
                 "model has sliding windows, and Transformer Engine's ring attention has none; allowed: 1, or "
                 "model.transformer_impl: local"
             )
-        tokenizer = Tokenizer.load(self.hf, trust_remote_code=config.trust_remote_code)
-        self.tokenizer = tokenizer.with_template(chat_template)
+        self.tokenizer = (tokenizer or self._tokenizer()).with_template(chat_template)
         self.vocab_size = self.architecture.vocab_size
         # A pad token added to the tokenizer alone is common, and the model has no row for it.
         self.pad_id = self.tokenizer.pad_id if self.tokenizer.pad_id < self.vocab_size else 0
+        self.unscored_id: int | None = self.hf_config.get("pad_token_id") if self.architecture.head in REWARD else None
+
+    def _tokenizer(self) -> Tokenizer:
+        hf = self._source.hf if isinstance(self._source, MegatronFolder) else self._source.path
+        return Tokenizer.load(hf, trust_remote_code=self.config.trust_remote_code)
+
+    def _with_new_score(self, seed: int, tokenizer: Tokenizer) -> NewScore:
+        """The folder of a language model with a scalar head; says so once."""
+        if isinstance(self._source, MegatronFolder):
+            raise UserError(
+                f"{self.config.load}: a language model without a score; a new one is made only for a Hugging Face "
+                "folder; use the run's hf/, or `fusemega convert export` first"
+            )
+        made = NewScore(self._source.path, seed, tokenizer)
+        if global_rank() == 0:
+            say(
+                f"{self.config.load}: a language model; its head is replaced by a new score.weight, drawn from the seed"
+            )
+        return made
 
     def weights_hash(self) -> str:
         """See `weights_hash`."""
@@ -136,7 +163,7 @@ class ModelSource:
             source = self._source
             on_main(world, lambda: check_written(source))
             model = build_model(self.architecture, world, self.dtype, self.kernels, recompute)
-            load_hf(model, self.hf, world)
+            load_hf(model, source, world)
             return model
 
 

@@ -154,7 +154,7 @@ class HFFolder:
             bits = {name: digest for shard in self.hashes().values() for name, digest in shard["tensors"].items()}
         config = json.dumps(functional_config(self.config), sort_keys=True)
         digest = hashlib.blake2b(config.encode(), digest_size=16)
-        for name in self:
+        for name in sorted(self._entries):
             entry = self._entries[name]
             found = bits.get(name) or _bits_hash(entry)
             digest.update(json.dumps([name, entry.dtype, entry.shape, found]).encode())

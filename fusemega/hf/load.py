@@ -13,19 +13,19 @@ from fusemega.models.build import GPT, fill, placements
 from fusemega.runtime.parallel import World
 
 
-def load_hf(model: GPT, folder: str | Path, world: World) -> None:
+def load_hf(model: GPT, folder: str | Path | HFFolder, world: World) -> None:
     """Fill a model from a folder. Weights are converted to the model's dtype (rounded to nearest even if narrower).
 
     Args:
         model: from `build_model`; its configuration, not the folder's, says which tensors are wanted.
-        folder: a local Hugging Face folder.
+        folder: a local Hugging Face folder, or one that is open.
         world: the layout the model was built for.
 
     Raises:
         UserError: the folder is damaged or does not fit; nothing has been changed then, except where a tied model's
             folder turns out to hold a head that differs from the embedding.
     """
-    source = HFFolder(folder)
+    source = folder if isinstance(folder, HFFolder) else HFFolder(folder)
     check_tensors(source, model.architecture)
     fill(model, world, source.read)
     _check_copies(model, source, world)

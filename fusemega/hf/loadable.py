@@ -49,7 +49,8 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
     if reference is None:
         return []
     notes: list[str] = []
-    if not architecture_of(read_json(folder / "config.json")).complete:
+    architecture = architecture_of(read_json(folder / "config.json"))
+    if not architecture.complete:
         notes.append(
             "block_configs of config.json leaves out blocks, which transformers would fill at random: it reads "
             "no such folder"
@@ -67,8 +68,9 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
             )
         first = tokenizer.token(rows)
         notes.append(f"the tokenizer has {tokenizer.num_ids} ids, the model {rows} rows: none for {first!r} and after")
-    notes += _stop_at(folder, config, [i for i in stops if i < rows], tokenizer)
-    return notes
+    if architecture.head == "scalar":  # writes nothing, so it has nothing to stop at
+        return notes + _pads(folder, config, tokenizer)
+    return notes + _stop_at(folder, config, [i for i in stops if i < rows], tokenizer)
 
 
 def closing_id(tokenizer: Tokenizer) -> int | None:
@@ -153,6 +155,23 @@ def _config(folder: Path) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001  (transformers raises anything)
             raise UserError(f"{folder / name}: transformers cannot load it: {first_line(error)}") from None
     return read_json(folder / "config.json")
+
+
+def _pads(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
+    """Makes the tokenizer pad with the id that a reward model's configuration takes for padding, if it has none."""
+    wanted, found = config.get("pad_token_id"), tokenizer.hf.pad_token_id
+    if wanted is None or found == wanted or not 0 <= wanted < tokenizer.num_ids:
+        return []
+    if found is not None:
+        return [
+            f"the tokenizer pads with {tokenizer.token(found)!r} ({found}), and config.json takes id {wanted} for "
+            "padding: transformers scores texts of a padded batch at the wrong token"
+        ]
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    settings["pad_token"] = tokenizer.token(wanted)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [f"the tokenizer had no padding token: it is {settings['pad_token']!r} ({wanted}), as in config.json"]
 
 
 def _stop_at(folder: Path, config: dict[str, Any], wanted: list[int], tokenizer: Tokenizer) -> list[str]:

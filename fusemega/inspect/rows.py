@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.errors import UserError, printable
 from fusemega.files.cache import cache_folder
+from fusemega.models.heads import REWARD
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
@@ -38,7 +39,7 @@ class Rows:
         Raises:
             UserError: the model's folder or the data cannot be read.
         """
-        source = ModelSource(run.model, ParallelConfig(), 1, run.data.chat_template)
+        source = ModelSource(run.model, ParallelConfig(), 1, run.data.chat_template, ("vocabulary", *REWARD))
         cache = cache_folder() / "data"
         dataset = prepare(data or run.data, source.tokenizer, cache, vocab_size=source.vocab_size, progress=True)
         return cls(dataset, source.tokenizer, source)

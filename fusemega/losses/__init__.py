@@ -7,6 +7,7 @@
 * `preference.py`: what losses over such comparisons share, and their metrics
 * `weighted.py`: weights over the sources
 * `dpo.py`, `simpo.py`, `orpo.py`, `rloo.py`, `wrpo.py`, `fuse_sft.py`, `fuse_po.py`: such losses, one a file
+* `reward.py`: a reward model from pairs
 * `label_probability.py`: metrics of distillation
 * `sft.py`, `distill.py`, `fuse.py`, `online_distill.py`: one objective a file
 * `chunk.py`, `merge.py`, `project_student.py`: others' methods across tokenizers, as published
@@ -23,6 +24,7 @@ from fusemega.losses import (
     online_distill,
     orpo,
     project_student,
+    reward,
     rloo,
     sft,
     simpo,
@@ -40,6 +42,7 @@ __all__ = [
     "online_distill",
     "orpo",
     "project_student",
+    "reward",
     "rloo",
     "sft",
     "simpo",

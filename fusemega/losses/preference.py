@@ -58,6 +58,7 @@ class Preference(Objective[Tensor]):
         numbers: names of the other numbers that a comparison has.
         chosen, rejected: which of its responses metrics call so; None: metrics do not tell them apart.
         needs: what a group must have to be compared, for messages.
+        reads_margin: whether a row's margin is part of the loss.
         sources: names of the data's sources.
     """
 
@@ -67,6 +68,7 @@ class Preference(Objective[Tensor]):
     chosen: ClassVar[int | None] = 0
     rejected: ClassVar[int | None] = 1
     needs: ClassVar[str] = "two responses with different rewards"
+    reads_margin: ClassVar[bool] = False
     sources: Sequence[str] = ()
 
     def __init__(self, reference: Reference | None) -> None:
@@ -125,7 +127,7 @@ class Preference(Objective[Tensor]):
             )
         if counted["skipped"]:
             warn(f"{counted['skipped']} of {dataset.num_units} rows give no loss: each lacks {self.needs}")
-        if counted["margin"]:
+        if counted["margin"] and not self.reads_margin:
             warn(f"{counted['margin']} rows have a margin, which objective.name {name} does not read")
 
     def counts(self, batch: MicroBatch) -> dict[str, int]:

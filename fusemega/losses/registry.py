@@ -63,7 +63,7 @@ class Objective(Fields, ABC, Generic[Output]):
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
-    terms: ClassVar[tuple[str, ...]]
+    terms: tuple[str, ...]
     unit: ClassVar[Literal["token", "sequence", "group"]]
     wants: ClassVar[Literal["logp", "score"]] = "logp"
     splits_samples: ClassVar[bool] = True

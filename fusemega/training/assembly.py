@@ -67,7 +67,8 @@ class Checked:
             run.training.profile.check_world(world_size)
         scores = objective_named(run.objective.name).wants == "score"
         heads: tuple[HeadKind, ...] = ("scalar",) if scores else ("vocabulary",)
-        source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template, heads)
+        seed = run.training.seed if scores else None
+        source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template, heads, seed)
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
@@ -137,7 +138,7 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     profiled = profile_of(run, dataset.num_units)
     if profiled is not None:
         on_main(world, profiled.check)
-    data = run.batches(dataset, checked.objective, checked.source.pad_id, world)
+    data = run.batches(dataset, checked.objective, checked.source.pad_id, world, checked.source.unscored_id)
     held_out, scorer = None, None
     if run.evaluation is not None:
         held_out = prepare_together(

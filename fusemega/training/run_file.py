@@ -182,15 +182,18 @@ class TrainRun(Section):
     training: TrainingSection
     evaluation: EvaluationSection | None = Field(None, description="held-out text to score during training")
 
-    def batches(self, dataset: TokenizedDataset, fields: Fields, pad_id: int, world: World) -> TrainingData:
+    def batches(
+        self, dataset: TokenizedDataset, fields: Fields, pad_id: int, world: World, unscored_id: int | None = None
+    ) -> TrainingData:
         """The batches of this run from `dataset`, as rank `world` takes them.
 
         Args:
             fields: what the objective adds to a micro-batch.
             pad_id: token id of the padding.
+            unscored_id: see `RowShape`.
         """
         training, unit = self.training, self.model.row_unit(self.parallel)
-        shape = RowShape(self.data.seq_length, training.micro_batch_size, training.packing, pad_id, unit)
+        shape = RowShape(self.data.seq_length, training.micro_batch_size, training.packing, pad_id, unit, unscored_id)
         return TrainingData(dataset, fields, shape, training.global_batch_size, training.seed, world)
 
     @field_validator("objective", mode="before")

@@ -159,5 +159,3 @@ def test_scores_of_a_scalar_head(
                                                 "interval": 1}))  # fmt: skip
     with pytest.raises(UserError, match="allowed here: LlamaForCausalLM"):
         opened(make_run(model=sections["model"]))
-    with pytest.raises(UserError, match="allowed here: LlamaForSequenceClassification"):
-        opened(make_run(**{**sections, "model": {"load": str(work / "model")}}))
