@@ -33,6 +33,7 @@ COMMANDS = {
     "transplant": "Move a model onto another tokenizer's vocabulary.",
     "split": "Split long dialogues and texts so that they fit several tokenizers' windows.",
     "eval": "Measure perplexity and bits per byte of a model on a data set.",
+    "score": "Score responses with a reward model, and write the rows with their rewards.",
     "report": "Write a page about one or several training runs, with their curves.",
     "env": "Show what this machine has, what is missing, and what that costs.",
 }

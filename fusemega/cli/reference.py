@@ -42,6 +42,7 @@ def config_page() -> str:
     from fusemega.merge.run_file import MergeRun
     from fusemega.recipes.fusion import FusionRecipe
     from fusemega.scoring.evaluate import EvalRun
+    from fusemega.scoring.rewards import ScoreRun
     from fusemega.scoring.teach import TeachRun
     from fusemega.training.run_file import TrainRun
 
@@ -50,15 +51,16 @@ def config_page() -> str:
         "teach": TeachRun,
         "project": ProjectRun,
         "eval": EvalRun,
+        "score": ScoreRun,
         "merge": MergeRun,
         "run": FusionRecipe,
     }
     lines = [
         "# Run files\n",
         _WRITTEN,
-        "YAML, read by `fusemega train`, `teach`, `project`, `eval`, `merge` and `run` (recipes). Any value can be",
-        "replaced on the command line, as in `optimizer.lr=1e-5`, and `${section.key}` stands for another value. Keys",
-        "that are not listed here are refused, and so is a key that occurs twice.\n",
+        "YAML, read by `fusemega train`, `teach`, `project`, `eval`, `score`, `merge` and `run` (recipes). Any value",
+        "can be replaced on the command line, as in `optimizer.lr=1e-5`, and `${section.key}` stands for another.",
+        "Keys that are not listed here are refused, and so is a key that occurs twice.\n",
     ]
     sections: dict[type[Section], str] = {}
     for verb, run in runs.items():

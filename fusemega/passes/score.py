@@ -45,6 +45,7 @@ def score_samples(
     advance: Callable[[int], None] | None = None,
     frozen: Mapping[str, FrozenModel] = MappingProxyType({}),
     fields: Fields | None = None,
+    rows: Callable[[MicroBatch], torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, list[Any]]]:
     """Calls `score` for every micro-batch of the samples `ids`, pass by pass.
 
@@ -54,6 +55,7 @@ def score_samples(
         frozen: models that run over each pass's micro-batches first; `score` finds their answers in the batch's
             `answers`.
         fields: what the micro-batches carry besides tokens and labels; None: nothing.
+        rows: picks the tokens whose hidden states `score` gets; None: the supervised positions.
 
     Yields:
         (samples done so far on all ranks, what `score` returned for this rank's micro-batches of the pass; empty except
@@ -71,7 +73,8 @@ def score_samples(
         micro_batches = ask_all(frozen, batch.micro_batches)
         if advance is not None:
             micro_batches = _Counted(micro_batches, int(dataset.lengths[part].sum()), advance)
-        collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True)
+        picked = {} if rows is None else {"rows": rows}
+        collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True, **picked)
         if isinstance(micro_batches, _Counted):
             micro_batches.finish()
         yield done, collected

@@ -1,8 +1,9 @@
 """A model scored on data, forward only.
 
-run_file.py       what the run files of `teach` and `eval` share
+run_file.py       what the run files of `teach`, `eval` and `score` share
 teach.py          `fusemega teach`: a teacher's rows into a sample store
 evaluation.py     perplexity, bits per byte, distance from a reference model
 preferences.py    an objective's loss and metrics on held-out groups of responses
 evaluate.py       `fusemega eval`
+rewards.py        `fusemega score`: a reward model's scores of responses; rewards_journal.py: resumes it
 """

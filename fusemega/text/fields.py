@@ -20,6 +20,7 @@ NAMES = (
     *("id", "uuid", "idx", "index", "prompt_id", "conversation_id", "source", "dataset", "subset", "url", "license"),
     *("category", "topic", "domain", "task", "tags", "language", "lang", "score", "quality", "difficulty", "model"),
     *("created", "timestamp", "num_turns", "num_tokens"),
+    *("rewards", "objectives"),  # as `fusemega score` writes them; of a group, rewards are part of its shape
 )
 # Aliases first to last; templates get the first one, and transformers gives them the others.
 REASONING = ("reasoning_content", "reasoning", "thinking")
