@@ -13,6 +13,7 @@ from fusemega.merge.method import find_method
 from fusemega.merge.run_file import read_run
 from fusemega.recipes.fusion import FusionRecipe
 from fusemega.scoring.evaluate import EvalRun
+from fusemega.scoring.rewards import ScoreRun
 from fusemega.scoring.teach import TeachRun
 from fusemega.training.run_file import TrainRun
 
@@ -26,6 +27,7 @@ KINDS: dict[str, type[Section]] = {
     "teach": TeachRun,
     "project": ProjectRun,
     "eval": EvalRun,
+    "score": ScoreRun,
 }
 
 
