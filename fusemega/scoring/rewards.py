@@ -39,6 +39,7 @@ from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.document import BadRow
 from fusemega.text.sample import Sample
 
+_GIVEN = ("rewards", "scores", "objectives", "score_chosen", "score_rejected")  # beside which rewards would be refused
 _WHOLE = 1 << 31
 """A row length at which no text is cut: a part of a text has no score of its own."""
 
@@ -247,7 +248,7 @@ def _check_rows(data: DataConfig, texts: _Texts) -> None:
         UserError: names the row.
     """
     for value, _, place in _rows_again(data, texts):
-        given = [key for key in ("rewards", "scores", "objectives") if value.get(key) is not None]
+        given = [key for key in _GIVEN if value.get(key) is not None]
         for i, response in enumerate(value.get("responses") or ()):
             if isinstance(response, Mapping):
                 given += [f"responses[{i}].{key}" for key in ("reward", "score") if response.get(key) is not None]
