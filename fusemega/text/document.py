@@ -100,7 +100,7 @@ def parse_row(row: object, ignored: Counter[str] | None = None, told: Counter[st
         shape = ("prompt", "completion")
         (document,) = answered(present, present["prompt"], {"completion": present["completion"]}, ignored)
         shape += ROW_FIELDS if isinstance(document, Chat) else ()
-    elif present.keys() & {"chosen", "rejected"} or {"prompt", "responses"} <= present.keys():
+    elif present.keys() & {"chosen", "rejected", "responses"}:
         document, shape = parse_group(present, ignored)
         shape += ROW_FIELDS if isinstance(document.documents[0], Chat) else ()
     elif "text" in present:

@@ -170,6 +170,8 @@ def _begin_with(prompt: Any, conversations: Sequence[Sequence[Any]]) -> bool:
 
 def _several(row: Mapping[str, Any], weight: Mapping[str, float], ignored: Counter[str] | None) -> Group:
     responses = row["responses"]
+    if "prompt" not in row:
+        raise BadRow("unknown shape", "the row has responses and no prompt; expected prompt with responses")
     if not isinstance(responses, (list, tuple)):
         raise BadRow("wrong type", f"responses is a list of responses, found {kind(responses)}")
     if len(responses) < 2:

@@ -117,6 +117,7 @@ BAD = [
     (PAIR | {"rewards": [1]}, "wrong type", "rewards is a list of 2 numbers, one per response; found 1 of them"),
     (PAIR | {"rewards": [1, 2], "score_chosen": 1, "score_rejected": 2}, "unsupported field", "rewards and score_chos"),
     ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [USER]}, "no assistant turn", "no assistant turn to train"),
+    ({"responses": ["a", "b"], "chosen": "a"}, "unknown shape", "responses and no prompt; expected prompt with"),
     ({"prompt": "x", "responses": "ab"}, "wrong type", "responses is a list of responses, found a string"),
     ({"prompt": "x", "responses": ["a"]}, "empty", "responses has 1; a group has two or more"),
     ({"prompt": "x", "responses": ["a", 1]}, "wrong type", "prompt and responses[1] must both be strings"),
