@@ -215,6 +215,7 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
             if objective == "sft":
                 assert ranks[0][f"sft, {layout}, scored"] == pytest.approx(scored, rel=1e-5), layout
         if objective == "sft":
+            texts = trainer.data.dataset  # what the stores are of
             export_hf(trainer.gpt, work / "alone-hf", checked.source.hf, trainer.world)
     for name in RESUMED:
         assert ranks[0][f"{name}, resumed"] == ranks[0][name][2:], "a resumed curve is bitwise the same"
@@ -238,7 +239,7 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=2e-5, msg=f"{layout}: {name}")
     taught, wanted_rows = Store.open(work / "store-layouts"), Store.open(work / "store")
     assert len(taught) == len(wanted_rows) > 20
-    for sample in trainer.data.dataset:
+    for sample in texts:
         row, wanted_row = taught.get(sample.key), wanted_rows.get(sample.key)
         assert row is not None and wanted_row is not None
         for field in ("ids_hash", "num_bytes", "num_tokens"):
@@ -249,12 +250,12 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
         assert np.median(np.abs(row.logp_PK - wanted_row.logp_PK)) < 1e-5
         assert row.log_residual_P == pytest.approx(wanted_row.log_residual_P, abs=0.1)
         assert row.sum_logp == pytest.approx(wanted_row.sum_logp, rel=1e-5)
-    for sample in trainer.data.dataset:
+    for sample in texts:
         entries = [Store.open(work / name).entry(sample.key) for name in ("sums-layouts", "sums", "store")]
         logp = [entry["sum_logp"] for entry in entries if entry is not None]
         assert logp == pytest.approx([logp[2]] * 3, rel=1e-5)
     drawn, wanted_draws = Store.open(work / "sampled-layouts"), Store.open(work / "sampled")
     assert len(drawn) == len(wanted_draws) > 20 and drawn.manifest == wanted_draws.manifest
-    pairs = [(drawn.get(sample.key), wanted_draws.get(sample.key)) for sample in trainer.data.dataset]
+    pairs = [(drawn.get(sample.key), wanted_draws.get(sample.key)) for sample in texts]
     same = [row is not None and other is not None and (row.ids_PK == other.ids_PK).all() for row, other in pairs]
     assert np.mean(same) > 0.9  # a draw may fall on the border of two ids
