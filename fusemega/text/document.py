@@ -118,7 +118,8 @@ def parse_row(row: object, ignored: Counter[str] | None = None, told: Counter[st
     check_extras(present, (*shape, *NAMES), "the row", ignored)
     if told is not None:
         repeats = ("prompt", "messages") if "messages" in shape else ()  # of what the row says elsewhere
-        told.update(name for name in present if name in NAMES or (name in repeats and name != shape[0]))
+        told.update(name for name in present if name in NAMES and name not in shape)
+        told.update(name for name in repeats if name in present and name != shape[0])
     # A group's weight is a number of its own.
     flags = {name: value for name, value in present.items() if name != "weight" or not isinstance(document, Group)}
     if is_learnt(flags, "the row") is False:

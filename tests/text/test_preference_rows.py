@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,9 @@ def test_the_prompt_of_two_texts_is_what_they_share_as_in_trl() -> None:
 )  # fmt: skip
 def test_numbers_of_responses(row: dict[str, Any], numbers: list[dict[str, float]]) -> None:
     assert list(group(row).scalars) == numbers
+    told: Counter[str] = Counter()
+    parse_row(row | {"id": 3}, told=told)
+    assert told == {"id": 1}, "said to change nothing of what is learnt"
 
 
 def read(path: Path, rows: list[dict[str, Any]], template: str = "chatml", **config: Any) -> TokenizedDataset:
