@@ -149,7 +149,8 @@ def _with_validation(
         row["validation loss"] = found["loss"]
         if "bits_per_byte" in found:  # of text
             row["validation bits per byte"] = found["bits_per_byte"]
-        row |= {f"validation {name}": value for name, value in found.items() if "/" in name or name == "kl"}
+        else:  # of groups: the objective's metrics
+            row |= {f"validation {name}": found[name] for name in found.keys() - {"iteration", "loss", "groups"}}
     return [joined[iteration] for iteration in sorted(joined)]
 
 

@@ -21,6 +21,7 @@ from fusemega.config import validate
 from fusemega.fixtures import data as assets
 from fusemega.hf.export import export_hf
 from fusemega.losses import registry
+from fusemega.losses.preference import Preference
 from fusemega.losses.registry import register
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store
@@ -28,7 +29,7 @@ from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.assembly import open_trainer
 from fusemega.training.run_file import TrainRun
 from tests.distributed.launch import run_ranks
-from tests.distributed.workers.training import compared
+from tests.distributed.workers.training import compared, groups_scored
 from tests.losses.pairwise import Pairwise, PairwiseScores, write_groups, write_scalar
 from tests.losses.preferences import write_sources
 from tests.losses.sequence_mean import SequenceMean
@@ -199,6 +200,7 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
         assert len(losses) == LOSSES.get(objective, 3)
+        groups = groups_scored(trainer) if isinstance(checked.objective, Preference) else None
         if objective == "sft":
             scored = compared(trainer, objectives["online_distill"]["teacher"])
             assert scored["kl"] > 0.01 and 0 < scored["same_top_1"] < 1
@@ -212,6 +214,8 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
                 for name in checked.objective.statistics:  # differences of sums
                     assert row[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-4), (objective, layout, name)
                 assert row["grad-norm"] == pytest.approx(wanted["grad-norm"], rel=1e-4), (objective, layout)
+            if groups is not None:
+                assert ranks[0][f"{objective}, {layout}, scored"] == pytest.approx(groups, rel=1e-4, abs=1e-4)
             if objective == "sft":
                 assert ranks[0][f"sft, {layout}, scored"] == pytest.approx(scored, rel=1e-5), layout
         if objective == "sft":

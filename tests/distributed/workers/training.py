@@ -25,9 +25,11 @@ from fusemega.checkpoint.open_model import ModelConfig, ModelSource
 from fusemega.checkpoint.training_state import training_state
 from fusemega.config import validate
 from fusemega.hf.export import export_hf
+from fusemega.losses.preference import Preference
 from fusemega.losses.registry import register
 from fusemega.passes.frozen import FrozenModel
 from fusemega.scoring.evaluation import evaluate_model
+from fusemega.scoring.preferences import evaluate_groups
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.training import optimizer
 from fusemega.training.assembly import open_trainer
@@ -48,6 +50,14 @@ def compared(trainer: Trainer, reference: dict[str, Any]) -> dict[str, float]:
     source = ModelSource(validate(ModelConfig, reference, "reference"), trainer.run.parallel, dist.get_world_size())
     teacher = FrozenModel.build(source, "hidden", trainer.gpt, world)
     return evaluate_model(trainer.gpt, data.dataset, data.shape, world, teacher).model_dump()
+
+
+def groups_scored(trainer: Trainer) -> dict[str, float]:
+    """What an evaluation of the groups that are trained on finds."""
+    complete_parameters(trainer.ddp)
+    data, objective = trainer.data, trainer.objective.for_data(trainer.data.dataset)
+    objective.begin_step(trainer.iteration, trainer.train_iters)
+    return evaluate_groups(trainer.gpt, data.dataset, data.shape, trainer.world, objective, trainer.frozen).row
 
 
 def scored_and_exported(trainer: Trainer, hf: Path, source: Path, reference: dict[str, Any] | None) -> dict[str, float]:
@@ -111,6 +121,8 @@ def main() -> None:
         found[name] = take(trainer, 2)
         trainer.save()
         found[name] += take(trainer, 2)
+        if isinstance(checked.objective, Preference):
+            found[f"{name}, scored"] = groups_scored(trainer)
         if checked.objective.terms == ("lm",):
             found[f"{name}, scored"] = scored_and_exported(
                 trainer,
