@@ -25,6 +25,7 @@ from fusemega.models.stages import check_layout, stage_layers
 from fusemega.runtime.console import global_rank, phase, say
 from fusemega.runtime.parallel import ParallelConfig, World
 from fusemega.runtime.precision import Precision
+from fusemega.runtime.shared_prompts import sharing_problem
 from fusemega.runtime.together import on_main
 from fusemega.text.tokenizer import Tokenizer
 
@@ -123,6 +124,20 @@ class ModelSource:
                 f"{self.config.load}: a language model; its head is replaced by a new score.weight, drawn from the seed"
             )
         return made
+
+    def check_sharing(self, key: str) -> None:
+        """Refuses rows with shared prompts where this model cannot run them.
+
+        Args:
+            key: of the run file, for the message.
+
+        Raises:
+            UserError: says why, and what is allowed.
+        """
+        head_size = self.architecture.transformer_config["kv_channels"]
+        problem = sharing_problem(self._parallel, bool(self.kernels.fp8), head_size)
+        if problem is not None:
+            raise UserError(f"{key}: cannot be true here: {problem}")
 
     def weights_hash(self) -> str:
         """See `weights_hash`."""

@@ -41,7 +41,7 @@ def command(
 
     from fusemega.files.output import new_file
     from fusemega.text.data import DataConfig, Source
-    from fusemega.text.dataset import row_progress
+    from fusemega.text.row_progress import row_progress
     from fusemega.text.split import Splitter
     from fusemega.text.tokenizer import Tokenizer
 

@@ -86,7 +86,10 @@ def _packing(run: TrainRun, rows: Rows) -> list[RenderableType]:
     tokens = sum(batch.tokens.numel() for batch in batches)
     drawings: list[RenderableType] = [
         Text("The first update, on one data-parallel rank", style="bold"),
-        Text(f"{len(batches)} micro-batch(es) of {tokens} tokens; a colour is a sample, · is padding"),
+        Text(
+            f"{len(batches)} micro-batch(es) of {tokens} tokens; a colour is a sample, · is padding"
+            + (", = is shared by the samples after it" if run.training.share_prefix else "")
+        ),
     ]
     for number, batch in enumerate(batches, start=1):
         drawings += _micro_batch(number, batch)
@@ -97,15 +100,23 @@ def _micro_batch(number: int, batch: MicroBatch) -> list[RenderableType]:
     lengths, total = np.diff(batch.bounds), batch.tokens.numel()
     supervised = batch.sequence_tokens.tolist()
     bar, legend = Text(), Text()
-    for i, length in enumerate(lengths.tolist()):
+    prompts = {start for start, end in batch.prefixes if end > start}
+    segments = zip(batch.bounds, lengths.tolist(), strict=False)
+    i = -1  # the sample
+    for start, length in segments:
         width = max(1, round(_BAR * length / total))
+        if start in prompts:
+            bar.append("=" * width)
+            legend.append(f"{'  ' if start else ''}{length} shared by")
+            continue
+        i += 1
         if i >= len(batch.sources):
             bar.append("·" * width)
             legend.append(f"  {length} of padding")
             continue
         colour = _COLOURS[i % len(_COLOURS)]
         bar.append("█▓▒░"[i % 4] * width, colour)
-        legend.append(f"{'  ' if i else ''}{batch.sources[i]}", colour)
+        legend.append(f"{'  ' if start else ''}{batch.sources[i]}", colour)
         legend.append(f" {length} ({supervised[i]} supervised)")
     grouped = (
         ""

@@ -41,7 +41,14 @@ class Rows:
         """
         source = ModelSource(run.model, ParallelConfig(), 1, run.data.chat_template, ("vocabulary", *REWARD))
         cache = cache_folder() / "data"
-        dataset = prepare(data or run.data, source.tokenizer, cache, vocab_size=source.vocab_size, progress=True)
+        dataset = prepare(
+            data or run.data,
+            source.tokenizer,
+            cache,
+            vocab_size=source.vocab_size,
+            progress=True,
+            share_prefix=run.training.share_prefix,
+        )
         return cls(dataset, source.tokenizer, source)
 
 

@@ -17,7 +17,7 @@ from fusemega.runtime.together import on_main
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.order import sample_ids
-from fusemega.text.packing import deal, micro_batch_tokens, pack, padded
+from fusemega.text.packing import deal, micro_batch_tokens, pack, padded, room, shared_beginning
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
 
@@ -35,6 +35,7 @@ class RowShape:
         pad_id: token id of the padding.
         unit: a micro-batch's tokens are a multiple of it (`Precision.row_unit`).
         unscored_id: of a reward model, id that it takes for padding: a sequence's score is not read there.
+        share_prefix: whether what the samples of a group begin with lies in its row once.
     """
 
     seq_length: int
@@ -43,6 +44,7 @@ class RowShape:
     pad_id: int
     unit: int
     unscored_id: int | None = None
+    share_prefix: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class GlobalBatch:
         micro_batches: in order; every rank has the same number.
         samples: the samples of each micro-batch, in the order of its supervised positions. They are whole even if
             context parallelism gives this rank only a part of their tokens.
-        num_tokens: tokens of all samples on all ranks, padding not counted.
+        num_tokens: tokens of all samples on all ranks, padding not counted; those of a shared beginning count for each.
     """
 
     micro_batches: list[MicroBatch]
@@ -75,9 +77,10 @@ def global_batch(
     """
     multiple = world.layout.segment_multiple
     lengths = dataset.lengths[np.concatenate([np.asarray(group, dtype=np.int64) for group in groups])]
-    starts = np.cumsum([0, *(len(group) for group in groups)])[:-1]
+    sizes = [len(group) for group in groups]
+    shared = [_shared(dataset, group) if shape.share_prefix else 0 for group in groups]
     # Attention's work grows with the square of a sample's length; `deal` gives all ranks about equal work.
-    places, work = np.add.reduceat(padded(lengths, multiple), starts), np.add.reduceat(lengths**2, starts)
+    places, work = room(lengths, sizes, shared, multiple)
     bins = pack(places, shape.seq_length, shape.packing)
     hands = deal(bins, work, world.dp_size, shape.micro_batch_size, world.layout.micro_batch_multiple)
     micro_batches, samples = [], []
@@ -86,7 +89,7 @@ def global_batch(
     hand = hands[world.dp_rank]
     for bins, tokens in zip(hand, micro_batch_tokens(hand, places, shape.unit, world.pp_size > 1), strict=True):
         held = [[dataset[int(i)] for i in groups[number]] for row in bins for number in row]
-        batch = collate(held, fields, tokens, shape.pad_id, like, multiple, shape.unscored_id)
+        batch = collate(held, fields, tokens, shape.pad_id, like, multiple, shape.unscored_id, shape.share_prefix)
         if world.cp_size > 1:
             batch = batch.context_part(world.cp_rank, world.cp_size)
         micro_batches.append(batch.pinned() if world.device.type == "cuda" else batch)
@@ -131,36 +134,58 @@ class TrainingData:
         return iteration * self.global_batch_size
 
 
-def check_groups(dataset: TokenizedDataset, seq_length: int, parallel: ParallelConfig) -> None:
-    """Refuses a group that does not fit in one row once each of its samples is padded as the layout asks.
+def _shared(dataset: TokenizedDataset, group: Sequence[int]) -> int:
+    """How many tokens the samples of a group begin with."""
+    return shared_beginning([dataset.ids(int(i)) for i in group])
+
+
+def check_groups(
+    dataset: TokenizedDataset, seq_length: int, parallel: ParallelConfig, share_prefix: bool = False
+) -> None:
+    """Refuses a group that does not fit in one row once each of its segments is padded as the layout asks.
 
     Raises:
         UserError: names the row.
     """
     multiple = parallel.segment_multiple
-    places = np.add.reduceat(padded(dataset.lengths, multiple), dataset.starts)
+    sizes = np.diff([*dataset.starts, len(dataset)])
+    shared = np.zeros(len(sizes), dtype=np.int64)
+    places, _ = room(dataset.lengths, sizes, shared, multiple)
+    if share_prefix:
+        for number in np.flatnonzero(places > seq_length):
+            shared[number] = _shared(dataset, dataset.unit(int(number)))
+        places, _ = room(dataset.lengths, sizes, shared, multiple)
     longest = int(places.argmax())
     if places[longest] > seq_length:
         source = dataset[dataset.unit(longest)[0]].source
+        once = f", {shared[longest]} of them shared" if share_prefix else ""
         raise UserError(
-            f"{source}: its {len(dataset.unit(longest))} responses take {places[longest]} tokens, each padded to a "
+            f"{source}: its {sizes[longest]} responses take {places[longest]} tokens{once}, each padded to a "
             f"multiple of {multiple} for context_parallel_size {parallel.context_parallel_size}, more than "
             f"data.seq_length ({seq_length}): a group lies in one row; data.max_length: "
-            f"{seq_length // len(dataset.unit(longest)) // multiple * multiple} would let it fit"
+            f"{_fitting(seq_length, sizes[longest], shared[longest], multiple)} would let it fit"
         )
 
 
+def _fitting(seq_length: int, size: int, shared: int, multiple: int) -> int:
+    """The most tokens that each of `size` samples may have in a row, with `shared` of them in it once."""
+    left = seq_length - int(padded(shared, multiple))
+    return int(shared + left // size // multiple * multiple)
+
+
 def prepare_together(
-    config: DataConfig, tokenizer: Tokenizer, cache: Path, vocab_size: int, world: World
+    config: DataConfig, tokenizer: Tokenizer, cache: Path, vocab_size: int, world: World, share_prefix: bool = False
 ) -> TokenizedDataset:
     """The tokenized data on every rank: the main one builds the cache, the others open it. Collective.
+
+    Args: as those of `prepare`.
 
     Raises:
         UserError: as `fusemega.text.dataset.prepare`, on every rank.
     """
 
     def build() -> None:
-        prepare(config, tokenizer, cache, vocab_size=vocab_size, progress=True)
+        prepare(config, tokenizer, cache, vocab_size=vocab_size, progress=True, share_prefix=share_prefix)
 
     on_main(world, build)
-    return prepare(config, tokenizer, cache, vocab_size=vocab_size)
+    return prepare(config, tokenizer, cache, vocab_size=vocab_size, share_prefix=share_prefix)

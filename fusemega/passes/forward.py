@@ -166,7 +166,8 @@ def whole_positions(part: torch.Tensor, batch: MicroBatch, world: World) -> torc
 
 
 def _packed(batch: MicroBatch) -> PackedSeqParams:
-    bounds, longest, is_part = known(batch.cu_seqlens, batch.bounds), batch.max_seqlen, batch.kept is not None
+    bounds = known(batch.cu_seqlens, batch.bounds, batch.prefixes)
+    longest, is_part = batch.max_seqlen, batch.kept is not None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,

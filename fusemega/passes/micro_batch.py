@@ -3,6 +3,9 @@
 Everything in it belongs to one of these: a supervised position, a sequence (a sample), a group of sequences (a pair, or
 the responses to one prompt), or a comparison inside a group. A sequence that is in no group is a group of its own.
 
+The tokens that all sequences of a group begin with may lie in the row once, as a segment that the others continue. The
+hidden state of its last token then predicts the first own token of each, and so belongs to several positions.
+
 Shape suffixes: T tokens of the row (R of them on this context-parallel rank), N supervised positions, S sequences,
 B groups, C comparisons, K sequences of a comparison, L tokens of a sequence, P supervised positions of one, M sums of a
 sequence. N, S, B and C may be 0.
@@ -20,7 +23,8 @@ from torch import Tensor
 
 from fusemega.passes.answers import Answer
 from fusemega.runtime.context_parallel import zigzag
-from fusemega.text.packing import padded
+from fusemega.runtime.segments import NO_PREFIX, Prefix
+from fusemega.text.packing import padded, shared_beginning
 from fusemega.text.sample import Sample
 
 Arrays = Mapping[str, np.ndarray]
@@ -69,12 +73,16 @@ class MicroBatch:
     """One packed row, or this context-parallel rank's part of it.
 
     Attributes:
-        tokens, position_ids: int64 [1, T]; positions restart at each segment. Under context parallelism [1, R].
-        cu_seqlens: int32 [segments + 1], where the segments of the whole row begin and end: the sequences, each padded
-            inside its own segment where the layout asks for it, and the padding at the row's end.
+        tokens, position_ids: int64 [1, T]; positions restart at each segment, or go on from what it continues. Under
+            context parallelism [1, R].
+        cu_seqlens: int32 [segments + 1], where the segments of the whole row begin and end: the sequences (before those
+            that share a beginning, this), each padded inside its own segment where the layout asks for it, and the
+            padding at the row's end.
         bounds: the same numbers on the host, where reading them needs no wait for the device.
-        max_seqlen: tokens of the longest segment.
-        positions: int64 [N], indices into T (into R) of the tokens whose next token is supervised.
+        prefixes: for each segment, the tokens of the row that it continues; on the host.
+        max_seqlen: tokens of the longest segment, with what it continues.
+        positions: int64 [N], indices into T (into R) of the tokens whose next token is supervised; one index for each
+            sequence, so of a shared token several times.
         labels: int64 [N], those next tokens.
         sequences: int64 [N], the sequence that each position belongs to.
         sequence_tokens: int64 [S], how many supervised positions each sequence has, on all context-parallel ranks.
@@ -97,6 +105,7 @@ class MicroBatch:
     position_ids: Tensor
     cu_seqlens: Tensor
     bounds: tuple[int, ...]
+    prefixes: tuple[Prefix, ...]
     max_seqlen: int
     positions: Tensor
     labels: Tensor
@@ -194,36 +203,41 @@ def collate(
     like: FieldShapes,
     multiple: int = 1,
     unscored_id: int | None = None,
+    share_prefix: bool = False,
 ) -> MicroBatch:
     """One micro-batch, whole and in host memory: its samples one after the other, then padding up to T = `num_tokens`.
 
     Args:
         groups: the samples of each group.
-        multiple: each sample's segment is padded to a multiple of this.
+        multiple: each segment is padded to a multiple of this.
         unscored_id: a sequence's last token is the last that is not this one; None: the last of all.
+        share_prefix: what all samples of a group begin with lies in the row once.
 
     Raises:
         ValueError: the samples do not fit; a field lacks an entry for a supervised position, or its shape varies.
     """
-    tokens = np.full(num_tokens, pad_id, dtype=np.int64)
-    bounds = [0]
+    row = _Row(np.full(num_tokens, pad_id, dtype=np.int64), multiple)
     samples = [sample for group in groups for sample in group]
-    positions: list[np.ndarray] = []
-    last_tokens: list[int] = []
-    token_fields: list[Arrays] = []
-    for sample in samples:
-        place, end = bounds[-1], bounds[-1] + int(padded(len(sample.ids), multiple))
-        if end > num_tokens:
-            raise ValueError(f"{sample.source}: the samples of a micro-batch exceed {num_tokens} tokens")
-        tokens[place : place + len(sample.ids)] = sample.ids
-        positions.append(place + sample.positions)
-        last_tokens.append(place + _last_token(sample.ids, unscored_id))
-        token_fields.append({name: place + indices for name, indices in fields.token_fields(sample).items()})
-        bounds.append(end)
-    # The padding at the end is a segment too, because cu_seqlens must cover the whole row.
-    if bounds[-1] < num_tokens:
-        bounds.append(num_tokens)
-    segments = np.diff(bounds)
+    places: list[np.ndarray] = []  # [L] of each sample: where in the row its tokens are
+    for group in groups:
+        shared = shared_beginning([sample.ids for sample in group]) if share_prefix else 0
+        prefix = NO_PREFIX
+        if shared:
+            start = row.lay(group[0].ids[:shared], NO_PREFIX, group[0].source)
+            prefix = start, start + shared
+        for sample in group:
+            own = row.lay(sample.ids[shared:], prefix, sample.source)
+            places.append(np.append(np.arange(*prefix), np.arange(own, own + len(sample.ids) - shared)))
+    row.close()
+    segments = np.diff(row.bounds)
+    before = np.array([end - start for start, end in row.prefixes])
+    positions = [place[sample.positions] for place, sample in zip(places, samples, strict=True)]
+    labels = [sample.ids[sample.positions + 1] for sample in samples]
+    last_tokens = [place[_last_token(sample.ids, unscored_id)] for place, sample in zip(places, samples, strict=True)]
+    token_fields: list[Arrays] = [
+        {name: place[indices] for name, indices in fields.token_fields(sample).items()}
+        for place, sample in zip(places, samples, strict=True)
+    ]
     where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
     counts = np.array([len(part) for part in positions], dtype=np.int64)
     sizes = np.array([len(group) for group in groups], dtype=np.int64)
@@ -239,13 +253,14 @@ def collate(
         parts = [part for group in groups for part in fields.token_weights(group) or ()]
         weights = torch.from_numpy(np.concatenate([like.weights[:0], *parts]))
     return MicroBatch(
-        tokens=torch.from_numpy(tokens)[None],
-        position_ids=torch.from_numpy(np.arange(len(tokens)) - np.repeat(bounds[:-1], segments))[None],
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        bounds=tuple(bounds),
-        max_seqlen=int(segments.max()),
+        tokens=torch.from_numpy(row.tokens)[None],
+        position_ids=torch.from_numpy(np.arange(num_tokens) - np.repeat(row.bounds[:-1] - before, segments))[None],
+        cu_seqlens=torch.tensor(row.bounds, dtype=torch.int32),
+        bounds=tuple(row.bounds),
+        prefixes=tuple(row.prefixes),
+        max_seqlen=int((segments + before).max()),
         positions=torch.from_numpy(where),
-        labels=torch.from_numpy(tokens[where + 1]),
+        labels=torch.from_numpy(np.concatenate([*labels, where[:0]]).astype(np.int64)),
         sequences=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
         sequence_tokens=torch.from_numpy(counts),
         last_tokens=torch.tensor(last_tokens, dtype=torch.int64),
@@ -267,6 +282,36 @@ def _last_token(ids: np.ndarray, unscored_id: int | None) -> int:
     """Index of the last token that is not `unscored_id`; 0 if all are, as in transformers."""
     scored = np.flatnonzero(ids != unscored_id) if unscored_id is not None else np.arange(len(ids))
     return int(scored[-1]) if len(scored) else 0
+
+
+class _Row:
+    """A row's tokens and segments, as they are laid into it.
+
+    Args:
+        tokens: int64 [T], of padding.
+        multiple: what each segment is padded to.
+    """
+
+    def __init__(self, tokens: np.ndarray, multiple: int) -> None:
+        self.tokens, self._multiple = tokens, multiple
+        self.bounds = [0]
+        self.prefixes: list[Prefix] = []
+
+    def lay(self, ids: np.ndarray, prefix: Prefix, source: str) -> int:
+        """Adds a segment, and returns where it begins. Raises ValueError, with the source, if it does not fit."""
+        start, end = self.bounds[-1], self.bounds[-1] + int(padded(len(ids), self._multiple))
+        if end > len(self.tokens):
+            raise ValueError(f"{source}: the samples of a micro-batch exceed {len(self.tokens)} tokens")
+        self.tokens[start : start + len(ids)] = ids
+        self.bounds.append(end)
+        self.prefixes.append(prefix)
+        return start
+
+    def close(self) -> None:
+        """Makes the padding at the end a segment too, because cu_seqlens must cover the whole row."""
+        if self.bounds[-1] < len(self.tokens):
+            self.bounds.append(len(self.tokens))
+            self.prefixes.append(NO_PREFIX)
 
 
 def _joined(parts: Sequence[Arrays], like: Arrays, join: Callable[[list[np.ndarray]], np.ndarray]) -> dict[str, Tensor]:

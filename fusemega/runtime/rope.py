@@ -63,13 +63,13 @@ def install() -> None:
 
 
 def _angles(freqs_S11D: Tensor, segments: Segments, rank: int, size: int) -> Tensor:
-    """Angles [T, 1, D] of this rank's tokens. Positions restart at each segment; CP ranks have two pieces of each."""
-    if size == 1:
-        return torch.cat([freqs_S11D[:length, 0] for length in segments.lengths])
+    """Angles [T, 1, D] of this rank's tokens. Positions restart at each segment, or go on from the end of what it
+    continues; CP ranks have two pieces of each."""
+    pieces = (0,) if size == 1 else (rank, 2 * size - 1 - rank)
     parts = []
-    for length in segments.lengths:
-        piece = length // (2 * size)
-        parts += [freqs_S11D[at * piece : (at + 1) * piece, 0] for at in (rank, 2 * size - 1 - rank)]
+    for before, length in zip(segments.before, segments.lengths, strict=True):
+        piece = length if size == 1 else length // (2 * size)
+        parts += [freqs_S11D[before + at * piece : before + (at + 1) * piece, 0] for at in pieces]
     return torch.cat(parts)
 
 

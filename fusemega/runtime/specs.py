@@ -31,6 +31,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from fusemega.runtime.context_parallel import gather_row
 from fusemega.runtime.cpu_ops import rms_norm, swiglu
 from fusemega.runtime.segments import Segments, segments_of
+from fusemega.runtime.shared_prompts import attend_with_prefixes
 
 _BLOCK = 512  # queries that share one mask, [block, the keys they see] bits
 
@@ -72,7 +73,8 @@ class SDPAttention(MegatronModule):
     A packed row ("thd") is one attention call a run of equally long segments: block-diagonal without ever holding a
     [T, T] mask, and no work between segments. In a layer with a sliding window (`config.window_size` = (W, 0): a query
     sees W tokens before itself), a segment longer than the window goes block of queries by block, each against the keys
-    it can see.
+    it can see. The responses to a shared prompt attend to its keys and their own; on a GPU such a row is one call of
+    `shared_prompts`.
 
     Under context parallelism, which takes packed rows only, keys and values of the whole row are gathered, and each of
     the two pieces of a segment that this rank holds attends to those up to its end.
@@ -127,15 +129,26 @@ class SDPAttention(MegatronModule):
             query_BNSD, key_BGSD, value_BGSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             out_BNSD = self._attend(query_BNSD, key_BGSD, value_BGSD)
             return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+        segments = segments_of(packed_seq_params.cu_seqlens_q)
         if self.cp_group is not None:
-            return self._shared_row(query, key, value, segments_of(packed_seq_params.cu_seqlens_q))
-        runs = segments_of(packed_seq_params.cu_seqlens_q).runs
+            return self._shared_row(query, key, value, segments)
+        if segments.has_prefixes and query.is_cuda:
+            return attend_with_prefixes(query, key, value, segments, self.window, self.softmax_scale)
+        sizes = [run.length * run.number for run in segments.runs]
+        queries, keys, values = (
+            [
+                part.unflatten(0, (run.number, run.length)).transpose(1, 2)
+                for run, part in zip(segments.runs, t.split(sizes), strict=True)
+            ]
+            for t in (query, key, value)
+        )
         parts = []
-        for (length, count), *run in zip(
-            runs, *(t.split([length * count for length, count in runs]) for t in (query, key, value)), strict=True
-        ):
-            out_BNSD = self._attend(*(t.unflatten(0, (count, length)).transpose(1, 2) for t in run))
-            parts.append(out_BNSD.transpose(1, 2).flatten(0, 1))
+        for place, run in enumerate(segments.runs):
+            seen = [keys[place], values[place]]
+            if run.prompt is not None:
+                prompt = (t[run.prompt][:, :, : run.seen].expand(run.number, -1, -1, -1) for t in (keys, values))
+                seen = [torch.cat(pair, dim=2) for pair in zip(prompt, seen, strict=True)]
+            parts.append(self._attend(queries[place], *seen).transpose(1, 2).flatten(0, 1))
         return torch.cat(parts).flatten(1)
 
     def _shared_row(
@@ -149,11 +162,12 @@ class SDPAttention(MegatronModule):
         both_T2GD = gather_row(torch.stack([key_RGD, value_RGD], dim=1), order, self.cp_group)
         key_TGD, value_TGD = both_T2GD.unbind(1)
         parts, place = [], 0
-        for start, segment in zip(segments.bounds, segments.lengths, strict=False):
+        for start, segment, (first, end) in zip(segments.bounds, segments.lengths, segments.prefixes, strict=False):
             length = segment // (2 * size)
             for piece in (rank, 2 * size - 1 - rank):
-                seen = slice(start, start + (piece + 1) * length)
-                parts.append(self._segment(query_RND[place : place + length], key_TGD[seen], value_TGD[seen]))
+                own = slice(start, start + (piece + 1) * length)
+                seen = [torch.cat([t[first:end], t[own]]) if end > first else t[own] for t in (key_TGD, value_TGD)]
+                parts.append(self._segment(query_RND[place : place + length], *seen))
                 place += length
         return torch.cat(parts).flatten(1)
 
@@ -247,8 +261,12 @@ def block_spec(
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
+        from fusemega.runtime.te_attention import PrefixDotProductAttention
+
         def te_spec(kind: tuple[bool, bool]) -> ModuleSpec:
-            return _with_blocks(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), *kind)
+            spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+            spec.submodules.self_attention.submodules.core_attention = PrefixDotProductAttention
+            return _with_blocks(spec, *kind)
 
         return TransformerBlockSubmodules(layer_specs=[te_spec(kind) for kind in kinds], layer_norm=TENorm)
     return TransformerBlockSubmodules(layer_specs=[layer_spec(config, *kind) for kind in kinds], layer_norm=RMSNorm)

@@ -11,7 +11,7 @@ templates.py  a chat template, rendered within a budget (by template_process.py,
 chat.py       a conversation -> rendered text; spans.py: where its contents lie in it
 sample.py     one tokenization + spans -> windows of tokens, their keys and coordinates
 truncation.py  the part of a group's samples that fits in a row
-dataset.py    all samples of a data set, tokenized once, memory-mapped
+dataset.py    all samples of a data set, tokenized once, memory-mapped; row_progress.py: rows done, shown
 order.py      which samples make up step n
 packing.py    a global batch -> the rows of every rank's micro-batches
 """

@@ -9,15 +9,13 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
@@ -25,6 +23,7 @@ from fusemega.runtime.console import debug, phase, say
 from fusemega.text.chat import ChatRenderer, Rendered, render_text
 from fusemega.text.data import DataConfig, RawRow, Source
 from fusemega.text.document import SCALARS, BadRow, Chat, Document, Dropped, Group, canonical, parse_row
+from fusemega.text.row_progress import row_progress
 from fusemega.text.sample import Annotated, Sample, annotate, cut
 from fusemega.text.templates import OverBudget
 from fusemega.text.tokenizer import Tokenizer
@@ -100,7 +99,7 @@ class TokenizedDataset:
         entry, tokens = self._index[i], slice(int(self._offsets[i]), int(self._offsets[i + 1]))
         return Sample(
             key=entry["key"].tobytes(),
-            ids=np.asarray(self._columns["ids"][tokens]),
+            ids=self.ids(i),
             supervised=np.asarray(self._columns["supervised"][tokens]),
             end_bytes=np.asarray(self._columns["end_bytes"][tokens]),
             num_bytes=int(entry["num_bytes"]),
@@ -109,6 +108,10 @@ class TokenizedDataset:
             group=None if entry["group"] < 0 else int(entry["group"]),
             scalars={name: float(entry[name]) for name in SCALARS if not np.isnan(entry[name])},
         )
+
+    def ids(self, i: int) -> np.ndarray:
+        """int32 [L], the tokens of sample `i`."""
+        return np.asarray(self._columns["ids"][int(self._offsets[i]) : int(self._offsets[i + 1])])
 
     @property
     def is_grouped(self) -> bool:
@@ -169,6 +172,7 @@ def prepare(
     *,
     vocab_size: int | None = None,
     progress: bool = False,
+    share_prefix: bool = False,
 ) -> TokenizedDataset:
     """The data set's samples, from the cache or tokenized now.
 
@@ -179,6 +183,7 @@ def prepare(
     Args:
         vocab_size: the model's; ids beyond it make a row bad. None: not checked.
         progress: show rows done on stderr, where that is a terminal, and say there once what was left out.
+        share_prefix: a group is as long as its samples with what they all begin with once.
 
     Raises:
         UserError: an unreadable file; a bad row under `on_bad_row: error` ("file:row: ..."); no usable sample.
@@ -192,6 +197,7 @@ def prepare(
         "template": tokenizer.template_hash,
         "config": config.model_dump(exclude={"path", "name", "split", "chat_template"}),  # the content says which
         "vocab_size": vocab_size,
+        **({"share_prefix": True} if share_prefix else {}),
     }
     fingerprint = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = Path(cache_dir) / fingerprint
@@ -199,7 +205,7 @@ def prepare(
         debug(f"{source.names[0]}{', ...' if len(source.names) > 1 else ''}: tokenized before, in {folder}")
     else:
         with phase(f"{len(source.names)} file(s) of rows are tokenized into {folder}"):
-            _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size), progress)
+            _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size, share_prefix), progress)
     dataset = TokenizedDataset(folder, source.names, config)
     for name in ("max_length", "truncation"):
         if name in config.model_fields_set and not dataset.is_grouped:
@@ -226,7 +232,10 @@ def _say_left_out(names: tuple[str, ...], dataset: TokenizedDataset) -> None:
 class _Tokenize:
     """Rows -> samples, counting what is skipped."""
 
-    def __init__(self, config: DataConfig, source: Source, tokenizer: Tokenizer, vocab_size: int | None) -> None:
+    def __init__(
+        self, config: DataConfig, source: Source, tokenizer: Tokenizer, vocab_size: int | None, share_prefix: bool
+    ) -> None:
+        self._share_prefix = share_prefix
         self.config, self.source, self.tokenizer, self.vocab_size = config, source, tokenizer, vocab_size
         self.skipped: Counter[str] = Counter()
         self.ignored: Counter[str] | None = Counter() if config.unknown_fields == "ignore" else None
@@ -291,7 +300,7 @@ class _Tokenize:
     def _group(
         self, group: Group, tokens: Sequence[Annotated], parts: Sequence[tuple[bytes, Rendered]], row: RawRow
     ) -> list[Sample]:
-        samples, left_out = group_samples(tokens, parts, self.config, self._place(row))
+        samples, left_out = group_samples(tokens, parts, self.config, self._place(row), self._share_prefix)
         if left_out:
             self._cut.update(rows=1, tokens=left_out)
         found = []
@@ -384,13 +393,3 @@ def _write(partial: Path, source: Source, tokenize: _Tokenize, progress: bool) -
         "sources": sources,
     }
     (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def row_progress(what: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A function that gets the number of rows done, and shows it on stderr if that is a terminal."""
-    columns = (SpinnerColumn(), TextColumn(what), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda rows: bar.advance(task, rows)

@@ -22,6 +22,38 @@ def padded(lengths: Sequence[int] | np.ndarray | int, multiple: int) -> np.ndarr
     return -(-np.asarray(lengths, dtype=np.int64) // multiple) * multiple
 
 
+def shared_beginning(ids: Sequence[np.ndarray]) -> int:
+    """How many tokens all of several sequences begin with; each keeps at least one token of its own.
+
+    >>> shared_beginning([np.array([5, 6, 7, 1]), np.array([5, 6, 8])]), shared_beginning([np.array([5, 6])])
+    (2, 0)
+    """
+    if len(ids) < 2:
+        return 0
+    shared = min(map(len, ids)) - 1
+    for other in ids[1:]:
+        differs = np.flatnonzero(ids[0][:shared] != other[:shared])
+        shared = int(differs[0]) if len(differs) else shared
+    return shared
+
+
+def room(
+    lengths: np.ndarray, sizes: Sequence[int] | np.ndarray, shared: Sequence[int] | np.ndarray, multiple: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each group: how many tokens of a row it takes up, and its attention's work (squared lengths), int64 both.
+
+    Args:
+        lengths: int64, of the samples, group by group.
+        sizes: samples of each group.
+        shared: tokens that each group's samples begin with and that lie in the row once; 0 for none.
+        multiple: what each segment of a row is padded to.
+    """
+    starts, shared = np.cumsum([0, *sizes])[:-1], np.asarray(shared, dtype=np.int64)
+    each = np.repeat(shared, sizes)
+    places = np.add.reduceat(padded(lengths - each, multiple), starts) + padded(shared, multiple)
+    return places, np.add.reduceat(lengths**2 - each**2, starts) + shared**2
+
+
 def pack(lengths: Sequence[int] | np.ndarray, seq_length: int, packed: bool) -> list[Bin]:
     """Indices of the samples in each bin: first fit by falling length (ties in order); or one sample a bin.
 

@@ -16,11 +16,17 @@ from fusemega.text.chat import Rendered
 from fusemega.text.conversation import Dropped
 from fusemega.text.data import DataConfig, Truncation
 from fusemega.text.fields import BadRow
+from fusemega.text.packing import shared_beginning
 from fusemega.text.sample import Annotated, Sample, part
 
 
 def kept_parts(
-    lengths_S: Sequence[int], first_S: Sequence[int], seq_length: int, max_length: int | None, truncation: Truncation
+    lengths_S: Sequence[int],
+    first_S: Sequence[int],
+    seq_length: int,
+    max_length: int | None,
+    truncation: Truncation,
+    shared: int = 0,
 ) -> list[tuple[int, int]] | None:
     """[begin, end) of the tokens to keep of each response with its prompt; None: the group is to be left out.
 
@@ -29,24 +35,30 @@ def kept_parts(
         [(0, 5), (0, 20), (0, 20)]
         >>> kept_parts([5, 20], [4, 4], 45, 18, "keep_end")
         [(2, 5), (2, 20)]
+        >>> kept_parts([5, 20, 30], [4, 4, 4], 47, None, "keep_start", shared=4)  # the prompt is in the row once
+        [(0, 5), (0, 20), (0, 30)]
 
     Args:
         lengths_S: tokens of each response with its prompt.
         first_S: the first token of each that is trained on.
         seq_length: tokens of a row, which the group fits in afterwards.
         max_length: most tokens of one response with its prompt; None: only the row limits it.
+        shared: tokens of the prompt that lie in the row once.
 
     Raises:
         BadRow: the prompt would leave a response no token, or the responses leave the prompt none.
     """
     most = max(lengths_S) if max_length is None else max_length
-    if sum(lengths_S) <= seq_length and max(lengths_S) <= most:
-        return [(0, length) for length in lengths_S]
     count = len(lengths_S)
+    own_S = [length - shared for length in lengths_S]
+    over = sum(own_S) + shared - seq_length
+    if over <= 0 and max(lengths_S) <= most:
+        return [(0, length) for length in lengths_S]
     if truncation == "drop":
         return None
     if truncation == "keep_end":
-        cut = max(max(lengths_S) - most, -(-(sum(lengths_S) - seq_length) // count))
+        # What is shared is cut once, what is not for each response.
+        cut = max(max(lengths_S) - most, over if over <= shared else shared - (shared - over) // count)
         if cut >= min(first_S):
             raise BadRow(
                 "responses over the limit",
@@ -55,7 +67,7 @@ def kept_parts(
                 f"({_limits(seq_length, max_length)})",
             )
         return [(cut, length) for length in lengths_S]
-    limit = _level(lengths_S, seq_length, most)
+    limit = shared + _level(own_S, seq_length - shared, most - shared)
     if limit <= max(first_S):
         raise BadRow(
             "prompt over the limit",
@@ -70,6 +82,7 @@ def group_samples(
     parts: Sequence[tuple[bytes, Rendered]],
     config: DataConfig,
     source: str,
+    share_prefix: bool = False,
 ) -> tuple[list[Sample], int]:
     """A sample for each response of a group, and how many tokens were left out.
 
@@ -78,6 +91,7 @@ def group_samples(
         parts: the canonical form of each, and its rendering.
         config: says how long the samples may be.
         source: "file:row".
+        share_prefix: the prompt lies in the row once.
 
     Raises:
         Dropped: too long, and `data.truncation` says to drop such a row.
@@ -89,7 +103,8 @@ def group_samples(
         raise BadRow("no target", "a response of the group has no token to train on")
     lengths = [len(document.ids) for document in documents]
     first = [int(document.supervised.argmax()) for document in documents]
-    kept = kept_parts(lengths, first, config.seq_length, config.max_length, config.truncation)
+    shared = min(*first, shared_beginning([document.ids for document in documents])) if share_prefix else 0
+    kept = kept_parts(lengths, first, config.seq_length, config.max_length, config.truncation, shared)
     if kept is None:
         raise Dropped("longer than a row, or than data.max_length", "data.truncation: drop leaves the row out")
     each = zip(documents, parts, kept, strict=True)

@@ -71,11 +71,15 @@ class Checked:
         source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template, heads, seed)
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
+        if run.training.share_prefix:
+            source.check_sharing("training.share_prefix")
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
         frozen = {}
         for name, request in objective.frozen.items():
             frozen[name] = open_frozen(request.model, run.parallel, world_size, source, f"objective.{name}")
             frozen[name].note_length(run.data.seq_length)
+            if run.training.share_prefix:
+                frozen[name].check_sharing("training.share_prefix")
         return cls(run, source, objective, frozen)
 
     def prepared(self, data: DataConfig) -> TokenizedDataset:
@@ -85,7 +89,14 @@ class Checked:
             UserError: as `prepare`.
         """
         cache = cache_folder() / "data"
-        return prepare(data, self.source.tokenizer, cache, vocab_size=self.source.vocab_size, progress=True)
+        return prepare(
+            data,
+            self.source.tokenizer,
+            cache,
+            vocab_size=self.source.vocab_size,
+            progress=True,
+            share_prefix=self.run.training.share_prefix,
+        )
 
     def check_data(self, dataset: TokenizedDataset) -> None:
         """Refuses training data that the objective or the layout does not take.
@@ -95,7 +106,7 @@ class Checked:
         """
         check_data(self.objective, dataset)
         if dataset.is_grouped:
-            check_groups(dataset, self.run.data.seq_length, self.run.parallel)
+            check_groups(dataset, self.run.data.seq_length, self.run.parallel, self.run.training.share_prefix)
 
     def held_out(self, dataset: TokenizedDataset) -> Objective[Any] | None:
         """The objective for held-out groups of responses; None for text, whose log-probability is measured.
@@ -105,7 +116,8 @@ class Checked:
         """
         if self.objective.unit == "group" and dataset.is_grouped:
             assert self.run.evaluation is not None
-            check_groups(dataset, self.run.evaluation.data.seq_length, self.run.parallel)
+            share = self.run.training.share_prefix
+            check_groups(dataset, self.run.evaluation.data.seq_length, self.run.parallel, share)
             return self.objective.for_data(dataset)
         if self.objective.wants == "score":
             raise UserError(
@@ -133,7 +145,8 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     if run.training.export_hf:
         on_main(world, lambda: check_export(output))
     tokenizer = checked.source.tokenizer
-    dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world)
+    vocab_size, share = checked.source.vocab_size, run.training.share_prefix
+    dataset = prepare_together(run.data, tokenizer, cache_folder() / "data", vocab_size, world, share)
     checked.check_data(dataset)
     profiled = profile_of(run, dataset.num_units)
     if profiled is not None:
@@ -141,9 +154,7 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     data = run.batches(dataset, checked.objective, checked.source.pad_id, world, checked.source.unscored_id)
     held_out, scorer = None, None
     if run.evaluation is not None:
-        held_out = prepare_together(
-            run.evaluation.data, tokenizer, cache_folder() / "data", checked.source.vocab_size, world
-        )
+        held_out = prepare_together(run.evaluation.data, tokenizer, cache_folder() / "data", vocab_size, world, share)
         scorer = checked.held_out(held_out)
     gpt = checked.source.build(world, run.training.recompute())
     frozen = {

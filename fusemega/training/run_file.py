@@ -77,6 +77,11 @@ class TrainingSection(Section):
     packing: bool = Field(
         True, description="fill rows with several samples of the global batch; false: one sample in each row"
     )
+    share_prefix: bool = Field(
+        False,
+        description="lay the tokens that all responses of a group begin with (the prompt) into a row once; loss and "
+        "gradient stay the same",
+    )
     seed: int = Field(1234, ge=0, description="seed of the order of the data and of the random state")
     log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every iteration")
     save_interval: int | None = Field(None, ge=1, description="iterations between checkpoints; the last is saved too")
@@ -193,7 +198,15 @@ class TrainRun(Section):
             unscored_id: see `RowShape`.
         """
         training, unit = self.training, self.model.row_unit(self.parallel)
-        shape = RowShape(self.data.seq_length, training.micro_batch_size, training.packing, pad_id, unit, unscored_id)
+        shape = RowShape(
+            self.data.seq_length,
+            training.micro_batch_size,
+            training.packing,
+            pad_id,
+            unit,
+            unscored_id,
+            training.share_prefix,
+        )
         return TrainingData(dataset, fields, shape, training.global_batch_size, training.seed, world)
 
     @field_validator("objective", mode="before")
@@ -209,6 +222,16 @@ class TrainRun(Section):
             raise ValueError(
                 f"objective.name {self.objective.name} sums over neighbouring tokens of a sample, and "
                 f"parallel.context_parallel_size {size} gives them to several ranks; set it to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_are_of_groups(self) -> TrainRun:
+        """training.share_prefix needs an objective that compares the responses to one prompt."""
+        if self.training.share_prefix and objective_named(self.objective.name).unit != "group":
+            raise ValueError(
+                f"training.share_prefix has no effect with objective.name {self.objective.name}, whose rows are single "
+                "texts; leave it out"
             )
         return self
 

@@ -20,6 +20,7 @@ def bare_batch(labels_N: Tensor, position_fields: Mapping[str, Tensor] | None = 
         "position_ids": torch.arange(count + 1)[None],
         "cu_seqlens": torch.tensor([0, count + 1], dtype=torch.int32),
         "bounds": (0, count + 1),
+        "prefixes": ((0, 0),),
         "max_seqlen": count + 1,
         "positions": torch.arange(count),
         "labels": labels_N,

@@ -108,35 +108,37 @@ def test_sources_are_numbered_by_sorted_name(tmp_path: Path) -> None:
     assert any(a.tobytes() != b.tobytes() for a, b in zip(dataset.contents(), renamed.contents(), strict=True))
 
 
-def test_as_few_tokens_as_possible_are_cut() -> None:
-    """Against a search over all limits."""
+@pytest.mark.parametrize("shared", [0, 2, 4])
+def test_as_few_tokens_as_possible_are_cut(shared: int) -> None:
+    """Against a search over all limits; the first `shared` tokens of all lie in the row once."""
     for lengths in itertools.product((5, 8, 13), repeat=3):
         for seq_length, most in itertools.product((13, 17, 24, 39), (None, 7, 12)):
             first = [4, 4, 4]
             limits = [
                 limit
                 for limit in range(1, (most or max(lengths)) + 1)
-                if sum(min(length, limit) for length in lengths) <= seq_length
+                if sum(min(length, limit) for length in lengths) - 2 * min(shared, limit) <= seq_length
             ]
             cuts = [
                 cut
                 for cut in range(max(lengths) + 1)
-                if sum(lengths) - 3 * cut <= seq_length and max(lengths) - cut <= (most or 99)
+                if sum(lengths) - 3 * cut - 2 * max(shared - cut, 0) <= seq_length
+                and max(lengths) - cut <= (most or 99)
             ]
             if max(limits, default=0) <= 4:
                 with pytest.raises(BadRow, match="its prompt has 4 tokens"):
-                    kept_parts(lengths, first, seq_length, most, "keep_start")
+                    kept_parts(lengths, first, seq_length, most, "keep_start", shared)
             else:
                 kept = [(0, min(length, max(limits))) for length in lengths]
-                assert kept_parts(lengths, first, seq_length, most, "keep_start") == kept
+                assert kept_parts(lengths, first, seq_length, most, "keep_start", shared) == kept
             if min(cuts) >= 4:
                 with pytest.raises(BadRow, match=f"{min(cuts)} would have to be cut from a prompt of 4"):
-                    kept_parts(lengths, first, seq_length, most, "keep_end")
+                    kept_parts(lengths, first, seq_length, most, "keep_end", shared)
             else:
                 kept = [(min(cuts), length) for length in lengths]
-                assert kept_parts(lengths, first, seq_length, most, "keep_end") == kept
-            fits = sum(lengths) <= seq_length and max(lengths) <= (most or 99)
-            assert (kept_parts(lengths, first, seq_length, most, "drop") is None) == (not fits)
+                assert kept_parts(lengths, first, seq_length, most, "keep_end", shared) == kept
+            fits = sum(lengths) - 2 * shared <= seq_length and max(lengths) <= (most or 99)
+            assert (kept_parts(lengths, first, seq_length, most, "drop", shared) is None) == (not fits)
 
 
 def test_long_responses_are_cut_as_asked_counted_and_told(tmp_path: Path) -> None:

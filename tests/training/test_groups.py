@@ -15,6 +15,7 @@ from benchmarks import tiny
 from fusemega.errors import UserError
 from fusemega.losses import registry
 from fusemega.losses.registry import register
+from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.sample import Sample
 from fusemega.training.assembly import open_trainer
 from fusemega.training.dry_run import describe
@@ -97,11 +98,54 @@ def test_updates_equal_the_plain_form(grouped: MakeRun, work: Path, reference: P
     assert kinds == {2, 3}
 
 
-@pytest.mark.parametrize("change", [{"packing": False}, {"micro_batch_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"packing": False}, {"micro_batch_size": 3}, {"share_prefix": True, "packing": False}], ids=str
+)
 def test_rows_do_not_change_the_curve(grouped: MakeRun, change: dict[str, Any]) -> None:
     a, b = opened(grouped()).step(), opened(grouped(training=change)).step()
     assert b["pairwise loss"] == pytest.approx(a["pairwise loss"], rel=1e-5)
     assert b["grad-norm"] == pytest.approx(a["grad-norm"], rel=1e-4)
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Those of the step that was just made."""
+    found: Any = trainer.gpt.named_parameters()
+    return {name: parameter.main_grad.clone() for name, parameter in found}
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_shared_prompts_change_no_gradient(
+    grouped: MakeRun, make_run: MakeRun, work: Path, tmp_path: Path, scores: bool
+) -> None:
+    """Of any parameter: the prompt's last token predicts the first token of every response."""
+
+    def taken(share: bool) -> tuple[list[MicroBatch], float, dict[str, Tensor]]:
+        training = {"global_batch_size": 6, "share_prefix": share}
+        run = grouped(optimizer=CONSTANT, training=training)
+        if scores:
+            model, data = {"load": str(tmp_path / "scalar")}, {"path": str(work / "groups.jsonl"), "seq_length": 512}
+            objective = {"name": "pairwise_scores", "beta": 1.0}
+            run = make_run(model=model, data=data, objective=objective, optimizer=CONSTANT, training=training)
+        trainer = opened(run)
+        loss = trainer.step()["pairwise loss"]
+        return trainer.data.step(0).micro_batches, loss, gradients(trainer)
+
+    if scores:
+        write_scalar(tmp_path / "scalar", work / "model")
+    (batches, loss, found), (plain, wanted, expected) = taken(True), taken(False)
+    assert max(len(batch.group_sizes) for batch in batches) > 2
+    assert sum(batch.tokens.numel() for batch in batches) < sum(batch.tokens.numel() for batch in plain)
+    assert any(len(batch.positions.unique()) < len(batch.positions) for batch in batches)
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_single_texts_have_nothing_to_share(make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match="share_prefix has no effect with objective.name sft, whose rows are single"):
+        make_run(training={"share_prefix": True})
 
 
 def test_of_a_reference_one_number_a_sequence_is_kept(grouped: MakeRun) -> None:

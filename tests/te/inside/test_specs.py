@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from fusemega.checkpoint.torch_dist import load_model, save_model
 from fusemega.hf.export import export_hf
@@ -18,6 +19,7 @@ from fusemega.models.dense_logits import dense_logits
 from fusemega.models.registry import architecture_of
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels
+from fusemega.runtime.segments import known
 from tests.checkpoint.conftest import SETTINGS, save_llama
 from tests.distributed.launch import run_ranks
 
@@ -151,6 +153,18 @@ def test_every_family_has_the_same_weights_shards_and_logits(model_type: str, wo
     texts = [list(range(n)) for n in (17, 1, 6)]
     wanted, got = (dense_logits(model, world, texts) for model in (local, te))
     assert wanted is not None and got is not None and wanted.std() > 0.1
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
+    # A prompt of 6 tokens with responses of 3 and 4, and a text of 2.
+    bounds, prefixes = (0, 6, 9, 13, 15), ((0, 0), (0, 6), (0, 6), (0, 0))
+    cu = known(torch.tensor(bounds, dtype=torch.int32), bounds, prefixes)
+    row = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=10, max_seqlen_kv=10)
+    positions = torch.tensor([*range(9), *range(6, 10), 0, 1])[None]
+    with torch.no_grad():  # torch has the backward pass of this attention on GPUs only
+        wanted, got = (
+            model.eval().chunks[0](torch.arange(15)[None], positions, None, packed_seq_params=row)
+            for model in (local, te)
+        )
+    assert wanted.shape == (15, 1, SIZES["hidden_size"]) and wanted.std() > 0.1
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
 
 
