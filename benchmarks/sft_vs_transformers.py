@@ -18,13 +18,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from in_turn import Requests, Side
 
 MICRO_BATCH, GLOBAL_BATCH, ROW = 4, 4, 512
 SEQ_LENGTH = {"equal": ROW, "chat": 2048}
@@ -184,55 +185,17 @@ def model_flops(counts: dict[str, int]) -> float:
 
 
 def worker(side: str, work: Path, rows: str, dtype: str) -> None:
-    """Answers each line of stdin, a request in JSON, with one on the original stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """One side of the race, in a process of its own."""
+    requests = Requests()
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    step = {"fusemega": fusemega_step, "transformers": transformers_step}[side](work, rows, dtype)
-    print(json.dumps("ready"), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        torch.set_num_threads(request["threads"])
-        started = time.perf_counter()
-        loss = step(request["step"])
-        print(json.dumps({"seconds": time.perf_counter() - started, "loss": loss}), file=answers, flush=True)
+    requests.serve({"fusemega": fusemega_step, "transformers": transformers_step}[side](work, rows, dtype))
 
 
-class Side:
-    """One side's process."""
-
-    def __init__(self, name: str, work: Path, rows: str, dtype: str) -> None:
-        root = Path(__file__).resolve().parents[1]
-        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-        self.log = work / f"{name}-{rows}-{dtype}.log"
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", name, str(work), rows, dtype]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
-            )
-
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            status = self.process.wait()  # -9: often the system, for want of memory
-            raise SystemExit(f"{self.log.name} ended with status {status}:\n{self.log.read_text()[-3000:]}")
-        return json.loads(line)
-
-    def step(self, number: int, threads: int) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"step": number, "threads": threads}) + "\n")
-        self.process.stdin.flush()
-        found: dict[str, float] = self.answer()
-        return found
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def side_of(name: str, work: Path, rows: str, dtype: str) -> Side:
+    command = [str(Path(__file__).resolve()), "--worker", name, str(work), rows, dtype]
+    return Side(command, work / f"{name}-{rows}-{dtype}.log")
 
 
 def race(
@@ -244,7 +207,7 @@ def race(
     steps (quick: two), go to all cores.
     """
     names = ("fusemega", "transformers")
-    sides = {name: Side(name, work, rows, dtype) for name in names}
+    sides = {name: side_of(name, work, rows, dtype) for name in names}
     try:
         for side in sides.values():
             side.answer()

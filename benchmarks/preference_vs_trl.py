@@ -1,0 +1,234 @@
+"""DPO beside TRL: the same pairs, weights and dtype; pairs a second, peak memory, and equal losses.
+
+    python benchmarks/preference_vs_trl.py [--rows chat prompt25 prompt50 prompt75] [--steps 6] [--dtype fp32]
+
+SmolLM2-135M-Instruct on this machine's CPU, one process a side, two at a time. `chat` are real conversations: the
+rejected answer is the one to another question. `promptN` are rows in which the prompt has N % of the tokens of prompt
+and response. Peers are TRL's released DPOTrainer as it comes (a second model is the reference) and with precomputed
+reference log-probs, `TRL` below, installed without its dependencies, which this environment has. Its gradient
+checkpointing is off, because fusemega's recomputation is off too. fusemega runs what `fusemega train` runs, with the
+reference in a store; `shared` is the same with `training.share_prefix`. Computing the reference's log-probs beforehand
+is not timed on any side. Both sides of a race take the same steps from the same weights, in turn, so each step gives
+one ratio of two times that lie close together; figures are medians over the steps behind the first. The last line is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from in_turn import Requests, Side, peak_mib
+
+TRL = "trl==1.16.0"
+PAIRS, PER_DEVICE, ROW = 8, 2, 2048  # pairs of an update; of TRL's micro-batch; tokens of fusemega's rows
+BETA, LEARNING_RATE = 0.1, 1e-6
+SIDES = ("fusemega", "shared", "trl", "trl_precomputed")
+RACES = (("fusemega", "trl"), ("fusemega", "trl_precomputed"), ("shared", "trl_precomputed"))
+KINDS = ("chat", "prompt25", "prompt50", "prompt75")
+TOKENS = 512  # of prompt and response together, in `promptN`
+
+
+def write_pairs(kind: str, count: int, out: Path) -> None:
+    """Rows of prompt, chosen and rejected, in the order in which both sides take them."""
+    from fusemega.fixtures.data import chat_data, smollm2
+    from fusemega.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(smollm2())
+    chats = [json.loads(line)["messages"] for line in chat_data().train.read_text(encoding="utf-8").splitlines()]
+    rows: list[dict[str, Any]] = []
+    if kind == "chat":
+        for (asked, chosen), (_, rejected) in zip(chats, chats[1:], strict=False):
+            if max(len(tokenizer.encode([one["content"]])[0].ids) for one in (chosen, rejected)) < ROW // 3:
+                rows.append({"prompt": [asked], "chosen": [chosen], "rejected": [rejected]})
+    else:
+        text = "\n".join(answer["content"] for _, answer in chats)
+        encoding = tokenizer.encode([text[: 40 * TOKENS * count]])[0]
+        prompt = TOKENS * int(kind.removeprefix("prompt")) // 100
+        response, at = TOKENS - prompt, 0
+        while len(rows) < count:
+            row: dict[str, Any] = {}
+            for name, length in (("prompt", prompt), ("chosen", response), ("rejected", response)):
+                content = text[int(encoding.starts[at]) : int(encoding.ends[at + length - 1])]
+                row[name] = [{"role": "user" if name == "prompt" else "assistant", "content": content}]
+                at += length
+            rows.append(row)
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]), encoding="utf-8")
+
+
+def run_file(work: Path, name: str, dtype: str, steps: int) -> Any:
+    """The run file of fusemega's side."""
+    from fusemega.config import validate
+    from fusemega.fixtures.data import smollm2
+    from fusemega.training.run_file import TrainRun
+
+    training = {"train_iters": steps, "global_batch_size": PAIRS, "export_hf": False}
+    settings = {
+        "output_dir": str(work / f"run-{name}"),
+        "model": {"load": str(smollm2()), "dtype": dtype},
+        "data": {"path": str(work / "pairs.jsonl"), "seq_length": ROW},
+        "objective": {"name": "dpo", "beta": BETA, "reference": {"store": str(work / "reference")}},
+        "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant", "clip_grad": 1.0},
+        "training": training | ({"share_prefix": True} if name == "shared" else {}),
+    }
+    return validate(TrainRun, settings, name)
+
+
+def write_reference(work: Path, dtype: str) -> None:
+    """The reference's log-probabilities, by `fusemega teach`."""
+    from fusemega.config import validate
+    from fusemega.fixtures.data import smollm2
+    from fusemega.scoring.run_file import TeachRun
+    from fusemega.scoring.teach import teach
+
+    settings = {
+        "model": {"load": str(smollm2()), "dtype": dtype},
+        "data": {"path": str(work / "pairs.jsonl"), "seq_length": ROW},
+        "store": str(work / "reference"),
+        "rows": "none",
+    }
+    teach(validate(TeachRun, settings, "teach"))
+
+
+def fusemega_side(requests: Requests, work: Path, name: str, dtype: str, steps: int) -> None:
+    from fusemega.training.assembly import open_trainer
+
+    trainer, _ = open_trainer(run_file(work, name, dtype, steps))
+    requests.serve(lambda _: trainer.step()["dpo loss"])
+
+
+def trl_side(requests: Requests, work: Path, name: str, dtype: str, steps: int) -> None:
+    """TRL's own loop, which waits for a request before each step: only the step itself is timed."""
+    import torch
+    from datasets import load_dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from fusemega.fixtures.data import smollm2
+
+    class Turns(TrainerCallback):
+        started = 0.0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if requests.next() is None:
+                os._exit(0)
+            self.started = time.perf_counter()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                requests.answer({"seconds": self.took, "loss": float(logs["loss"]), "peak_mib": peak_mib()})
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.took = time.perf_counter() - self.started
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    config = DPOConfig(
+        output_dir=str(work / name),
+        max_steps=steps,
+        per_device_train_batch_size=PER_DEVICE,
+        gradient_accumulation_steps=PAIRS // PER_DEVICE,
+        gradient_checkpointing=False,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        beta=BETA,
+        max_length=ROW,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        precompute_ref_log_probs=name == "trl_precomputed",
+        model_init_kwargs={"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]},
+    )
+    rows = load_dataset("json", data_files=str(work / "pairs.jsonl"), split="train", cache_dir=str(work / "datasets"))
+    trainer = InOrder(str(smollm2()), args=config, train_dataset=rows, callbacks=[Turns()])
+    requests.ready()
+    trainer.train()
+
+
+def race(work: Path, names: tuple[str, str], dtype: str, steps: int, threads: int) -> dict[str, Any]:
+    """Both sides through the same steps, in turn."""
+    script = str(Path(__file__).resolve())
+    sides = {
+        name: Side([script, "--side", name, str(work), dtype, str(steps)], work / f"{name}.log", environment())
+        for name in names
+    }
+    taken = []
+    try:
+        for side in sides.values():
+            side.answer()
+        for number in range(steps):
+            order = names if number % 2 else names[::-1]
+            taken.append({name: sides[name].step(number, threads) for name in order})
+            rates = (f"{name} {PAIRS / taken[-1][name]['seconds']:.2f}" for name in names)
+            print("  ".join(rates), "pairs/s", flush=True)
+    finally:
+        for side in sides.values():
+            side.close()
+    first, second = names
+    ratios = [found[second]["seconds"] / found[first]["seconds"] for found in taken[1:]]
+    return {
+        "sides": names,
+        "pairs_per_s": {n: round(PAIRS / statistics.median(f[n]["seconds"] for f in taken[1:]), 3) for n in names},
+        "speedup": round(statistics.median(ratios), 3),
+        "speedup_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "losses": {name: [round(found[name]["loss"], 5) for found in taken] for name in names},
+        "peak_mib": {name: round(taken[-1][name]["peak_mib"]) for name in names},
+    }
+
+
+def environment() -> dict[str, str]:
+    """TRL on the path, installed once into the cache of this project."""
+    from fusemega.files.cache import cache_folder
+
+    folder = cache_folder() / "benchmarks" / TRL
+    if not (folder / "trl").is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), TRL]
+        subprocess.run(pip, check=True)
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH"), str(folder)]))
+    return {"PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--races", nargs="+", type=int, choices=range(len(RACES)), default=list(range(len(RACES))))
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        name, work, dtype, steps = args.side
+        side = trl_side if name.startswith("trl") else fusemega_side
+        side(Requests(), Path(work), name, dtype, int(steps))
+        return
+    found: dict[str, Any] = {}
+    for kind in args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            write_pairs(kind, PAIRS * args.steps, work / "pairs.jsonl")
+            write_reference(work, args.dtype)
+            for number in args.races:
+                result = race(work, RACES[number], args.dtype, args.steps, args.threads)
+                found[f"{kind}: {' / '.join(RACES[number])}"] = result
+                print(kind, json.dumps(result), flush=True)
+    print(json.dumps({"benchmark": "preference_vs_trl", "trl": TRL, "dtype": args.dtype, "races": found}))
+
+
+if __name__ == "__main__":
+    main()
