@@ -1,14 +1,16 @@
 """The same loss curve in every layout: 20 steps of each, relative to one process.
 
-    python benchmarks/layouts.py [--all] [--quick] [--objective fuse] [--worlds 1 2 4 8] [--steps 20]
+    python benchmarks/layouts.py [--all] [--quick] [--objective fuse | wrpo | fuse_po] [--worlds 1 2 4 8] [--steps 20]
 
 Trains a tiny random Llama (8 layers, tied embeddings, an odd vocabulary that needs padding) on real chat text in fp32,
 through the same code as `fusemega train`. A star around the run of one process, in which one thing changes at a time,
 and with `--all` named combinations on four and eight processes. Gradient buckets are made small, so that overlapped
 communication has something to overlap. `--objective fuse`: two teachers beside the labels, one of them with a tokenizer
-of its own, mixed; their stores are written by four processes, PP2 x DP2. Several layouts share a launch; `--worlds`
-picks launches (the reference is always run). The last line is one JSON object; `ok` says whether every case is within
-1e-5 (loss, all steps), 1e-5 (gradient norm, step 1) and 1e-4 (gradient norm, all steps) of the reference.
+of its own, mixed; their stores are written by four processes, PP2 x DP2. `--objective wrpo` and `fuse_po`: groups of
+four responses of unequal length from two sources, with the reference's log-probabilities in a store, and cases in which
+the responses of a group share their prompt (`PREFERENCE`). Several layouts share a launch; `--worlds` picks launches
+(the reference is always run). The last line is one JSON object; `ok` says whether every case is within 1e-5 (loss, all
+steps), 1e-5 (gradient norm, step 1) and 1e-4 (gradient norm, all steps) of the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-SEQ_LENGTH = {"sft": 128, "fuse": 512}  # the latter holds every conversation whole, under either tokenizer
+# Of fuse: holds every conversation whole, under either tokenizer. Of the last two: holds every group.
+SEQ_LENGTH = {"sft": 128, "fuse": 512, "wrpo": 1024, "fuse_po": 1024}
 BUCKET = 20_000  # elements; a layer has 36,992
 LOSS_TOLERANCE, FIRST_NORM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5, 1e-4
 
@@ -93,7 +96,21 @@ PAIRS = {
     "TP2xPP2xVPP2xDP2+SP, overlapped": Case(8, TP2 | SP | PP2 | VPP2 | P2P, optimizer=OVERLAP),
     "CP2xPP2xVPP2xDP2, overlapped, recompute": Case(8, CP2 | PP2 | VPP2 | P2P, SELECTIVE, OVERLAP),
 }
-CASES = STAR | PAIRS
+SHARED = {"share_prefix": True}
+# The layouts that preference losses are asked for, and shared prompts in those that allow them.
+PREFERENCE = {
+    name: (STAR | PAIRS)[name]
+    for name in ("reference", "micro-batch 2", "micro-batch 4", "unpacked", "TP2", "TP2+SP", "PP2")
+    + ("PP2xVPP2, overlapped", "DP2, distributed optimizer", "CP2", "CP2xDP2, overlapped")
+} | {
+    "TP2xPP2": Case(4, TP2 | PP2),
+    "shared prompts": Case(1, {}, SHARED),
+    "shared prompts, unpacked": Case(1, {}, SHARED | {"packing": False}),
+    "shared prompts, TP2+SP": Case(2, TP2 | SP, SHARED),
+    "shared prompts, PP2xVPP2": Case(2, PP2 | VPP2 | P2P, SHARED),
+    "shared prompts, DP2, micro-batch 2": Case(2, {}, SHARED | {"micro_batch_size": 2}),
+}
+CASES = STAR | PAIRS | PREFERENCE
 QUICK = ("reference", "unpacked", "TP2+SP", "PP2xVPP2, overlapped", "CP2", "DP2, micro-batch 2", "TP2xPP2xDP2")
 
 
@@ -115,7 +132,7 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
                 "output_dir": str(work / "runs" / name),
                 "model": {"load": str(work / "model"), "dtype": "fp32"},
                 "parallel": case.parallel,
-                "data": {"path": str(work / "chat.jsonl"), "seq_length": SEQ_LENGTH[objective["name"]]},
+                "data": {"path": str(work / "rows.jsonl"), "seq_length": SEQ_LENGTH[objective["name"]]},
                 "objective": objective,
                 "optimizer": {
                     "lr": 2e-3,
@@ -130,7 +147,8 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
         )
         trainer, _ = open_trainer(run)
         rows = [trainer.step() for _ in range(steps)]
-        found[name] = [(row.get("loss", row["lm loss"]), row["grad-norm"]) for row in rows]
+        total = "loss" if "loss" in rows[0] else f"{trainer.objective.terms[0]} loss"
+        found[name] = [(row[total], row["grad-norm"]) for row in rows]
     return found
 
 
@@ -157,6 +175,36 @@ def write_teachers(work: Path, chat: Path) -> dict[str, Any]:
     return {"name": "fuse", "teachers": stores, "fusion": {"function": "avg_ce"}, "lambda": 0.3}
 
 
+def write_groups(work: Path, chat: Path) -> None:
+    """`rows.jsonl`: each prompt with four responses of unequal length, two of each source, with rewards."""
+    chats = [json.loads(line)["messages"] for line in chat.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for number, (asked, answer) in enumerate(chats):
+        responses = []
+        for place in range(4):
+            other = chats[(number + place) % len(chats)][1]["content"]
+            content = answer["content"][: 20 + 10 * place] + other[: 5 + (number * 7 + place * 13) % 40]
+            message = {"role": "assistant", "content": content}
+            source, reward = ("own", "strong")[place % 2], ((number * 5 + place * 3) % 7) / 7
+            responses.append({"messages": [message], "source": source, "reward": reward})
+        rows.append({"prompt": [{**asked, "content": asked["content"][:60]}], "responses": responses})
+    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def preference(work: Path, name: str) -> dict[str, Any]:
+    """The objective, with a store of the starting model's log-probabilities."""
+    run = {"model": {"load": str(work / "model"), "dtype": "fp32"}, "parallel": PP2, "rows": "none"}
+    run |= {
+        "data": {"path": str(work / "rows.jsonl"), "seq_length": SEQ_LENGTH[name]},
+        "store": str(work / "reference"),
+    }
+    (work / "teach.yaml").write_text(json.dumps(run))
+    command = [sys.executable, "-m", "fusemega", "teach", str(work / "teach.yaml"), "--nproc", "4"]
+    subprocess.run(command, check=True)
+    objective: dict[str, Any] = {"name": name, "beta": 0.1, "reference": {"store": str(work / "reference")}}
+    return objective | ({"target": "own"} if name == "wrpo" else {"alpha": 0.2})
+
+
 def relative(a: float, b: float) -> float:
     return abs(a - b) / abs(b)
 
@@ -166,7 +214,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--all", action="store_true", help="also the combinations")
     parser.add_argument("--quick", action="store_true", help="seven cases only")
-    parser.add_argument("--objective", choices=["sft", "fuse"], default="sft")
+    parser.add_argument("--objective", choices=SEQ_LENGTH, default="sft")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="launches of so many processes")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="+", help=argparse.SUPPRESS)
@@ -179,13 +227,19 @@ def main() -> None:
 
     import tiny
 
-    chosen = QUICK if args.quick else CASES if args.all else STAR
+    compares = args.objective in ("wrpo", "fuse_po")
+    chosen = PREFERENCE if compares else QUICK if args.quick else STAR | PAIRS if args.all else STAR
     names = [name for name in chosen if name == "reference" or CASES[name].world in args.worlds]
     with tempfile.TemporaryDirectory(prefix="fusemega-layouts-") as folder:
         work = Path(folder)
         chat = tiny.write_chat(work / "chat.jsonl", rows=96, characters=300)
         tiny.write_model(work / "model", chat, num_hidden_layers=8)
-        objective = write_teachers(work, chat) if args.objective == "fuse" else {"name": "sft"}
+        if compares:
+            write_groups(work, chat)
+            objective = preference(work, args.objective)
+        else:
+            (work / "rows.jsonl").symlink_to(chat)
+            objective = write_teachers(work, chat) if args.objective == "fuse" else {"name": "sft"}
         (work / "objective.json").write_text(json.dumps(objective))
         found: dict[str, list[tuple[float, float]]] = {}
         for world in sorted({CASES[name].world for name in names}):
