@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LAUNCHED = ("train", "teach", "eval")
+LAUNCHED = ("train", "teach", "eval", "score")
 """Commands that run as several ranks, and take --nproc."""
 
 

@@ -154,6 +154,15 @@ class Steps:
         self._launched("eval", f"eval-{name}", run, inputs, {"figures": output})
         return output
 
+    def score(self, name: str, load: str, data: Mapping[str, Any]) -> str:
+        """`fusemega score` as stage score-`name`: the rows of `data` with a reward model's rewards. Returns them,
+        `rewards/NAME.jsonl`."""
+        output = str(self.folder / "rewards" / f"{name}.jsonl")
+        run = {"model": self._model(load), "parallel": dict(self.parallel), "data": dict(data), "output": output}
+        inputs = {"model": self._located(load), "data": data["path"]}
+        self._launched("score", f"score-{name}", run, inputs, {"rows": output})
+        return output
+
     def call(
         self,
         name: str,
