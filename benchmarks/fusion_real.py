@@ -4,7 +4,8 @@
 
 `--teacher` is a Hugging Face folder with another tokenizer than the target's, Qwen2.5-Coder-0.5B-Instruct for example;
 the target is SmolLM2-135M-Instruct, or `--target`. Every arm trains a copy of the target on the same `--tokens` tokens
-of `--kind`, `--passes` times. An arm is a name, and behind a colon the weight of the labels (lambda):
+of `--kind`, `--passes` times. An arm is a name, behind a colon the weight of the labels (lambda), and behind an @ other
+passes than `--passes`: `cells:0.5@2`.
 
     labels           the labels alone
     cells            `fuse` with a map of cells, the default
@@ -217,7 +218,8 @@ def main() -> None:
     length |= {"save_interval": 1000, "keep_checkpoints": 1}
     models = {"target": [target]}
     for arm in args.arms:
-        name, _, weight = arm.partition(":")
+        named, _, passes = arm.partition("@")
+        name, _, weight = named.partition(":")
         teacher: dict[str, Any] = {"store": taught, "map": maps[MAPS.get(name, "cells")]}
         objective: dict[str, Any] = {"name": "sft"}
         if name in MAPS:
@@ -244,8 +246,9 @@ def main() -> None:
             parser.error(f"--arms {arm}: no such arm")
         if weight:
             objective["lambda"] = float(weight)
+        taking = length | {"train_epochs": float(passes or args.passes)}
         models[arm] = [
-            steps.train(f"{arm.replace(':', '-')}-{s}", target, text, objective, optimizer, length | {"seed": 1234 + s})
+            steps.train(f"{_stage(arm)}-{s}", target, text, objective, optimizer, taking | {"seed": 1234 + s})
             for s in range(args.seeds)
         ]
     for arm, folders in models.items():
@@ -253,15 +256,19 @@ def main() -> None:
             settings = {"model": folder, "texts": texts, "stores": stores, "map": maps["cells"]}
             settings |= {"trained": chosen["train"], "kind": args.kind}
             inputs = texts | {f"store.{kind}": store for kind, store in stores.items()} | {"map": maps["cells"]}
-            steps.call(f"measure-{arm.replace(':', '-')}-{number}", measure, settings, {"model": folder}, inputs)
+            steps.call(f"measure-{_stage(arm)}-{number}", measure, settings, {"model": folder}, inputs)
     results = run(steps.graph()).results
     found: dict[str, Any] = {}
     for arm, folders in models.items():
-        of_seeds = [results[f"measure-{arm.replace(':', '-')}-{number}"] for number in range(len(folders))]
+        of_seeds = [results[f"measure-{_stage(arm)}-{number}"] for number in range(len(folders))]
         found[arm] = {k: {m: _spread([s[k][m] for s in of_seeds]) for m in of} for k, of in of_seeds[0].items()}
         print(arm, json.dumps(found[arm]), flush=True)
     names = ("kind", "tokens", "passes", "batch", "seeds", "lr", "dtype")
     print(json.dumps({"benchmark": "fusion_real", **{n: getattr(args, n) for n in names}, "measures": found}))
+
+
+def _stage(arm: str) -> str:
+    return arm.replace(":", "-").replace("@", "-p")
 
 
 def _spread(values: Sequence[float]) -> Any:
