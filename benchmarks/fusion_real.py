@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--measured", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of held-out text")
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="fusemega-fusion-real-"))
@@ -204,7 +205,7 @@ def main() -> None:
     files = [{"source": rows[name], "out": chosen[name], "tokens": budgets[name]} for name in rows]
     settings = {"models": [target, args.teacher], "files": files, "seq_length": SEQ_LENGTH}
     steps.call("rows", choose_rows, settings, {"target": target, "teacher": args.teacher}, rows, chosen)
-    texts = {kind: chosen[f"held_out_{kind}"] for kind in KINDS}
+    texts = {kind: chosen[f"held_out_{kind}"] for kind in args.measured}
     text = {"path": chosen["train"], "seq_length": SEQ_LENGTH}
 
     maps = {kind: steps.align(kind, args.teacher, target, "--kind", kind) for kind in ("cells", "first_piece", "exact")}
