@@ -86,8 +86,7 @@ def write_reference(work: Path, dtype: str) -> None:
     """The reference's log-probabilities, by `fusemega teach`."""
     from fusemega.config import validate
     from fusemega.fixtures.data import smollm2
-    from fusemega.scoring.run_file import TeachRun
-    from fusemega.scoring.teach import teach
+    from fusemega.scoring.teach import TeachRun, teach
 
     settings = {
         "model": {"load": str(smollm2()), "dtype": dtype},
