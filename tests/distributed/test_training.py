@@ -23,6 +23,7 @@ from fusemega.hf.export import export_hf
 from fusemega.losses import registry
 from fusemega.losses.preference import Preference
 from fusemega.losses.registry import register
+from fusemega.scoring.rewards import ScoreRun, score
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store
 from fusemega.text.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ from tests.distributed.workers.training import compared, groups_scored
 from tests.losses.pairwise import Pairwise, PairwiseScores, write_groups, write_scalar
 from tests.losses.preferences import write_sources
 from tests.losses.sequence_mean import SequenceMean
+from tests.scoring.armorm import write_armorm
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
@@ -73,6 +75,7 @@ SHARED = {
     ("pairwise", "CP2 x PP2 x VPP2, recompute"),
     ("pairwise_scores", "CP2 x DP2, overlapped"),
 }
+SCORED = {"TP2 x PP2": TP2 | SP | PP2, "CP2 x DP2": CP2}
 WHOLE = 384  # tokens in which every conversation is one window for either tokenizer
 # go on in their own layout too
 RESUMED = ["sft, TP2+SP x PP2", "sft, CP2 x PP2 x VPP2, recompute", "sft, PP2 x DP2, uneven, overlapped"]
@@ -111,6 +114,14 @@ def work(tmp_path_factory: pytest.TempPathFactory, chat_files: assets.ChatData) 
     for one in (section, sampled, sums):
         teach(validate(TeachRun, one, "teach"))
         again.append(one | {"store": f"{one['store']}-layouts", "parallel": CP2 | PP2 | VPP2})
+    scores = {
+        "model": {"load": str(write_armorm(folder / "armorm", chat)), "dtype": "fp32"},
+        "data": {"path": str(chat), "seq_length": 512},
+        "objectives": True,
+    }
+    score(validate(ScoreRun, scores | {"output": str(folder / "scored.jsonl")}, "score"))
+    for name, parallel in SCORED.items():
+        again.append(scores | {"output": str(folder / f"scored.{name}.jsonl"), "parallel": parallel})
     (folder / "teach.json").write_text(json.dumps(again))
     return folder
 
@@ -273,3 +284,11 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
     pairs = [(drawn.get(sample.key), wanted_draws.get(sample.key)) for sample in texts]
     same = [row is not None and other is not None and (row.ids_PK == other.ids_PK).all() for row, other in pairs]
     assert np.mean(same) > 0.9  # a draw may fall on the border of two ids
+    alone_rows = [json.loads(line) for line in (work / "scored.jsonl").read_text().splitlines()]
+    assert len(alone_rows) == 24 and np.std([row["rewards"] for row in alone_rows]) > 1e-2
+    for name in SCORED:
+        rows = [json.loads(line) for line in (work / f"scored.{name}.jsonl").read_text().splitlines()]
+        for row, wanted in zip(rows, alone_rows, strict=True):
+            assert row["messages"] == wanted["messages"]
+            assert row["rewards"] == pytest.approx(wanted["rewards"], abs=1e-5)
+            assert row["objectives"][0] == pytest.approx(wanted["objectives"][0], abs=1e-5)

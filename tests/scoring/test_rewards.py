@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -13,10 +14,15 @@ from fusemega.config import validate
 from fusemega.convert.convert import export_megatron, import_hf
 from fusemega.convert.verify import transformers_logits, verify
 from fusemega.errors import UserError
+from fusemega.fixtures import tokenizers
+from fusemega.fixtures.packages import AssetMissing
 from fusemega.hf.folder import HFFolder
 from fusemega.passes import score as passes
+from fusemega.passes.rewards import GateTokens
 from fusemega.scoring.rewards import ScoreRun, score
 from fusemega.scoring.rewards_journal import RewardsJournal
+from fusemega.text.document import BadRow
+from fusemega.text.tokenizer import Tokenizer
 from tests.scoring.armorm import plain_scores, write_armorm
 
 QUESTION = [{"role": "user", "content": "What is a hedgehog?"}]
@@ -199,3 +205,17 @@ def test_a_killed_run_goes_on_where_it_stopped(
     for row, wanted in zip(written(output), written(tmp_path / "whole.jsonl"), strict=True):
         assert row.pop("rewards") == pytest.approx(wanted.pop("rewards"), abs=1e-6) and row == wanted
     assert not scratch.exists() and found.responses == 7
+
+
+def test_the_gate_is_read_at_the_last_header(work: Path) -> None:
+    """With Llama-3's own tokenizer the header has the ids for which the model's own code looks."""
+    with pytest.raises(UserError, match=r"has no token '<\|eot_id\|>'"):
+        GateTokens(Tokenizer.load(work / "model"))
+    try:
+        gates = GateTokens(Tokenizer.load(tokenizers.tokenizer("llama3")))
+    except AssetMissing as error:
+        pytest.skip(str(error))
+    header = [128009, 128006, 78191, 128007, 271]
+    assert gates.gate(np.array([128000, *header, 9906, *header, 13347, 128009], dtype=np.int32)) == 7
+    with pytest.raises(BadRow, match=r"has none of the headers .* \(the ids \[128009, 128006, 78191, 128007, 271\]\)"):
+        gates.gate(np.array(header[1:]))

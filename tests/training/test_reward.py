@@ -9,19 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fusemega.checkpoint.open_model import ModelSource
+from fusemega.checkpoint.open_model import ModelConfig, ModelSource
 from fusemega.config import validate
+from fusemega.convert.convert import export_megatron, import_hf
+from fusemega.convert.verify import verify
 from fusemega.errors import UserError
+from fusemega.hf.export import export_hf
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.new_score import NewScore
-from fusemega.runtime.parallel import ParallelConfig
+from fusemega.models.dense_logits import dense_logits
+from fusemega.runtime.parallel import ParallelConfig, initialize
 from fusemega.scoring.rewards import RewardsFound, ScoreRun, score
 from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.assembly import open_trainer, train
+from fusemega.training.dry_run import describe
 from fusemega.training.records import read_evaluations
 from fusemega.training.run_file import TrainRun
+from tests.distributed.test_families import MODELS, SHAPE
 from tests.losses.pairwise import write_groups
 
 MakeRun = Callable[..., TrainRun]
@@ -76,6 +82,7 @@ def test_from_a_language_model_to_a_folder_that_transformers_scores_with(
     make_run: MakeRun, work: Path, pairs: Path, tmp_path: Path
 ) -> None:
     run = make_run(**sections(work, pairs))
+    assert "pairs.jsonl; 7 groups" in describe(run, 1)
     trainer, _ = open_trainer(run.model_copy(update={"output_dir": str(tmp_path / "tried")}))
     model = AutoModelForSequenceClassification.from_pretrained(work / "model", num_labels=1, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
@@ -147,3 +154,29 @@ def test_a_run_of_a_language_model_gets_no_new_score(make_run: MakeRun, work: Pa
     first = make_run().output_dir
     with pytest.raises(UserError, match="a language model without a score; .* use the run's hf/"):
         open_trainer(make_run(**{**sections(work, pairs), "model": {"load": first}}, output_dir=f"{first}-reward"))
+
+
+@pytest.mark.parametrize("name", ["mistral-windowed", "qwen2-windowed-tied", "qwen3-tied"])
+def test_a_new_score_on_every_family(name: str, work: Path, tmp_path: Path) -> None:
+    settings = {**SHAPE, **MODELS[name], "vocab_size": 509, "pad_token_id": 1}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(work / "model").save_pretrained(tmp_path / "base")
+    config = ModelConfig(load=str(tmp_path / "base"), dtype="fp32")
+    source = ModelSource(config, ParallelConfig(), 1, None, ("scalar",), SEED)
+    world = initialize(ParallelConfig())
+    gpt = source.build(world)
+    export_hf(gpt, tmp_path / "out", source.hf, world, dtype=source.dtypes())
+    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()) and type(model).__name__.startswith(type(base).__name__.removesuffix("ForCausalLM"))
+    ids = [5, 300, 41, 77, 502, 18, 9, 64]
+    scores = dense_logits(gpt, world, [ids])
+    assert scores is not None
+    with torch.no_grad():
+        wanted = model.float().eval()(torch.tensor([ids])).logits
+    assert abs(float(wanted)) > 1e-4
+    torch.testing.assert_close(scores[-1:], wanted, atol=1e-5, rtol=0)
+    import_hf(tmp_path / "out", tmp_path / "megatron")
+    export_megatron(tmp_path / "megatron", tmp_path / "again")
+    assert verify(tmp_path / "out", tmp_path / "again").identical

@@ -2,7 +2,7 @@
 
     training.py CASES [TEACH]    JSON files: "cases", name -> run file of a training, and "resumed", the names of those
                                  that also go on in their own layout; "reference", the model that evaluations of
-                                 `sft` compare with; the run file of a `teach`
+                                 `sft` compare with; the run files of `teach` and `score`
 
 Reports the curves, what an evaluation found after them, and for each layout what the optimizer holds for the last row
 of the vocabulary and the one before; and errors of losses that are tried alone. Leaves the trained weights in each
@@ -30,6 +30,7 @@ from fusemega.losses.registry import register
 from fusemega.passes.frozen import FrozenModel
 from fusemega.scoring.evaluation import evaluate_model
 from fusemega.scoring.preferences import evaluate_groups
+from fusemega.scoring.rewards import ScoreRun, score
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.training import optimizer
 from fusemega.training.assembly import open_trainer
@@ -143,7 +144,10 @@ def main() -> None:
         found[f"{name}, then {other}, last rows"] = last_rows(trainer)
     if len(sys.argv) > 2:
         for section in json.loads(Path(sys.argv[2]).read_text()):
-            teach(validate(TeachRun, section, "teach"))
+            if "output" in section:
+                score(validate(ScoreRun, section, "score"))
+            else:
+                teach(validate(TeachRun, section, "teach"))
         found["alone"] = alone()  # of four ranks
     report(found)
 
