@@ -11,7 +11,7 @@ import torch
 from fusemega.errors import UserError
 from fusemega.models.family import Family, HFConfig
 from fusemega.models.gated_head import GATING_KEYS, Gating
-from fusemega.models.heads import EMBEDDING, HeadKind, class_name, head_kind, head_rules, is_gated
+from fusemega.models.heads import EMBEDDING, HeadKind, class_name, has_head, head_kind, head_rules, is_gated
 from fusemega.models.parts import Layer, LayerSpec, Names, without_left_out
 from fusemega.models.rules import Replicated, Rule, VocabRows
 
@@ -108,8 +108,9 @@ class Architecture:
             UserError: names the class and the allowed ones.
         """
         if self.head not in allowed:
-            classes = (class_name(self.family.hf_class, kind) for kind in allowed)
-            found = class_name(self.family.hf_class, self.head)
+            hf_class = self.family.hf_class
+            classes = (class_name(hf_class, kind) for kind in allowed if has_head(hf_class, kind))
+            found = class_name(hf_class, self.head)
             raise UserError(f"{what}: config.json has the architecture {found}; allowed here: {', '.join(classes)}")
 
 

@@ -22,7 +22,7 @@ _KINDS: dict[str, HeadKind] = {
     "ForRewardModelWithGating": "gated",
     "Model": "none",
 }
-_GATED = "LlamaForRewardModelWithGating"  # the only family that has one
+_GATED = "LlamaForRewardModelWithGating"
 # Names of the parameter in a Megatron model: Megatron's own for logits, transformers' for scores.
 _LOGITS, _SCORE = "output_layer.weight", "score.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -36,6 +36,11 @@ def class_name(hf_class: str, kind: HeadKind) -> str:
         'LlamaForSequenceClassification'
     """
     return hf_class + next(ending for ending, found in _KINDS.items() if found == kind)
+
+
+def has_head(hf_class: str, kind: HeadKind) -> bool:
+    """Whether the family has a class with such a head; the gated one is Llama's alone."""
+    return kind != "gated" or class_name(hf_class, kind) == _GATED
 
 
 def head_kind(hf_config: Any, hf_class: str) -> HeadKind:
@@ -53,7 +58,7 @@ def head_kind(hf_config: Any, hf_class: str) -> HeadKind:
         return "vocabulary"
     if not isinstance(given, list) or len(given) != 1:
         raise UserError(f"config.json: architectures = {given!r}, expected a list of one name")
-    kinds = {hf_class + ending: kind for ending, kind in _KINDS.items() if kind != "gated" or hf_class == "Llama"}
+    kinds = {class_name(hf_class, kind): kind for kind in _KINDS.values() if has_head(hf_class, kind)}
     # The first folders of Llama say LLaMAForCausalLM.
     name = {known.lower(): known for known in kinds}.get(str(given[0]).lower(), str(given[0]))
     kind = kinds[choose("config.json: architectures", name, kinds)]

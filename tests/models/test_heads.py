@@ -20,6 +20,7 @@ from fusemega.models import registry
 from fusemega.models.build import build_model
 from fusemega.models.dense_logits import dense_logits
 from fusemega.models.family import HFConfig, keep_layers
+from fusemega.models.heads import REWARD
 from fusemega.models.llama import Llama
 from fusemega.models.registry import architecture_of
 from fusemega.passes.forward import run_schedule
@@ -171,6 +172,16 @@ def test_public_families_refuse_a_softcap() -> None:
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
         with pytest.raises(UserError, match="unknown key 'final_logit_softcapping'"):
             architecture_of(CONFIG | {"model_type": model_type, "head_dim": 8, "final_logit_softcapping": 30.0})
+
+
+def test_only_llama_has_a_gated_head() -> None:
+    qwen = architecture_of(CONFIG | {"model_type": "qwen2"})
+    with pytest.raises(UserError, match="Qwen2ForCausalLM; allowed here: Qwen2ForSequenceClassification$"):
+        qwen.require_head(REWARD, "model")
+    with pytest.raises(UserError, match="unknown name 'LlamaForRewardModelWithGating'"):
+        architecture_of(CONFIG | {"model_type": "qwen2", "architectures": ["LlamaForRewardModelWithGating"]})
+    with pytest.raises(UserError, match="auto_map asks for the folder's own Python code"):
+        architecture_of(CONFIG | {"auto_map": {"AutoModel": "modeling.Llama"}})
 
 
 def test_an_old_spelling_of_a_class_is_read() -> None:
