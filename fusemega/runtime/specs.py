@@ -33,7 +33,7 @@ from fusemega.runtime.cpu_ops import rms_norm, swiglu
 from fusemega.runtime.segments import Segments, segments_of
 from fusemega.runtime.shared_prompts import attend_with_prefixes
 
-_BLOCK = 512  # queries that share one mask, [block, the keys they see] bits
+_BLOCK = 256  # queries that share one mask, [block, the keys they see] bits
 
 
 class RMSNorm(torch.nn.RMSNorm):

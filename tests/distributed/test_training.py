@@ -71,9 +71,9 @@ TRIED = {
 LOSSES = {"sft": 1, "sequence_mean": 1, "pairwise": 1, "pairwise_scores": 1, "dpo": 2, "wrpo": 1, "fuse_po": 1}
 # Those in which the responses to a prompt share it; alone they do not.
 SHARED = {
-    ("pairwise", "TP2+SP x PP2"),
-    ("pairwise", "CP2 x PP2 x VPP2, recompute"),
     ("pairwise_scores", "CP2 x DP2, overlapped"),
+    ("wrpo", "CP2 x PP2 x VPP2, recompute"),
+    ("fuse_po", "TP2+SP x PP2"),
 }
 SCORED = {"TP2 x PP2": TP2 | SP | PP2, "CP2 x DP2": CP2}
 WHOLE = 384  # tokens in which every conversation is one window for either tokenizer
