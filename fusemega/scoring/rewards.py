@@ -59,7 +59,7 @@ class ScoreRun(PassRun):
     @classmethod
     def _whole_texts(cls, data: DataConfig) -> DataConfig:
         for name in ("max_length", "truncation"):
-            if name in data.model_fields_set:
+            if getattr(data, name) != DataConfig.model_fields[name].default:
                 raise ValueError(f"{name}: a part of a text has no score; leave it out, and raise seq_length instead")
         return data
 

@@ -208,7 +208,7 @@ def prepare(
             _build(folder, source, _Tokenize(config, source, tokenizer, vocab_size, share_prefix), progress)
     dataset = TokenizedDataset(folder, source.names, config)
     for name in ("max_length", "truncation"):
-        if name in config.model_fields_set and not dataset.is_grouped:
+        if getattr(config, name) != DataConfig.model_fields[name].default and not dataset.is_grouped:
             raise UserError(f"data.{name}: no effect, because no row has several responses to one prompt; leave it out")
     if progress:
         _say_left_out(tuple(source.names), dataset)
