@@ -98,7 +98,7 @@ def parse_row(row: object, ignored: Counter[str] | None = None, told: Counter[st
             shape += ("prompt",)
     elif "prompt" in present and "completion" in present:
         shape = ("prompt", "completion")
-        (document,) = answered(present, present["prompt"], {"completion": present["completion"]}, ignored)
+        (document,) = answered(present, present["prompt"], {"completion": present["completion"]}, ignored, blank=True)
         shape += ROW_FIELDS if isinstance(document, Chat) else ()
     elif present.keys() & {"chosen", "rejected", "responses"}:
         document, shape = parse_group(present, ignored)

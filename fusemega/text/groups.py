@@ -68,13 +68,20 @@ def parse_group(row: Mapping[str, Any], ignored: Counter[str] | None) -> tuple[G
 
 
 def answered(
-    row: Mapping[str, Any], prompt: Any, responses: Mapping[str, Any], ignored: Counter[str] | None, first: int = 0
+    row: Mapping[str, Any],
+    prompt: Any,
+    responses: Mapping[str, Any],
+    ignored: Counter[str] | None,
+    first: int = 0,
+    *,
+    blank: bool = False,
 ) -> list[Document]:
     """The prompt with each of the responses (by their names in the row), which alone are supervised.
 
     Args:
         row: what else the template is given.
         first: how many messages of the prompt precede the response's in the row's list.
+        blank: whether a response may be white space: some code goes on with a line break, but no answer is one.
     """
     for key, response in responses.items():
         if isinstance(prompt, str) != isinstance(response, str):
@@ -82,14 +89,19 @@ def answered(
     if isinstance(prompt, str):
         string(prompt, "prompt")
         for key, response in responses.items():
-            if not string(response, key).strip():
+            text = string(response, key)
+            if not (text if blank else text.strip()):
                 raise BadRow("empty", f"{key} is empty")
         return [Text(prompt + response, len(prompt)) for response in responses.values()]
     before = parse_messages(prompt, "prompt", False, ignored)
     after = {key: parse_messages(response, key, True, ignored, first) for key, response in responses.items()}
     for key, messages in after.items():
         learnt = [message for message in messages if message.supervised]
-        if learnt and not any(m.content.strip() or m.reasoning or m.fields.keys() & set(CALLS) for m in learnt):
+        if (
+            not blank
+            and learnt
+            and not any(m.content.strip() or m.reasoning or m.fields.keys() & set(CALLS) for m in learnt)
+        ):
             raise BadRow("empty", f"{key} is empty")
     return [as_chat(with_system(before + after[key], row), responses[key], row) for key in responses]
 

@@ -161,7 +161,7 @@ TABLE: list[Bad] = [
     _r("a metric that is a formula", REPORT, "run/metrics.jsonl:1: a metric named '$", put(METRICS, '{"iteration": 1, "$\\\\frac{$": 1.0}\n')),
     _r("a metric that moves the cursor", REPORT, r"a metric named '\x1b[2J'", put(METRICS, '{"iteration": 1, "\\u001b[2J": 1.0}\n')),
     _r("an iteration that is true", REPORT, "run/metrics.jsonl:1: not a row of metrics", put(METRICS, '{"iteration": true}\n')),
-    _r("an evaluation without loss", REPORT, "the row of iteration 1 has no bits_per_byte", put("run/evaluations.jsonl", '{"iteration": 1}\n')),
+    _r("an evaluation without loss", REPORT, "the row of iteration 1 has no loss", put("run/evaluations.jsonl", '{"iteration": 1}\n')),
     _r("a FIFO for its record", REPORT, "run: not the folder of a training run (no run.json)", fifo("run/run.json")),
     _r("a path that moves the cursor", "report '\x1b[2J'", r"\x1b[2J: no such folder of a training run"),
     _k("metrics too deep", RESUME, "run/metrics.jsonl:1: malformed JSON: nested too deeply", gone("run/done"), put(METRICS, DEEP + "\n")),

@@ -69,6 +69,7 @@ def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
         position_ids=torch.cat([torch.arange(size) for size in sizes])[None],
         cu_seqlens=torch.tensor([*starts, len(ids)]).int(),
         bounds=(*starts, len(ids)),
+        prefixes=((0, 0),) * len(texts),
         max_seqlen=max(sizes),
         positions=positions,
         labels=ids[positions + 1],
