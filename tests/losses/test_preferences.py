@@ -237,11 +237,12 @@ def test_rows_that_cannot_be_compared_are_refused(name: str, groups: Any, messag
         built(CASES[name][0], samples_of(groups))
 
 
-def test_rows_that_cannot_be_compared_are_skipped_where_asked(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_cannot_be_compared_are_skipped_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
     groups = samples_of([*SCORED, [(1, {"reward": 1, "source": 0, "margin": 1}), (2, {"reward": 1, "source": 0})]])
     objective = built(CASES["rloo"][0], groups, on_bad_row="skip")
-    assert "1 of 3 rows give no loss: each lacks two responses with different rewards" in caplog.text
-    assert "1 rows have a margin, which objective.name rloo does not read" in caplog.text
+    told = capsys.readouterr().err
+    assert "1 of 3 rows give no loss: each lacks two responses with different rewards" in told
+    assert "1 rows have a margin, which objective.name rloo does not read" in told
     assert objective.counts(batch_of(objective, groups, groups[0])) == {"rloo": 2}
     assert objective.counts(batch_of(objective, groups[2:], groups[2])) == {"rloo": 0}
 
