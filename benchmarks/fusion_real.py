@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from seeds import spread
 
 from fusemega.fixtures.data import chat_data, domain_data, smollm2
 from fusemega.pipeline.functions import stage_function
@@ -262,7 +263,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for arm, folders in models.items():
         of_seeds = [results[f"measure-{_stage(arm)}-{number}"] for number in range(len(folders))]
-        found[arm] = {k: {m: _spread([s[k][m] for s in of_seeds]) for m in of} for k, of in of_seeds[0].items()}
+        found[arm] = {k: {m: spread([s[k][m] for s in of_seeds]) for m in of} for k, of in of_seeds[0].items()}
         print(arm, json.dumps(found[arm]), flush=True)
     names = ("kind", "tokens", "passes", "batch", "seeds", "lr", "dtype")
     print(json.dumps({"benchmark": "fusion_real", **{n: getattr(args, n) for n in names}, "measures": found}))
@@ -270,13 +271,6 @@ def main() -> None:
 
 def _stage(arm: str) -> str:
     return arm.replace(":", "-").replace("@", "-p")
-
-
-def _spread(values: Sequence[float]) -> Any:
-    """Of one seed its value; of several the mean, and the distance between the lowest and the highest."""
-    if len(values) == 1:
-        return round(values[0], 4)
-    return {"mean": round(statistics.fmean(values), 4), "range": round(max(values) - min(values), 4)}
 
 
 if __name__ == "__main__":

@@ -96,5 +96,8 @@ class Requests:
 
 def peak_mib() -> float:
     """The most memory that this process has held at once."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    import torch
+
+    from fusemega.runtime.memory import peak_memory
+
+    return peak_memory(torch.device("cpu")) / 2**20

@@ -27,13 +27,12 @@ SEQ_LENGTH, BATCH, TOP_K = 1024, 8, 10
 def prepare(work: Path, teacher: str, kind: str, samples: int) -> None:
     """The text, the teacher's rows of it, and both maps, by the commands."""
     from fusemega.fixtures.data import chat_data, domain_data, smollm2
+    from fusemega.pipeline.run import run
     from fusemega.recipes.steps import Steps
 
     source = chat_data() if kind == "chat" else domain_data(kind)
     lines = source.train.read_text(encoding="utf-8").splitlines()[:samples]
     (work / "rows.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    from fusemega.pipeline.run import run
-
     steps = Steps(work, 1, {}, {"dtype": "bf16"})
     steps.teach("rows", teacher, {"path": str(work / "rows.jsonl"), "seq_length": SEQ_LENGTH}, top_k=TOP_K)
     for name in SIDES[1:]:

@@ -23,9 +23,10 @@ import hashlib
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from seeds import spread
 
 from fusemega.fixtures.data import preference_data, smollm2
 from fusemega.pipeline.functions import stage_function
@@ -94,9 +95,15 @@ def sample(model: str, rows: str, out: str, samples: int, new_tokens: int) -> di
 
 
 @stage_function
-def measure(model: str, rows: str, before: str | None) -> dict[str, float]:
-    """Shares of the held-out pairs; see the head of this file. `before`: the model to compare with."""
+def measure(model: str, rows: str, out: str, before: str | None) -> dict[str, float]:
+    """Shares of the held-out pairs; see the head of this file.
+
+    Args:
+        out: the file for the pairs' log-probabilities.
+        before: that of the model to compare with.
+    """
     sums, tokens = _log_probs(model, rows)
+    Path(out).write_text(json.dumps(sums), encoding="utf-8")
     found = {
         "sum": _share(a > b for a, b in sums),
         "mean": _share(a / m > b / n for (a, b), (m, n) in zip(sums, tokens, strict=True)),
@@ -104,7 +111,7 @@ def measure(model: str, rows: str, before: str | None) -> dict[str, float]:
         "logp_chosen": statistics.fmean(a for a, _ in sums),
     }
     if before is not None:
-        old, _ = _log_probs(before, rows)
+        old = json.loads(Path(before).read_text(encoding="utf-8"))
         found["implicit"] = _share(a - c > b - d for (a, b), (c, d) in zip(sums, old, strict=True))
     return found
 
@@ -199,29 +206,23 @@ def main() -> None:
             steps.train(f"{arm}-{s}", model, data, objective, {"lr": args.lr or lr, **shape}, length | {"seed": s})
             for s in range(args.seeds)
         ]
+    before = str(work / "before-0.json")
     for arm, folders in models.items():
         for number, folder in enumerate(folders):
-            before = None if arm == "before" else model
-            read = {"model": folder} | ({} if before is None else {"before": before})
-            settings = {"model": folder, "rows": held_out, "before": before}
-            steps.call(f"measure-{arm}-{number}", measure, settings, read, {"rows": held_out})
+            out = str(work / f"{arm}-{number}.json")
+            read = {"rows": held_out} | ({} if arm == "before" else {"before": before})
+            settings = {"model": folder, "rows": held_out, "out": out, "before": read.get("before")}
+            steps.call(f"measure-{arm}-{number}", measure, settings, {"model": folder}, read, {"out": out})
     results = run(steps.graph()).results
     found: dict[str, Any] = {"reward": results["measure-reward"]}
     if "sample" in results:
         found["sampled"] = results["sample"]
     for arm, folders in models.items():
         of_seeds = [results[f"measure-{arm}-{number}"] for number in range(len(folders))]
-        found[arm] = {name: _spread([each[name] for each in of_seeds]) for name in of_seeds[0]}
+        found[arm] = {name: spread([each[name] for each in of_seeds]) for name in of_seeds[0]}
         print(arm, json.dumps(found[arm]), flush=True)
     names = ("pairs", "held_out", "passes", "seeds", "samples", "lr", "dtype")
     print(json.dumps({"benchmark": "preference_real", **{n: getattr(args, n) for n in names}, "measures": found}))
-
-
-def _spread(values: Sequence[float]) -> Any:
-    """Of one seed its value; of several the mean, and the distance between the lowest and the highest."""
-    if len(values) == 1:
-        return values[0]
-    return {"mean": round(statistics.fmean(values), 4), "range": round(max(values) - min(values), 4)}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from torch import Tensor
 from fusemega.losses.preference import Preference, kl_of, only_with, smoothed, tokens_of, total
 from fusemega.losses.reference import Reference, ReferenceSettings
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import ResponseComparison, pair_of
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
@@ -93,9 +92,6 @@ class DPO(Preference):
     @classmethod
     def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> DPO:
         return cls(settings, Reference(settings.reference, tokenizer))
-
-    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
-        return pair_of(samples)
 
     def token_weights(self, samples: Sequence[Sample]) -> list[np.ndarray] | None:
         if self.settings.ld_alpha is None:

@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from fusemega.losses.preference import kl_of, only_with, smoothed, tokens_of, total
+from fusemega.losses.preference import kl_of, needed_with, smoothed, tokens_of, total
 from fusemega.losses.reference import Reference, ReferenceSettings
 from fusemega.losses.registry import ObjectiveSettings, register
 from fusemega.losses.responses import ResponseComparison, advantages, best_and_worst, by_source, rewards_of
@@ -54,19 +54,12 @@ class FusePOSettings(ObjectiveSettings):
     @field_validator("gamma_beta_ratio")
     @classmethod
     def _gamma_of_simpo(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is None and info.data.get("loss_type") == "simpo":
-            raise ValueError("needed with loss_type simpo")
-        if value is not None:
-            only_with(True, info, "simpo")
-        return value
+        return needed_with(value, info, "simpo")
 
     @field_validator("reference")
     @classmethod
     def _reference_of_ratios(cls, value: ReferenceSettings | None, info: ValidationInfo) -> ReferenceSettings | None:
-        if value is None and info.data.get("loss_type") in ("dpo", "rloo"):
-            raise ValueError(f"needed with loss_type {info.data['loss_type']}")
-        only_with(value, info, "dpo", "rloo")
-        return value
+        return needed_with(value, info, "dpo", "rloo")
 
 
 @register("fuse_po")

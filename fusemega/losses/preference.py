@@ -19,10 +19,9 @@ Shape suffixes: S sequences of a micro-batch, C comparisons, K sequences of each
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -33,11 +32,13 @@ from torch.nn.functional import logsigmoid
 from fusemega.errors import UserError
 from fusemega.losses.reference import Reference
 from fusemega.losses.registry import Objective
-from fusemega.losses.responses import ResponseComparison, weight_of
+from fusemega.losses.responses import ResponseComparison, pair_of, weight_of
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.runtime.console import warn
 from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.sample import Sample
+
+V = TypeVar("V")
 
 OF_PAIRS = (
     "rewards/chosen",
@@ -80,13 +81,14 @@ class Preference(Objective[Tensor]):
             self.frozen = reference.frozen
             self.statistics = (*self.statistics, "kl")
 
-    @abstractmethod
     def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
-        """The comparisons of a group; none, if the group lacks what `needs` says.
+        """The comparisons of a group; none, if the group lacks what `needs` says. Unless a subclass says otherwise, its
+        pair: see `pair_of`.
 
         Raises:
             UserError: the row is not one that this loss can be computed on.
         """
+        return pair_of(samples)
 
     def comparisons(self, samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         found, weight = self.compare(samples), weight_of(samples)
@@ -194,6 +196,17 @@ def only_with(value: Any, info: ValidationInfo, *types: str) -> Any:
     found = info.data.get("loss_type")
     if value and found is not None and found not in types:
         raise ValueError(f"no effect with loss_type {found}; allowed: leave it out, or loss_type {', '.join(types)}")
+    return value
+
+
+def needed_with(value: V, info: ValidationInfo, *types: str) -> V:
+    """For a setting's validator: asks for a value under these kinds of `loss_type`, and refuses it under others."""
+    found = info.data.get("loss_type")
+    if value is None:
+        if found in types:
+            raise ValueError(f"needed with loss_type {found}")
+        return value
+    only_with(True, info, *types)
     return value
 
 

@@ -9,7 +9,7 @@ Shape suffixes: S sequences of a micro-batch, C pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -18,9 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from fusemega.losses.preference import Preference, tokens_of, total
 from fusemega.losses.registry import ObjectiveSettings, register
-from fusemega.losses.responses import ResponseComparison, pair_of
 from fusemega.passes.micro_batch import MicroBatch
-from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
 
 
@@ -46,9 +44,6 @@ class SimPO(Preference):
     @classmethod
     def build(cls, settings: Any, tokenizer: Tokenizer, vocab_size: int) -> SimPO:
         return cls(settings)
-
-    def compare(self, samples: Sequence[Sample]) -> list[ResponseComparison]:
-        return pair_of(samples)
 
     def loss(
         self, output: Tensor, batch: MicroBatch, denominators: Mapping[str, Tensor | float]

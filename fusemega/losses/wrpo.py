@@ -25,7 +25,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from fusemega.errors import UserError, nearest
-from fusemega.losses.preference import Preference, kl_of, only_with, smoothed, tokens_of, total
+from fusemega.losses.preference import Preference, kl_of, needed_with, only_with, smoothed, tokens_of, total
 from fusemega.losses.reference import Reference, ReferenceSettings
 from fusemega.losses.registry import ObjectiveSettings, register
 from fusemega.losses.responses import ResponseComparison, best_and_worst, by_source, rewards_of
@@ -66,19 +66,12 @@ class WRPOSettings(ObjectiveSettings):
     @field_validator("gamma_beta_ratio")
     @classmethod
     def _gamma_of_simpo(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is None and info.data.get("loss_type") == "simpo":
-            raise ValueError("needed with loss_type simpo")
-        if value is not None:
-            only_with(True, info, "simpo")
-        return value
+        return needed_with(value, info, "simpo")
 
     @field_validator("reference")
     @classmethod
     def _reference_of_ratios(cls, value: ReferenceSettings | None, info: ValidationInfo) -> ReferenceSettings | None:
-        if value is None and info.data.get("loss_type") in ("sigmoid", "ipo"):
-            raise ValueError(f"needed with loss_type {info.data['loss_type']}")
-        only_with(value, info, "sigmoid", "ipo")
-        return value
+        return needed_with(value, info, "sigmoid", "ipo")
 
 
 @register("wrpo")
