@@ -1,6 +1,6 @@
 """DPO beside TRL: the same pairs, weights and dtype; pairs a second, peak memory, and equal losses.
 
-    python benchmarks/preference_vs_trl.py [--rows chat prompt25 prompt50 prompt75] [--steps 6] [--dtype fp32]
+    python benchmarks/preference_vs_trl.py [--rows chat prompt25 prompt50 prompt75] [--pairs 4] [--steps 5]
 
 SmolLM2-135M-Instruct on this machine's CPU, one process a side, two at a time. `chat` are real conversations: the
 rejected answer is the one to another question. `promptN` are rows in which the prompt has N % of the tokens of prompt
@@ -23,18 +23,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from in_turn import Requests, Side, peak_mib
 
 TRL = "trl==1.16.0"
-PAIRS, PER_DEVICE, ROW = 8, 2, 2048  # pairs of an update; of TRL's micro-batch; tokens of fusemega's rows
+PER_DEVICE, ROW = 2, 2048  # pairs of TRL's micro-batch; tokens of fusemega's rows
 BETA, LEARNING_RATE = 0.1, 1e-6
 SIDES = ("fusemega", "shared", "trl", "trl_precomputed")
 RACES = (("fusemega", "trl"), ("fusemega", "trl_precomputed"), ("shared", "trl_precomputed"))
 KINDS = ("chat", "prompt25", "prompt50", "prompt75")
 TOKENS = 512  # of prompt and response together, in `promptN`
+
+
+@dataclass(frozen=True)
+class Race:
+    """What both sides of a race have in common."""
+
+    work: Path
+    dtype: str
+    steps: int
+    pairs: int  # of an update
 
 
 def write_pairs(kind: str, count: int, out: Path) -> None:
@@ -64,18 +75,18 @@ def write_pairs(kind: str, count: int, out: Path) -> None:
     out.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]), encoding="utf-8")
 
 
-def run_file(work: Path, name: str, dtype: str, steps: int) -> Any:
+def run_file(race: Race, name: str) -> Any:
     """The run file of fusemega's side."""
     from fusemega.config import validate
     from fusemega.fixtures.data import smollm2
     from fusemega.training.run_file import TrainRun
 
-    training = {"train_iters": steps, "global_batch_size": PAIRS, "export_hf": False}
+    training = {"train_iters": race.steps, "global_batch_size": race.pairs, "export_hf": False}
     settings = {
-        "output_dir": str(work / f"run-{name}"),
-        "model": {"load": str(smollm2()), "dtype": dtype},
-        "data": {"path": str(work / "pairs.jsonl"), "seq_length": ROW},
-        "objective": {"name": "dpo", "beta": BETA, "reference": {"store": str(work / "reference")}},
+        "output_dir": str(race.work / f"run-{name}"),
+        "model": {"load": str(smollm2()), "dtype": race.dtype},
+        "data": {"path": str(race.work / "pairs.jsonl"), "seq_length": ROW},
+        "objective": {"name": "dpo", "beta": BETA, "reference": {"store": str(race.work / "reference")}},
         "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant", "clip_grad": 1.0},
         "training": training | ({"share_prefix": True} if name == "shared" else {}),
     }
@@ -97,14 +108,14 @@ def write_reference(work: Path, dtype: str) -> None:
     teach(validate(TeachRun, settings, "teach"))
 
 
-def fusemega_side(requests: Requests, work: Path, name: str, dtype: str, steps: int) -> None:
+def fusemega_side(requests: Requests, race: Race, name: str) -> None:
     from fusemega.training.assembly import open_trainer
 
-    trainer, _ = open_trainer(run_file(work, name, dtype, steps))
+    trainer, _ = open_trainer(run_file(race, name))
     requests.serve(lambda _: trainer.step()["dpo loss"])
 
 
-def trl_side(requests: Requests, work: Path, name: str, dtype: str, steps: int) -> None:
+def trl_side(requests: Requests, race: Race, name: str) -> None:
     """TRL's own loop, which waits for a request before each step: only the step itself is timed."""
     import torch
     from datasets import load_dataset
@@ -134,10 +145,10 @@ def trl_side(requests: Requests, work: Path, name: str, dtype: str, steps: int) 
             return SequentialSampler(self.train_dataset)
 
     config = DPOConfig(
-        output_dir=str(work / name),
-        max_steps=steps,
+        output_dir=str(race.work / name),
+        max_steps=race.steps,
         per_device_train_batch_size=PER_DEVICE,
-        gradient_accumulation_steps=PAIRS // PER_DEVICE,
+        gradient_accumulation_steps=race.pairs // PER_DEVICE,
         gradient_checkpointing=False,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
@@ -150,29 +161,31 @@ def trl_side(requests: Requests, work: Path, name: str, dtype: str, steps: int) 
         report_to="none",
         disable_tqdm=True,
         precompute_ref_log_probs=name == "trl_precomputed",
-        model_init_kwargs={"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]},
+        model_init_kwargs={"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[race.dtype]},
     )
-    rows = load_dataset("json", data_files=str(work / "pairs.jsonl"), split="train", cache_dir=str(work / "datasets"))
+    rows = load_dataset(
+        "json", data_files=str(race.work / "pairs.jsonl"), split="train", cache_dir=str(race.work / "datasets")
+    )
     trainer = InOrder(str(smollm2()), args=config, train_dataset=rows, callbacks=[Turns()])
     requests.ready()
     trainer.train()
 
 
-def race(work: Path, names: tuple[str, str], dtype: str, steps: int, threads: int) -> dict[str, Any]:
+def run_race(race: Race, names: tuple[str, str], threads: int) -> dict[str, Any]:
     """Both sides through the same steps, in turn."""
     script = str(Path(__file__).resolve())
+    arguments = (str(race.work), race.dtype, str(race.steps), str(race.pairs))
     sides = {
-        name: Side([script, "--side", name, str(work), dtype, str(steps)], work / f"{name}.log", environment())
-        for name in names
+        name: Side([script, "--side", name, *arguments], race.work / f"{name}.log", environment()) for name in names
     }
     taken = []
     try:
         for side in sides.values():
             side.answer()
-        for number in range(steps):
+        for number in range(race.steps):
             order = names if number % 2 else names[::-1]
             taken.append({name: sides[name].step(number, threads) for name in order})
-            rates = (f"{name} {PAIRS / taken[-1][name]['seconds']:.2f}" for name in names)
+            rates = (f"{name} {race.pairs / taken[-1][name]['seconds']:.2f}" for name in names)
             print("  ".join(rates), "pairs/s", flush=True)
     finally:
         for side in sides.values():
@@ -181,7 +194,7 @@ def race(work: Path, names: tuple[str, str], dtype: str, steps: int, threads: in
     ratios = [found[second]["seconds"] / found[first]["seconds"] for found in taken[1:]]
     return {
         "sides": names,
-        "pairs_per_s": {n: round(PAIRS / statistics.median(f[n]["seconds"] for f in taken[1:]), 3) for n in names},
+        "pairs_per_s": {n: round(race.pairs / statistics.median(f[n]["seconds"] for f in taken[1:]), 3) for n in names},
         "speedup": round(statistics.median(ratios), 3),
         "speedup_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "losses": {name: [round(found[name]["loss"], 5) for found in taken] for name in names},
@@ -206,24 +219,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--races", nargs="+", type=int, choices=range(len(RACES)), default=list(range(len(RACES))))
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=4, help="of an update")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        name, work, dtype, steps = args.side
+        name, work, dtype, steps, pairs = args.side
         side = trl_side if name.startswith("trl") else fusemega_side
-        side(Requests(), Path(work), name, dtype, int(steps))
+        side(Requests(), Race(Path(work), dtype, int(steps), int(pairs)), name)
         return
     found: dict[str, Any] = {}
     for kind in args.rows:
         with tempfile.TemporaryDirectory() as folder:
-            work = Path(folder)
-            write_pairs(kind, PAIRS * args.steps, work / "pairs.jsonl")
-            write_reference(work, args.dtype)
+            race = Race(Path(folder), args.dtype, args.steps, args.pairs)
+            write_pairs(kind, race.pairs * race.steps, race.work / "pairs.jsonl")
+            write_reference(race.work, race.dtype)
             for number in args.races:
-                result = race(work, RACES[number], args.dtype, args.steps, args.threads)
+                result = run_race(race, RACES[number], args.threads)
                 found[f"{kind}: {' / '.join(RACES[number])}"] = result
                 print(kind, json.dumps(result), flush=True)
     print(json.dumps({"benchmark": "preference_vs_trl", "trl": TRL, "dtype": args.dtype, "races": found}))
