@@ -9,9 +9,9 @@ reference log-probs, `TRL` below, installed without its dependencies, which this
 checkpointing is off, because fusemega's recomputation is off too. fusemega runs what `fusemega train` runs, with the
 reference in a store; `shared` is the same with `training.share_prefix`. Computing the reference's log-probs beforehand
 is not timed on any side. Both sides of a race take the same steps from the same weights, in turn, so each step gives
-one ratio of two times that lie close together; figures are medians over the steps behind the first (of speed-ups also the lowest
-and the highest), of the clock and of the processor's time: with `--threads 1`, what else the machine does hardly moves
-the latter. The last line is one JSON object.
+one ratio of two times that lie close together; figures are medians over the steps behind the first (of speed-ups also
+the lowest and the highest), of the clock and of the processor's time: with `--threads 1`, what else the machine does
+hardly moves the latter. The last line is one JSON object.
 """
 
 from __future__ import annotations
