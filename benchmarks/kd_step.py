@@ -96,8 +96,9 @@ def main() -> None:
                 one.close()
     found: dict[str, Any] = {"benchmark": "kd_step", "kind": args.kind, "dtype": args.dtype, "steps": args.steps}
     for first, second in (("cells", "first_piece"), ("cells", "labels"), ("first_piece", "labels")):
-        ratios = [step[first]["seconds"] / step[second]["seconds"] for step in taken[1:]]
-        found[f"{first} / {second}"] = [round(f(ratios), 3) for f in (statistics.median, min, max)]
+        for unit in ("seconds", "cpu_seconds"):
+            ratios = [step[first][unit] / step[second][unit] for step in taken[1:]]
+            found[f"{first} / {second}, {unit}"] = [round(f(ratios), 3) for f in (statistics.median, min, max)]
     found["peak_mib"] = {name: round(taken[-1][name]["peak_mib"]) for name in SIDES}
     print(json.dumps(found))
 

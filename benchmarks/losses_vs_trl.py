@@ -158,6 +158,8 @@ def trl_side(work: Path, name: str, pairs: list[Any]) -> dict[str, float]:
     same = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
     loader = AutoModelForSequenceClassification if case.trainer == "RewardTrainer" else AutoModelForCausalLM
     folder = work / ("scorer" if case.trainer == "RewardTrainer" else "policy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PADDING)
     own: dict[str, Any] = {}
     if case.trainer == "DPOTrainer":
         own["ref_model"] = AutoModelForCausalLM.from_pretrained(work / "reference", dtype=torch.float32)
@@ -165,7 +167,7 @@ def trl_side(work: Path, name: str, pairs: list[Any]) -> dict[str, float]:
         loader.from_pretrained(folder, dtype=torch.float32),
         args=config(output_dir=str(work / "trl"), **same, **case.settings),
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=tokenizer,
         **own,
     )
     total = 0.0
@@ -207,6 +209,7 @@ def padded(pair: list[dict[str, Any]], key: str | None) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -222,7 +225,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_inputs(work, args.pairs)
-        for name in CASES:
+        for name in args.cases:
             both = {}
             for kind in ("fusemega", "trl"):
                 command = [sys.executable, __file__, "--pairs", str(args.pairs), "--side", kind, str(work), name]

@@ -9,8 +9,9 @@ reference log-probs, `TRL` below, installed without its dependencies, which this
 checkpointing is off, because fusemega's recomputation is off too. fusemega runs what `fusemega train` runs, with the
 reference in a store; `shared` is the same with `training.share_prefix`. Computing the reference's log-probs beforehand
 is not timed on any side. Both sides of a race take the same steps from the same weights, in turn, so each step gives
-one ratio of two times that lie close together; figures are medians over the steps behind the first. The last line is
-one JSON object.
+one ratio of two times that lie close together; figures are medians over the steps behind the first (of speed-ups also
+the lowest and the highest), of the clock and of the processor's time: with `--threads 1`, what else the machine does
+hardly moves the latter. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from in_turn import Requests, Side, peak_mib
 
 TRL = "trl==1.16.0"
 PER_DEVICE, ROW = 2, 2048  # pairs of TRL's micro-batch; tokens of fusemega's rows
-BETA, LEARNING_RATE = 0.1, 1e-6
+BETA, LEARNING_RATE, SEED = 0.1, 1e-6, 1234
 SIDES = ("fusemega", "shared", "trl", "trl_precomputed")
 RACES = (("fusemega", "trl"), ("fusemega", "trl_precomputed"), ("shared", "trl_precomputed"))
 KINDS = ("chat", "prompt25", "prompt50", "prompt75")
@@ -48,12 +49,13 @@ class Race:
     pairs: int  # of an update
 
 
-def write_pairs(kind: str, count: int, out: Path) -> None:
-    """Rows of prompt, chosen and rejected, in the order in which both sides take them."""
+def write_pairs(kind: str, race: Race) -> None:
+    """Rows of prompt, chosen and rejected: `pairs.jsonl`, and for TRL in the order in which fusemega takes them."""
     from fusemega.fixtures.data import chat_data, smollm2
+    from fusemega.text.order import sample_ids
     from fusemega.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(smollm2())
+    count, tokenizer = race.pairs * race.steps, Tokenizer.load(smollm2())
     chats = [json.loads(line)["messages"] for line in chat_data().train.read_text(encoding="utf-8").splitlines()]
     rows: list[dict[str, Any]] = []
     if kind == "chat":
@@ -72,7 +74,10 @@ def write_pairs(kind: str, count: int, out: Path) -> None:
                 row[name] = [{"role": "user" if name == "prompt" else "assistant", "content": content}]
                 at += length
             rows.append(row)
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]), encoding="utf-8")
+    lines = [json.dumps(row) + "\n" for row in rows[:count]]
+    order = [unit for step in range(race.steps) for unit in sample_ids(step, race.pairs, count, SEED)]
+    (race.work / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    (race.work / "in_order.jsonl").write_text("".join(lines[unit] for unit in order), encoding="utf-8")
 
 
 def run_file(race: Race, name: str) -> Any:
@@ -81,7 +86,7 @@ def run_file(race: Race, name: str) -> Any:
     from fusemega.fixtures.data import smollm2
     from fusemega.training.run_file import TrainRun
 
-    training = {"train_iters": race.steps, "global_batch_size": race.pairs, "export_hf": False}
+    training = {"train_iters": race.steps, "global_batch_size": race.pairs, "seed": SEED, "export_hf": False}
     settings = {
         "output_dir": str(race.work / f"run-{name}"),
         "model": {"load": str(smollm2()), "dtype": race.dtype},
@@ -126,19 +131,22 @@ def trl_side(requests: Requests, race: Race, name: str) -> None:
     from fusemega.fixtures.data import smollm2
 
     class Turns(TrainerCallback):
-        started = 0.0
+        started = used = 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if requests.next() is None:
                 os._exit(0)
-            self.started = time.perf_counter()
+            self.started, self.used = time.perf_counter(), time.process_time()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in logs:
-                requests.answer({"seconds": self.took, "loss": float(logs["loss"]), "peak_mib": peak_mib()})
+                requests.answer({**self.took, "loss": float(logs["loss"]), "peak_mib": peak_mib()})
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.took = time.perf_counter() - self.started
+            self.took = {
+                "seconds": time.perf_counter() - self.started,
+                "cpu_seconds": time.process_time() - self.used,
+            }
 
     class InOrder(DPOTrainer):
         def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -164,7 +172,7 @@ def trl_side(requests: Requests, race: Race, name: str) -> None:
         model_init_kwargs={"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[race.dtype]},
     )
     rows = load_dataset(
-        "json", data_files=str(race.work / "pairs.jsonl"), split="train", cache_dir=str(race.work / "datasets")
+        "json", data_files=str(race.work / "in_order.jsonl"), split="train", cache_dir=str(race.work / "datasets")
     )
     trainer = InOrder(str(smollm2()), args=config, train_dataset=rows, callbacks=[Turns()])
     requests.ready()
@@ -191,12 +199,15 @@ def run_race(race: Race, names: tuple[str, str], threads: int) -> dict[str, Any]
         for side in sides.values():
             side.close()
     first, second = names
-    ratios = [found[second]["seconds"] / found[first]["seconds"] for found in taken[1:]]
+    ratios = {
+        unit: [found[second][unit] / found[first][unit] for found in taken[1:]] for unit in ("seconds", "cpu_seconds")
+    }
     return {
         "sides": names,
         "pairs_per_s": {n: round(race.pairs / statistics.median(f[n]["seconds"] for f in taken[1:]), 3) for n in names},
-        "speedup": round(statistics.median(ratios), 3),
-        "speedup_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "speedup": {
+            unit: [round(f(of_unit), 3) for f in (statistics.median, min, max)] for unit, of_unit in ratios.items()
+        },
         "losses": {name: [round(found[name]["loss"], 5) for found in taken] for name in names},
         "peak_mib": {name: round(taken[-1][name]["peak_mib"]) for name in names},
     }
@@ -234,7 +245,7 @@ def main() -> None:
     for kind in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             race = Race(Path(folder), args.dtype, args.steps, args.pairs)
-            write_pairs(kind, race.pairs * race.steps, race.work / "pairs.jsonl")
+            write_pairs(kind, race)
             write_reference(race.work, race.dtype)
             for number in args.races:
                 result = run_race(race, RACES[number], args.threads)
