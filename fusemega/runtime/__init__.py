@@ -8,7 +8,8 @@ Layers
     specs.py              layer specs; rope.py: rotary positions; cpu_ops.py: norms and SwiGLU on a CPU
     segments.py           the segments of a packed row; context_parallel.py: rows split over ranks
     shared_prompts.py     attention of rows with shared prompts on a GPU; te_attention.py: beside Transformer Engine's
-    fused_adam.py         Adam where no GPU package brings one; random_state.py: all random generators
+    fused_adam.py         Adam where no GPU package brings one; gradient_norm.py: norm and clipping there
+    random_state.py       all random generators
 Megatron-core
     cpu_backend.py        Megatron-core without CUDA; without_compiling.py: a faster start there
     megatron_fixes.py     its faults on any machine

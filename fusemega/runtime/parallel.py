@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fusemega.runtime import cpu_backend, device, fused_adam, kernel_packages, megatron_fixes, rope
+from fusemega.runtime import cpu_backend, device, fused_adam, gradient_norm, kernel_packages, megatron_fixes, rope
 from fusemega.runtime.console import debug
 from fusemega.runtime.layout import ParallelConfig
 
@@ -27,6 +27,7 @@ cpu_backend.enable()
 megatron_fixes.apply()
 rope.install()
 fused_adam.install()
+gradient_norm.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the backend is in place)
 
@@ -96,6 +97,17 @@ class World:
         values = [value] * self.world_size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values, on every rank. Collective; the device is not waited for.
+
+        For ranks that compute in step: it gives a rank that does not come `GROUP_TIMEOUT`.
+        """
+        if self.world_size == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.int64, device="cpu")
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True).wait(GROUP_TIMEOUT)
+        return int(found)
 
 
 def environment_rank() -> tuple[int, int, int]:
