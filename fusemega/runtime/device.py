@@ -61,6 +61,12 @@ def own_device(local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of host memory on `device`. The host does not wait for the copy, which for a GPU is made from pinned
+    memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def missing_gpu() -> str | None:
     """Says why there should be a GPU that torch does not find; None if nothing says so, or the user hid the GPUs."""
     if os.environ.get(WANTED) == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN:

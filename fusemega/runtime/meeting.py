@@ -34,7 +34,8 @@ LAUNCH_FOLDER = "FUSEMEGA_LAUNCH"
 # What gloo, the store and NCCL say when a peer is gone, or has not come for too long.
 _ECHO = re.compile(
     r"onnection (closed|reset|refused)|Broken pipe|failed to recv|recvBytes|sendBytes|Connection was likely closed|"
-    r"DistNetworkError|ncclRemoteError|remote process exited|Socket closed|Timed out waiting|ncclInternalError"
+    r"DistNetworkError|ncclRemoteError|remote process exited|Socket closed|Timed out waiting|Operation timed out|"
+    r"ncclInternalError"
 )
 _PREFIX, _LOCK = "fusemega-", "launcher"
 

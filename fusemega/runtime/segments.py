@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fusemega.runtime.context_parallel import zigzag
+from fusemega.runtime.device import sent
 
 _ATTRIBUTE = "fusemega_segments"
 
@@ -102,7 +103,7 @@ SegmentRun(length=1, number=1, prompt=None, seen=0)]
 
         def make() -> Tensor:
             bounds = torch.tensor(self.bounds, dtype=torch.int32, device="cpu")
-            return torch.cat([zigzag(bounds, rank, size) for rank in range(size)]).to(device)
+            return sent(torch.cat([zigzag(bounds, rank, size) for rank in range(size)]), device)
 
         return self.kept(("zigzag", size, device), make)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusemega.runtime.device import sent
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.segments import Segments
 
@@ -72,14 +73,10 @@ def _block_mask(segments: Segments, window: int | None, device: torch.device) ->
     numbers = {start: number for number, start in enumerate(segments.bounds[:-1])}
     continued = [numbers[first] if end > first else -1 for first, end in segments.prefixes]
     starts = torch.tensor(segments.bounds[:-1], device="cpu") - torch.tensor(segments.before, device="cpu")
-
-    def each_token(values: Tensor) -> Tensor:
-        return values.repeat_interleave(lengths).to(device)
-
-    segment_T = each_token(torch.arange(len(lengths), device="cpu"))
-    prompt_T = each_token(torch.tensor(continued, device="cpu"))
+    of_segments = torch.stack([torch.arange(len(lengths), device="cpu"), torch.tensor(continued, device="cpu"), starts])
+    segment_T, prompt_T, start_T = sent(of_segments.repeat_interleave(lengths, dim=1), device)
     total = segments.bounds[-1]
-    position_T = torch.arange(total, device=device) - each_token(starts)
+    position_T = torch.arange(total, device=device) - start_T
 
     def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         back = position_T[query] - position_T[key]

@@ -6,9 +6,6 @@ import signal
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from fusemega.runtime.console import say
 from fusemega.runtime.meeting import is_heard, launch_folder
 from fusemega.runtime.parallel import World
@@ -45,9 +42,7 @@ class StopSignals:
 
     def requested(self) -> int:
         """The number of a signal that any rank has noted, the same on every rank; 0: none. Collective."""
-        noted = torch.tensor(self._noted, device=self._world.device)
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
-        return int(noted)
+        return self._world.largest(self._noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if launch_folder() is None:

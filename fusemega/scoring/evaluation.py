@@ -143,7 +143,9 @@ def evaluate_model(
                 teacher_softcap=other.head.get("softcap"),
                 **own.head,
             )
-        return torch.cat([sums.new_tensor([len(batch.labels), num_bytes]), sums])
+        # Filled on the device, rather than copied there, for which the host would wait.
+        counted = [sums.new_full((1,), count) for count in (len(batch.labels), num_bytes)]
+        return torch.cat([*counted, sums])
 
     frozen = {} if reference is None else {"reference": reference}
     passes = score_samples(gpt, dataset, range(len(dataset)), shape, score, world, frozen=frozen, fields=rows)

@@ -7,7 +7,7 @@ H hidden size, K ids kept a position, S draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -110,15 +110,16 @@ def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
         # The last stage's tensor- and context-parallel ranks all have the same rows, so one of them writes.
         writes = world.tp_rank == 0 and world.cp_rank == 0 and world.is_last_stage
 
-        def score(hidden_NH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample]) -> list[tuple[bytes, Row]]:
+        # Generators, so that rows are read from the device once all of a pass has been asked of it.
+        def score(hidden_NH: torch.Tensor, batch: MicroBatch, samples: Sequence[Sample]) -> Iterable[tuple[bytes, Row]]:
             if run.rows == "none":
                 # As the model in training computes it, which is compared with it before the first update.
                 logp_S = sequence_log_probs(hidden_states(gpt, hidden_NH, world), batch, world)
-                return list(_sums(samples, logp_S)) if writes else []
+                return _sums(samples, logp_S) if writes else ()
             rows = _top_k_rows if run.rows == "top_k" else _sampled_rows
             columns_N = rows(run, gpt, hidden_NH, batch, samples, world)
             whole = [whole_positions(column, batch, world) for column in columns_N]
-            return list(_cut(samples, *whole)) if writes else []
+            return _cut(samples, *whole) if writes else ()
 
         with progress("teaching", int(sum(dataset.lengths[i] for i in missing))) as advance:
             for _, collected in score_samples(gpt, dataset, missing, run.row_shape(source), score, world, advance):

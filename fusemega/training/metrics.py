@@ -8,8 +8,6 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from fusemega.files.output import write_durably
@@ -45,9 +43,7 @@ def most_memory(world: World, writers_bytes: int) -> dict[str, float]:
     """
     on_gpu = world.device.type == "cuda"
     mine = peak_memory(world.device) + (0 if on_gpu else writers_bytes)
-    largest = torch.tensor(mine, dtype=torch.int64, device=world.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return {GPU_MEMORY if on_gpu else CPU_MEMORY: int(largest)}
+    return {GPU_MEMORY if on_gpu else CPU_MEMORY: world.largest(mine)}
 
 
 class Costs(Callback):
