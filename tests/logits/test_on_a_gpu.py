@@ -1,7 +1,5 @@
-"""What the losses do on a GPU, as far as it can be seen without one.
-
-The meta device stands in for it: it has autograd and shapes but no values, so whatever reads a number back to the host
-raises, and so does most of what mixes devices; `Spy` sees the rest.
+"""What the losses do on a GPU, as far as it can be seen without one: the meta device stands in for it
+(tests/pretended_gpu.py). Whole steps: tests/training/test_on_a_gpu.py.
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fusemega.logits import _head, _members, _products
 from fusemega.logits.divergence import fused_divergence_loss
@@ -31,27 +27,8 @@ from tests.logits.loops import make_head, make_ids
 from tests.logits.test_groups import IDS_TK, make_groups
 from tests.losses.test_objectives import TOKENIZER, VOCAB, N, row_of, sample_of, store_of
 from tests.passes.bare import bare_batch
-
-GPU = torch.device("meta")
-
-
-class Spy(TorchDispatchMode):
-    """Notes operations on both host and device, and the dtypes of products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mixed: list[str] = []
-        self.products: list[tuple[torch.dtype, torch.dtype]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-        name = str(func)
-        if len({tensor.device.type for tensor in tensors}) > 1 and "_to_copy" not in name and "copy_" not in name:
-            self.mixed.append(name)
-        out = func(*args, **(kwargs or {}))
-        if "mm" in name.split(".")[1]:
-            self.products.append((tensors[-1].dtype, out.dtype))
-        return out
+from tests.pretended_gpu import META as GPU
+from tests.pretended_gpu import Watch
 
 
 def objective_named(name: str, folder: Path) -> Objective[Any]:
@@ -82,7 +59,7 @@ def test_a_step_of_each_objective_stays_on_the_device(name: str, tmp_path: Path,
     host = GlobalBatch([bare_batch(torch.arange(N), fields)], [], N)
     trainer: Any = SimpleNamespace(objective=objective, world=alone, _adding_ranks=None)
     _products.operand_dtype(torch.bfloat16, GPU)  # tries once
-    with Spy() as spy:
+    with Watch() as spy:
         denominators, measured = Trainer._counted(trainer, host.micro_batches)
         (batch,) = host.on(GPU).micro_batches
         moved = {**vars(batch), **batch.position_fields}.values()
@@ -108,7 +85,7 @@ def test_a_step_of_each_objective_stays_on_the_device(name: str, tmp_path: Path,
 def test_scores_stay_on_the_device() -> None:
     hidden, weight = (t.detach().bfloat16().to(GPU) for t in make_head())
     ids = make_ids().to(GPU)
-    with Spy() as spy:
+    with Watch() as spy:
         rows = sparse_log_probs(hidden, weight, Query(ids, 2.0, residual=True), vocab_size=VOCAB, softcap=30.0)
     assert rows.log_residual_T is not None and rows.log_residual_T.device == GPU and spy.mixed == []
 
@@ -120,7 +97,7 @@ def test_groups_stay_on_the_device(entry: str, weighted: bool) -> None:
     groups = make_groups(weighted).to(GPU)
     hidden, weight = (t.detach().bfloat16().to(GPU).requires_grad_() for t in make_head())
     query = Query(make_ids(vocab_size=VOCAB + 7).to(GPU), 2.0, True, groups)
-    with Spy() as spy:
+    with Watch() as spy:
         if entry == "fused":
             loss = fused_token_loss(
                 hidden, weight, [query], lambda found, rows: (found[0].lse_T, found[0].logp_TK), vocab_size=VOCAB

@@ -1,18 +1,14 @@
-"""Batches built one step ahead: the same, in the same order, errors where they belong; and a step that never waits."""
+"""Batches built one step ahead: the same, in the same order, errors where they belong."""
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fusemega.errors import UserError
-from fusemega.passes.forward import run_schedule
 from fusemega.passes.prefetch import Prefetch
 from fusemega.training.assembly import open_trainer
 from fusemega.training.checkpoints import Checkpoints
@@ -86,52 +82,3 @@ def test_a_run_and_its_resumption_do_not_depend_on_it(make_run: MakeRun) -> None
     second = ahead(open_trainer(run)[0])
     with second.batches:
         assert second.iteration == 2 and losses(second, 2) == plain[2:]
-
-
-@pytest.fixture
-def host_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files of this project and of megatron-core in which a tensor's values were read into Python."""
-    found: list[str] = []
-
-    def spied(name: str) -> Callable[..., Any]:
-        read = getattr(torch.Tensor, name)
-
-        def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            file = Path(sys._getframe(1).f_code.co_filename)
-            # The CPU backend's function mode only passes on what has been counted.
-            if ("/fusemega/" in str(file) or "/megatron/" in str(file)) and file.name != "cpu_backend.py":
-                found.append(file.name)
-            return read(self, *args, **kwargs)
-
-        return method
-
-    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
-        monkeypatch.setattr(torch.Tensor, name, spied(name))
-    return found
-
-
-@pytest.mark.parametrize("recompute", [{}, {"granularity": "full", "method": "uniform", "num_layers": 1}])
-def test_no_layer_reads_the_device(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, host_reads: list[str], recompute: dict[str, Any]
-) -> None:
-    """On a GPU each such read would make the host wait for everything queued, in every layer of every micro-batch."""
-    settings = {f"recompute_{name}": value for name, value in recompute.items()}
-    trainer = open_trainer(make_run(training={**settings, "packing": False}))[0]
-    micro_batches = len(trainer.data.step(0).micro_batches)
-    assert micro_batches > 2
-    scheduled: list[str] = []
-
-    def spied(*args: Any, **kwargs: Any) -> Any:
-        before = len(host_reads)
-        collected = run_schedule(*args, **kwargs)
-        scheduled.extend(host_reads[before:])
-        return collected
-
-    monkeypatch.setattr("fusemega.training.trainer.run_schedule", spied)
-    host_reads.clear()
-    trainer.step()
-    # The head looks at ids in host memory, as all are here; on a GPU it does not (tests/logits/test_on_a_gpu.py).
-    assert set(scheduled) <= {"_query.py"}
-    outside = [name for name in host_reads if name != "_query.py"]
-    assert outside.count("trainer.py") == 1, "loss, terms and counts are read together"
-    assert len(outside) < micro_batches, outside
