@@ -121,12 +121,14 @@ def largest_ids(logits_CV: Tensor, k: int, head: ChunkedHead) -> Tensor:
 
 def _local_largest(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Largest logits and their columns, by falling value, then rising column (which torch.topk does not promise)."""
-    values_CK, columns_CK = logits_CV.topk(k, dim=1)
-    columns_CK, order = columns_CK.sort(dim=1)
+    # One more than is asked for, which says whether equal logits lie across the border.
+    values_CK, columns_CK = logits_CV.topk(min(k + 1, logits_CV.shape[1]), dim=1)
+    crowded_C = (values_CK[:, k - 1] == values_CK[:, k]) if 0 < k < logits_CV.shape[1] else None
+    columns_CK, order = columns_CK[:, :k].sort(dim=1)
     values_CK, order = values_CK.gather(1, order).sort(dim=1, descending=True, stable=True)
     columns_CK = columns_CK.gather(1, order)
-    if 0 < k < logits_CV.shape[1]:  # a tie across the border: topk may have kept any of the equal ones
-        crowded = ((logits_CV >= values_CK[:, -1:]).sum(1) > k).nonzero()[:, 0]
+    if crowded_C is not None:  # topk may have kept any of the equal ones
+        crowded = crowded_C.nonzero()[:, 0]
         exact = logits_CV[crowded].sort(dim=1, descending=True, stable=True)
         columns_CK[crowded] = exact.indices[:, :k]
     return values_CK, columns_CK
