@@ -185,6 +185,7 @@ def main() -> None:
     pairs = {"path": train, "seq_length": SEQ_LENGTH}
     of_pairs = steps.teach("pairs", model, pairs, rows="none")
     length = {"train_epochs": args.passes, "global_batch_size": 16, "save_interval": 1000, "keep_checkpoints": 1}
+    length |= {"share_prefix": True}  # less to compute, and the same loss
     shape = {"lr_warmup_fraction": 0.1, "adam_beta2": 0.95}
     rewarding = steps.train("reward", model, pairs, {"name": "reward"}, {"lr": args.lr or 1e-5, **shape}, length)
     steps.call("measure-reward", measure_rewards, {"model": rewarding, "rows": held_out}, {"model": rewarding},
