@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fusemega.errors import UserError, choose
 from fusemega.runtime.console import tell
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(no_args_is_help=True, help="Sample stores: inspect, verify, merge.")
 
@@ -71,6 +68,16 @@ def verify(
             help="What to do with unknown fields in --data: error, or ignore (leave them out and count them)."
         ),
     ] = "error",
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a response with its prompt: data.max_length of the teach run.")
+    ] = None,
+    truncation: Annotated[
+        str | None,
+        typer.Option(
+            help="What became of responses that are too long, data.truncation of the teach run: keep_start (default), "
+            "keep_end or drop."
+        ),
+    ] = None,
 ) -> None:
     """Read every row of the store PATH; check its checksum and that it is a distribution over the scorer's vocabulary
     (of a store of rows: none, that its sums are those of log-probabilities).
@@ -79,6 +86,8 @@ def verify(
     """
     if (data is None) != (tokenizer is None):
         raise UserError("store verify: --data and --tokenizer belong together")
+    if data is None and (max_length is not None or truncation is not None):
+        raise UserError("store verify: --max-length and --truncation say how --data is read; it is not given")
     choose("--unknown-fields", unknown_fields, ("error", "ignore"))
     from fusemega.store import Store
     from fusemega.store.samples import scored_samples
@@ -88,7 +97,8 @@ def verify(
     store = Store.open(path)
     samples = None
     if data is not None and tokenizer is not None:
-        samples = scored_samples(store, data, Tokenizer.load(tokenizer), unknown_fields)
+        reading = {"unknown_fields": unknown_fields, "max_length": max_length, "truncation": truncation}
+        samples = scored_samples(store, data, Tokenizer.load(tokenizer), **reading)
     found = {"path": str(path), "rows": verify_rows(store)}
     if samples is None:
         typer.echo(json.dumps(found))

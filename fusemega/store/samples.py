@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fusemega.config import validate
 from fusemega.files.cache import cache_folder
 from fusemega.store.reader import Store
 from fusemega.text.data import DataConfig
@@ -10,18 +11,18 @@ from fusemega.text.document import MASK_POLICY
 from fusemega.text.tokenizer import Tokenizer
 
 
-def scored_samples(store: Store, data: str, tokenizer: Tokenizer, unknown_fields: str = "error") -> TokenizedDataset:
+def scored_samples(store: Store, data: str, tokenizer: Tokenizer, **settings: str | int | None) -> TokenizedDataset:
     """The samples of `data`, read from the cache or tokenized into it.
 
     Args:
         data: a file, folder or glob of rows.
         tokenizer: the scorer's.
-        unknown_fields: as `data.unknown_fields` of a run file.
+        settings: further keys of a run file's `data`, with which the store was taught; None: the default.
 
     Raises:
         UserError: the store is of another tokenizer, template or mask; or the data cannot be read.
     """
     store.check({"tokenizer": tokenizer.content_hash, "template": tokenizer.template_hash, "mask_policy": MASK_POLICY})
-    rows = {"path": data, "seq_length": store.manifest.truncation, "unknown_fields": unknown_fields}
-    config = DataConfig.model_validate(rows)
+    given = {key: value for key, value in settings.items() if value is not None}
+    config = validate(DataConfig, {"path": data, "seq_length": store.manifest.truncation, **given}, "data")
     return prepare(config, tokenizer, cache_folder() / "data", vocab_size=store.manifest.vocab_size, progress=True)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks import tiny
+from fusemega.cli.store import app, verify
 from fusemega.config import validate
 from fusemega.errors import UserError
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Row, Store, StoreWriter
+from fusemega.store.samples import scored_samples
+from fusemega.text.tokenizer import Tokenizer
 from fusemega.training.assembly import open_trainer
 from fusemega.training.dry_run import describe
 from fusemega.training.run_file import TrainRun
@@ -155,6 +160,25 @@ def test_samples_that_a_store_lacks_or_has_otherwise(
         pass
     with pytest.raises(UserError, match="was made by `fusemega project`"):
         open_trainer(referenced({"store": str(tmp_path / "projected")}))
+
+
+def test_a_store_of_cut_responses_is_verified(work: Path, folder: Path, tmp_path: Path) -> None:
+    store = taught(tmp_path / "cut", work / "model", folder, rows="none", data={"max_length": 40})
+    asked = ["verify", str(store), "--tokenizer", str(work / "model"), "--data", str(folder / "groups.jsonl")]
+    whole = CliRunner().invoke(app, asked)
+    assert whole.exit_code == 1 and json.loads(whole.stdout)["missing"] > 0
+    cut = CliRunner().invoke(app, [*asked, "--max-length", "40"])
+    assert cut.exit_code == 0 and json.loads(cut.stdout)["missing"] == 0
+    other_end = CliRunner().invoke(app, [*asked, "--max-length", "40", "--truncation", "keep_end"])
+    assert other_end.exit_code == 1 and json.loads(other_end.stdout)["missing"] > 0
+    for options, words in (
+        ({"max_length": 512}, "max_length 512: no effect beside seq_length 512"),
+        ({"truncation": "keep"}, "data: truncation: found .keep."),
+    ):
+        with pytest.raises(UserError, match=words):
+            scored_samples(Store.open(store), asked[-1], Tokenizer.load(str(work / "model")), **options)
+    with pytest.raises(UserError, match="--max-length and --truncation say how --data is read"):
+        verify(store, max_length=40)
 
 
 @pytest.mark.parametrize(
