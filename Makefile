@@ -3,6 +3,7 @@
 #   make quickstart-xtok [ARGS=...]   the same across tokenizers
 #   make test [WORKERS=2]             ruff, mypy and the whole test suite, that many test files at a time
 #   make test-fast [ARGS=-x]          the fast tests of one process; CONTRIBUTING.md says what is left out
+#   make gpu-check [ARGS=--quick]     checks and measures everything on one GPU in ten minutes; without one, what can be
 #   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
 
@@ -12,13 +13,18 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart quickstart-xtok test test-fast test-te lint assets setup
+.PHONY: quickstart quickstart-xtok gpu-check test test-fast test-te lint assets setup
 
 quickstart: setup
 	$(BIN)/python -m fusemega.recipes.quickstart $(ARGS)
 
 quickstart-xtok: setup
 	$(BIN)/python -m fusemega.recipes.quickstart_xtok $(ARGS)
+
+# Its own exit status is 1 where anything is wrong. Weights and texts that cannot be fetched are "not measured".
+gpu-check: setup
+	-$(BIN)/python -m fusemega.fixtures
+	$(BIN)/python benchmarks/gpu/check.py $(ARGS)
 
 # Tests whose assets cannot be fetched skip, and say which ones.
 test: lint

@@ -58,7 +58,7 @@ def run_arm(arm: str, dtype: torch.dtype, tokens: int, vocab: int, hidden: int, 
     if arm.endswith("kl"):
         teacher = _head_inputs(tokens, vocab, hidden, dtype)
         small = (teacher[0][:2], teacher[1][:64])
-    step = _STEPS[arm]
+    step = STEPS[arm]
     step(hidden_TH[:2], weight_VH[:64], labels_T[:2] % 64, *small, chunk).backward()  # warm up
     hidden_TH.grad = weight_VH.grad = None
     ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would hide as much of the arm's own
@@ -136,7 +136,7 @@ def _fused_kl(h: Tensor, w: Tensor, labels: Tensor, th: Tensor, tw: Tensor, chun
     )[0]  # fmt: skip
 
 
-_STEPS: dict[str, Callable[..., Tensor]] = {
+STEPS: dict[str, Callable[..., Tensor]] = {
     "dense-ce": _dense_ce,
     "dense-kd": _dense_kd,
     "dense-kl": _dense_kl,

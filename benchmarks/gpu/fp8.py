@@ -1,0 +1,64 @@
+"""Transformer Engine's layers and FP8 beside bf16: speed and loss curves of the 1B shape on a few rows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fusemega.runtime.kernel_packages import FP8_RECIPES, recipe_problem
+from gpu.job import Job
+from gpu.report import Report
+from gpu.speed import Task, task_of
+from gpu.trained import loss_of, opened
+
+STEPS, WARM_UP = 40, 3
+CURVE = 0.1  # nats: how far a curve may be from that of bf16 local layers at its end
+BASE = "bf16, local layers"
+
+
+def arms(report: Report) -> dict[str, dict[str, Any]]:
+    """Name -> settings of section `model`. Recipes that this card cannot run are told."""
+    found: dict[str, dict[str, Any]] = {BASE: {"transformer_impl": "local"}}
+    found["bf16, Transformer Engine"] = {"transformer_impl": "transformer_engine"}
+    for recipe in FP8_RECIPES:
+        if problem := recipe_problem(recipe):
+            report.not_measured(f"fp8 hybrid, {recipe}", problem)
+        else:
+            found[f"fp8 hybrid, {recipe}"] = {"fp8": "hybrid", "fp8_recipe": recipe}
+    return found
+
+
+def measure(report: Report, job: Job) -> None:
+    folder = job.folder()
+    task = replace(task_of(job, "1b", folder, micro=2, batch=2), steps=STEPS)
+    compare(report, job, task, folder, arms(report))
+
+
+def compare(report: Report, job: Job, task: Task, folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+    """Every arm from the same weights on the same samples."""
+    curves: dict[str, list[float]] = {}
+    for number, (arm, model) in enumerate(settings.items()):
+        with report.case(arm):
+            losses, taken, tokens = [], [], 0.0
+            job.card.free()
+            with opened(task.run(folder / f"arm-{number}", {"name": "sft"}, lr=1e-4, **model)) as trainer:
+                for _ in range(task.steps):
+                    started = time.perf_counter()
+                    values = trainer.step()
+                    job.card.wait()
+                    taken.append(time.perf_counter() - started)
+                    losses.append(loss_of(values))
+                    tokens = values["tokens"]
+            curves[arm] = losses
+            if job.real:
+                report.measured(f"{arm}: speed", round(tokens / median(taken[WARM_UP:])), "tokens/s")
+                report.measured(f"{arm}: most memory", round(job.card.most() / 2**30, 2), "GiB")
+            if arm != BASE and BASE in curves:
+                apart = max(abs(a - b) for a, b in zip(losses[-5:], curves[BASE][-5:], strict=True))
+                details = {"losses": losses, BASE: curves[BASE]}
+                report.compare(f"{arm}: last losses beside {BASE}", apart, CURVE, "nats", details)
+            else:
+                report.require(f"{arm}: it learns", losses[-1] < losses[0], losses[-1], details=losses)
