@@ -52,6 +52,7 @@ import importlib.util, json, os, tiny_dep, had
 
 def main():
     found = {"dep": tiny_dep.version, "had": had.version, "cache": os.environ["FUSEMEGA_CACHE"]}
+    found["commit"] = os.environ["FUSEMEGA_COMMIT"]
     print(json.dumps({**found, "torch": importlib.util.find_spec("torch").origin}))
 """
 
@@ -177,6 +178,7 @@ def test_what_is_installed(toy: Toy) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["dep"] == "1.0" and found["had"] == "1.0" and found["cache"] == str(toy.folder / "cache")
+    assert found["commit"] == toy.manifest["commit"]
     assert found["torch"] == importlib.util.find_spec("torch").origin  # type: ignore[union-attr]
     inside = next((toy.folder / "venv").glob("lib/python*/site-packages"))
     names = {path.name.split("-")[0] for path in inside.glob("*.dist-info")}

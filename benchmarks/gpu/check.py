@@ -38,7 +38,9 @@ def about(quick: bool) -> dict[str, Any]:
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        commit = ""  # an unpacked archive has no history
+        commit = ""
+    # An unpacked archive has no history, or that of a folder above it; its `run` says what was packed.
+    commit = os.environ.get("FUSEMEGA_COMMIT", commit)
     now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return {"date": now, "host": platform.node(), "commit": commit or "unknown", "quick": quick}
 
