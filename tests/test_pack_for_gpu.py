@@ -324,7 +324,8 @@ def test_the_default_image_has_the_pinned_releases(gpu_wheels: ModuleType) -> No
 
 def test_the_options_of_the_page() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    section = page[page.index("## Without a network") :]
+    section = re.split(r"^## ", page, flags=re.MULTILINE)[2]
+    assert section.startswith("Without a network")
     named = set(re.findall(r"`(--[\w-]+)|pack_for_gpu\.py (--[\w-]+)", section))
     script = (ROOT / "tools" / "pack_for_gpu.py").read_text(encoding="utf-8")
     options = {one or other for one, other in named}
