@@ -19,7 +19,7 @@ from torch import Tensor
 from fusemega.logits._gradients import Gradients
 from fusemega.logits._listed import Listed
 from fusemega.logits._members import ListedMembers
-from fusemega.logits._products import add_product, operand_dtype, product
+from fusemega.logits._products import add_product, operand_dtype, put_product
 from fusemega.logits._query import Query, SparseLogProbs, Sums, check_query
 from fusemega.logits._slopes import d_logits
 from fusemega.logits._sums import reduce_together
@@ -103,12 +103,9 @@ class ChunkedHead:
         logits_CV = self._logits_CV[: hidden_CH.shape[0]]
         for block in self.blocks:
             logits_CB = logits_CV[:, block]
-            if self.gemm_dtype == self.dtype:
-                panels = zip(self._weight(block).split(self._panel), logits_CB.split(self._panel, dim=1), strict=True)
-                for weight_PH, logits_CP in panels:
-                    torch.mm(hidden_CH, weight_PH.t(), out=logits_CP)
-            else:
-                logits_CB.copy_(product(hidden_CH, self._weight(block).t()))
+            panels = zip(self._weight(block).split(self._panel), logits_CB.split(self._panel, dim=1), strict=True)
+            for weight_PH, logits_CP in panels:
+                put_product(logits_CP, hidden_CH, weight_PH.t())
             if self.softcap is not None:
                 logits_CB.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_CV

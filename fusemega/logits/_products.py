@@ -18,7 +18,7 @@ from fusemega.runtime.console import say
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which `product` takes tensors of `dtype` on `device`: their own, or a wider one."""
+    """The dtype in which products take tensors of `dtype` on `device`: their own, or a wider one."""
     wide = torch.promote_types(dtype, torch.float32)
     # bf16 products are several times slower than fp32 ones on CPUs without AMX, so there they are always widened.
     if wide == dtype or device.type == "cpu":
@@ -26,19 +26,20 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if _narrow_problem(dtype, device) is None else wide
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in fp32 if the operands, of `operand_dtype`, are narrower than that."""
-    if left.dtype == torch.promote_types(left.dtype, torch.float32):
-        return left @ right
-    return torch.mm(left, right, out_dtype=torch.float32)
+def put_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right, where `out` is of the arithmetic's dtype and the operands of `operand_dtype`."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where `total` is of the arithmetic's dtype."""
+    """total += left @ right, where `total` is of the arithmetic's dtype. One pass over `total`, and no copy of it."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total.add_(product(left, right))
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 @lru_cache
@@ -46,7 +47,11 @@ def _narrow_problem(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why fp32 products of `dtype` are not available on `device`, reported once; None if they are."""
     try:
         ones = torch.ones(16, 16, dtype=dtype, device=device)
-        torch.mm(ones, ones, out_dtype=torch.float32)
+        total = torch.zeros(16, 32, device=device)
+        put_product(total[:, :16], ones, ones)
+        add_product(total[:, :16], ones, ones)
+        right = (total[:, :16] == 32).all() & (total[:, 16:] == 0).all()
+        torch._assert_async(right, f"{device} gives wrong fp32 products of {dtype}")
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         say(f"the head multiplies in fp32, more slowly: {device} gives no fp32 products of {dtype} ({reason})")

@@ -139,11 +139,16 @@ def test_ids_that_are_on_the_device_are_checked_there(monkeypatch: pytest.Monkey
 def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products as a GPU makes them: of bf16 operands, summed in fp32, and not rounded."""
     monkeypatch.setattr(_head, "operand_dtype", lambda dtype, device: dtype)
-    mm = torch.mm
+    mm, addmm = torch.mm, torch.addmm
 
     def wide(left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
-        return mm(left, right, **kwargs) if out_dtype is None else mm(left.to(out_dtype), right.to(out_dtype))
+        return mm(*(t if out_dtype is None else t.to(out_dtype) for t in (left, right)), **kwargs)
 
+    def wide_sum(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert total is out and total.dtype == out_dtype
+        return addmm(total, left.to(out_dtype), right.to(out_dtype), out=out)
+
+    monkeypatch.setattr(torch, "addmm", wide_sum)
     monkeypatch.setattr(torch, "mm", wide)
     yield
 
