@@ -19,15 +19,18 @@ from typing import Any
 import megatron.core
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import fusemega
 from fusemega.runtime import cpu_backend
 from fusemega.runtime.layout import ParallelConfig
-from fusemega.runtime.parallel import initialize
+from fusemega.runtime.parallel import World, initialize, shutdown
 
 GPU = torch.device("cuda", 0)
 META = torch.device("meta")
@@ -79,11 +82,11 @@ class Watch(TorchDispatchMode):
             return found
         out = func(*args, **kwargs)
         if "mm" in name.split("::")[1]:
-            self.products.append((tensors[-1].dtype, out.dtype))
+            self.products.append((list(_tensors(args))[-1].dtype, out.dtype))
         return out
 
     def _collective(self, func: Any, args: Any, kwargs: Any, kinds: set[str]) -> Any:
-        """Runs it over this one rank on tensors of the host, for its handle."""
+        """Runs it on tensors of the host, for its handle."""
         self.collectives.append((func._schema.name, kinds))
         out = func(*tree_map(_stand_in, args), **tree_map(_stand_in, kwargs))
         return (args[0], out[1]) if isinstance(out, (tuple, list)) and len(out) == 2 else out
@@ -164,7 +167,7 @@ def _found(at: Any) -> list[Any]:
 
 
 def _stand_in(value: Any) -> Any:
-    return torch.zeros(1, dtype=value.dtype, device="cpu") if isinstance(value, Tensor) and value.is_meta else value
+    return torch.empty_like(value, device="cpu") if isinstance(value, Tensor) and value.is_meta else value
 
 
 def _place() -> Place:
@@ -243,11 +246,29 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    """Inside, this process has one GPU, and is the only rank. Models are built on it."""
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1) -> Iterator[Watch]:
+    """Inside, this process has one GPU, and is one of `ranks`. Models are built on it.
+
+    A fake process group answers for other ranks: with nothing, so only shapes and devices are right. What ranks tell
+    each other on the host is what this one says.
+    """
     from fusemega.checkpoint import open_model
 
-    initialize(ParallelConfig())  # over gloo, before there is a GPU
+    if ranks == 1:
+        initialize(ParallelConfig())  # over gloo, before there is a GPU
+    else:
+        shutdown()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        monkeypatch.setenv("RANK", str(rank))  # as a launcher would have set them
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        # Megatron adds gloo twins of some groups, which only a real group can have.
+        make = parallel_state.create_group
+        monkeypatch.setattr(parallel_state, "create_group", lambda *a, **k: make(*a, **(k | {"backend": None})))
+        monkeypatch.setattr(World, "is_main", property(lambda self: True))
+        monkeypatch.setattr(World, "barrier", lambda self: None)
+        monkeypatch.setattr(World, "from_main", lambda self, value: value)
+        monkeypatch.setattr(World, "from_all", lambda self, value: [value] * ranks)
+        monkeypatch.setattr(World, "largest", lambda self, value: value)
     watch = Watch()
     for name, answer in {
         "is_available": lambda: True,
@@ -276,5 +297,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
             return build(*args, **kwargs)
 
     monkeypatch.setattr(open_model, "build_model", build_there)
-    with SaysCuda(watch), watch:
-        yield watch
+    try:
+        with SaysCuda(watch), watch:
+            yield watch
+    finally:
+        if ranks > 1:
+            shutdown()

@@ -200,6 +200,8 @@ def build_model(
         num_layers_in_last_pipeline_stage=last,
         overlap_p2p_comm=layout.overlap_p2p_comm,
         batch_p2p_comm=not layout.overlap_p2p_comm,
+        # The host would wait for the device after each exchange, because of a fault that torch mended (pull 82450).
+        batch_p2p_sync=False,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

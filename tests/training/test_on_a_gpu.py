@@ -40,12 +40,12 @@ BESIDES = {
 
 @pytest.fixture(scope="module")
 def folder(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of one layer, two stores of it, and rows of several responses."""
+    """A model of two layers, two stores of it, and rows of several responses."""
     place = tmp_path_factory.mktemp("gpu")
     few = (work / "chat.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:3]
     (place / "few.jsonl").write_text("".join(few), encoding="utf-8")
     write_sources(place / "sources.jsonl", work / "chat.jsonl")
-    tiny.write_model(place / "model", work / "chat.jsonl", num_hidden_layers=1)
+    tiny.write_model(place / "model", work / "chat.jsonl", num_hidden_layers=2)
     for name in ("store", "other"):
         run = {
             "model": {"load": str(place / "model"), "dtype": "fp32"},
@@ -156,6 +156,26 @@ def test_recomputed_layers_and_held_out_text(
     _, waits = fitted(run, watch, monkeypatch)
     assert watch.mixed == []
     assert waits == IN_EVERY_STEP + Counter({("fusemega/scoring/evaluation.py", "evaluate_model"): 1})
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor": (0, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "context": (0, {"context_parallel_size": 2}),
+    "pipeline": (1, {"pipeline_model_parallel_size": 2}),
+}
+"""A rank of two, and the layout."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_of_two(layout: str, run_of: MakeRun, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of each collective are on the device."""
+    rank, parallel = LAYOUTS[layout]
+    run = run_of("dpo", parallel=parallel)
+    with pretended_gpu(monkeypatch, rank, ranks=2) as watch:
+        _, waits = fitted(run, watch, monkeypatch)
+    assert watch.mixed == []
+    assert waits == IN_EVERY_STEP
+    assert watch.collectives and {kind for _, kinds in watch.collectives for kind in kinds} == {"meta"}
 
 
 def test_what_is_seen(watch: Watch) -> None:
