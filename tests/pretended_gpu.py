@@ -103,7 +103,6 @@ class Watch(TorchDispatchMode):
         if source.device.type == target.type:
             return func(*args, **kwargs)
         host = source if target.type == "meta" else args[0]
-        # Numbers of the host that have become tensors are sent with the operation.
         if not (without and hasattr(host, _PINNED)):
             self.wait()
         if target.type == "meta":

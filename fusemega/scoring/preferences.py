@@ -5,6 +5,7 @@ Shape suffixes: N tokens whose hidden states the objective reads, H hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,10 +18,11 @@ from fusemega.errors import UserError
 from fusemega.losses.apply import objective_loss, rows_read
 from fusemega.losses.registry import Objective
 from fusemega.models.build import GPT
-from fusemega.passes.batches import RowShape, compared, global_batch
+from fusemega.passes.batches import GlobalBatch, RowShape, compared, global_batch
 from fusemega.passes.forward import run_schedule, total_over_ranks
 from fusemega.passes.frozen import FrozenModel, ask_all
 from fusemega.passes.micro_batch import MicroBatch
+from fusemega.passes.prefetch import Prefetch
 from fusemega.passes.score import ROWS_PER_PASS
 from fusemega.runtime.parallel import World
 from fusemega.text.dataset import TokenizedDataset
@@ -89,18 +91,24 @@ def evaluate_groups(
     lengths = [int(dataset.lengths[dataset.unit(i)].sum()) for i in range(dataset.num_units)]
     ordered = sorted(range(dataset.num_units), key=lambda i: -lengths[i])
     per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size
-    for start in range(0, len(ordered), per_pass):
-        units = [compared(dataset, i, objective) for i in ordered[start : start + per_pass]]
-        found = global_batch(dataset, units, objective, shape, world)
-        count += sum(objective.counts(batch)[objective.terms[0]] for batch in found.micro_batches)
-        asked = ask_all(frozen, found.on(world.device).micro_batches)
-        collected = run_schedule(list(gpt.chunks), asked, loss, world, forward_only=True, rows=rows_read(objective))
-        total += total_over_ranks(collected, len(total), world, world.dp_group)
-    counted = torch.full((), count, dtype=torch.int64, device=world.device)
+    parts = [ordered[start : start + per_pass] for start in range(0, len(ordered), per_pass)]
+
+    def build(number: int) -> GlobalBatch:
+        units = [compared(dataset, i, objective) for i in parts[number]]
+        return global_batch(dataset, units, objective, shape, world)
+
+    with Prefetch(build, world.device, len(parts)) as batches:
+        for number in range(len(parts)):
+            found = batches.take(number)
+            count += sum(objective.counts(batch)[objective.terms[0]] for batch in found.micro_batches)
+            asked = ask_all(frozen, found.on(world.device).micro_batches)
+            collected = run_schedule(list(gpt.chunks), asked, loss, world, forward_only=True, rows=rows_read(objective))
+            total += total_over_ranks(collected, len(total), world, world.dp_group)
+    counted = torch.full((1,), count, dtype=torch.float64, device=world.device)
     dist.all_reduce(counted, group=world.dp_group)
-    groups = int(counted)
-    value, *sums = (total / max(groups, 1)).tolist()
-    if not total.isfinite().all():
+    groups, *read = torch.cat([counted, total]).tolist()
+    value, *sums = (each / max(groups, 1) for each in read)
+    if not all(map(math.isfinite, read)):
         raise UserError(f"evaluation.data: the loss of objective.name {objective.terms[0]} on it is {value}")
     statistics = dict(zip(objective.statistics, sums[len(objective.terms) :], strict=True))
-    return GroupEvaluation(loss=value, groups=groups, metrics=statistics)
+    return GroupEvaluation(loss=value, groups=int(groups), metrics=statistics)

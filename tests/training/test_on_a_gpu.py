@@ -146,16 +146,19 @@ def test_a_step_of_each_objective(name: str, run_of: MakeRun, watch: Watch, monk
     assert state and all(each.device == GPU for each in (*trainer.gpt.parameters(), *state))
 
 
-def test_recomputed_layers_and_held_out_text(
-    run_of: MakeRun, folder: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "file", "place"), [("sft", "few", "evaluation.py"), ("simpo", "sources", "preferences.py")]
+)
+def test_held_out_data(
+    name: str, file: str, place: str, run_of: MakeRun, folder: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation waits once, for its result."""
+    """An evaluation waits once, for its result; recomputed layers never."""
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    held_out = {"data": {"path": str(folder / "few.jsonl"), "seq_length": 128}, "interval": 1}
-    run = run_of("sft", training=recompute, evaluation=held_out)
-    _, waits = fitted(run, watch, monkeypatch)
+    held_out = {"data": {"path": str(folder / f"{file}.jsonl"), "seq_length": 512}, "interval": 1}
+    _, waits = fitted(run_of(name, training=recompute, evaluation=held_out), watch, monkeypatch)
     assert watch.mixed == []
-    assert waits == IN_EVERY_STEP + Counter({("fusemega/scoring/evaluation.py", "evaluate_model"): 1})
+    function = {"sft": "evaluate_model", "simpo": "evaluate_groups"}[name]
+    assert waits == IN_EVERY_STEP + Counter({(f"fusemega/scoring/{place}", function): 1})
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
