@@ -9,12 +9,13 @@ from statistics import median
 from typing import Any
 
 from fusemega.runtime.kernel_packages import FP8_RECIPES, recipe_problem
+from fusemega.training.run_file import TrainRun
 from gpu.job import Job
 from gpu.report import Report
 from gpu.speed import Task, task_of
 from gpu.trained import loss_of, opened
 
-STEPS, WARM_UP = 40, 3
+STEPS, WARM_UP, LEARNING_RATE = 40, 3, 1e-4
 CURVE = 0.1  # nats: how far a curve may be from that of bf16 local layers at its end
 BASE = "bf16, local layers"
 
@@ -33,7 +34,7 @@ def arms(report: Report) -> dict[str, dict[str, Any]]:
 
 def measure(report: Report, job: Job) -> None:
     folder = job.folder()
-    task = replace(task_of(job, "1b", folder, micro=2, batch=2), steps=STEPS)
+    task = replace(task_of(job, "1b", folder, micro=2, batch=2), steps=STEPS, lr=LEARNING_RATE)
     compare(report, job, task, folder, arms(report))
 
 
@@ -42,19 +43,11 @@ def compare(report: Report, job: Job, task: Task, folder: Path, settings: dict[s
     curves: dict[str, list[float]] = {}
     for number, (arm, model) in enumerate(settings.items()):
         with report.case(arm):
-            losses, taken, tokens = [], [], 0.0
             job.card.free()
-            with opened(task.run(folder / f"arm-{number}", {"name": "sft"}, lr=1e-4, **model)) as trainer:
-                for _ in range(task.steps):
-                    started = time.perf_counter()
-                    values = trainer.step()
-                    job.card.wait()
-                    taken.append(time.perf_counter() - started)
-                    losses.append(loss_of(values))
-                    tokens = values["tokens"]
+            losses, speed = steps(job, task, task.run(folder / f"arm-{number}", {"name": "sft"}, **model))
             curves[arm] = losses
             if job.real:
-                report.measured(f"{arm}: speed", round(tokens / median(taken[WARM_UP:])), "tokens/s")
+                report.measured(f"{arm}: speed", round(speed), "tokens/s")
                 report.measured(f"{arm}: most memory", round(job.card.most() / 2**30, 2), "GiB")
             if arm != BASE and BASE in curves:
                 apart = max(abs(a - b) for a, b in zip(losses[-5:], curves[BASE][-5:], strict=True))
@@ -62,3 +55,16 @@ def compare(report: Report, job: Job, task: Task, folder: Path, settings: dict[s
                 report.compare(f"{arm}: last losses beside {BASE}", apart, CURVE, "nats", details)
             else:
                 report.require(f"{arm}: it learns", losses[-1] < losses[0], losses[-1], details=losses)
+
+
+def steps(job: Job, task: Task, run: TrainRun) -> tuple[list[float], float]:
+    """The losses of all steps, and tokens a second behind the first few."""
+    losses, rates = [], []
+    with opened(run) as trainer:
+        for _ in range(task.steps):
+            started = time.perf_counter()
+            values = trainer.step()
+            job.card.wait()
+            rates.append(values["tokens"] / (time.perf_counter() - started))
+            losses.append(loss_of(values))
+    return losses, median(rates[WARM_UP:])

@@ -42,6 +42,8 @@ class Task:
         data: one long text.
         row: tokens of each sample.
         micro, batch: samples of a micro-batch, and of a step.
+        lr: in bf16 so small that no weight changes visibly: the peer's bf16 weights lose what this project's fp32 ones
+            keep, and the losses are to agree.
     """
 
     shape: str
@@ -51,9 +53,10 @@ class Task:
     row: int
     micro: int
     batch: int
+    lr: float
     steps: int = WARM_UP + TIMED + 2  # one to count synchronisations in, and one to profile
 
-    def run(self, output: Path, objective: Mapping[str, Any], lr: float = 1e-5, **model: Any) -> TrainRun:
+    def run(self, output: Path, objective: Mapping[str, Any], **model: Any) -> TrainRun:
         """A run file of these sizes."""
         return run_file(
             output,
@@ -67,7 +70,7 @@ class Task:
                 "global_batch_size": self.batch,
                 "micro_batch_size": self.micro,
             },
-            optimizer={"lr": lr, "clip_grad": 1.0},
+            optimizer={"lr": self.lr, "clip_grad": 1.0},
             **model,
         )
 
@@ -79,7 +82,7 @@ def task_of(job: Job, shape: str, folder: Path, **sizes: int) -> Task:
     sizes = job.size({"row": 4096, "micro": 2, "batch": 8} | sizes, {"row": 64, "micro": 2, "batch": 4})
     words = 4 * sizes["row"] * sizes["batch"]  # a word is a token or more
     data = write_rows(folder / "rows.jsonl", [{"text": Words().take(words)}])
-    return Task(shape, model, data, job.size("bf16", "fp32"), **sizes)
+    return Task(shape, model, data, job.size("bf16", "fp32"), lr=job.size(1e-7, 1e-4), **sizes)
 
 
 def step_flops(shape: str, lengths: list[int]) -> float:
@@ -145,7 +148,7 @@ def transformers(card: Card, task: Task, chosen: list[list[tuple[torch.Tensor, t
     card.free()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[task.dtype]
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype, attn_implementation="sdpa").to(card.device)
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=task.lr, weight_decay=0.0, fused=True)
     pending = iter(chosen)
 
     def step() -> float:
