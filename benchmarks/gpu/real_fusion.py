@@ -56,7 +56,7 @@ def measure(report: Report, job: Job) -> None:
     }
     training = {"train_iters": 1_000_000, "global_batch_size": job.size(64, 4), "micro_batch_size": job.size(4, 1)}
     held_out = {kind: samples(target, path, sizes["seq_length"]) for kind, (_, path) in texts.items()}
-    tokens, seconds, evaluations = job.size((TOKENS, SECONDS, EVALUATIONS), (600, 60.0, 2))
+    tokens, seconds, evaluations = job.size((TOKENS, SECONDS, EVALUATIONS), (300, 60.0, 1))
     curves: dict[str, Curve] = {}
     for arm, objective in objectives.items():
         optimizer = {"lr": 1e-4, "adam_beta2": 0.95, "clip_grad": 1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +39,7 @@ def _short(path: str) -> str:
 
 def top_operations(card: Card, step: Callable[[], object]) -> list[dict[str, Any]]:
     """The `LISTED` operations that take the device most of its time in one step, with their share of all."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it says on stderr that it starts and stops
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if card.is_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
         step()
