@@ -33,7 +33,7 @@ from fusemega.pipeline.functions import stage_function
 from fusemega.pipeline.run import run
 from fusemega.recipes.steps import Steps
 
-SEQ_LENGTH = 1024
+SEQ_LENGTH, BATCH, ASKED = 1024, 16, 16  # of training; texts measured at once; prompts sampled for at once
 Row = dict[str, Any]
 ARMS: dict[str, tuple[dict[str, Any], float]] = {  # objective, learning rate
     "dpo": ({"name": "dpo", "beta": 0.1}, 5e-6),
@@ -67,11 +67,13 @@ def sample(model: str, rows: str, out: str, samples: int, new_tokens: int) -> di
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     lengths, written = [], []
-    for line in Path(rows).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        torch.manual_seed(int(hashlib.sha256(line.encode()).hexdigest()[:8], 16))
+    lines = Path(rows).read_text(encoding="utf-8").splitlines()
+    for start in range(0, len(lines), ASKED):
+        part = [json.loads(line) for line in lines[start : start + ASKED]]
+        torch.manual_seed(int(hashlib.sha256(lines[start].encode()).hexdigest()[:8], 16))
+        prompts = [row["prompt"] for row in part]
         encoded = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
         with torch.inference_mode():
             ids = network.generate(
@@ -85,11 +87,13 @@ def sample(model: str, rows: str, out: str, samples: int, new_tokens: int) -> di
                 pad_token_id=tokenizer.pad_token_id,
             )
         texts = tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        unique = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
-        lengths += [len(text) for text in unique]
-        responses = [{"messages": row[name], "source": "author"} for name in ("chosen", "rejected")]
-        responses += [{"messages": [{"role": "assistant", "content": text}], "source": "target"} for text in unique]
-        written.append({"prompt": row["prompt"], "responses": responses})
+        for place, row in enumerate(part):
+            own = texts[place * samples : (place + 1) * samples]
+            unique = list(dict.fromkeys(text.strip() for text in own if text.strip()))
+            lengths += [len(text) for text in unique]
+            responses = [{"messages": row[name], "source": "author"} for name in ("chosen", "rejected")]
+            responses += [{"messages": [{"role": "assistant", "content": text}], "source": "target"} for text in unique]
+            written.append({"prompt": row["prompt"], "responses": responses})
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     return {"responses": len(lengths), "characters": statistics.fmean(lengths)}
 
@@ -124,14 +128,15 @@ def measure_rewards(model: str, rows: str) -> dict[str, float]:
 
     network = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    scores = []
+    texts = []
     for row in map(json.loads, Path(rows).read_text(encoding="utf-8").splitlines()):
-        both = []
         for name in ("chosen", "rejected"):
-            encoded = tokenizer.apply_chat_template(row["prompt"] + row[name], return_tensors="pt", return_dict=True)
-            with torch.inference_mode():
-                both.append(float(network(**encoded).logits[0, 0]))
-        scores.append(both)
+            texts.append(tokenizer.apply_chat_template(row["prompt"] + row[name], return_dict=True)["input_ids"])
+    found = []
+    for ids in texts:  # one by one: where a padded text ends, this class decides by the id of its last token
+        with torch.inference_mode():
+            found.append(float(network(torch.tensor([ids])).logits[0, 0]))
+    scores = list(zip(found[::2], found[1::2], strict=True))
     return {"accuracy": _share(a > b for a, b in scores), "margin": statistics.fmean(a - b for a, b in scores)}
 
 
@@ -142,22 +147,32 @@ def _log_probs(model: str, rows: str) -> tuple[list[list[float]], list[list[int]
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    sums, tokens = [], []
+    answers: list[tuple[list[int], int]] = []  # token ids to the answer's closing token, and where the answer begins
     for row in map(json.loads, Path(rows).read_text(encoding="utf-8").splitlines()):
         asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-        of_both, counts = [], []
         for name in ("chosen", "rejected"):
             ids = tokenizer.apply_chat_template(row["prompt"] + row[name], return_dict=True)["input_ids"]
             assert ids[: len(asked)] == asked
             closing = len(ids) - 1 - ids[::-1].index(tokenizer.eos_token_id)  # behind it the template has a line break
-            with torch.inference_mode():
-                logits = network(torch.tensor([ids[: closing + 1]])).logits[0, len(asked) - 1 : -1].double()
-            labels = torch.tensor(ids[len(asked) : closing + 1])
-            of_both.append(float(logits.log_softmax(-1).gather(1, labels[:, None]).sum()))
-            counts.append(len(labels))
-        sums.append(of_both)
-        tokens.append(counts)
-    return sums, tokens
+            answers.append((ids[: closing + 1], len(asked)))
+    sums = [0.0] * len(answers)
+    order = sorted(range(len(answers)), key=lambda place: len(answers[place][0]))
+    for start in range(0, len(order), BATCH):
+        places = order[start : start + BATCH]
+        longest = max(len(answers[place][0]) for place in places)
+        # Padding lies behind the text, where causal attention does not see it.
+        ids = torch.tensor([answers[place][0] + [0] * (longest - len(answers[place][0])) for place in places])
+        with torch.inference_mode():
+            logits = network(ids).logits
+        for of_text, place in zip(logits, places, strict=True):
+            text, begins = answers[place]
+            logp = of_text[begins - 1 : len(text) - 1].double().log_softmax(-1)
+            sums[place] = float(logp.gather(1, torch.tensor(text[begins:])[:, None]).sum())
+    lengths = [len(text) - begins for text, begins in answers]
+    return (
+        [list(pair) for pair in zip(sums[::2], sums[1::2], strict=True)],
+        [list(pair) for pair in zip(lengths[::2], lengths[1::2], strict=True)],
+    )
 
 
 def _share(values: Any) -> float:
