@@ -253,9 +253,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1
     """
     from fusemega.checkpoint import open_model
 
-    if ranks == 1:
-        initialize(ParallelConfig())  # over gloo, before there is a GPU
-    else:
+    if ranks > 1:
         shutdown()
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
         monkeypatch.setenv("RANK", str(rank))  # as a launcher would have set them
@@ -268,6 +266,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1
         monkeypatch.setattr(World, "from_main", lambda self, value: value)
         monkeypatch.setattr(World, "from_all", lambda self, value: [value] * ranks)
         monkeypatch.setattr(World, "largest", lambda self, value: value)
+    elif not dist.is_initialized():
+        initialize(ParallelConfig())  # over gloo, before there is a GPU
     watch = Watch()
     for name, answer in {
         "is_available": lambda: True,

@@ -14,6 +14,8 @@ import torch
 from benchmarks import tiny
 from fusemega.config import validate
 from fusemega.losses.registry import objective_names
+from fusemega.runtime import shared_prompts
+from fusemega.runtime.segments import Segments
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.training.assembly import open_trainer
 from fusemega.training.callbacks import Callback
@@ -179,6 +181,13 @@ def test_a_rank_of_two(layout: str, run_of: MakeRun, folder: Path, monkeypatch: 
     assert watch.mixed == []
     assert waits == IN_EVERY_STEP
     assert watch.collectives and {kind for _, kinds in watch.collectives for kind in kinds} == {"meta"}
+
+
+def test_the_mask_of_a_row_with_shared_prompts(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prompts, "_compiled", lambda function: function)
+    segments = Segments([0, 4, 6, 8, 9], [(0, 0), (0, 4), (0, 4), (0, 0)])
+    mask = shared_prompts._block_mask(segments, 3, GPU)
+    assert mask.kv_num_blocks.device == GPU and not watch.waits and not watch.mixed
 
 
 def test_what_is_seen(watch: Watch) -> None:
