@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fusemega.training.profile import table_of
 from gpu.card import Card
 
-LISTED = 20
 _SAID = "synchronizing CUDA operation"
 
 
@@ -38,18 +38,16 @@ def _short(path: str) -> str:
 
 
 def top_operations(card: Card, step: Callable[[], object]) -> list[dict[str, Any]]:
-    """The `LISTED` operations that take the device most of its time in one step, with their share of all."""
+    """The operations that take the device most of its time in one step, with their share of all."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it says on stderr that it starts and stops
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if card.is_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
         step()
         card.wait()
-    rows: list[Any] = list(profiler.key_averages())
-    taken = {row.key: float(row.self_device_time_total if card.is_gpu else row.self_cpu_time_total) for row in rows}
-    total = sum(taken.values()) or 1.0
-    calls = {row.key: int(row.count) for row in rows}
-    first = sorted(taken, key=lambda key: -taken[key])[:LISTED]
+    table = table_of(profiler, rank=0, start=0, stop=1)
+    rows = [(row, row.gpu_us if card.is_gpu else row.cpu_us) for row in table.operations]
+    total = (table.gpu_us if card.is_gpu else table.cpu_us) or 1.0
     return [
-        {"name": key, "calls": calls[key], "ms": round(taken[key] / 1000, 3), "share": round(taken[key] / total, 4)}
-        for key in first
+        {"name": row.name, "calls": row.calls, "ms": round(us / 1000, 3), "share": round(us / total, 4)}
+        for row, us in rows
     ]

@@ -9,6 +9,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fusemega.files.owned import check_replaceable, remove_listed, write_list
@@ -91,7 +92,7 @@ class Profile(Callback):
         with output_folder(self._folder, world) as made:
             if profiler is not None:
                 _write_trace(profiler, made / f"rank{world.rank}.trace.json.gz")
-                _table(profiler, world.rank, start, stop).write(made)
+                table_of(profiler, world.rank, start, stop).write(made)
             world.barrier()
             if world.is_main:
                 write_list(made, PROFILE)
@@ -113,13 +114,20 @@ def _write_trace(profiler: profile, path: Path) -> None:
     plain.unlink()
 
 
-def _table(profiler: profile, rank: int, start: int, stop: int) -> ProfileTable:
+def table_of(profiler: profile, rank: int, start: int, stop: int) -> ProfileTable:
+    """The operations that took most time: on a GPU if there is one, else on the CPU.
+
+    torch gives a GPU's time twice, with the operation and with the kernels that it starts. The operations are listed,
+    and the sum of all is the kernels'.
+    """
     # The marks of whole iterations are not operations.
     averages: list[Any] = [row for row in profiler.key_averages() if not row.key.startswith(_SPAN)]
     found = [
         Operation(row.key, int(row.count), float(row.self_cpu_time_total), float(row.self_device_time_total))
         for row in averages
+        if row.device_type == DeviceType.CPU
     ]
-    cpu, gpu = sum(row.cpu_us for row in found), sum(row.gpu_us for row in found)
+    kernels = (row for row in averages if row.device_type != DeviceType.CPU and not row.is_user_annotation)
+    cpu, gpu = sum(row.cpu_us for row in found), float(sum(row.self_device_time_total for row in kernels))
     found.sort(key=lambda row: -(row.gpu_us if gpu else row.cpu_us))
     return ProfileTable(rank, start, stop, found[:_LISTED], cpu, gpu)

@@ -7,17 +7,19 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
 from fusemega.errors import UserError
 from fusemega.report.page import render
 from fusemega.report.runs import open_runs
 from fusemega.training.assembly import open_trainer, train
 from fusemega.training.dry_run import describe
-from fusemega.training.profile import Profile
-from fusemega.training.profile_table import read_profile
+from fusemega.training.profile import Profile, table_of
+from fusemega.training.profile_table import Operation, ProfileTable, read_profile
 from fusemega.training.run_file import TrainRun
 
 MakeRun = Callable[..., TrainRun]
@@ -56,6 +58,21 @@ def test_a_profile_and_its_report(make_run: MakeRun, tmp_path: Path) -> None:
     trainer.iteration = 0
     trainer.fit()
     assert [(table.start, table.stop) for table in read_profile(folder)] == [(0, 1)]
+
+
+def test_the_time_of_a_gpu_counts_once() -> None:
+    """As torch gives it: the time of a kernel is with the operation that starts it, too."""
+
+    def row(key: str, kind: Any, us: float, note: bool = False) -> Any:
+        times = {"self_cpu_time_total": 9 if kind == DeviceType.CPU else 0, "self_device_time_total": us}
+        return SimpleNamespace(key=key, count=2, device_type=kind, is_user_annotation=note, **times)
+
+    rows = [row("aten::add", DeviceType.CPU, 1000), row("aten::mm", DeviceType.CPU, 3000)]
+    rows += [row("sm90_gemm", DeviceType.CUDA, 3000), row("add_kernel", DeviceType.CUDA, 1000)]
+    rows += [row("a mark", DeviceType.CUDA, 4000, note=True), row("iteration 0", DeviceType.CUDA, 4000, note=True)]
+    profiler: Any = SimpleNamespace(key_averages=lambda: rows)
+    first, second = Operation("aten::mm", 2, 9.0, 3000.0), Operation("aten::add", 2, 9.0, 1000.0)
+    assert table_of(profiler, 0, 0, 1) == ProfileTable(0, 0, 1, [first, second], 18.0, 4000.0)
 
 
 def test_a_run_that_ends_early_keeps_what_was_recorded(make_run: MakeRun, tmp_path: Path) -> None:
