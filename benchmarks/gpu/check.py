@@ -6,7 +6,7 @@ Each part is a process of its own with a limit of its own: one that fails, dies 
 Comparisons say what the error is and what is allowed; "measured" are figures without a bound. Without a GPU the same
 parts run on the CPU at tiny sizes, against themselves on another path, and what only a GPU can show is "not measured".
 `--quick` is that miniature on any machine. The rows of each part and its log are in FOLDER while it runs, `check.json`
-after each part. Exit status 1 where anything is wrong. The last line is one JSON object.
+after each part. Exit status 1 where anything is wrong, 2 where FOLDER cannot be used. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT / "benchmarks")  # in place of this file's folder
 sys.path.insert(1, str(ROOT))
 
+from fusemega.errors import UserError  # noqa: E402
+from fusemega.files.lock import locked  # noqa: E402
+from fusemega.files.owned import drop_scratch, mark_scratch  # noqa: E402
 from gpu import table  # noqa: E402
 from gpu.registry import PARTS  # noqa: E402
 from gpu.runner import Result, run_parts  # noqa: E402
@@ -65,11 +67,18 @@ def main() -> int:
         print("\n".join(table.lines(results[-1:])), flush=True)
 
     chosen = [part for part in PARTS if part.name in args.parts]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        run_parts(chosen, folder, args.quick, 60 * args.minutes, tell)
-    finally:
-        if not args.keep:
-            shutil.rmtree(folder / "work", ignore_errors=True)
+        with locked(folder):  # a second check would take away what this one works with
+            mark_scratch(folder / "work")
+            try:
+                run_parts(chosen, folder, args.quick, 60 * args.minutes, tell)
+            finally:
+                if not args.keep:
+                    drop_scratch(folder / "work")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     wrong: list[str] = found["wrong"]
     print(f"{len(wrong)} wrong, {found['not_measured']} not measured, of {found['rows']} rows: {folder}/check.json")
     print(json.dumps(found | {"parts": {name: part["end"] for name, part in found["parts"].items()}}))

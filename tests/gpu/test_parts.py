@@ -87,6 +87,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "work").exists()
 
 
+def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("mine")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "check.py"), "--out", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FUSEMEGA_DEVICE": "cpu"})
+    assert ended.returncode == 2 and ended.stderr.startswith(f"error: {tmp_path}/work: exists and was not made by")
+    assert (tmp_path / "work" / "thesis.tex").read_text() == "mine"
+
+
 @pytest.mark.parametrize("module", [packed_attention, objectives, resume, real_fusion], ids=lambda m: m.__name__)
 def test_the_miniature(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the other parts, in this process."""
