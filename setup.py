@@ -56,7 +56,25 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         # transformers reads GGUF files through both.
         "gguf": ["gguf", "accelerate"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML"],
+        # Responses from an OpenAI-compatible server: sampling and judges.
+        "sample": ["openai>=3"],
+        # math-verify works with three releases of antlr; 4.9 would be omegaconf's.
+        "verify": ["math-verify>=0.9", "antlr4-python3-runtime==4.11.0", "latex2sympy2_extended"],
+        "lm-eval": ["lm_eval"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            # What the tests need of the extras, and a server for them (`transformers serve`).
+            "openai",
+            "fastapi",
+            "uvicorn",
+            "math-verify",
+            "antlr4-python3-runtime==4.11.0",
+            "latex2sympy2_extended",
+        ],
     },
     entry_points={"console_scripts": ["fusemega = fusemega.cli:main"]},
     classifiers=[

@@ -22,7 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Imported name -> distribution, where the two differ.
 DISTRIBUTIONS = {"megatron": "megatron-core", "pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
 # Looked up by `fusemega env`, or imported only with an extra.
-OPTIONAL = {"accelerate", "gguf", "transformer_engine", "wandb"}
+OPTIONAL = {"accelerate", "gguf", "transformer_engine", "wandb"} | {
+    "openai",
+    "math_verify",
+    "latex2sympy2_extended",
+    "lm_eval",
+}
 
 
 def _setup_call() -> dict[str, object]:

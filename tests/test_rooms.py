@@ -31,6 +31,7 @@ FLOORS = (
     ("scoring",),
     ("training",),
     ("report",),
+    ("sampling",),
     ("launch", "inspect"),
     ("pipeline",),
     ("recipes",),

@@ -1,0 +1,111 @@
+"""What every engine takes and gives. An engine turns requests into responses; it knows no files.
+
+An engine is opened with `fusemega.sampling.engines.open_engine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import Field, model_validator
+
+from fusemega.config import Section
+from fusemega.errors import UserError
+
+STOP, LENGTH = "stop", "length"
+"""The usual values of `Response.finish_reason`: the model ended the response, or it reached `max_tokens`."""
+
+
+class SamplingSettings(Section):
+    """How responses are drawn."""
+
+    n: int = Field(1, ge=1, le=1 << 16, description="responses to each prompt")
+    temperature: float = Field(1.0, ge=0, description="0 takes the most probable token each time")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the fewest tokens that together have this probability")
+    top_k: int | None = Field(None, ge=1, description="draw from this many most probable tokens; default: from all")
+    repetition_penalty: float = Field(1.0, gt=0, description="1 is none; a larger one makes repeated tokens rarer")
+    max_tokens: int = Field(1024, ge=1, description="most tokens of a response")
+    seed: int = Field(
+        0, ge=0, lt=1 << 63, description="the seed of a response depends on it, the prompt and the number"
+    )
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> SamplingSettings:
+        """With temperature 0 all responses to a prompt would be equal, so n must be 1."""
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n {self.n}: with temperature 0 all of them would be equal; allowed: 1")
+        return self
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One response that is wanted.
+
+    Attributes:
+        key: of the prompt, or of whatever the caller knows the answer by.
+        messages: the conversation, ending with the user's turn: objects with role and content.
+        sample: number of the response among those to one prompt, from 0.
+    """
+
+    key: str
+    messages: tuple[Mapping[str, Any], ...]
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """What an engine answered.
+
+    Attributes:
+        key, sample: the request's.
+        text: without the tokens that end it.
+        finish_reason: `STOP`, `LENGTH`, or another word of the server's.
+        prompt_tokens, tokens: lengths of the prompt and the response; None where the server does not tell.
+    """
+
+    key: str
+    sample: int
+    text: str
+    finish_reason: str
+    prompt_tokens: int | None
+    tokens: int | None
+
+
+class Engine(Protocol):
+    """Turns requests into responses.
+
+    Attributes:
+        identity: what the responses depend on besides the messages and the sampling settings (JSON-able). It has no
+            secrets, and nothing that decides speed alone.
+    """
+
+    identity: Mapping[str, Any]
+
+    def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[Response]:
+        """The responses, in any order, each as soon as it is there.
+
+        Raises:
+            Missing: some requests got no response; it is raised after all others have been given.
+        """
+        ...
+
+
+class Missing(UserError):
+    """Some requests got no response. What was given before stays valid.
+
+    Attributes:
+        requests: those without a response.
+    """
+
+    def __init__(self, message: str, requests: Sequence[SampleRequest]) -> None:
+        super().__init__(message)
+        self.requests = tuple(requests)
+
+
+def request_seed(seed: int, key: str, sample: int) -> int:
+    """The seed of one response, 31 bits (servers differ in how many they take). It depends on nothing else."""
+    digest = hashlib.blake2b(f"{seed} {sample} {key}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
