@@ -54,6 +54,38 @@ class Graph:
         whole = Path(os.path.abspath(path))
         return next((self._makers[place] for place in (whole, *whole.parents) if place in self._makers), None)
 
+    def named(self, what: str, name: str) -> list[str]:
+        """The stage of that name, or every stage whose name begins with it and a `-`: `sample` is all of `sample-...`.
+
+        Args:
+            what: where the name was given, for messages.
+            name: a stage's name, or its beginning.
+
+        Raises:
+            UserError: there is none; it names the nearest.
+        """
+        names = [stage.name for stage in self.stages]
+        found = [one for one in names if one == name] or [one for one in names if one.startswith(f"{name}-")]
+        if not found:
+            raise UserError(f"{what}: there is no stage {name!r}{nearest(name, names)}; allowed: {', '.join(names)}")
+        return found
+
+    def before(self, names: Iterable[str]) -> set[str]:
+        """These stages and all that they need."""
+        found = set(names)
+        for stage in reversed(self.stages):
+            if stage.name in found:
+                found.update(self.needs[stage.name])
+        return found
+
+    def after(self, names: Iterable[str]) -> set[str]:
+        """These stages and all that need them."""
+        found = set(names)
+        for stage in self.stages:
+            if found.intersection(self.needs[stage.name]):
+                found.add(stage.name)
+        return found
+
     def lines(self) -> list[str]:
         """The graph as text for a terminal: each stage with what it needs, makes and runs."""
         lines = []

@@ -31,7 +31,7 @@ _KINDS: dict[str, type] = {
 }
 _KINDS |= {"reason": str, "everything": bool}
 
-State = Literal["begun", "failed", "stopped", "finished"]
+State = Literal["begun", "failed", "stopped", "finished", "again"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class StageRecord:
     """The file `stages/NAME.json`.
 
     Attributes:
-        state: begun (it runs, or was interrupted), failed, stopped (by its own decision), or finished.
+        state: begun (it runs, or was interrupted), failed, stopped (by its own decision), finished, or again
+            (it is to be made once more, as `--from` asked).
         made_from: see `made_from`.
         inputs: name -> content hash.
         owns: paths that the stage makes or made, relative to the graph's folder; these may be removed.

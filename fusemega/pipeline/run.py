@@ -26,7 +26,8 @@ from fusemega.launch.local import launch_ranks
 from fusemega.pipeline.call import write_call
 from fusemega.pipeline.functions import find_function
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.record import Contents, StageRecord, made_from, strangers, write_record
+from fusemega.pipeline.part import ALL, Part
+from fusemega.pipeline.record import Contents, StageRecord, made_from, read_record, strangers, write_record
 from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
 from fusemega.pipeline.verdict import Verdict, verdict
 from fusemega.runtime.console import say
@@ -46,31 +47,38 @@ class Outcome:
         stopped: stage that stopped its branch -> reason.
         failed: stage -> message.
         not_run: stage -> the stage that stopped or failed before it.
+        left: stages that were not asked for.
     """
 
     results: dict[str, Any] = field(default_factory=dict)
     stopped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
         """Whether every stage is finished."""
-        return not self.not_run and not self.stopped
+        return not self.not_run and not self.stopped and not self.left
 
 
 class Interrupted(UserError):
     """A signal ended a stage's command, and with it the graph's run."""
 
 
-def run_then(graph: Graph, finish: Callable[[Outcome], T]) -> T:
-    """Runs the graph, then `finish`, before another process may work in the folder. Raises as `run`."""
+def run_then(graph: Graph, finish: Callable[[Outcome], T], part: Part = ALL) -> T:
+    """Runs the graph (or part of it), then `finish`, before another process may work in the folder. Raises as `run`."""
     with locked(graph.folder):  # `run` takes the same lock inside, which one process may
-        return finish(run(graph))
+        return finish(run(graph, part))
 
 
-def run(graph: Graph) -> Outcome:
+def run(graph: Graph, part: Part = ALL) -> Outcome:
     """Runs each stage that is not finished, with a line before and after it. One run at a time in a folder.
+
+    Args:
+        graph: the whole graph.
+        part: what is asked of it. Stages that are to run again are noted first: after an interruption, the next run
+            goes on with them, whatever it is asked.
 
     Raises:
         UserError: a stage failed (its message, and what was not run for it), or another process works in the folder.
@@ -79,8 +87,14 @@ def run(graph: Graph) -> Outcome:
     with locked(graph.folder):
         _refuse_strangers(graph)
         graph.folder.mkdir(parents=True, exist_ok=True)
+        for stage in graph.stages:
+            if stage.name in part.again and (record := read_record(graph, stage)) is not None:
+                write_record(graph, stage, replace(record, state="again"))
         everything = ""
         for stage in graph.stages:
+            if part.leaves(stage.name):
+                outcome.left.append(stage.name)
+                continue
             ended = {**outcome.failed, **outcome.stopped, **outcome.not_run}
             cause = next((name for name in graph.needs[stage.name] if name in ended), everything)
             if cause:

@@ -56,6 +56,8 @@ class Stage:
         owns: further paths that the stage makes, such as the run folder whose `hf` is the output. They are removed
             with the outputs before the stage begins anew; changes in them do not make the stage run again.
         resumes: whether the command continues from what an interrupted run left. Otherwise that is removed first.
+        keeps: whether the command uses what fits of an earlier run's output even where settings or inputs have changed,
+            as a sampler goes on with the responses that it has. Then only `--from` removes that first.
         resources: what it needs of the machine.
         may_be_array: stages of one command that do not need each other may become one job array.
 
@@ -74,6 +76,7 @@ class Stage:
     outputs: Mapping[str, str] = field(default_factory=dict)
     owns: tuple[str, ...] = ()
     resumes: bool = False
+    keeps: bool = False
     resources: Resources = Resources()
     may_be_array: bool = False
 

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fusemega.pipeline.graph import Graph
+from fusemega.pipeline.part import ALL, Part
 from fusemega.pipeline.record import Contents, StageRecord, changes, damage, read_record
 from fusemega.pipeline.stage import Stage
+
+
+AGAIN = "again, as --from asks"
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,13 @@ class Verdict:
 
     Attributes:
         action: run: it runs. skip: it is finished. stop: it stopped in an earlier run, from the same inputs.
-            wait: a stage that it needs stopped.
+            wait: a stage that it needs stopped. leave: it is not in the part that is asked for.
         reason: in a few words.
         anew: for `run`: whether what an earlier run left is removed first, because it cannot be continued.
         record: the record of the earlier run.
     """
 
-    action: Literal["run", "skip", "stop", "wait"]
+    action: Literal["run", "skip", "stop", "wait", "leave"]
     reason: str
     anew: bool = True
     record: StageRecord | None = None
@@ -46,8 +50,10 @@ def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = 
     to_come = {name for name, maker in makers.items() if maker in running}
     if record is None:
         return Verdict("run", "new")
+    if record.state == "again":
+        return Verdict("run", AGAIN, record=record)
     if reasons := list(changes(stage, record, contents, to_come)):
-        return Verdict("run", "; ".join(reasons), record=record)
+        return Verdict("run", "; ".join(reasons), not stage.keeps, record)
     if to_come:
         names = ", ".join(dict.fromkeys(f"{name} (of {makers[name]})" for name in stage.inputs if name in to_come))
         return Verdict("run", f"its input {names} may change", anew=False, record=record)
@@ -58,12 +64,16 @@ def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = 
     if record.state == "begun":
         return Verdict("run", "was interrupted", not stage.resumes, record)
     if broken := damage(stage, record, contents):
-        return Verdict("run", broken, record=record)
+        return Verdict("run", broken, not stage.keeps, record)
     return Verdict("skip", "finished", record=record)
 
 
-def plan(graph: Graph) -> dict[str, Verdict]:
+def plan(graph: Graph, part: Part = ALL) -> dict[str, Verdict]:
     """Name -> verdict of every stage, in the graph's order.
+
+    Args:
+        graph: the whole graph.
+        part: what is asked of it.
 
     Raises:
         UserError: see `verdict`.
@@ -74,8 +84,13 @@ def plan(graph: Graph) -> dict[str, Verdict]:
     everything = ""
     for stage in graph.stages:
         blocking = [name for name in graph.needs[stage.name] if name in ended]
-        if blocking or everything:
+        if part.leaves(stage.name):
+            found[stage.name] = Verdict("leave", "--until ends before it")
+        elif blocking or everything:
             found[stage.name] = Verdict("wait", f"{(blocking or [everything])[0]} stopped")
+        elif stage.name in part.again:
+            record = read_record(graph, stage)
+            found[stage.name] = Verdict("run", "new" if record is None else AGAIN, record=record)
         else:
             found[stage.name] = verdict(graph, stage, contents, running)
         one = found[stage.name]
@@ -88,14 +103,16 @@ def plan(graph: Graph) -> dict[str, Verdict]:
     return found
 
 
-def plan_lines(graph: Graph) -> list[str]:
-    """The plan for a terminal: a line a stage, and the command of each that would run."""
-    words = {"run": "run", "skip": "skip", "stop": "stopped", "wait": "not run"}
-    lines, found = [], plan(graph)
+def plan_lines(graph: Graph, part: Part = ALL) -> list[str]:
+    """The plan for a terminal: a line a stage; of each that would run, also what it needs and its command."""
+    words = {"run": "run", "skip": "skip", "stop": "stopped", "wait": "not run", "leave": "left out"}
+    lines, found = [], plan(graph, part)
     width = max((len(name) for name in found), default=0)
     for stage in graph.stages:
         one = found[stage.name]
         lines.append(f"{stage.name:<{width}}  {words[one.action]}: {one.reason}")
         if one.action == "run":
+            if needs := graph.needs[stage.name]:
+                lines.append(f"{'':<{width}}  after {', '.join(needs)}")
             lines.append(f"{'':<{width}}  $ {stage.command(graph.folder)}")
     return lines

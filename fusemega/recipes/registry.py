@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from fusemega.config import Section, read_yaml, validate
 from fusemega.errors import UserError, choose
 from fusemega.pipeline.graph import Graph
+from fusemega.pipeline.part import ALL, Part
 from fusemega.pipeline.run import Outcome, run_then
 
 S = TypeVar("S", bound=Section)
@@ -56,8 +57,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     return recipe, validate(recipe.Settings, values, path)
 
 
-def run_recipe(recipe: Recipe[Any], settings: Any) -> list[str]:
+def run_recipe(recipe: Recipe[Any], settings: Any, graph: Graph | None = None, part: Part = ALL) -> list[str]:
     """Runs every stage that is not finished; returns lines for the terminal.
+
+    Args:
+        recipe: the kind of recipe.
+        settings: of its file.
+        graph: its graph, if it was made already.
+        part: what is asked of it.
 
     Raises:
         UserError: a stage failed.
@@ -66,7 +73,11 @@ def run_recipe(recipe: Recipe[Any], settings: Any) -> list[str]:
     def finish(outcome: Outcome) -> list[str]:
         if outcome.complete:
             return recipe.finish(settings, outcome)
-        stopped = [f"{name} stopped: {reason}" for name, reason in outcome.stopped.items()]
-        return [*stopped, f"not run: {', '.join(outcome.not_run) or 'nothing'}"]
+        lines = [f"{name} stopped: {reason}" for name, reason in outcome.stopped.items()]
+        if lines:
+            lines.append(f"not run: {', '.join(outcome.not_run) or 'nothing'}")
+        if outcome.left:
+            lines.append(f"left out, as --until asks: {', '.join(outcome.left)}")
+        return lines
 
-    return run_then(recipe.graph(settings), finish)
+    return run_then(recipe.graph(settings) if graph is None else graph, finish, part)
