@@ -40,12 +40,12 @@ def command(
     STAGE is a stage's name, or how the names of several begin: `sample` is every `sample-...`. `fusemega show stages`
     lists them.
     """
-    from fusemega.pipeline.part import Part
+    from fusemega.pipeline.scope import Scope
     from fusemega.pipeline.verdict import plan_lines
     from fusemega.recipes.registry import read_recipe, run_recipe
 
     recipe, settings = read_recipe(recipe_file, overrides or [])
     graph = recipe.graph(settings)
-    part = Part.of(graph, until, start)
-    for line in plan_lines(graph, part) if dry_run else run_recipe(recipe, settings, graph, part):
+    scope = Scope.of(graph, until, start)
+    for line in plan_lines(graph, scope) if dry_run else run_recipe(recipe, settings, graph, scope):
         tell(line)

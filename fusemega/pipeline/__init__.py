@@ -7,7 +7,7 @@ another thing: the layers of one pipeline-parallel rank.)
 * `stage.py`: a stage; `functions.py`: the functions that a stage may call; `call.py`: calls one by hand
 * `graph.py`: stages joined by the paths that they make and read; refuses circles, unknown inputs, shared outputs
 * `record.py`: what is written down of a stage, its identity, and what has changed since
-* `part.py`: what is asked of a graph: up to a stage, from a stage on again
+* `scope.py`: what is asked of a graph: up to a stage, from a stage on again
 * `verdict.py`: which stages would run, and why
 * `run.py`: runs a graph on this machine: resumes, stops, goes on where a failure does no harm
 """

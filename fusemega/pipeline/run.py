@@ -26,8 +26,8 @@ from fusemega.launch.local import launch_ranks
 from fusemega.pipeline.call import write_call
 from fusemega.pipeline.functions import find_function
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.part import ALL, Part
 from fusemega.pipeline.record import Contents, StageRecord, made_from, read_record, strangers, write_record
+from fusemega.pipeline.scope import ALL, Scope
 from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
 from fusemega.pipeline.verdict import Verdict, verdict
 from fusemega.runtime.console import say
@@ -66,18 +66,18 @@ class Interrupted(UserError):
     """A signal ended a stage's command, and with it the graph's run."""
 
 
-def run_then(graph: Graph, finish: Callable[[Outcome], T], part: Part = ALL) -> T:
+def run_then(graph: Graph, finish: Callable[[Outcome], T], scope: Scope = ALL) -> T:
     """Runs the graph (or part of it), then `finish`, before another process may work in the folder. Raises as `run`."""
     with locked(graph.folder):  # `run` takes the same lock inside, which one process may
-        return finish(run(graph, part))
+        return finish(run(graph, scope))
 
 
-def run(graph: Graph, part: Part = ALL) -> Outcome:
+def run(graph: Graph, scope: Scope = ALL) -> Outcome:
     """Runs each stage that is not finished, with a line before and after it. One run at a time in a folder.
 
     Args:
         graph: the whole graph.
-        part: what is asked of it. Stages that are to run again are noted first: after an interruption, the next run
+        scope: what is asked of it. Stages that are to run again are noted first: after an interruption, the next run
             goes on with them, whatever it is asked.
 
     Raises:
@@ -88,11 +88,11 @@ def run(graph: Graph, part: Part = ALL) -> Outcome:
         _refuse_strangers(graph)
         graph.folder.mkdir(parents=True, exist_ok=True)
         for stage in graph.stages:
-            if stage.name in part.again and (record := read_record(graph, stage)) is not None:
+            if stage.name in scope.again and (record := read_record(graph, stage)) is not None:
                 write_record(graph, stage, replace(record, state="again"))
         everything = ""
         for stage in graph.stages:
-            if part.leaves(stage.name):
+            if scope.leaves(stage.name):
                 outcome.left.append(stage.name)
                 continue
             ended = {**outcome.failed, **outcome.stopped, **outcome.not_run}

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.part import ALL, Part
 from fusemega.pipeline.record import Contents, StageRecord, changes, damage, read_record
+from fusemega.pipeline.scope import ALL, Scope
 from fusemega.pipeline.stage import Stage
-
 
 AGAIN = "again, as --from asks"
 
@@ -68,12 +67,12 @@ def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = 
     return Verdict("skip", "finished", record=record)
 
 
-def plan(graph: Graph, part: Part = ALL) -> dict[str, Verdict]:
+def plan(graph: Graph, scope: Scope = ALL) -> dict[str, Verdict]:
     """Name -> verdict of every stage, in the graph's order.
 
     Args:
         graph: the whole graph.
-        part: what is asked of it.
+        scope: what is asked of it.
 
     Raises:
         UserError: see `verdict`.
@@ -84,11 +83,11 @@ def plan(graph: Graph, part: Part = ALL) -> dict[str, Verdict]:
     everything = ""
     for stage in graph.stages:
         blocking = [name for name in graph.needs[stage.name] if name in ended]
-        if part.leaves(stage.name):
+        if scope.leaves(stage.name):
             found[stage.name] = Verdict("leave", "--until ends before it")
         elif blocking or everything:
             found[stage.name] = Verdict("wait", f"{(blocking or [everything])[0]} stopped")
-        elif stage.name in part.again:
+        elif stage.name in scope.again:
             record = read_record(graph, stage)
             found[stage.name] = Verdict("run", "new" if record is None else AGAIN, record=record)
         else:
@@ -103,10 +102,10 @@ def plan(graph: Graph, part: Part = ALL) -> dict[str, Verdict]:
     return found
 
 
-def plan_lines(graph: Graph, part: Part = ALL) -> list[str]:
+def plan_lines(graph: Graph, scope: Scope = ALL) -> list[str]:
     """The plan for a terminal: a line a stage; of each that would run, also what it needs and its command."""
     words = {"run": "run", "skip": "skip", "stop": "stopped", "wait": "not run", "leave": "left out"}
-    lines, found = [], plan(graph, part)
+    lines, found = [], plan(graph, scope)
     width = max((len(name) for name in found), default=0)
     for stage in graph.stages:
         one = found[stage.name]

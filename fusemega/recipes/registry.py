@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 from fusemega.config import Section, read_yaml, validate
 from fusemega.errors import UserError, choose
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.part import ALL, Part
 from fusemega.pipeline.run import Outcome, run_then
+from fusemega.pipeline.scope import ALL, Scope
 
 S = TypeVar("S", bound=Section)
 
@@ -57,14 +57,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     return recipe, validate(recipe.Settings, values, path)
 
 
-def run_recipe(recipe: Recipe[Any], settings: Any, graph: Graph | None = None, part: Part = ALL) -> list[str]:
+def run_recipe(recipe: Recipe[Any], settings: Any, graph: Graph | None = None, scope: Scope = ALL) -> list[str]:
     """Runs every stage that is not finished; returns lines for the terminal.
 
     Args:
         recipe: the kind of recipe.
         settings: of its file.
         graph: its graph, if it was made already.
-        part: what is asked of it.
+        scope: what is asked of it.
 
     Raises:
         UserError: a stage failed.
@@ -80,4 +80,4 @@ def run_recipe(recipe: Recipe[Any], settings: Any, graph: Graph | None = None, p
             lines.append(f"left out, as --until asks: {', '.join(outcome.left)}")
         return lines
 
-    return run_then(recipe.graph(settings) if graph is None else graph, finish, part)
+    return run_then(recipe.graph(settings) if graph is None else graph, finish, scope)

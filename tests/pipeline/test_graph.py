@@ -20,8 +20,8 @@ from fusemega.errors import UserError
 from fusemega.pipeline import run as running
 from fusemega.pipeline.functions import name_of, stage_function
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.part import Part
 from fusemega.pipeline.run import Outcome, run
+from fusemega.pipeline.scope import Scope
 from fusemega.pipeline.stage import Resources, Stage, Stop
 from fusemega.pipeline.verdict import plan, plan_lines
 
@@ -302,10 +302,10 @@ def test_an_output_in_another_place_removes_nothing_there(seven: Seven) -> None:
 
 
 def test_until_a_stage_and_no_further(seven: Seven) -> None:
-    part = Part.of(seven.graph(), "upper", None)
-    assert {name for name, one in plan(seven.graph(), part).items() if one.action == "leave"} == {*ALL[2:]}
+    scope = Scope.of(seven.graph(), "upper", None)
+    assert {name for name, one in plan(seven.graph(), scope).items() if one.action == "leave"} == {*ALL[2:]}
     DID.clear()
-    outcome = run(seven.graph(), part)
+    outcome = run(seven.graph(), scope)
     assert DID == ["words", "upper"] and outcome.left == ["count", "joined", "gate", "end", "aside"]
     assert not outcome.complete
     assert seven.run() == ALL[2:] and seven.outcome.complete
@@ -313,19 +313,19 @@ def test_until_a_stage_and_no_further(seven: Seven) -> None:
 
 def test_from_a_stage_on_again(seven: Seven) -> None:
     seven.run()
-    part = Part.of(seven.graph(), None, "count")
-    found = {name: one.reason for name, one in plan(seven.graph(), part).items() if one.action == "run"}
+    scope = Scope.of(seven.graph(), None, "count")
+    found = {name: one.reason for name, one in plan(seven.graph(), scope).items() if one.action == "run"}
     assert found == dict.fromkeys(["count", "joined", "gate", "end"], "again, as --from asks")
     assert seven.reasons() == {}, "a plan writes nothing"
     FAILING["joined"] = UserError("disk full")
     DID.clear()
     with pytest.raises(UserError, match="disk full"):
-        run(seven.graph(), part)
+        run(seven.graph(), scope)
     FAILING.clear()
     assert DID == ["count", "joined"]
     assert seven.run() == ["joined", "gate", "end"], "what --from asked is remembered, and count is not made twice"
     DID.clear()
-    run(seven.graph(), Part.of(seven.graph(), "joined", "upper"))
+    run(seven.graph(), Scope.of(seven.graph(), "joined", "upper"))
     assert DID == ["upper", "joined"]
     assert seven.run() == [], "what came out is the same"
 
@@ -340,7 +340,7 @@ def test_from_a_stage_on_again(seven: Seven) -> None:
 )
 def test_parts_that_are_not_there(seven: Seven, until: str | None, start: str | None, words: str) -> None:
     with pytest.raises(UserError) as refused:
-        Part.of(seven.graph(), until, start)
+        Scope.of(seven.graph(), until, start)
     assert words in str(refused.value)
 
 
@@ -350,9 +350,7 @@ def test_the_beginning_of_names_is_all_of_them(seven: Seven) -> None:
     assert graph.named("--until", "sample-b") == ["sample-b"]
 
 
-def test_a_command_that_keeps_its_output_finds_it_after_a_change(
-    seven: Seven, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_that_keeps_its_output_finds_it_after_a_change(seven: Seven, monkeypatch: pytest.MonkeyPatch) -> None:
     out, found = seven.folder / "responses.jsonl", []
 
     def sample(*_: object, **__: object) -> subprocess.CompletedProcess[bytes]:
@@ -366,5 +364,5 @@ def test_a_command_that_keeps_its_output_finds_it_after_a_change(
         outputs = {"responses": str(out)}
         stage = Stage("sample", ("sample", file), "", {"n": n}, file, outputs=outputs, resumes=True, keeps=True)
         graph = Graph(seven.folder, [stage])
-        run(graph, Part.of(graph, None, part))
+        run(graph, Scope.of(graph, None, part))
     assert found == [False, True, False], "kept with another n; removed by --from; the last had nothing to do"

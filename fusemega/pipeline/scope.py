@@ -10,7 +10,7 @@ from fusemega.pipeline.graph import Graph
 
 
 @dataclass(frozen=True)
-class Part:
+class Scope:
     """What is asked of a graph.
 
     Attributes:
@@ -22,7 +22,7 @@ class Part:
     again: Set[str] = frozenset()
 
     @classmethod
-    def of(cls, graph: Graph, until: str | None, start: str | None) -> Part:
+    def of(cls, graph: Graph, until: str | None, start: str | None) -> Scope:
         """The part that the options `--until` and `--from` name.
 
         Args:
@@ -34,13 +34,14 @@ class Part:
             UserError: no stage has the name, or the two have nothing in common.
 
         Example:
-            In a graph sample -> select -> sft, `Part.of(graph, "select", "sample")` makes sample and select again, and
+            In a graph sample -> select -> sft, `Scope.of(graph, "select", "sample")` makes sample and select again, and
             leaves sft out.
         """
         allowed = None if until is None else graph.before(graph.named("--until", until))
         again = set() if start is None else graph.after(graph.named("--from", start))
         if allowed is not None and start is not None and not again & allowed:
-            raise UserError(f"--from {start}: --until {until} ends before it; stages until then: {_listed(graph, allowed)}")
+            listed = ", ".join(stage.name for stage in graph.stages if stage.name in allowed)
+            raise UserError(f"--from {start}: --until {until} ends before it; stages until then: {listed}")
         return cls(allowed, frozenset(again if allowed is None else again & allowed))
 
     def leaves(self, name: str) -> bool:
@@ -48,9 +49,5 @@ class Part:
         return self.until is not None and name not in self.until
 
 
-ALL = Part()
+ALL = Scope()
 """The whole graph, and nothing again that is finished."""
-
-
-def _listed(graph: Graph, names: Set[str]) -> str:
-    return ", ".join(stage.name for stage in graph.stages if stage.name in names)
