@@ -32,6 +32,7 @@ FLOORS = (
     ("training",),
     ("report",),
     ("sampling",),
+    ("reward",),
     ("launch", "inspect"),
     ("pipeline",),
     ("recipes",),

@@ -1,0 +1,7 @@
+"""What a response is worth: whether it is right, and which of several a judge or a rule prefers.
+
+verdict.py        what is known of one response's correctness
+child.py          a process that answers questions, and is killed when it takes too long
+maths.py          maths answers, compared by math-verify; maths_process.py: the process that compares
+code.py           programs, run against test cases in a sandbox
+"""
