@@ -29,7 +29,7 @@ from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.record import Contents, StageRecord, made_from, read_record, strangers, write_record
 from fusemega.pipeline.scope import ALL, Scope
 from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
-from fusemega.pipeline.verdict import Verdict, verdict
+from fusemega.pipeline.verdict import StageVerdict, verdict
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
 
@@ -176,7 +176,7 @@ def _refuse_strangers(graph: Graph) -> None:
             raise UserError(f"{os.path.relpath(path)}: {what}; choose another output folder")
 
 
-def _begin(graph: Graph, stage: Stage, found: Verdict) -> None:
+def _begin(graph: Graph, stage: Stage, found: StageVerdict) -> None:
     """Removes what an earlier run left if this one cannot continue it; writes the run file."""
     if found.record is not None and found.anew:
         for path in stage.owned():

@@ -15,7 +15,7 @@ AGAIN = "again, as --from asks"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StageVerdict:
     """What is to be done with a stage.
 
     Attributes:
@@ -32,7 +32,7 @@ class Verdict:
     record: StageRecord | None = None
 
 
-def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = frozenset()) -> Verdict:
+def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = frozenset()) -> StageVerdict:
     """The verdict on one stage.
 
     Args:
@@ -48,26 +48,26 @@ def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = 
     makers = {name: graph.maker(path) for name, path in stage.inputs.items()}
     to_come = {name for name, maker in makers.items() if maker in running}
     if record is None:
-        return Verdict("run", "new")
+        return StageVerdict("run", "new")
     if record.state == "again":
-        return Verdict("run", AGAIN, record=record)
+        return StageVerdict("run", AGAIN, record=record)
     if reasons := list(changes(stage, record, contents, to_come)):
-        return Verdict("run", "; ".join(reasons), not stage.keeps, record)
+        return StageVerdict("run", "; ".join(reasons), not stage.keeps, record)
     if to_come:
         names = ", ".join(dict.fromkeys(f"{name} (of {makers[name]})" for name in stage.inputs if name in to_come))
-        return Verdict("run", f"its input {names} may change", anew=False, record=record)
+        return StageVerdict("run", f"its input {names} may change", anew=False, record=record)
     if record.state == "stopped":
-        return Verdict("stop", record.reason, record=record)
+        return StageVerdict("stop", record.reason, record=record)
     if record.state == "failed":
-        return Verdict("run", f"failed before: {record.reason}", not stage.resumes, record)
+        return StageVerdict("run", f"failed before: {record.reason}", not stage.resumes, record)
     if record.state == "begun":
-        return Verdict("run", "was interrupted", not stage.resumes, record)
+        return StageVerdict("run", "was interrupted", not stage.resumes, record)
     if broken := damage(stage, record, contents):
-        return Verdict("run", broken, not stage.keeps, record)
-    return Verdict("skip", "finished", record=record)
+        return StageVerdict("run", broken, not stage.keeps, record)
+    return StageVerdict("skip", "finished", record=record)
 
 
-def plan(graph: Graph, scope: Scope = ALL) -> dict[str, Verdict]:
+def plan(graph: Graph, scope: Scope = ALL) -> dict[str, StageVerdict]:
     """Name -> verdict of every stage, in the graph's order.
 
     Args:
@@ -84,12 +84,12 @@ def plan(graph: Graph, scope: Scope = ALL) -> dict[str, Verdict]:
     for stage in graph.stages:
         blocking = [name for name in graph.needs[stage.name] if name in ended]
         if scope.leaves(stage.name):
-            found[stage.name] = Verdict("leave", "--until ends before it")
+            found[stage.name] = StageVerdict("leave", "--until ends before it")
         elif blocking or everything:
-            found[stage.name] = Verdict("wait", f"{(blocking or [everything])[0]} stopped")
+            found[stage.name] = StageVerdict("wait", f"{(blocking or [everything])[0]} stopped")
         elif stage.name in scope.again:
             record = read_record(graph, stage)
-            found[stage.name] = Verdict("run", "new" if record is None else AGAIN, record=record)
+            found[stage.name] = StageVerdict("run", "new" if record is None else AGAIN, record=record)
         else:
             found[stage.name] = verdict(graph, stage, contents, running)
         one = found[stage.name]
