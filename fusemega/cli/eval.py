@@ -14,7 +14,8 @@ def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None
     Prints one JSON object on stdout, and writes it to the run file's `output` if that is set. Bits per byte are
     comparable between models with different tokenizers; perplexities are not. With a `reference` model of the same
     tokenizer, the result also has KL(reference || model) in nats a token, and the share of tokens at which both models
-    have the same most probable token.
+    have the same most probable token. If the rows are pairs (chosen and rejected), it has the share of pairs whose
+    chosen response has the higher log-probability: by the sum over its tokens, and by the mean.
     """
     from fusemega.config import load
     from fusemega.files.output import disk_errors, write_durably

@@ -1,4 +1,5 @@
-"""`fusemega eval`: perplexity and bits per byte of a model on a data set, and its distance from another model.
+"""`fusemega eval`: perplexity and bits per byte of a model on a data set, and its distance from another model; on pairs
+also how often the chosen response is the more probable one.
 
 The other one is a model with the same tokenizer that runs beside it, or one whose rows are stored.
 """
@@ -23,9 +24,11 @@ from fusemega.losses.distill import Distill, Taught
 from fusemega.models.build import GPT
 from fusemega.passes.batches import prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
+from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World, environment_rank, initialize
 from fusemega.runtime.together import on_main
 from fusemega.scoring.evaluation import Evaluation, evaluate_model
+from fusemega.scoring.pair_accuracy import are_pairs, evaluate_pairs
 from fusemega.scoring.run_file import PassRun
 from fusemega.store import Store
 from fusemega.text.data import DataConfig
@@ -82,7 +85,8 @@ class Scorer:
         self._reference: FrozenModel | None = None
 
     def score(self, data: DataConfig) -> Evaluation:
-        """The evaluation of `data`; a `Comparison` with a reference, a `RowsComparison` with rows. Every rank gets it.
+        """The evaluation of `data`; a `Comparison` with a reference, a `RowsComparison` with rows; without them, of
+        pairs, a `PairsEvaluation`. Every rank gets it.
 
         Raises:
             UserError: bad data, or a sample without a row, before the model is built.
@@ -95,7 +99,12 @@ class Scorer:
             self._gpt = source.build(world)
             if self._reference_source is not None:
                 self._reference = FrozenModel.build(self._reference_source, "hidden", self._gpt, world)
-        return evaluate_model(self._gpt, dataset, self._run.row_shape(source), world, self._reference, self._rows)
+        shape = self._run.row_shape(source)
+        if are_pairs(dataset):
+            if self._reference is None and self._rows is None:
+                return evaluate_pairs(self._gpt, dataset, shape, world)
+            say("the rows are pairs, whose accuracy is not computed beside a reference or a teacher")
+        return evaluate_model(self._gpt, dataset, shape, world, self._reference, self._rows)
 
 
 def rows_of(config: TeacherStoreConfig, tokenizer: Tokenizer, vocab_size: int) -> Taught:

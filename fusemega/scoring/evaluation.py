@@ -111,6 +111,23 @@ class RowsComparison(Evaluation):
     taught: int
 
 
+def evaluation_of(logp: float, tokens: int, num_bytes: int, samples: int) -> Evaluation:
+    """The figures from totals.
+
+    Args:
+        logp: log-probability of all supervised tokens, nats.
+        tokens, num_bytes, samples: how much that is.
+    """
+    return Evaluation(
+        loss=-logp / tokens,
+        perplexity=math.exp(min(-logp / tokens, 700.0)),  # math.exp raises OverflowError above 709
+        bits_per_byte=-logp / math.log(2) / num_bytes if num_bytes else math.nan,
+        tokens=tokens,
+        bytes=num_bytes,
+        samples=samples,
+    )
+
+
 def evaluate_model(
     gpt: GPT,
     dataset: TokenizedDataset,
@@ -153,16 +170,10 @@ def evaluate_model(
     size = 3 if reference is None and rows is None else 5
     total = total_over_ranks(collected, size, world, world.dp_cp_group).tolist()
     tokens, num_bytes, logp = total[:3]
-    found = {
-        "loss": -logp / tokens,
-        "perplexity": math.exp(min(-logp / tokens, 700.0)),  # math.exp raises OverflowError above 709
-        "bits_per_byte": -logp / math.log(2) / num_bytes if num_bytes else math.nan,
-        "tokens": int(tokens),
-        "bytes": int(num_bytes),
-        "samples": len(dataset),
-    }
+    whole = evaluation_of(logp, int(tokens), int(num_bytes), len(dataset))
+    found = whole.model_dump()
     if rows is not None:
         return RowsComparison(**found, kl=total[3] / max(total[4], 1.0), taught=int(total[4]))
     if reference is None:
-        return Evaluation(**found)
+        return whole
     return Comparison(**found, kl=total[3] / tokens, same_top_1=total[4] / tokens)
