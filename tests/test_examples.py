@@ -12,6 +12,7 @@ from fusemega.merge import methods  # noqa: F401  (registers them)
 from fusemega.merge.method import find_method
 from fusemega.merge.run_file import read_run
 from fusemega.recipes.fusion import FusionRecipe
+from fusemega.sampling.run_file import SampleRun
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.rewards import ScoreRun
 from fusemega.scoring.teach import TeachRun
@@ -38,6 +39,8 @@ def test_examples_are_valid(path: Path) -> None:
         assert find_method(run.merge_method)
     elif path.parent.name in ("fusellm", "fusechat"):
         load(FusionRecipe, path)
+    elif path.parent.name == "sampling":
+        load(SampleRun, path)
     elif path.parent.name == "preference":
         load(KINDS.get(path.stem, TrainRun), path)
     else:

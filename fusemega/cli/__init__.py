@@ -34,6 +34,8 @@ COMMANDS = {
     "split": "Split long dialogues and texts so that they fit several tokenizers' windows.",
     "eval": "Measure perplexity and bits per byte of a model on a data set.",
     "score": "Score responses with a reward model, and write the rows with their rewards.",
+    "sample": "Sample one source's responses to prompts, from a model here or behind a server.",
+    "collect": "Collect the responses of several sources as rows of a prompt and its responses.",
     "report": "Write a page about one or several training runs, with their curves.",
     "env": "Show what this machine has, what is missing, and what that costs.",
 }

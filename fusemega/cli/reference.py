@@ -41,6 +41,8 @@ def config_page() -> str:
     from fusemega.merge.method import find_method, method_names
     from fusemega.merge.run_file import MergeRun
     from fusemega.recipes.fusion import FusionRecipe
+    from fusemega.sampling.engines import ENGINES
+    from fusemega.sampling.run_file import SampleRun
     from fusemega.scoring.evaluate import EvalRun
     from fusemega.scoring.rewards import ScoreRun
     from fusemega.scoring.teach import TeachRun
@@ -52,14 +54,15 @@ def config_page() -> str:
         "project": ProjectRun,
         "eval": EvalRun,
         "score": ScoreRun,
+        "sample": SampleRun,
         "merge": MergeRun,
         "run": FusionRecipe,
     }
     lines = [
         "# Run files\n",
         _WRITTEN,
-        "YAML, read by `fusemega train`, `teach`, `project`, `eval`, `score`, `merge` and `run` (recipes). Any value",
-        "can be replaced on the command line, as in `optimizer.lr=1e-5`, and `${section.key}` stands for another.",
+        "YAML, read by `fusemega train`, `teach`, `project`, `eval`, `score`, `sample`, `merge` and `run` (recipes). A",
+        "value can be replaced on the command line, as in `optimizer.lr=1e-5`; `${section.key}` stands for another value.",
         "Keys that are not listed here are refused, and so is a key that occurs twice.\n",
     ]
     sections: dict[type[Section], str] = {}
@@ -75,7 +78,7 @@ def config_page() -> str:
             if inner is not None:
                 sections.setdefault(inner, name)
     for section, name in sections.items():
-        if name == "objective":
+        if name in ("objective", "engine"):
             continue
         lines += [f"## `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
@@ -91,6 +94,9 @@ def config_page() -> str:
         lines += [f"### `{name}`\n", f"{_first_paragraph(objective)}\n", *(settings if has_any else ["No settings.\n"])]
     for section, name in own.items():
         lines += [f"### `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
+    lines += ["## `engine`\n", "`name` picks the engine; the other keys are its own.\n"]
+    for name, engine in ENGINES.items():
+        lines += [f"### `{name}`\n", f"{_first_paragraph(engine)}\n", *_table(engine, without="name")]
     lines += ["## `merge_method`\n", "The keys of `parameters`, of a merge and of each of its models.\n"]
     for name in method_names():
         method = find_method(name)

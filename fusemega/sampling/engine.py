@@ -6,7 +6,7 @@ An engine is opened with `fusemega.sampling.engines.open_engine`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,8 +15,9 @@ from pydantic import Field, model_validator
 from fusemega.config import Section
 from fusemega.errors import UserError
 
-STOP, LENGTH = "stop", "length"
-"""The usual values of `Response.finish_reason`: the model ended the response, or it reached `max_tokens`."""
+STOP, LENGTH, REFUSED = "stop", "length", "refused"
+"""Values of `Response.finish_reason`: the model ended the response; it reached `max_tokens`; the prompt can never be
+answered (it is too long, for example), so there is no text."""
 
 
 class SamplingSettings(Section):
@@ -62,8 +63,9 @@ class Response:
     Attributes:
         key, sample: the request's.
         text: without the tokens that end it.
-        finish_reason: `STOP`, `LENGTH`, or another word of the server's.
-        prompt_tokens, tokens: lengths of the prompt and the response; None where the server does not tell.
+        finish_reason: `STOP`, `LENGTH`, `REFUSED`, or another word of the server's.
+        prompt_tokens, tokens: lengths of the prompt and the response; None where they are not known.
+        reason: why it was refused.
     """
 
     key: str
@@ -72,23 +74,43 @@ class Response:
     finish_reason: str
     prompt_tokens: int | None
     tokens: int | None
+    reason: str = ""
 
 
 class Engine(Protocol):
-    """Turns requests into responses.
+    """Turns requests into responses."""
 
-    Attributes:
-        identity: what the responses depend on besides the messages and the sampling settings (JSON-able). It has no
-            secrets, and nothing that decides speed alone.
-    """
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the responses depend on besides the messages and the sampling settings (JSON-able). It has no secrets,
+        and nothing that decides speed alone."""
+        ...
 
-    identity: Mapping[str, Any]
+    def prepare(self) -> None:
+        """Makes ready what `generate` needs: the weights, or a server that has the model. `generate` calls it too.
 
-    def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[Response]:
+        Raises:
+            UserError: it cannot be had.
+        """
+        ...
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        settings: SamplingSettings,
+        skip: Collection[tuple[str, int]] = frozenset(),
+    ) -> Iterator[Response]:
         """The responses, in any order, each as soon as it is there.
+
+        Args:
+            requests: all that are wanted.
+            settings: how they are drawn; `n` is not used.
+            skip: (key, sample) of requests whose responses the caller has already. They are given so that a batch is
+                the same whether or not an earlier run was interrupted.
 
         Raises:
             Missing: some requests got no response; it is raised after all others have been given.
+            UserError: no request can get one.
         """
         ...
 

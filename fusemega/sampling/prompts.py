@@ -32,7 +32,9 @@ class PromptsConfig(Section):
 
     path: str | list[str] = Field(description="file, folder, glob or `datasets` hub name; or a list of the first three")
     name: str | None = Field(None, description="the hub data set's configuration, if it has several")
-    split: str | None = Field(None, description="as data.split of other run files")
+    split: str | None = Field(
+        None, description="which split of a hub or saved data set, a folder or a glob; default: train"
+    )
     on_bad_row: Literal["error", "skip"] = Field("error", description="stop at an unusable row, or skip and count it")
     unknown_fields: Literal["error", "ignore"] = Field(
         "error", description="an unknown field is an error, or is left out and counted"

@@ -6,6 +6,9 @@
     a response                   a string, a list of messages, or an object with text or messages, and source, reward
                                  (or score) and weight
 
+What `fusemega sample` and its followers say of a prompt (answer, tests, entry_point) and of a response (sample, tokens,
+correct) may stand there too; nothing is learnt from it.
+
 A beginning that conversations share ends before the first message that differs, which must be the assistant's. The one
 of texts ends, as in TRL, before the first character that differs, and before the space in front of it.
 """
@@ -33,6 +36,8 @@ SCALARS = ("chosen", "reward", "margin", "weight", "source")
 """Numbers that a response of a group may have: 1 for a pair's chosen and 0 for its rejected one; its reward; the margin
 of its pair; its weight; the place of the name of its source in `TokenizedDataset.sources`."""
 _REWARDS = ("reward", "score")
+_OF_GROUP = ("prompt", "responses", "rewards", "scores", "weight")
+_OF_PROMPT, _OF_RESPONSE = ("answer", "tests", "entry_point"), ("sample", "tokens", "correct")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def parse_group(row: Mapping[str, Any], ignored: Counter[str] | None) -> tuple[G
     """
     weight = _row_weight(row)
     if "responses" in row:
-        return _several(row, weight, ignored), ("prompt", "responses", "rewards", "scores", "weight")
+        return _several(row, weight, ignored), (*_OF_GROUP, *_OF_PROMPT)
     return _pair(row, weight, ignored)
 
 
@@ -220,7 +225,7 @@ def _object(
 ) -> tuple[str, Any, dict[str, float], str | None]:
     """A response that is an object: its content's key and content, its numbers, and the name of its source."""
     present = {str(name): value for name, value in response.items() if value is not None}
-    check_extras(present, ("text", "messages", "source", *_REWARDS), key, ignored)
+    check_extras(present, ("text", "messages", "source", *_REWARDS, *_OF_RESPONSE), key, ignored)
     if flags := [name for name in present if name in FLAGS and name != "weight"]:
         raise BadRow("unsupported flag", f"{key} has {flags[0]}; allowed for a response: weight")
     found = [name for name in ("text", "messages") if name in present]

@@ -108,6 +108,13 @@ def test_sources_are_numbered_by_sorted_name(tmp_path: Path) -> None:
     assert any(a.tobytes() != b.tobytes() for a, b in zip(dataset.contents(), renamed.contents(), strict=True))
 
 
+def test_what_sampling_says_of_a_group_is_not_learnt() -> None:
+    plain = {"prompt": "2 + 2 = ", "responses": [{"text": "4", "source": "a"}, {"text": "5", "source": "b"}]}
+    said = {"answer": "4", "tests": "assert True", "entry_point": "f", "domain": "maths"}
+    responses = [each | {"sample": i, "tokens": 1, "correct": i == 0} for i, each in enumerate(plain["responses"])]
+    assert group(plain | said | {"responses": responses}) == group(plain)
+
+
 @pytest.mark.parametrize("shared", [0, 2, 4])
 def test_as_few_tokens_as_possible_are_cut(shared: int) -> None:
     """Against a search over all limits; the first `shared` tokens of all lie in the row once."""

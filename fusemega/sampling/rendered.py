@@ -1,0 +1,71 @@
+"""Prompts as a model reads them: rendered by the chat template once, and tokenized without further special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusemega.errors import UserError
+from fusemega.hf.hub import resolve
+from fusemega.hf.loadable import closing_id
+from fusemega.text.fields import BadRow
+from fusemega.text.templates import ChatTemplate
+from fusemega.text.tokenizer import Tokenizer
+
+
+class PromptIds:
+    """The token ids of prompts.
+
+    Args:
+        source: folder or hub id with the tokenizer.
+        template_file: in place of the tokenizer's chat template.
+        trust_remote_code: let the folder bring its own Python code.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        identity: what the ids depend on.
+        closing_id: the token with which the template closes a turn, if it does with one token.
+
+    Raises:
+        UserError: no tokenizer, or no chat template.
+    """
+
+    def __init__(self, source: str | Path, template_file: str | None = None, trust_remote_code: bool = False) -> None:
+        self.tokenizer = Tokenizer.load(resolve(source), trust_remote_code).with_template(template_file)
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise UserError(
+                f"{source}: the tokenizer has no chat template, with which prompts become text; give "
+                "engine.chat_template: FILE"
+            )
+        self._template = ChatTemplate(template, self.tokenizer)
+        self.identity = {"tokenizer": self.tokenizer.content_hash, "template": self.tokenizer.template_hash}
+        self.closing_id = closing_id(self.tokenizer)
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], place: str) -> list[int]:
+        """The ids of a prompt with the beginning of the answer's turn.
+
+        Args:
+            messages: of the prompt.
+            place: names the prompt in messages.
+
+        Raises:
+            UserError: the template refuses the conversation, or writes bos twice.
+        """
+        try:
+            text = self._template.render(messages, add_generation_prompt=True)
+        except BadRow as error:
+            raise UserError(f"prompt {place}: {error.detail}") from None
+        found: list[int] = self.tokenizer.encode([text])[0].ids.tolist()
+        if doubled := self.doubled_bos(found):
+            raise UserError(f"prompt {place}: the chat template of {self.tokenizer.template_source} writes {doubled}")
+        return found
+
+    def doubled_bos(self, ids: Sequence[int]) -> str | None:
+        """Says that a text begins with two bos tokens; None where it does not."""
+        bos = self.tokenizer.hf.bos_token_id
+        # Where bos also opens each turn (as in some templates) it is no doubled one unless both are neighbours.
+        if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+            return f"the token {self.tokenizer.token(bos)!r} twice at the beginning"
+        return None
