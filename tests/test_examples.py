@@ -16,6 +16,7 @@ from fusemega.sampling.run_file import SampleRun
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.rewards import ScoreRun
 from fusemega.scoring.teach import TeachRun
+from fusemega.selection.run_file import SelectRun
 from fusemega.training.run_file import TrainRun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -41,6 +42,8 @@ def test_examples_are_valid(path: Path) -> None:
         load(FusionRecipe, path)
     elif path.parent.name == "sampling":
         load(SampleRun, path)
+    elif path.parent.name == "selection":
+        load(SelectRun, path)
     elif path.parent.name == "preference":
         load(KINDS.get(path.stem, TrainRun), path)
     else:

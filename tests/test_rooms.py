@@ -33,6 +33,7 @@ FLOORS = (
     ("report",),
     ("sampling",),
     ("reward",),
+    ("selection",),
     ("launch", "inspect"),
     ("pipeline",),
     ("recipes",),

@@ -36,6 +36,8 @@ COMMANDS = {
     "score": "Score responses with a reward model, and write the rows with their rewards.",
     "sample": "Sample one source's responses to prompts, from a model here or behind a server.",
     "collect": "Collect the responses of several sources as rows of a prompt and its responses.",
+    "select": "Make training sets of scored responses by a published protocol.",
+    "published": "Convert FuseChat-3.0's published sets to rows that train reads, and count them.",
     "report": "Write a page about one or several training runs, with their curves.",
     "env": "Show what this machine has, what is missing, and what that costs.",
 }

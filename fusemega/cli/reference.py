@@ -46,6 +46,8 @@ def config_page() -> str:
     from fusemega.scoring.evaluate import EvalRun
     from fusemega.scoring.rewards import ScoreRun
     from fusemega.scoring.teach import TeachRun
+    from fusemega.selection.protocol import protocol_named, protocol_names
+    from fusemega.selection.run_file import SelectRun
     from fusemega.training.run_file import TrainRun
 
     runs: dict[str, type[Section]] = {
@@ -55,15 +57,16 @@ def config_page() -> str:
         "eval": EvalRun,
         "score": ScoreRun,
         "sample": SampleRun,
+        "select": SelectRun,
         "merge": MergeRun,
         "run": FusionRecipe,
     }
     lines = [
         "# Run files\n",
         _WRITTEN,
-        "YAML, read by `fusemega train`, `teach`, `project`, `eval`, `score`, `sample`, `merge` and `run` (recipes). A",
-        "value can be replaced on the command line, as in `optimizer.lr=1e-5`; `${section.key}` stands for another value.",
-        "Keys that are not listed here are refused, and so is a key that occurs twice.\n",
+        "YAML, read by the commands below (`run`: recipes). Any value can be replaced on the command line, as in",
+        "`optimizer.lr=1e-5`, and `${section.key}` stands for another. Keys that are not listed here are refused, and",
+        "so is a key that occurs twice.\n",
     ]
     sections: dict[type[Section], str] = {}
     for verb, run in runs.items():
@@ -78,7 +81,7 @@ def config_page() -> str:
             if inner is not None:
                 sections.setdefault(inner, name)
     for section, name in sections.items():
-        if name in ("objective", "engine"):
+        if name in ("objective", "engine", "protocol"):
             continue
         lines += [f"## `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
@@ -97,6 +100,10 @@ def config_page() -> str:
     lines += ["## `engine`\n", "`name` picks the engine; the other keys are its own.\n"]
     for name, engine in ENGINES.items():
         lines += [f"### `{name}`\n", f"{_first_paragraph(engine)}\n", *_table(engine, without="name")]
+    lines += ["## `protocol`\n", "`name` picks the protocol; the other keys are its own.\n"]
+    for name in protocol_names():
+        protocol = protocol_named(name)
+        lines += [f"### `{name}`\n", f"{_first_paragraph(protocol)}\n", *_table(protocol.Settings, without="name")]
     lines += ["## `merge_method`\n", "The keys of `parameters`, of a merge and of each of its models.\n"]
     for name in method_names():
         method = find_method(name)

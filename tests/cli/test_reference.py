@@ -14,6 +14,8 @@ from fusemega.merge.method import find_method, method_names
 from fusemega.merge.run_file import MergeRun, ModelEntry
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.teach import TeachRun
+from fusemega.selection.protocol import protocol_named, protocol_names
+from fusemega.selection.run_file import NamedSet, SelectRun
 from fusemega.training.run_file import TrainRun
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
@@ -29,7 +31,8 @@ def test_every_key_is_explained() -> None:
     unseen += [objective_named(name).Settings for name in objective_names()]
     import fusemega.merge.methods  # noqa: F401  (registers them)
 
-    unseen += [MergeRun, ModelEntry]
+    unseen += [MergeRun, ModelEntry, SelectRun, NamedSet]
+    unseen += [protocol_named(name).Settings for name in protocol_names()]
     for method in map(find_method, method_names()):
         unseen += [method.Settings, method.ModelSettings]
     seen: set[type[Section]] = set()
@@ -40,7 +43,12 @@ def test_every_key_is_explained() -> None:
             rows = [line.split(" | ") for line in page.splitlines() if line.startswith(f"| `{field.alias or name}` |")]
             assert rows and all(len(row) == 4 and row[3].strip(" |") for row in rows), f"{model.__name__}.{name}"
             inner = field.annotation
-            if isinstance(inner, type) and issubclass(inner, Section) and inner not in seen and name != "objective":
+            if (
+                isinstance(inner, type)
+                and issubclass(inner, Section)
+                and inner not in seen
+                and name not in ("objective", "protocol")
+            ):
                 unseen.append(inner)
     assert "Exactly one of train_iters and train_epochs" in page and "`lambda`" in page
 
