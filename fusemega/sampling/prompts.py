@@ -1,7 +1,8 @@
 """Prompts: rows with a `prompt` (messages that end with the user's turn, or one user message as a string).
 
 A row may also have `system` (the first message), `domain`, `answer`, `tests` and `entry_point`, which later steps read,
-and `id`. Prompts with the same messages are one prompt; the first row counts.
+`id`, and `dataset`, by which `fusemega select` counts. Prompts with the same messages are one prompt; the first row
+counts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fusemega.text.conversation import Message, parse_messages, with_system
 from fusemega.text.data import DataConfig, Source
 from fusemega.text.fields import BadRow, check_extras, kind, string
 
-ABOUT = ("domain", "answer", "tests", "entry_point", "id")
+ABOUT = ("domain", "answer", "tests", "entry_point", "id", "dataset")
 """What a row says of its prompt, besides the prompt itself."""
 _DECIDE = ("domain", "answer", "tests", "entry_point")  # what a duplicate must agree on to be a mere repetition
 

@@ -62,7 +62,7 @@ class ResponseTable:
         rows: key -> its prompt.
         texts: the responses' texts.
         files: names of the files.
-        counts: rows read; responses; `joined rows`, whose prompt an earlier row has; `equal texts`, which were merged;
+        counts: rows read; responses; `joined_rows`, whose prompt an earlier row has; `equal_texts`, which were merged;
             `undecided`: responses with `correct: null`.
         sources: source -> its responses; sorted.
         unit: of lengths: tokens or characters.
@@ -171,10 +171,7 @@ class _Reader:
         others = (*NAMES, *_OF_ROWS)
         plain = {name: given for name, given in row.items() if name in ABOUT or name not in others}
         prompt = parse_prompt(plain, self._ignored, place)
-        about = dict(prompt.about)
-        if "dataset" in row:
-            about["dataset"] = string(row["dataset"], "dataset")
-        self._join(prompt.key, PromptRow(prompt.messages, about, place))
+        self._join(prompt.key, PromptRow(prompt.messages, dict(prompt.about), place))
         rewards = _rewards(row, len(responses))
         number = self._numbers.setdefault(prompt.key, len(self._numbers))
         self.counts["rows"] += 1
@@ -185,7 +182,7 @@ class _Reader:
         known = self.rows.setdefault(key, row)
         if known is row:
             return
-        self.counts["joined rows"] += 1
+        self.counts["joined_rows"] += 1
         for name in _AGREE:
             if row.about.get(name, known.about.get(name)) != known.about.get(name, row.about.get(name)):
                 raise BadRow(
@@ -250,7 +247,7 @@ class _Reader:
         )
         if only is not None:
             taken = np.isin(columns["source"], [self._sources[name] for name in only])
-            self.counts["of other sources"] += int((~taken).sum())
+            self.counts["of_other_sources"] += int((~taken).sum())
             order = order[taken[order]]
         by_text = order[
             np.lexsort((np.arange(len(order)), columns["same"][order], rank[order], columns["prompt"][order]))
@@ -263,7 +260,7 @@ class _Reader:
                 equal &= column[later] == column[earlier]
             again[later[equal]] = True
         order = order[~again[order]]
-        self.counts["equal texts"] += int(again.sum())
+        self.counts["equal_texts"] += int(again.sum())
         columns = {name: column[order] for name, column in columns.items()}
         self.counts["responses"] = len(order)
         self.counts["undecided"] += int((columns["correct"] == _UNKNOWN).sum())

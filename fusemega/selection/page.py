@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from fusemega import __version__
 from fusemega.report.charts import COLOURS, as_svg
@@ -43,7 +44,7 @@ summary { cursor: pointer; font-weight: 600; } details details { border: 0; padd
 
 <h2>Counts</h2>
 <p class="soft">{{ read }}</p>
-{{ table(["domain", "data set", "prompts", "removed", "SFT", "preference", "left"], counts, total=true) }}
+{{ table(count_heads, counts, total=true) }}
 {% if removed %}
 <h2>What was removed</h2>
 {{ table(["domain and rule", "prompts"], removed) }}
@@ -114,6 +115,7 @@ def selection_page(
     for one in selected:
         totals[one.rule] = totals.get(one.rule, 0) + 1
     weights = summary.get("weights", {})
+    columns = _count_columns(summary)
     weighed = sorted({source for each in weights.values() for source in each["mean"]})
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE).render(
@@ -122,7 +124,8 @@ def selection_page(
         title=f"Selection by {summary['protocol']['name']}",
         settings=_settings(summary),
         read=_read(summary),
-        counts=[_numbers(row.values()) for row in summary["counts"]],
+        count_heads=["domain", *(head for _, head in columns)],
+        counts=[_numbers([row["domain"], *(row[name] for name, _ in columns)]) for row in summary["counts"]],
         removed=[
             _numbers((f"{row['domain']}: {row['rule']}".lstrip(": "), row["prompts"])) for row in summary["removed"]
         ],
@@ -151,8 +154,19 @@ def selection_page(
     )
 
 
+_COUNTS = {"dataset": "data set", "sft": "SFT"}
+
+
+def _count_columns(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, head) of the columns of the table of counts in which there is anything."""
+    rows = summary["counts"]
+    names = [name for name in rows[0] if name != "domain" and any(row[name] for row in rows)]
+    return [(name, _COUNTS.get(name, name)) for name in names]
+
+
 def _settings(summary: Mapping[str, Any]) -> str:
-    said = [f"{key} {value}" for key, value in summary["protocol"].items() if key != "name" and value not in (None, {})]
+    settings = {key: value for key, value in summary["protocol"].items() if key != "name" and value not in (None, {})}
+    said = [f"{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
     said.append(f"seed {summary['seed']}")
     for key in ("dedup", "decontaminate"):
         if (section := summary[key]) is not None:
@@ -166,8 +180,8 @@ def _settings(summary: Mapping[str, Any]) -> str:
 def _read(summary: Mapping[str, Any]) -> str:
     read = summary["read"]
     line = f"{read['prompts']:,} prompts in {read['rows']:,} rows, {read['responses']:,} responses"
-    for name in ("joined rows", "equal texts", "of other sources", "undecided"):
-        line += f", {read[name]:,} {name}" if read.get(name) else ""
+    for name in ("joined_rows", "equal_texts", "of_other_sources", "undecided"):
+        line += f", {read[name]:,} {name.replace('_', ' ')}" if read.get(name) else ""
     return line
 
 
@@ -224,6 +238,7 @@ def _histogram(domain: str, each: Mapping[str, Any], summary: Mapping[str, Any])
                 axes.axvline(value, color=COLOURS[1], linewidth=1)
         axes.set_xlabel("margin")
         axes.set_ylabel("pairs")
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         return figure
 

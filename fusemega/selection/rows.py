@@ -53,8 +53,7 @@ def group_row(prompt: PromptRow, responses: Sequence[Candidate], texts: Texts) -
 
 def prompt_row(prompt: PromptRow) -> dict[str, Any]:
     """A row of prompts, as `fusemega sample` and `collect` read them."""
-    about = {name: value for name, value in prompt.about.items() if name != "dataset"}
-    return {"prompt": prompt.messages, **about}
+    return {"prompt": prompt.messages, **prompt.about}
 
 
 def _turn(text: str) -> list[Mapping[str, str]]:

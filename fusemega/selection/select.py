@@ -216,9 +216,9 @@ def _tell(table: ResponseTable, ignored: Counter[str] | None) -> None:
     counts = table.counts
     line = f"{len(table.rows)} prompts with {counts['responses']} responses of {len(table.sources)} sources"
     for name, words in (
-        ("joined rows", "rows joined with others of the same prompt"),
-        ("equal texts", "responses equal to another of their source left out"),
-        ("of other sources", "responses of other sources left out"),
+        ("joined_rows", "rows joined with others of the same prompt"),
+        ("equal_texts", "responses equal to another of their source left out"),
+        ("of_other_sources", "responses of other sources left out"),
         ("undecided", "responses whose correctness could not be decided"),
     ):
         line += f"; {counts[name]} {words}" if counts[name] else ""

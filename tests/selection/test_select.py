@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fusemega.cli.select import command as select_command
 from fusemega.config import load, validate
 from fusemega.errors import UserError
 from fusemega.losses.registry import build_objective, check_data, parse_objective
@@ -169,6 +173,28 @@ def test_wrpo_in_two_steps(tmp_path: Path) -> None:
     triples = read(tmp_path / "two" / "preference.jsonl")
     assert not trained & {each["prompt"][0]["content"] for each in triples}
     assert all([one["source"] for one in each["responses"]][1:] == ["target"] * 2 for each in triples)
+
+
+def test_a_killed_command_starts_again(tmp_path: Path) -> None:
+    """SIGKILL when the sets are written, but have no name yet: nothing is at the output, and the next call makes what
+    an uninterrupted one makes."""
+    groups = str(write(tmp_path / "groups.jsonl", drawn(random.Random(2), 30, DOMAINS)))
+    run(tmp_path / "whole", groups)
+    killed = (
+        "import os, signal, sys\n"
+        "from fusemega.cli import main\n"
+        "from fusemega.selection import select\n"
+        "select.summary_of = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "main(sys.argv[1:])\n"
+    )
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(f"data: {groups}\noutput_dir: {tmp_path / 'out'}\nprotocol: fusechat3\n", encoding="utf-8")
+    ended = subprocess.run([sys.executable, "-c", killed, "select", str(run_file)], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.incomplete" / "out" / "sft.jsonl").is_file()
+    select_command(run_file, [])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / ".out.incomplete").exists()
 
 
 def test_known_texts_and_near_duplicates_are_listed(tmp_path: Path) -> None:
