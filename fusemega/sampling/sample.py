@@ -98,7 +98,11 @@ def _told(run: SampleRun, prompts: Prompts, known: dict[tuple[str, int], str], s
         say(f"{run.output}: has {others} further responses, to other prompts or beyond sampling.n")
     reasons = Counter(of_these.values())
     told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    say(f"{run.source}: {len(of_these)} responses ({told}), {spent.tokens_per_second:,.0f} tokens/s")
+    line = f"{run.source}: {len(of_these)} responses ({told})"
+    if spent.responses:
+        line += f"; {spent.responses} new, {spent.tokens:,} tokens at {spent.tokens_per_second:,.0f}/s"
+        line += f" and {spent.prompt_tokens:,} of prompts"
+    say(line)
     return Sampled(
         prompts=len(prompts),
         duplicates=prompts.duplicates,

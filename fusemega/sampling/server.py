@@ -104,8 +104,10 @@ class Server:
             if listed is not None and settings.model in listed:
                 return
             body = {"model": settings.model, "messages": [{"role": "user", "content": "Hi"}]}
+            # At least two further tries: a server may close its connection after an error in its list of models.
+            patient = client.with_options(max_retries=max(2, settings.max_retries))
             try:
-                parse_completion(await self.ask(client, body | {settings.length_field: 1}))
+                parse_completion(await self.ask(patient, body | {settings.length_field: 1}))
             except (UserError, ServerFault, BrokenAnswer) as error:
                 names = ", ".join(listed or ()) or "none"
                 hint = nearest(settings.model, listed or ())

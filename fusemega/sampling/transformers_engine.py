@@ -152,10 +152,11 @@ class TransformersEngine:
 
     def _response(self, request: SampleRequest, prompt_tokens: int, ids: list[int]) -> Response:
         end = next((place for place, token in enumerate(ids) if token in self._stops), None)
-        made = ids if end is None else ids[: end + 1]
-        text = self._prompts.tokenizer.hf.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._prompts.tokenizer.hf.decode(
+            ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         reason = LENGTH if end is None else STOP
-        return Response(request.key, request.sample, text, reason, prompt_tokens, len(made))
+        return Response(request.key, request.sample, text, reason, prompt_tokens, len(ids) if end is None else end + 1)
 
     @cached_property
     def _device(self) -> torch.device:
