@@ -38,7 +38,7 @@ def test_a_real_server(small_model: Path, tmp_path: Path) -> None:
                 "extra_body": {"generation_config": drawn},
             }
             | engine,
-            "sampling": {"n": n, "max_tokens": 6, "temperature": 0.9},
+            "sampling": {"n": n, "max_tokens": 6, "temperature": 1.5},
         }
         return validate(SampleRun, section, "test")
 
