@@ -3,5 +3,6 @@
 verdict.py        what is known of one response's correctness
 child.py          a process that answers questions, and is killed when it takes too long
 maths.py          maths answers, compared by math-verify; maths_process.py: the process that compares
-code.py           programs, run against test cases in a sandbox
+code.py           programs, run against test cases; extract.py: the code in a response
+sandbox.py        where they run: bubblewrap, or unshare; inside/: what runs in it
 """

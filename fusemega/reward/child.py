@@ -1,4 +1,7 @@
-"""A process that answers one question at a time, and is killed when an answer takes too long.
+"""A process that answers one question at a time, and is ended when an answer takes too long.
+
+A question may take so much processor time, of which the process itself gives account to the kernel: other work on the
+machine changes no result. And so much time of the wall's clock, after which it is killed.
 
 A limit inside a process does not hold: `signal.alarm` works in the main thread alone, and a library in the middle of a
 computation looks at no flag. A process can be killed at any moment, from any thread, and takes nothing along.
@@ -9,19 +12,21 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 START_SECONDS = 120.0  # to import what the answers need, on a busy machine with a cold disk
+PATIENCE = 6.0  # seconds of the wall's clock for one of processor time
 
 
 class NoAnswer(Exception):
     """The process gave no answer.
 
     Attributes:
-        timed_out: it took too long, and was killed; otherwise it ended by itself.
+        timed_out: it took too long; otherwise it ended by itself.
     """
 
     def __init__(self, timed_out: bool) -> None:
@@ -47,8 +52,12 @@ class Child:
     def ask(self, question: bytes, seconds: float) -> bytes:
         """The answer to a question of one line.
 
+        Args:
+            seconds: of processor time, after which the script lets the kernel end it with SIGPROF; a multiple of it by
+                the wall's clock, after which it is killed here.
+
         Raises:
-            NoAnswer: it took longer than `seconds`, or the process ended.
+            NoAnswer: it took longer, or the process ended.
         """
         if self._process is None:
             self._start()
@@ -56,7 +65,7 @@ class Child:
         try:
             self._process.stdin.write(question + b"\n")
             self._process.stdin.flush()
-            return self._line(seconds)
+            return self._line(PATIENCE * seconds)
         except BrokenPipeError:
             self.end()
             raise NoAnswer(timed_out=False) from None
@@ -102,7 +111,7 @@ class Child:
                 raise NoAnswer(timed_out=True)
             more = os.read(pipe, 1 << 16)
             if not more:
-                raise NoAnswer(timed_out=False)
+                raise NoAnswer(timed_out=self._process.wait() == -signal.SIGPROF)
             self._read += more
         line, _, self._read = self._read.partition(b"\n")
         return line

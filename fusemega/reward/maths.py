@@ -1,7 +1,8 @@
 """Maths answers, compared by math-verify in processes that can be killed.
 
 math-verify limits its time with `signal.alarm`, which fails outside the main thread; it then calls every response
-wrong. Here its alarm is off, and the clock is the parent's: the result is the same from any thread, and under asyncio.
+wrong. Here its alarm is off, and the clocks are the kernel's and the parent's: the result is the same from any thread,
+and under asyncio.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fusemega.errors import UserError
 from fusemega.reward.child import Child, NoAnswer
 from fusemega.reward.verdict import Verdict
 
-SECONDS = 10.0  # for one response
+SECONDS = 10.0  # of processor time for one response
 _SCRIPT = Path(__file__).with_name("maths_process.py")
 
 
@@ -27,7 +28,8 @@ def check_maths(pairs: Sequence[tuple[str, str]], timeout: float = SECONDS, work
 
     Args:
         pairs: (right answer, response). An answer is LaTeX (with or without dollars), a number, or ends in `#### 18`.
-        timeout: wall-clock seconds for one response; a longer comparison is killed, and undecided.
+        timeout: seconds of processor time for one response, or six times as many by the wall's clock; a comparison
+            that takes longer is killed, and undecided.
         workers: processes.
 
     Returns:

@@ -1,8 +1,8 @@
 """The process that compares maths answers with math-verify, so that it can be killed.
 
 `fusemega.reward.maths` starts this file as a script: it imports math-verify and nothing of fusemega. A question is a
-line of JSON, {"answer": ..., "response": ..., "seconds": ...}; the answer to it is one, [correct or null, reason]. Its
-first line is empty: it has imported everything.
+line of JSON, {"answer": ..., "response": ..., "seconds": ...}, the seconds of processor time; the answer to it is one,
+[correct or null, reason]. Its first line is empty: it has imported everything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import signal
 from typing import Any
 
 MEMORY = 2 << 30  # bytes of address space
-_GRACE = 5.0  # seconds after its time, when nobody has killed it, that this process ends itself
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a library that prints does not answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
@@ -39,11 +38,11 @@ def main() -> None:
     replies.flush()
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        # Of a parent that was killed nobody would end a computation without end.
-        signal.setitimer(signal.ITIMER_REAL, asked["seconds"] + _GRACE)
+        # The kernel ends this process, wherever it is, and also when nobody is left to do so.
+        signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
         replies.write(json.dumps(judged(asked["answer"], asked["response"])) + "\n")
         replies.flush()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def judged(answer: str, response: str) -> tuple[bool | None, str]:
