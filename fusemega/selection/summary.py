@@ -81,13 +81,14 @@ def summary_of(
 
 
 def counts(selected: Sequence[Selected]) -> list[dict[str, Any]]:
-    """A row for each domain and data set, as in FuseChat-3.0's table, and their total."""
+    """A row for each domain and data set, as in FuseChat-3.0's table, and their total. `total` is what is in a set."""
     rows: dict[tuple[str, str], Counter[str]] = {}
     for each in selected:
         row = rows.setdefault((each.domain, each.dataset), Counter())
         row["prompts"] += 1
         row[each.set or "removed"] += 1
-    names = ("prompts", "removed", "sft", "preference", "left")
+        row["total"] += each.set is not None
+    names = ("prompts", "removed", "total", "sft", "preference", "left")
     table: list[dict[str, Any]] = [
         {"domain": domain, "dataset": dataset, **{name: row[name] for name in names}}
         for (domain, dataset), row in sorted(rows.items())

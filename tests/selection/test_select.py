@@ -75,6 +75,7 @@ def test_fusechat3_from_files(seed: int, tmp_path: Path) -> None:
         fit = [r for r in said.values() if each["domain"] in ("instruction", "chinese") or r["correct"]]
         assert one["reward"] == max(r["reward"] for r in fit)
     total = found["counts"][-1]
+    assert total["total"] == len(sft) + len(pairs)
     assert (total["prompts"], total["sft"], total["preference"], total["removed"]) == (
         120,
         len(sft),
