@@ -27,6 +27,9 @@ def command(
     min_responses: Annotated[
         int, typer.Option(min=1, help="Leave out prompts with fewer responses; 2 is what `score` and training take.")
     ] = 2,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of the prompts: use only this many rows, as prompts.limit did.")
+    ] = None,
     unknown_fields: Annotated[str, typer.Option(help="Of the prompts: error, or ignore.")] = "error",
     on_bad_row: Annotated[str, typer.Option(help="Of the prompts: error, or skip.")] = "error",
 ) -> None:
@@ -39,6 +42,6 @@ def command(
     from fusemega.sampling.collect import Rules, collect
     from fusemega.sampling.prompts import PromptsConfig
 
-    given = {"path": prompts, "unknown_fields": unknown_fields, "on_bad_row": on_bad_row}
+    given = {"path": prompts, "unknown_fields": unknown_fields, "on_bad_row": on_bad_row, "limit": limit}
     rules = Rules(keep_length, incomplete, min_responses, tuple(source or ()))
     print(collect(validate(PromptsConfig, given, "fusemega collect"), out, responses, rules).model_dump_json())

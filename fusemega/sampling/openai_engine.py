@@ -70,7 +70,7 @@ class OpenAIEngine:
             while (answer := loop.run_until_complete(anext(answers, None))) is not None:
                 yield answer
         finally:
-            loop.run_until_complete(answers.aclose())
+            loop.run_until_complete(_end_tasks())
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
         if self._reasoned:
@@ -173,3 +173,11 @@ class OpenAIEngine:
         elif count is None:
             warn(f"{server}: tells nothing of its prompt tokens, so they are not compared with engine.tokenizer")
             self._prompts = None
+
+
+async def _end_tasks() -> None:
+    """After Ctrl-C a task still waits for the next answer, and its generator cannot be closed before it has ended."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

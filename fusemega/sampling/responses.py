@@ -132,9 +132,9 @@ class ResponsesFile:
         known: (key, sample) -> finish_reason of the responses that are there.
     """
 
-    def __init__(self, path: Path, made: Made, known: dict[tuple[str, int], str], file: IO[bytes]) -> None:
+    def __init__(self, made: Made, known: dict[tuple[str, int], str], file: IO[bytes]) -> None:
         self.known = known
-        self._path, self._made, self._file = path, made, file
+        self._made, self._file = made, file
 
     def add(self, prompt: Prompt, response: Response) -> None:
         """Appends a response. A process that is killed later does not lose it."""
@@ -179,20 +179,24 @@ def check_responses(path: Path, made: Made) -> dict[tuple[str, int], str]:
 
 
 @contextmanager
-def open_responses(path: Path, made: Made) -> Iterator[ResponsesFile]:
-    """The file, to be added to. One process at a time.
+def open_responses(path: Path, made: Made, known: Mapping[tuple[str, int], str]) -> Iterator[ResponsesFile]:
+    """The file, to be added to.
+
+    Args:
+        path: of the file, for which the caller holds the lock.
+        made: what the new responses are made with.
+        known: what `check_responses` found since the lock is held.
 
     Raises:
-        UserError: as `check_responses`; another process writes it; the disk is full.
+        UserError: the disk is full, or the place cannot be written.
     """
     with locked(path), disk_errors(path):
-        known = check_responses(path, made)  # again: another process may have written meanwhile
         said = {"source": made.source, "engine": made.engine, "sampling": made.sampling, "n": made.n}
         write_durably(settings_file(path), json.dumps({**said, "settings": made.settings}, indent=1) + "\n")
         _heal(path)
         with open(path, "ab") as file:
             try:
-                yield ResponsesFile(path, made, known, file)
+                yield ResponsesFile(made, dict(known), file)
             finally:
                 file.flush()
                 os.fsync(file.fileno())

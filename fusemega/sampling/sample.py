@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from fusemega.errors import UserError
 from fusemega.files.lock import locked
-from fusemega.runtime.console import say
+from fusemega.runtime.console import say, warn
 from fusemega.sampling.engine import Engine, Missing, SampleRequest
 from fusemega.sampling.engines import open_engine
 from fusemega.sampling.progress import Spent, progress
 from fusemega.sampling.prompts import Prompts, read_prompts
 from fusemega.sampling.responses import Made, check_responses, open_responses
 from fusemega.sampling.run_file import SampleRun
+
+_FEW = 3  # prompts whose responses may be equal by chance
 
 
 class Sampled(BaseModel):
@@ -73,18 +76,31 @@ def sample(run: SampleRun, engine: Engine | None = None) -> Sampled:
         if missing:
             engine.prepare()
         spent = Spent()
-        with open_responses(output, made) as file:
+        texts: dict[str, list[int]] = defaultdict(list)
+        with open_responses(output, made, known) as file:
             if missing:
                 with progress(missing) as (spent, advance):
                     try:
                         for response in engine.generate(requests, run.sampling, frozenset(known)):
                             file.add(prompts.by_key[response.key], response)
+                            texts[response.key].append(hash(response.text))
                             advance(response)
                     except Missing as error:
                         line = f"{error}; {output} keeps the other responses: run the same command again to go on"
                         raise Missing(line, error.requests) from None
-            known = dict(file.known)
+            known = file.known
+    _warn_of_equal(run, texts)
     return _told(run, prompts, known, spent)
+
+
+def _warn_of_equal(run: SampleRun, texts: Mapping[str, Sequence[int]]) -> None:
+    """Some servers take the most probable token, whatever temperature they are asked for."""
+    several = [found for found in texts.values() if len(found) > 1]
+    if len(several) >= _FEW and all(len(set(found)) == 1 for found in several):
+        warn(
+            f"{run.source}: the responses to each prompt are all equal, with temperature {run.sampling.temperature:g}: "
+            "does the server sample? (transformers serve does with do_sample, see docs/sampling.md)"
+        )
 
 
 def _told(run: SampleRun, prompts: Prompts, known: dict[tuple[str, int], str], spent: Spent) -> Sampled:

@@ -32,7 +32,7 @@ class Served:
         asked: (text of the prompt, seed) -> requests for a completion.
         times: text of the prompt -> when its requests came.
         bodies: of all requests for a completion.
-        gate: completions wait until it is set.
+        hang: what the fault "hang" waits for.
     """
 
     url: str = ""
@@ -44,7 +44,7 @@ class Served:
     asked: Counter[tuple[str, int]] = field(default_factory=Counter)
     times: dict[str, list[float]] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    gate: threading.Event = field(default_factory=threading.Event)
+    hang: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -55,7 +55,6 @@ def answer(text: str, seed: int) -> str:
 @contextmanager
 def serve() -> Iterator[Served]:
     served = Served()
-    served.gate.set()
     handler = type("Handler", (_Handler,), {"served": served})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -65,7 +64,7 @@ def serve() -> Iterator[Served]:
     try:
         yield served
     finally:
-        served.gate.set()
+        served.hang.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -95,7 +94,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.served.bodies.append(body)
             waiting = self.served.faults.get(text)
             fault = waiting.pop(0) if waiting else self.served.always
-        self.served.gate.wait()
         if fault:
             self._fail(fault)
         elif body["model"] != MODEL:
@@ -113,6 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
         whole = json.dumps(completion("never seen", 1)).encode()
         if fault == "timeout":
             time.sleep(1.5)
+            self.close_connection = True
+        elif fault == "hang":
+            self.served.hang.wait()
             self.close_connection = True
         elif fault == "429":
             self._send({"error": {"message": "slow down"}}, 429, {"Retry-After": "0.7"})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,35 @@ def test_killed_in_the_middle_nothing_is_asked_again(server: Served, tmp_path: P
     for text, number in recorded:
         assert server.asked[text, seed_of(text, number)] == asked[text, seed_of(text, number)]
     assert rows_of(run) == rows_of(run_of(server, whole, texts, n=2))
+
+
+def test_ctrl_c_leaves_what_is_there(server: Served, tmp_path: Path) -> None:
+    run = run_of(server, tmp_path, ["one", "two"], engine={"timeout": 60})
+    server.faults = {"two": ["hang"]}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    watch = threading.Thread(target=_signal_when, args=(lambda: "two" in server.times and len(rows_of(run)) == 1,))
+    try:
+        watch.start()
+        with pytest.raises(KeyboardInterrupt):
+            sample(run)
+    finally:
+        watch.join()
+        signal.signal(signal.SIGUSR1, before)
+        server.hang.set()
+    assert len(rows_of(run)) == 1 and sample(run).new == 1
+
+
+def _signal_when(ready: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        time.sleep(0.02)
+        with contextlib.suppress(FileNotFoundError):
+            if ready():
+                break
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_another_model_is_refused_with_the_nearest_name(server: Served, tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_the_lines(tmp_path: Path) -> None:
     }
 
 
+def test_equal_responses_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = {(text, number): ("the same", STOP) for text in ("one", "two", "three") for number in (0, 1)}
+    sampled(tmp_path, says=same)
+    assert (
+        "warning: told: the responses to each prompt are all equal, with temperature 1: does" in capsys.readouterr().err
+    )
+    sampled(tmp_path, "other", says=same | {("two", 1): ("another", STOP)})
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_only_what_is_missing_is_sampled(tmp_path: Path) -> None:
     sampled(tmp_path, n=1)
     found, engine = sampled(tmp_path, n=3)  # another n
