@@ -17,6 +17,7 @@ from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.rewards import ScoreRun
 from fusemega.scoring.teach import TeachRun
 from fusemega.selection.run_file import SelectRun
+from fusemega.tasks.run_file import TasksRun
 from fusemega.training.run_file import TrainRun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -40,6 +41,8 @@ def test_examples_are_valid(path: Path) -> None:
         assert find_method(run.merge_method)
     elif path.parent.name in ("fusellm", "fusechat"):
         load(FusionRecipe, path)
+    elif path.parent.name == "tasks":
+        load(TasksRun, path)
     elif path.parent.name == "sampling":
         load(SampleRun, path)
     elif path.parent.name == "selection":

@@ -34,6 +34,7 @@ FLOORS = (
     ("sampling",),
     ("reward",),
     ("selection",),
+    ("tasks",),
     ("launch", "inspect"),
     ("pipeline",),
     ("recipes",),

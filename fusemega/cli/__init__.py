@@ -38,6 +38,7 @@ COMMANDS = {
     "collect": "Collect the responses of several sources as rows of a prompt and its responses.",
     "select": "Make training sets of scored responses by a published protocol.",
     "published": "Convert FuseChat-3.0's published sets to rows that train reads, and count them.",
+    "tasks": "Measure a model on tasks: maths answers, programs, pairs; write outputs for other judges.",
     "report": "Write a page about one or several training runs, with their curves.",
     "env": "Show what this machine has, what is missing, and what that costs.",
 }

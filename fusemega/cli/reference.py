@@ -48,6 +48,8 @@ def config_page() -> str:
     from fusemega.scoring.teach import TeachRun
     from fusemega.selection.protocol import protocol_named, protocol_names
     from fusemega.selection.run_file import SelectRun
+    from fusemega.tasks.run_file import TasksRun
+    from fusemega.tasks.task import task_named, task_names
     from fusemega.training.run_file import TrainRun
 
     runs: dict[str, type[Section]] = {
@@ -58,6 +60,7 @@ def config_page() -> str:
         "score": ScoreRun,
         "sample": SampleRun,
         "select": SelectRun,
+        "tasks": TasksRun,
         "merge": MergeRun,
         "run": FusionRecipe,
     }
@@ -81,7 +84,7 @@ def config_page() -> str:
             if inner is not None:
                 sections.setdefault(inner, name)
     for section, name in sections.items():
-        if name in ("objective", "engine", "protocol"):
+        if name in ("objective", "engine", "protocol", "tasks"):
             continue
         lines += [f"## `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
@@ -104,6 +107,10 @@ def config_page() -> str:
     for name in protocol_names():
         protocol = protocol_named(name)
         lines += [f"### `{name}`\n", f"{_first_paragraph(protocol)}\n", *_table(protocol.Settings, without="name")]
+    lines += ["## `tasks`\n", "`name` picks the task; the other keys are its own.\n"]
+    for name in task_names():
+        task = task_named(name).Settings
+        lines += [f"### `{name}`\n", f"{_first_paragraph(task)}\n", *_table(task, without="name", described=sections)]
     lines += ["## `merge_method`\n", "The keys of `parameters`, of a merge and of each of its models.\n"]
     for name in method_names():
         method = find_method(name)
