@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -120,4 +121,4 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     >>> pass_at_k(5, 1, 1), pass_at_k(5, 1, 5), pass_at_k(4, 2, 2)
     (0.2, 1.0, 0.8333333333333334)
     """
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+    return float(1 - Fraction(math.comb(n - c, k), math.comb(n, k)))

@@ -209,8 +209,8 @@ def build_task(settings: TaskSettings) -> Task:
 def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float | None]:
     """The mean over rows, and its standard error; None where there are too few rows.
 
-    >>> mean_and_error("right", [1.0, 0.0, 1.0, 0.0])
-    {'right': 0.5, 'right_stderr': 0.2886751345948129}
+    >>> mean_and_error("right", [2.0, 0.0])
+    {'right': 1.0, 'right_stderr': 1.0}
     """
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return {name: fmean(values) if values else None, f"{name}_stderr": error}

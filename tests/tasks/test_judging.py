@@ -98,6 +98,26 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_program() -> None:
             assert pass_at_k(n, c, k) == pytest.approx(sum(draws) / len(draws), abs=1e-15)
 
 
+def test_humaneval_runs_real_programs(tmp_path: Path) -> None:
+    """Published solutions pass as whole functions and as continuations; nonsense and wrong ones fail."""
+    try:
+        rows = [json.loads(line) for line in fixtures.task_data().code.read_text(encoding="utf-8").splitlines()][:2]
+    except AssetMissing as error:
+        pytest.skip(str(error))
+    task, items = _task("humaneval", _rows(tmp_path / "d.jsonl", rows), k=[1, 2], code={"timeout": 60}, workers=2)
+    answered = []
+    for item in items:
+        row = item.row
+        whole = f"Here it is:\n```python\n{row['prompt']}{row['canonical_solution']}```\nIt works."
+        wrong = f"```python\ndef {row['entry_point']}(*_):\n    return 'no'\n```"
+        answered.append(_with(item, whole, wrong, "I cannot program."))
+    judged = task.judge([answered[0], _with(items[1], answered[1].answers[0].text)], BY)
+    assert [row["passed"] for row in judged.rows] == [True, False, False, True]
+    assert judged.figures["pass@1"] == pytest.approx((1 / 3 + 1) / 2)
+    assert judged.figures["pass@2"] == pytest.approx(2 / 3)  # the second problem has one answer
+    assert judged.counts["judged"] == 4 and judged.counts["problems of pass@2"] == 1
+
+
 def test_more_programs_than_answers_are_refused(tmp_path: Path) -> None:
     row = {"task_id": "a/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass"}
     task, _ = _task("humaneval", _rows(tmp_path / "d.jsonl", [row]), k=[1, 10])
