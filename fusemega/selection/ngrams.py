@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -82,36 +83,58 @@ def near_duplicates(grams: Sequence[np.ndarray], threshold: float) -> dict[int, 
     """
     if not grams:
         return {}
-    flat = np.concatenate(grams)
-    values, ids, counts = np.unique(flat, return_inverse=True, return_counts=True)
-    del flat, values
-    begins: dict[int, list[int]] = {}  # n-gram -> kept texts that have it in their beginning
+    sizes = np.array([len(each) for each in grams])
+    values, ids, counts = np.unique(np.concatenate(grams), return_inverse=True, return_counts=True)
+    del values
+    begins: dict[
+        int, tuple[array[int], array[int]]
+    ] = {}  # n-gram -> kept texts that begin with it, and its place there
     removed: dict[int, Duplicate] = {}
     start = 0
     for number, own in enumerate(grams):
         size = len(own)
         mine = ids[start : start + size]
         start += size
-        often = counts[mine]
         prefix = size - math.ceil(threshold * size - 1e-9) + 1
-        first = mine[np.lexsort((mine, often))[:prefix]]
-        shared = [int(gram) for gram in first if counts[gram] > 1]
-        near = sorted({other for gram in shared for other in begins.get(gram, ())})
+        first = mine[np.lexsort((mine, counts[mine]))[:prefix]]
+        shared = [(place, gram) for place, gram in enumerate(first.tolist()) if counts[gram] > 1]
+        near: set[int] = set()
+        for place, gram in shared:
+            if gram in begins:
+                near.update(_candidates(*begins[gram], place, size, sizes, threshold))
         found = None
-        for other in near:
-            theirs = grams[other]
-            if min(size, len(theirs)) < threshold * max(size, len(theirs)) - 1e-9:
-                continue
-            both = len(np.intersect1d(own, theirs, assume_unique=True))
-            index = both / (size + len(theirs) - both)
+        for other in sorted(near):
+            both = len(np.intersect1d(own, grams[other], assume_unique=True))
+            index = both / (size + len(grams[other]) - both)
             if index >= threshold - 1e-9 and (found is None or index > found.similarity):
                 found = Duplicate(other, index)
         if found is not None:
             removed[number] = found
             continue
-        for gram in shared:
-            begins.setdefault(gram, []).append(number)
+        for place, gram in shared:
+            others, places = begins.setdefault(gram, (array("q"), array("q")))
+            others.append(number)
+            places.append(place)
     return removed
+
+
+def _candidates(
+    others: array[int], places: array[int], place: int, size: int, sizes: np.ndarray, threshold: float
+) -> list[int]:
+    """Of the texts that share an n-gram, those that can share enough if it is the first one that is shared: after it,
+    each text has only so many left (the positional filter of PPJoin, Xiao et al., 2008). It leaves out prompts that
+    share most of a template and no more.
+
+    Args:
+        others, places: the texts, and the n-gram's place in the order of each.
+        place, size: its place in the text that is compared, and the size of that.
+        sizes: of all texts.
+    """
+    numbers = np.frombuffer(others, dtype=np.int64)
+    left = np.minimum(size - place, sizes[numbers] - np.frombuffer(places, dtype=np.int64))
+    enough = threshold / (1 + threshold) * (size + sizes[numbers]) - 1e-9
+    found: list[int] = numbers[left >= enough].tolist()
+    return found
 
 
 class Contamination(NamedTuple):

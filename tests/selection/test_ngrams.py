@@ -78,6 +78,16 @@ def test_near_duplicates_are_those_of_plain_loops(threshold: float) -> None:
     assert near_duplicates([], threshold) == {}
 
 
+def test_a_template_is_no_duplicate() -> None:
+    """Prompts of a template of 30 words and 8 of their own: 28 of 48 bigrams are common, and none is compared twice."""
+    rng = random.Random(0)
+    template = " ".join(f"t{i}" for i in range(30))
+    texts = [f"{template} {' '.join(f'w{rng.randint(0, 10**6)}' for _ in range(8))}" for _ in range(60)]
+    texts += [f"{texts[3]} more", template]
+    found = near_duplicates([Grams(2)(text) for text in texts], 0.7)
+    assert {number: hit.kept for number, hit in found.items()} == {60: 3, 61: 0}
+
+
 def test_contaminants_are_those_of_plain_loops() -> None:
     hits = 0
     for seed in range(30):
