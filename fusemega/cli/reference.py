@@ -108,9 +108,16 @@ def config_page() -> str:
         protocol = protocol_named(name)
         lines += [f"### `{name}`\n", f"{_first_paragraph(protocol)}\n", *_table(protocol.Settings, without="name")]
     lines += ["## `tasks`\n", "`name` picks the task; the other keys are its own.\n"]
+    further: dict[type[Section], str] = {}
     for name in task_names():
         task = task_named(name).Settings
+        for key, field in task.model_fields.items():
+            section = _section(field.annotation)
+            if section is not None and section not in sections:
+                further.setdefault(section, key)
         lines += [f"### `{name}`\n", f"{_first_paragraph(task)}\n", *_table(task, without="name", described=sections)]
+    for section, name in further.items():
+        lines += [f"### `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `merge_method`\n", "The keys of `parameters`, of a merge and of each of its models.\n"]
     for name in method_names():
         method = find_method(name)
