@@ -113,7 +113,8 @@ def test_a_program_without_end_is_killed_with_all_that_it_started() -> None:
     loops = (
         "while True: pass",
         "import time\ntime.sleep(900)",
-        "from threading import Thread\nfor _ in range(4): Thread(target=lambda: [0 for _ in iter(int, 1)]).start()\nwhile True: pass",
+        "from threading import Thread\nfor _ in range(4): Thread(target=lambda: [0 for _ in iter(int, 1)]).start()\n"
+        "while True: pass",
     )
     for name in SANDBOXES:
         found = verdicts([Program(code, SORTS, "f") for code in loops], 1, wall_timeout=8, sandbox=name)
