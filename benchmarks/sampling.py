@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 TEMPERATURE, TOP_P = 0.8, 0.95
@@ -79,13 +80,17 @@ def main() -> None:
     plain = plain_loop(str(smollm2()), torch.float32 if asked.dtype == "fp32" else torch.bfloat16, asked.max_tokens)
     list(engine.generate(requests[:1], settings.model_copy(update={"max_tokens": 2})))  # what is done only once
     plain(requests[:1])
+
+    def batched(part: list[SampleRequest]) -> list[int]:
+        return [response.tokens or 0 for response in engine.generate(part, settings)]
+
     ours, loop = Timed(), Timed()
     # Neighbours in length, as a whole run has them in a batch.
     requests.sort(key=lambda request: -sum(len(message["content"]) for message in request.messages))
     for start in range(0, len(requests), asked.batch_size):
         part = requests[start : start + asked.batch_size]
-        ours.run(lambda part=part: [response.tokens or 0 for response in engine.generate(part, settings)])
-        loop.run(lambda part=part: plain(part))
+        ours.run(partial(batched, part))
+        loop.run(partial(plain, part))
         print(f"{start + len(part)} of {len(requests)}: {ours.figures()} {loop.figures()}", flush=True)
     speed_up = {
         "clock": round(loop.seconds / ours.seconds, 2),
