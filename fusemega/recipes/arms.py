@@ -146,7 +146,6 @@ class Arms:
         started: float,
         reference: str | None = None,
         rows: Mapping[str, str] | None = None,
-        note: str = "",
     ) -> dict[str, Any]:
         """Run the stages and measure; write summary.json, summary.png and report/. Returns what the first holds.
 
@@ -159,7 +158,6 @@ class Arms:
             reference: the teacher to which distances are measured; None: there is none.
             rows: the reference's store of the measured text, and the map to the target's tokenizer, if it has another.
                 None: it has the target's, and runs beside each model.
-            note: a sentence added to the one on what was seen.
         """
         runs = {arm: [self.run_name(arm, seed) for seed in range(self.scale.seeds)] for arm in arms}
         models = {"target": [target]} | {
@@ -174,7 +172,7 @@ class Arms:
             self.steps.call(f"answer-{name}", answer, asked, {"model": loads[0]})
 
         def summary(outcome: Outcome) -> dict[str, Any]:
-            return self._summary(models, arms, teachers, outcome.results, title, started, reference, note)
+            return self._summary(models, arms, teachers, outcome.results, title, started, reference)
 
         return run_then(self.steps.graph(), summary)
 
@@ -187,7 +185,6 @@ class Arms:
         title: str,
         started: float,
         reference: str | None,
-        note: str,
     ) -> dict[str, Any]:
         """See `finish`; `results` are the stages'."""
         found: dict[str, Found] = {}
@@ -220,7 +217,7 @@ class Arms:
             "fused_folder": models[arms[-1]][0],
             "prompt": self.options.prompt,
             "answers": {name: results[f"answer-{name}"] for name in models},
-            "seen": " ".join(filter(None, (seen(found, TRAINED_KIND), too_few, note))),
+            "seen": " ".join(filter(None, (seen(found, TRAINED_KIND), too_few))),
             "seconds_this_time": round(time.monotonic() - started, 1),
         }
         write_durably(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
