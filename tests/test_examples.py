@@ -12,6 +12,9 @@ from fusemega.merge import methods  # noqa: F401  (registers them)
 from fusemega.merge.method import find_method
 from fusemega.merge.run_file import read_run
 from fusemega.recipes.fusion import FusionRecipe
+from fusemega.reward.judge import JudgeRun
+from fusemega.reward.rules import RulesRun
+from fusemega.reward.verify import VerifyRun
 from fusemega.sampling.run_file import SampleRun
 from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.rewards import ScoreRun
@@ -31,6 +34,9 @@ KINDS: dict[str, type[Section]] = {
     "project": ProjectRun,
     "eval": EvalRun,
     "score": ScoreRun,
+    "verify": VerifyRun,
+    "judge": JudgeRun,
+    "rules": RulesRun,
 }
 
 

@@ -41,6 +41,10 @@ def config_page() -> str:
     from fusemega.merge.method import find_method, method_names
     from fusemega.merge.run_file import MergeRun
     from fusemega.recipes.fusion import FusionRecipe
+    from fusemega.reward.judge import JudgeRun
+    from fusemega.reward.rule_set import RULES
+    from fusemega.reward.rules import RulesRun
+    from fusemega.reward.verify import VerifyRun
     from fusemega.sampling.engines import ENGINES
     from fusemega.sampling.run_file import SampleRun
     from fusemega.scoring.evaluate import EvalRun
@@ -59,6 +63,9 @@ def config_page() -> str:
         "eval": EvalRun,
         "score": ScoreRun,
         "sample": SampleRun,
+        "verify": VerifyRun,
+        "judge": JudgeRun,
+        "rules": RulesRun,
         "select": SelectRun,
         "tasks": TasksRun,
         "merge": MergeRun,
@@ -84,7 +91,7 @@ def config_page() -> str:
             if inner is not None:
                 sections.setdefault(inner, name)
     for section, name in sections.items():
-        if name in ("objective", "engine", "protocol", "tasks"):
+        if name in ("objective", "engine", "protocol", "rules", "tasks"):
             continue
         lines += [f"## `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
@@ -103,6 +110,9 @@ def config_page() -> str:
     lines += ["## `engine`\n", "`name` picks the engine; the other keys are its own.\n"]
     for name, engine in ENGINES.items():
         lines += [f"### `{name}`\n", f"{_first_paragraph(engine)}\n", *_table(engine, without="name")]
+    lines += ["## `rules`\n", "`name` picks the rule; the other keys are its own.\n"]
+    for name, each in sorted(RULES.items()):
+        lines += [f"### `{name}`\n", f"{_first_paragraph(each)}\n", *_table(each, without="name")]
     lines += ["## `protocol`\n", "`name` picks the protocol; the other keys are its own.\n"]
     for name in protocol_names():
         protocol = protocol_named(name)

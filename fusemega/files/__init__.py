@@ -8,6 +8,7 @@ Reading
 Writing
     output.py             files and folders that appear by a rename
     unfinished.py         long outputs with a journal, which can be resumed
+    results_journal.py    results that are recorded as they are found, until the file of all of them appears
     integrity.py          sizes and hashes of a folder's files
     lock.py               one writer for each output
     owned.py              what a command may remove or replace

@@ -28,6 +28,7 @@ def check_maths(pairs: Sequence[tuple[str, str]], timeout: float = SECONDS, work
 
     Args:
         pairs: (right answer, response). An answer is LaTeX (with or without dollars), a number, or ends in `#### 18`.
+            Of a response, what a reasoning model has thought, up to the last `</think>`, is no answer.
         timeout: seconds of processor time for one response, or six times as many by the wall's clock; a comparison
             that takes longer is killed, and undecided.
         workers: processes.
@@ -42,14 +43,23 @@ def check_maths(pairs: Sequence[tuple[str, str]], timeout: float = SECONDS, work
     return [found[i] for i in range(len(pairs))]
 
 
+def need_math_verify() -> None:
+    """Refuses an environment without math-verify.
+
+    Raises:
+        UserError: names the extra.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("maths answers are compared by math-verify: pip install 'fusemega[verify]'")
+
+
 def maths_verdicts(
     pairs: Sequence[tuple[str, str]], timeout: float = SECONDS, workers: int = 1
 ) -> Iterator[tuple[int, Verdict]]:
     """`check_maths`, as they are found: (place in `pairs`, verdict)."""
     if not pairs:
         return
-    if importlib.util.find_spec("math_verify") is None:
-        raise UserError("maths answers are compared by math-verify: pip install 'fusemega[verify]'")
+    need_math_verify()
     with ExitStack() as ending:
         made = [ending.enter_context(Child(_SCRIPT)) for _ in range(min(workers, len(pairs)))]
         idle: SimpleQueue[Child] = SimpleQueue()
@@ -76,7 +86,9 @@ def maths_verdicts(
 
 def _verdict(child: Child, answer: str, response: str, timeout: float) -> Verdict:
     # ASCII escapes, so that a line holds any text, lone surrogates included.
-    question = json.dumps({"answer": answer, "response": response, "seconds": timeout}).encode()
+    question = json.dumps(
+        {"answer": answer, "response": response.rpartition("</think>")[2], "seconds": timeout}
+    ).encode()
     try:
         correct, reason = json.loads(child.ask(question, timeout))
     except NoAnswer as error:

@@ -32,8 +32,8 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
     logging.disable()  # math-verify warns that without its own alarm others have to limit the time, as is done here
-    import math_verify  # noqa: F401  (seconds: before anybody looks at the clock)
-
+    # Imports what is needed, and makes the tables of its grammar: seconds, before anybody looks at the clock.
+    judged("1", "\\boxed{1}")
     replies.write("\n")
     replies.flush()
     for line in sys.stdin.buffer:

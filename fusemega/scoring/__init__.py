@@ -6,5 +6,5 @@ evaluation.py     perplexity, bits per byte, distance from a reference model
 preferences.py    an objective's loss and metrics on held-out groups of responses
 pair_accuracy.py  how often a pair's chosen response is the more probable one
 evaluate.py       `fusemega eval`
-rewards.py        `fusemega score`: a reward model's scores of responses; rewards_journal.py: resumes it
+rewards.py        `fusemega score`: a reward model's scores of responses
 """

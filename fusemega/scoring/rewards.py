@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.errors import UserError
 from fusemega.files.cache import cache_folder
+from fusemega.files.results_journal import ResultsJournal, check_no_output, results_journal
 from fusemega.models.heads import REWARD
 from fusemega.passes.batches import prepare_together
 from fusemega.passes.micro_batch import MicroBatch
@@ -32,7 +33,6 @@ from fusemega.passes.score import score_samples
 from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World, initialize
 from fusemega.runtime.together import on_main
-from fusemega.scoring.rewards_journal import RewardsJournal, check_no_output, rewards_journal
 from fusemega.scoring.run_file import PassRun
 from fusemega.text.data import DataConfig, Source
 from fusemega.text.dataset import TokenizedDataset
@@ -169,8 +169,8 @@ def score(run: ScoreRun) -> tuple[RewardsFound, World]:
         "objectives": run.objectives,
     }
     with ExitStack() as held:
-        journals: list[RewardsJournal] = []
-        on_main(world, lambda: journals.append(held.enter_context(rewards_journal(output, identity))))
+        journals: list[ResultsJournal] = []
+        on_main(world, lambda: journals.append(held.enter_context(results_journal(output, identity))))
         journal = journals[0] if journals else None
         _score_missing(run, source, gates, texts, journal, world)
         result: list[RewardsFound] = []
@@ -179,7 +179,7 @@ def score(run: ScoreRun) -> tuple[RewardsFound, World]:
     return world.from_main(result[0] if result else None), world  # type: ignore[return-value]
 
 
-def _held(journal: RewardsJournal | None) -> RewardsJournal:
+def _held(journal: ResultsJournal | None) -> ResultsJournal:
     assert journal is not None  # the main process has it
     return journal
 
@@ -189,7 +189,7 @@ def _score_missing(
     source: ModelSource,
     gates: GateTokens | None,
     texts: _Texts,
-    journal: RewardsJournal | None,
+    journal: ResultsJournal | None,
     world: World,
 ) -> None:
     """Scores the texts that the journal lacks; the main process records them pass by pass. Collective."""
@@ -260,7 +260,7 @@ def _check_rows(data: DataConfig, texts: _Texts) -> None:
             raise UserError(f"{place}: the row cannot be written as JSON: {error}") from None
 
 
-def _write(run: ScoreRun, texts: _Texts, journal: RewardsJournal) -> RewardsFound:
+def _write(run: ScoreRun, texts: _Texts, journal: ResultsJournal) -> RewardsFound:
     """Writes the rows again, in order, with what the journal has of their responses."""
     keys = [key.hex() for key in texts.dataset.keys]
     rows = responses = 0

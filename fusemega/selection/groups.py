@@ -26,7 +26,7 @@ from fusemega.text.data import DataConfig, Source
 from fusemega.text.fields import NAMES, BadRow, check_extras, kind, string
 
 _OF_ROWS = ("responses", "rewards", "scores", "objectives")
-_OF_RESPONSES = ("text", "messages", "source", "sample", "tokens", "reward", "score", "correct", "reason")
+_OF_RESPONSES = ("text", "messages", "source", "sample", "tokens", "reward", "score", "correct", "verdict")
 _REWARDS = ("reward", "score")
 _UNASKED, _UNKNOWN = -2, -1  # beside 0 and 1 in the column of verdicts: no `correct`, and null
 _AGREE = ("domain", "answer", "tests", "entry_point")

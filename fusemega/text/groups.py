@@ -37,7 +37,7 @@ SCALARS = ("chosen", "reward", "margin", "weight", "source")
 of its pair; its weight; the place of the name of its source in `TokenizedDataset.sources`."""
 _REWARDS = ("reward", "score")
 _OF_GROUP = ("prompt", "responses", "rewards", "scores", "weight")
-_OF_PROMPT, _OF_RESPONSE = ("answer", "tests", "entry_point"), ("sample", "tokens", "correct")
+_OF_PROMPT, _OF_RESPONSE = ("answer", "tests", "entry_point"), ("sample", "tokens", "correct", "verdict")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from fusemega.config import validate
 from fusemega.convert.convert import export_megatron, import_hf
 from fusemega.convert.verify import transformers_logits, verify
 from fusemega.errors import UserError
+from fusemega.files.results_journal import ResultsJournal
 from fusemega.fixtures import tokenizers
 from fusemega.fixtures.packages import AssetMissing
 from fusemega.hf.folder import HFFolder
 from fusemega.passes import score as passes
 from fusemega.passes.rewards import GateTokens
 from fusemega.scoring.rewards import ScoreRun, score
-from fusemega.scoring.rewards_journal import RewardsJournal
 from fusemega.text.document import BadRow
 from fusemega.text.tokenizer import Tokenizer
 from tests.scoring.armorm import plain_scores, write_armorm
@@ -182,16 +182,16 @@ def test_a_killed_run_goes_on_where_it_stopped(
     score(run_of(armorm, data, tmp_path / "whole.jsonl"))
     output = tmp_path / "out.jsonl"
     monkeypatch.setattr(passes, "ROWS_PER_PASS", 2)
-    record, passed = RewardsJournal.record, []
+    record, passed = ResultsJournal.record, []
 
-    def dies(journal: RewardsJournal, found: Any) -> None:
+    def dies(journal: ResultsJournal, found: Any) -> None:
         if len(passed) == 2:
             raise KeyboardInterrupt
         passed.append(found)
         record(journal, found)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RewardsJournal, "record", dies)
+        patch.setattr(ResultsJournal, "record", dies)
         score(run_of(armorm, data, output))
     scratch = tmp_path / ".out.jsonl.incomplete"
     assert not output.exists() and scratch.is_dir()

@@ -1,11 +1,11 @@
-"""The rewards of texts as they are found, so that a killed `fusemega score` goes on where it stopped.
+"""Results of a long command as they are found, so that a killed one goes on where it stopped.
 
 .OUT.incomplete/
   .fusemega        marks the folder as ours (`files/owned.py`)
-  journal.jsonl    a line of JSON with what the rewards depend on; then a line a pass: a text's key -> its numbers
+  journal.jsonl    a line of JSON with what the results depend on; then lines: key -> result
   out              the finished file, before it gets its name
 
-A text is known by its sample's key, which no order, layout or data file decides.
+A key says what a result is of (a text's hash), whatever the order, layout or file in which it is asked for.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scra
 _JOURNAL = "journal.jsonl"
 
 
-class RewardsJournal:
+class ResultsJournal:
     """What is known so far.
 
     Attributes:
-        found: key, as hex digits -> the text's reward, then the model's objectives if it has any.
+        found: key -> result, a list.
         out: the place for the finished file.
     """
 
-    def __init__(self, found: dict[str, list[float]], out: Path, file: TextIO) -> None:
+    def __init__(self, found: dict[str, list[Any]], out: Path, file: TextIO) -> None:
         self.found, self.out, self._file = found, out, file
 
-    def record(self, found: Mapping[str, Sequence[float]]) -> None:
-        """Adds the numbers of some texts; on disk before the function returns."""
+    def record(self, found: Mapping[str, Sequence[Any]]) -> None:
+        """Adds some results; on disk before the function returns."""
         self._file.write(json.dumps(found) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.found |= {key: list(numbers) for key, numbers in found.items()}
+        self.found |= {key: list(result) for key, result in found.items()}
 
 
 def check_no_output(path: Path) -> None:
@@ -58,13 +58,13 @@ def check_no_output(path: Path) -> None:
 
 
 @contextmanager
-def rewards_journal(path: Path, identity: Mapping[str, Any]) -> Iterator[RewardsJournal]:
+def results_journal(path: Path, identity: Mapping[str, Any]) -> Iterator[ResultsJournal]:
     """The journal of the output `path`, an earlier call's if it was interrupted. One process; it holds the lock.
 
     When the block ends well, what it has left in `out` becomes `path`, and the journal is removed. Otherwise it stays.
 
     Args:
-        identity: what the rewards depend on besides a text (JSON-able).
+        identity: what the results depend on besides what a key says (JSON-able).
 
     Raises:
         UserError: the output exists, or was begun with another `identity`; another process writes it; a full disk.
@@ -81,13 +81,13 @@ def rewards_journal(path: Path, identity: Mapping[str, Any]) -> Iterator[Rewards
         with open(journal, "a", encoding="utf-8") as file:
             if found is None:
                 file.write(json.dumps(identity) + "\n")
-            yield RewardsJournal(found or {}, place / INSIDE, file)
+            yield ResultsJournal(found or {}, place / INSIDE, file)
         publish_file(place / INSIDE, path)
         drop_scratch(place)
 
 
-def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, list[float]] | None:
-    """The numbers in a journal; None if not even its first line is whole. Half a line at the end is cut off."""
+def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, list[Any]] | None:
+    """The results in a journal; None if not even its first line is whole. Half a line at the end is cut off."""
     lines, torn = read_lines(path, finite=False)
     if not lines:
         return None
@@ -98,9 +98,9 @@ def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, list[float]] | N
             f"{path.parent}: begun with another model or settings ({', '.join(other)} differ), so it is not continued; "
             "remove it to start again, or choose another output"
         )
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Any]] = {}
     for number, item in lines[1:]:
-        if not isinstance(item, dict) or not all(isinstance(numbers, list) for numbers in item.values()):
+        if not isinstance(item, dict) or not all(isinstance(result, list) for result in item.values()):
             raise UserError(f"{path}:{number}: not an entry of a journal; remove {path.parent} to start again")
         found |= item
     if torn:
