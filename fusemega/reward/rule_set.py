@@ -13,7 +13,7 @@ from fusemega.config import Section, mistakes
 from fusemega.errors import UserError, choose
 
 
-class Rule(Section):
+class RewardRule(Section):
     """What all rules have."""
 
     name: str
@@ -28,8 +28,8 @@ class Rule(Section):
         raise NotImplementedError
 
 
-R = TypeVar("R", bound=type[Rule])
-RULES: dict[str, type[Rule]] = {}
+R = TypeVar("R", bound=type[RewardRule])
+RULES: dict[str, type[RewardRule]] = {}
 
 
 def rule(name: str) -> Callable[[R], R]:
@@ -43,7 +43,7 @@ def rule(name: str) -> Callable[[R], R]:
 
 
 @rule("length")
-class LengthRule(Rule):
+class LengthRule(RewardRule):
     """1 for a response whose length is within bounds, else 0."""
 
     name: Literal["length"] = "length"
@@ -59,13 +59,13 @@ class LengthRule(Rule):
         return self
 
     def score(self, response: str, about: Mapping[str, str]) -> float:
-        """See `Rule.score`."""
+        """See `RewardRule.score`."""
         length = len(response) if self.unit == "characters" else len(response.split())
         return float(length >= self.min and (self.max is None or length <= self.max))
 
 
 @rule("pattern")
-class PatternRule(Rule):
+class PatternRule(RewardRule):
     """1 for a response in which a regular expression is found (or is not)."""
 
     name: Literal["pattern"] = "pattern"
@@ -82,18 +82,18 @@ class PatternRule(Rule):
         return value
 
     def score(self, response: str, about: Mapping[str, str]) -> float:
-        """See `Rule.score`."""
+        """See `RewardRule.score`."""
         return float(bool(re.search(self.pattern, response, re.DOTALL)) != self.absent)
 
 
 @rule("exact")
-class ExactRule(Rule):
+class ExactRule(RewardRule):
     """1 for a response that is the row's `answer`, but for case, white space and a final full stop."""
 
     name: Literal["exact"] = "exact"
 
     def score(self, response: str, about: Mapping[str, str]) -> float:
-        """See `Rule.score`.
+        """See `RewardRule.score`.
 
         Raises:
             UserError: the row has no answer.
@@ -104,7 +104,7 @@ class ExactRule(Rule):
 
 
 @rule("cjk")
-class CJKRule(Rule):
+class CJKRule(RewardRule):
     """Share of a response's letters that are Chinese, Japanese or Korean; 1 from `min` on if that is given."""
 
     name: Literal["cjk"] = "cjk"
@@ -113,13 +113,13 @@ class CJKRule(Rule):
     )
 
     def score(self, response: str, about: Mapping[str, str]) -> float:
-        """See `Rule.score`."""
+        """See `RewardRule.score`."""
         letters = [c for c in response if unicodedata.category(c).startswith("L")]
         share = sum(map(_is_cjk, letters)) / len(letters) if letters else 0.0
         return share if self.min is None else float(share >= self.min)
 
 
-def parse_rule(section: Mapping[str, Any], at: str) -> Rule:
+def parse_rule(section: Mapping[str, Any], at: str) -> RewardRule:
     """The rule that `section["name"]` picks.
 
     Args:

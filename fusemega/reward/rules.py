@@ -13,7 +13,7 @@ from fusemega.errors import UserError
 from fusemega.files.output import new_file
 from fusemega.files.results_journal import check_no_output
 from fusemega.reward.rows import GroupRow, read_rows
-from fusemega.reward.rule_set import Rule, parse_rule
+from fusemega.reward.rule_set import RewardRule, parse_rule
 
 
 class RulesRun(Section):
@@ -23,7 +23,7 @@ class RulesRun(Section):
         description="rows of prompt and responses, as `fusemega collect` writes them: a file, folder or glob, or a list"
     )
     output: str = Field(description="JSONL file: the rows with `reward` of each response")
-    rules: list[SerializeAsAny[Rule]] = Field(
+    rules: list[SerializeAsAny[RewardRule]] = Field(
         min_length=1, description="the reward is the sum of weight times score; `name` selects a rule, settings follow"
     )
 
@@ -75,12 +75,12 @@ def apply_rules(run: RulesRun) -> RulesFound:
     )
 
 
-def _scores(rules: list[Rule], row: GroupRow) -> list[list[float]]:
+def _scores(rules: list[RewardRule], row: GroupRow) -> list[list[float]]:
     try:
         return [[rule.score(text, row.about) for rule in rules] for text in row.texts]
     except UserError as error:
         raise UserError(f"{row.place}: {error}") from None
 
 
-def _reward(rules: list[Rule], scores: list[float]) -> float:
+def _reward(rules: list[RewardRule], scores: list[float]) -> float:
     return sum(rule.weight * score for rule, score in zip(rules, scores, strict=True))
