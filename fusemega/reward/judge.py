@@ -61,7 +61,7 @@ class JudgeRun(Section):
         return value
 
 
-class Judged(BaseModel):
+class JudgeFound(BaseModel):
     """What the judge said.
 
     Attributes:
@@ -101,7 +101,7 @@ class _Question:
         return key_of(self.text)
 
 
-def judge(run: JudgeRun) -> Judged:
+def judge(run: JudgeRun) -> JudgeFound:
     """Compares the responses of `run.data` and writes `run.output`.
 
     Raises:
@@ -157,7 +157,7 @@ def _rewards(run: JudgeRun, row: GroupRow, journal: ResultsJournal) -> list[dict
 
 def _counted(
     run: JudgeRun, rows: list[GroupRow], rewards: list[list[dict[str, float]]], journal: ResultsJournal
-) -> Judged:
+) -> JudgeFound:
     comparisons = contradictions = 0
     said: list[float | None] = []
     for row in rows:
@@ -167,7 +167,7 @@ def _counted(
         comparisons += len(pairs)
         contradictions += sum(one == other and one in (0.0, 1.0) for one, other in pairs)
     decided = [points for points in said if points in (0.0, 1.0)]
-    found = Judged(
+    found = JudgeFound(
         rows=len(rows),
         responses=sum(len(row.texts) for row in rows),
         rows_without=sum(not each[0] for each in rewards),
