@@ -191,8 +191,8 @@ def _several(row: Mapping[str, Any], weight: Mapping[str, float], ignored: Count
         raise BadRow("unknown shape", "the row has responses and no prompt; expected prompt with responses")
     if not isinstance(responses, (list, tuple)):
         raise BadRow("wrong type", f"responses is a list of responses, found {kind(responses)}")
-    if len(responses) < 2:
-        raise BadRow("empty", f"responses has {len(responses)}; a group has two or more")
+    if not responses:  # one alone can be scored, and trained on by FuseSFT; what compares several refuses it itself
+        raise BadRow("empty", "responses is empty; a group has one or more")
     given: dict[str, Any] = {}
     numbers: list[dict[str, float]] = []
     sources: list[str | None] = []

@@ -46,7 +46,7 @@ TABLE: list[Bad] = [
     _d("equal texts in a pair", TRAIN, "data.jsonl:2: chosen and rejected are the same", rows({**_PAIR, "rejected": "b"})),
     _d("a negative weight", TRAIN, "data.jsonl:2: weight is a number of at least 0, found '-1'", rows({**_PAIR, "weight": -1})),
     _d("a reward that is missing", TRAIN, "data.jsonl:2: responses[1] has no reward, and others have one", rows({"prompt": "a", "responses": [{"text": "b", "reward": 1}, {"text": "c"}]})),
-    _d("one response", TRAIN, "data.jsonl:2: responses has 1; a group has two or more", rows({"prompt": "a", "responses": ["b"]})),
+    _d("no response", TRAIN, "data.jsonl:2: responses is empty; a group has one or more", rows({"prompt": "a", "responses": []})),
     _d("truncation of rows of one text", TRAIN + " data.truncation=drop", "data.truncation: no effect, because no row has several responses"),
     _d("a limit of responses without effect", TRAIN + " data.max_length=64", "data: max_length 64: no effect beside seq_length 64"),
     _s("sums to distill from", "train distill.yaml", "store: the store has rows: none, only a summed log-probability", *_SUMS),

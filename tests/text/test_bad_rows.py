@@ -119,7 +119,7 @@ BAD = [
     ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [USER]}, "no assistant turn", "no assistant turn to train"),
     ({"responses": ["a", "b"], "chosen": "a"}, "unknown shape", "responses and no prompt; expected prompt with"),
     ({"prompt": "x", "responses": "ab"}, "wrong type", "responses is a list of responses, found a string"),
-    ({"prompt": "x", "responses": ["a"]}, "empty", "responses has 1; a group has two or more"),
+    ({"prompt": "x", "responses": []}, "empty", "responses is empty; a group has one or more"),
     ({"prompt": "x", "responses": ["a", 1]}, "wrong type", "prompt and responses[1] must both be strings"),
     (GROUP | {"rewards": [1.0]}, "wrong type", "rewards is a list of 2 numbers, one per response; found 1 of them"),
     (GROUP | {"scores": [1, True]}, "wrong type", "scores[1] is a finite number, found 'True'"),
