@@ -107,15 +107,18 @@ def _explain(model: type[BaseModel], item: Any) -> str:
 
 
 def _section_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel] | None:
-    """The section that the key path leads to, through Optional and list annotations; None where it is not one."""
+    """The section that the key path leads to, through Optional, list and dict annotations; None where it is not one."""
     current: type[BaseModel] | None = model
+    in_mapping = False
     for part in path:
         if current is None:
             return None
-        if isinstance(part, int):
+        if isinstance(part, int) or in_mapping:  # an element of a list, or of a mapping of names to sections
+            in_mapping = False
             continue
         field = current.model_fields.get(str(part))
         current = _first_section(field.annotation) if field else None
+        in_mapping = field is not None and typing.get_origin(field.annotation) is dict
     return current
 
 
