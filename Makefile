@@ -3,6 +3,7 @@
 #   make quickstart-xtok [ARGS=...]   the same across tokenizers
 #   make test [WORKERS=2]             ruff, mypy and the whole test suite, that many test files at a time
 #   make test-fast [ARGS=-x]          the fast tests of one process; CONTRIBUTING.md says what is left out
+#   make test-full [ARGS=-x]          long matrices that `make test` leaves out, such as kill -9 in every stage of every recipe
 #   make gpu-check [ARGS=--quick]     checks and measures everything on one GPU in ten minutes; without one, what can be
 #   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
@@ -13,7 +14,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart quickstart-xtok gpu-check test test-fast test-te lint assets setup
+.PHONY: quickstart quickstart-xtok gpu-check test test-fast test-full test-te lint assets setup
 
 quickstart: setup
 	$(BIN)/python -m fusemega.recipes.quickstart $(ARGS)
@@ -40,6 +41,10 @@ FAST := tests/test_config.py tests/test_examples.py tests/test_extending.py test
 
 test-fast: setup
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(FAST) --ignore tests/text/test_qwen3.py $(ARGS)
+
+test-full: setup
+	-$(BIN)/python -m fusemega.fixtures
+	$(BIN)/python -m pytest -m full $(ARGS)
 
 test-te: setup
 	$(BIN)/python -m tests.te.environment

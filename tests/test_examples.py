@@ -12,6 +12,7 @@ from fusemega.merge import methods  # noqa: F401  (registers them)
 from fusemega.merge.method import find_method
 from fusemega.merge.run_file import read_run
 from fusemega.recipes.fusion import FusionRecipe
+from fusemega.recipes.registry import read_recipe
 from fusemega.reward.judge import JudgeRun
 from fusemega.reward.rules import RulesRun
 from fusemega.reward.verify import VerifyRun
@@ -49,6 +50,9 @@ def test_examples_are_valid(path: Path) -> None:
         load(FusionRecipe, path)
     elif path.parent.name == "tasks":
         load(TasksRun, path)
+    elif path.parent.name in ("fusechat3", "wrpo", "fuserl"):
+        recipe, settings = read_recipe(path)
+        assert settings.recipe == path.parent.name and isinstance(settings, recipe.Settings)
     elif path.parent.name == "sampling":
         load(SampleRun, path)
     elif path.parent.name == "selection":

@@ -18,6 +18,7 @@ from fusemega.config import Section
 
 _WRITTEN = "<!-- Written by tools/make_reference.py from the code: change it there. -->\n"
 _TABLE_HEAD = ("| key | type | default | |", "|---|---|---|---|")
+_BY_NAME = ("objective", "engine", "protocol", "rules", "tasks")  # sections whose `name` picks their keys
 _CONSTRAINTS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -40,7 +41,10 @@ def config_page() -> str:
     from fusemega.losses.registry import objective_named, objective_names
     from fusemega.merge.method import find_method, method_names
     from fusemega.merge.run_file import MergeRun
+    from fusemega.recipes.fusechat3 import FuseChat3Recipe
+    from fusemega.recipes.fuserl import FuseRLRecipe
     from fusemega.recipes.fusion import FusionRecipe
+    from fusemega.recipes.wrpo import WRPORecipe
     from fusemega.reward.judge import JudgeRun
     from fusemega.reward.rule_set import RULES
     from fusemega.reward.rules import RulesRun
@@ -70,6 +74,9 @@ def config_page() -> str:
         "tasks": TasksRun,
         "merge": MergeRun,
         "run": FusionRecipe,
+        "run` with `recipe: fusechat3": FuseChat3Recipe,
+        "run` with `recipe: wrpo": WRPORecipe,
+        "run` with `recipe: fuserl": FuseRLRecipe,
     }
     lines = [
         "# Run files\n",
@@ -83,15 +90,15 @@ def config_page() -> str:
         for name, field in run.model_fields.items():
             section = _section(field.annotation)
             if section is not None:
-                sections.setdefault(section, name)
+                _name(sections, section, name, verb.rpartition(" ")[2])
         lines += [f"## `fusemega {verb}`\n", *_table(run, described=sections)]
     for section in list(sections):  # and the sections inside them
         for name, field in section.model_fields.items():
             inner = _section(field.annotation)
             if inner is not None:
-                sections.setdefault(inner, name)
+                _name(sections, inner, name, sections[section])
     for section, name in sections.items():
-        if name in ("objective", "engine", "protocol", "rules", "tasks"):
+        if name in _BY_NAME:
             continue
         lines += [f"## `{name}`\n", f"{_first_paragraph(section)}\n", *_table(section)]
     lines += ["## `objective`\n", "`name` picks the objective; the other keys are its own.\n"]
@@ -134,6 +141,15 @@ def config_page() -> str:
         rows = [row for settings in (method.Settings, method.ModelSettings) for row in _table(settings)[2:] if row]
         lines += [f"### `{name}`\n", *([*_TABLE_HEAD, *rows, ""] if rows else ["No settings.\n"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _name(sections: dict[type[Section], str], section: type[Section], name: str, of: str) -> None:
+    """Gives a section its heading: its key, or where another section has that heading, also where the key stands."""
+    from fusemega.selection.protocol import ProtocolSettings
+
+    name = "protocol" if issubclass(section, ProtocolSettings) else name
+    taken = name in sections.values() and name not in _BY_NAME
+    sections.setdefault(section, f"{name} of {of}" if taken else name)
 
 
 def cli_page() -> str:
@@ -189,7 +205,7 @@ def _table(model: type[Section], without: str = "", described: Mapping[type[Sect
         section = _section(field.annotation)
         limits = " and ".join(f"{_CONSTRAINTS[key]} {value:g}" for key, value in _limits(field))
         heading = (described or {}).get(section, name) if section else ""
-        link = f"see [`{heading}`](#{heading})" if section else ""
+        link = f"see [`{heading}`](#{heading.replace(' ', '-')})" if section else ""
         meaning = "; ".join(filter(None, [field.description, link, limits]))
         several = "list of sections" if get_origin(field.annotation) is list else "section"
         kind = several if section is not None else _type(field.annotation)

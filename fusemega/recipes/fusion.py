@@ -217,7 +217,7 @@ class _Work:
         if merge.merge_method != "linear":  # which has no base
             run["base_model"] = self.recipe.target
         run["parameters"] = merge.parameters
-        run["dtype"] = _dtype_of(self.recipe.target)
+        run["dtype"] = dtype_of(self.recipe.target)
         return self.steps.merge(run)
 
     def _rows(self, path: str) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _bits_per_byte(path: str) -> float:
     return float(read_json(Path(path))["bits_per_byte"])
 
 
-def _dtype_of(model: str) -> str:
+def dtype_of(model: str) -> str:
     """The type of most of a model's weights, as a merge's run file spells it."""
     folder = HFFolder(resolve(model))
     most, _ = Counter(str(folder.dtype(name)) for name in folder).most_common(1)[0]

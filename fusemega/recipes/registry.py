@@ -17,7 +17,12 @@ from fusemega.pipeline.scope import ALL, Scope
 S = TypeVar("S", bound=Section)
 
 DEFAULT = "fuse"
-MODULES = {"fuse": "fusemega.recipes.fusion"}
+MODULES = {
+    "fuse": "fusemega.recipes.fusion",
+    "fusechat3": "fusemega.recipes.fusechat3",
+    "wrpo": "fusemega.recipes.wrpo",
+    "fuserl": "fusemega.recipes.fuserl",
+}
 """Name -> module with a `Recipe` named `RECIPE`, imported when a file asks for it."""
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from fusemega.models.stages import check_layout
 from fusemega.pipeline.functions import name_of
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.stage import Resources, Stage
+from fusemega.recipes.run_files import check_run_files
 from fusemega.runtime.layout import ParallelConfig
+
+_SETTINGS = ".settings.json"  # of a file of responses, beside it
 
 
 @dataclass
@@ -40,23 +44,25 @@ class Steps:
         """The stages so far, checked.
 
         Raises:
-            UserError: they do not fit together.
+            UserError: they do not fit together, or a command would refuse its run file.
         """
+        check_run_files(self.stages)
         return Graph(self.folder, self.stages)
 
-    def check_layout(self, model: str, without: Sequence[int] = ()) -> None:
+    def check_layout(self, model: str, without: Sequence[int] = (), parallel: Mapping[str, Any] | None = None) -> None:
         """Refuses a layout that does not divide a model or the processes, before any stage runs.
 
         Args:
             model: one that is there. Without a `config.json` at its top it is left to the stage that opens it.
             without: layers that a stage will leave out of it.
+            parallel: the layout; default: the recipe's.
 
         Raises:
             UserError: names the key, and what is allowed.
         """
         config_file = resolve(model) / "config.json"
         if config_file.is_file():
-            layout = ParallelConfig(**self.parallel)
+            layout = ParallelConfig(**(self.parallel if parallel is None else parallel))
             layout.data_parallel_size(self.nproc)
             config = read_json(config_file)
             kept = [layer for layer in range(require_int(config, "num_hidden_layers")) if layer not in without]
@@ -66,9 +72,7 @@ class Steps:
         """`fusemega teach` as stage teach-`name`: a model's rows of `data`. Returns the store, `stores/NAME`."""
         store = str(self.folder / "stores" / name)
         run = {"model": self._model(load), "parallel": dict(self.parallel), "data": dict(data), "store": store}
-        path = data["path"]
-        files = {"data": path} if isinstance(path, str) else {f"data.{i}": each for i, each in enumerate(path)}
-        inputs = {"model": self._located(load), **files}
+        inputs = {"model": self._located(load), **_files(data)}
         self._launched("teach", f"teach-{name}", run | settings, inputs, {"store": store})
         return store
 
@@ -110,8 +114,15 @@ class Steps:
         objective: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         training: Mapping[str, Any],
+        evaluation: Mapping[str, Any] | None = None,
     ) -> str:
-        """`fusemega train` as stage `name`, into the folder `name`. Returns the trained model, `NAME/hf`."""
+        """`fusemega train` as stage `name`, into the folder `name`. Returns the trained model, `NAME/hf`.
+
+        Args:
+            name: name of the stage.
+            load: the model that training starts from.
+            data, objective, optimizer, training, evaluation: sections of the run file.
+        """
         out = self.folder / name
         run = {
             "output_dir": str(out),
@@ -123,6 +134,9 @@ class Steps:
             "training": dict(training),
         }
         inputs = {"model": self._located(load), "data": data["path"]}
+        if evaluation is not None:
+            run["evaluation"] = dict(evaluation)
+            inputs["evaluation"] = evaluation["data"]["path"]
         inputs |= {key: objective[key] for key in ("store", "map") if key in objective}
         inputs |= {key: self._located(objective[key]) for key in ("tokenizer",) if key in objective}
         reference = objective.get("reference", {})
@@ -154,14 +168,127 @@ class Steps:
         self._launched("eval", f"eval-{name}", run, inputs, {"figures": output})
         return output
 
-    def score(self, name: str, load: str, data: Mapping[str, Any]) -> str:
+    def score(
+        self,
+        name: str,
+        load: str,
+        data: Mapping[str, Any],
+        model: Mapping[str, Any] | None = None,
+        parallel: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> str:
         """`fusemega score` as stage score-`name`: the rows of `data` with a reward model's rewards. Returns them,
-        `rewards/NAME.jsonl`."""
+        `rewards/NAME.jsonl`.
+
+        Args:
+            name: name of the rows.
+            load: the reward model.
+            data: section `data` of the run file.
+            model, parallel: its sections; default: the recipe's.
+            settings: its other keys.
+        """
         output = str(self.folder / "rewards" / f"{name}.jsonl")
-        run = {"model": self._model(load), "parallel": dict(self.parallel), "data": dict(data), "output": output}
-        inputs = {"model": self._located(load), "data": data["path"]}
-        self._launched("score", f"score-{name}", run, inputs, {"rows": output})
+        sections = {
+            "model": self._model(load) if model is None else {"load": load, **model},
+            "parallel": dict(self.parallel if parallel is None else parallel),
+            "data": dict(data),
+        }
+        inputs = {"model": self._located(load), **_files(data)}
+        self._launched("score", f"score-{name}", {**sections, **settings, "output": output}, inputs, {"rows": output})
         return output
+
+    def sample(
+        self, name: str, source: str, prompts: str, engine: Mapping[str, Any], sampling: Mapping[str, Any]
+    ) -> str:
+        """`fusemega sample` as stage sample-`name`. Returns the responses, `responses/NAME.jsonl`.
+
+        They stay where prompts or settings change: the command goes on with them if they fit, and refuses to if not.
+
+        Args:
+            name: name of the responses.
+            source: name of the model in the rows.
+            prompts: a prompts file.
+            engine: section `engine` of the run file; of a model here, `load` is a folder, or made by a stage.
+            sampling: section `sampling`.
+        """
+        output, run_file = str(self.folder / "responses" / f"{name}.jsonl"), str(self.folder / f"sample-{name}.yaml")
+        run = {"source": source, "prompts": {"path": prompts}, "output": output}
+        run |= {"engine": dict(engine), "sampling": dict(sampling)}
+        inputs = {"prompts": prompts} | ({"model": self._located(engine["load"])} if "load" in engine else {})
+        outputs = {"responses": output, "settings": f"{output}{_SETTINGS}"}
+        stage = Stage(f"sample-{name}", ("sample", run_file), "", run, run_file, inputs, outputs)
+        # Of a model that a stage makes anew, all responses are others.
+        keeps = "load" not in engine or not self._is_made(engine["load"])
+        self.stages.append(replace(stage, resumes=True, keeps=keeps, may_be_array=True))
+        return output
+
+    def collect(self, name: str, prompts: str, responses: Sequence[str], *options: str) -> str:
+        """`fusemega collect` as stage collect-`name`. Returns the groups, `groups/NAME.jsonl`.
+
+        Args:
+            name: name of the groups.
+            prompts: the prompts file.
+            responses: files of `sample`.
+            options: further words of the command.
+        """
+        out = str(self.folder / "groups" / f"{name}.jsonl")
+        inputs = {"prompts": prompts} | {f"responses.{i}": path for i, path in enumerate(responses)}
+        inputs |= {f"settings.{i}": f"{path}{_SETTINGS}" for i, path in enumerate(responses)}
+        self._tool(f"collect-{name}", ("collect", prompts, out, *responses, *options), inputs, {"groups": out})
+        return out
+
+    def verify(self, name: str, groups: str, settings: Mapping[str, Any]) -> str:
+        """`fusemega verify` as stage verify-`name`. Returns the groups with `correct`, `verified/NAME.jsonl`.
+
+        Args:
+            name: name of the groups.
+            groups: their file.
+            settings: further keys of the run file.
+        """
+        return self._written("verify", name, groups, "verified", settings, {})
+
+    def judge(self, name: str, groups: str, settings: Mapping[str, Any]) -> str:
+        """`fusemega judge` as stage judge-`name`. Returns the groups with rewards, `rewards/NAME.jsonl`.
+
+        Args:
+            name: name of the groups.
+            groups: their file.
+            settings: further keys of the run file.
+        """
+        return self._written("judge", name, groups, "rewards", settings, {})
+
+    def select(self, name: str, groups: Sequence[str], settings: Mapping[str, Any]) -> str:
+        """`fusemega select` as stage select-`name`. Returns the folder of sets, `sets/NAME`.
+
+        Args:
+            name: name of the sets.
+            groups: files of groups with rewards.
+            settings: further keys of the run file: protocol, seed, dedup, decontaminate.
+        """
+        out, run_file = str(self.folder / "sets" / name), str(self.folder / f"select-{name}.yaml")
+        run = {"data": list(groups), "output_dir": out, **settings}
+        inputs = {f"data.{i}": path for i, path in enumerate(groups)}
+        for number, known in enumerate((settings.get("decontaminate") or {}).get("against", [])):
+            paths = [known["path"]] if isinstance(known["path"], str) else known["path"]
+            inputs |= {f"against.{number}.{i}": path for i, path in enumerate(paths) if os.path.exists(path)}
+        self._tool(f"select-{name}", ("select", run_file), inputs, {"sets": out}, run, run_file)
+        return out
+
+    def tasks(self, name: str, load: str, settings: Mapping[str, Any]) -> str:
+        """`fusemega tasks` as stage tasks-`name`. Returns the folder of results, `tasks/NAME`.
+
+        Args:
+            name: name of the model.
+            load: the model.
+            settings: further keys of the run file.
+        """
+        out, run_file = str(self.folder / "tasks" / name), str(self.folder / f"tasks-{name}.yaml")
+        run = {"model": self._model(load), **settings, "output_dir": out}
+        stage = Stage(
+            f"tasks-{name}", ("tasks", run_file), "", run, run_file, {"model": self._located(load)}, {"results": out}
+        )
+        self.stages.append(replace(stage, resumes=True))
+        return out
 
     def call(
         self,
@@ -199,7 +326,7 @@ class Steps:
     ) -> None:
         load = run["model"]["load"]
         if not self._is_made(load):
-            self.check_layout(load)
+            self.check_layout(load, parallel=run["parallel"])
         run_file = str(self.folder / f"{name}.yaml")
         self.stages.append(
             Stage(
@@ -215,6 +342,18 @@ class Steps:
                 may_be_array=True,
             )
         )
+
+    def _written(
+        self, verb: str, name: str, groups: str, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> str:
+        """A command that writes the rows of `groups` again, with more in them, and resumes."""
+        output, run_file = str(self.folder / folder / f"{name}.jsonl"), str(self.folder / f"{verb}-{name}.yaml")
+        run = {"data": groups, "output": output, **settings}
+        stage = Stage(
+            f"{verb}-{name}", (verb, run_file), "", run, run_file, {"data": groups, **inputs}, {"rows": output}
+        )
+        self.stages.append(replace(stage, resumes=True))
+        return output
 
     def _tool(
         self,
@@ -237,3 +376,9 @@ class Steps:
 
     def _is_made(self, model: str) -> bool:
         return any(model == path for stage in self.stages for path in stage.outputs.values())
+
+
+def _files(data: Mapping[str, Any]) -> dict[str, str]:
+    """The inputs that a section `data` names."""
+    path = data["path"]
+    return {"data": path} if isinstance(path, str) else {f"data.{i}": each for i, each in enumerate(path)}

@@ -1,0 +1,29 @@
+"""SmolLM2 cut to two layers, and a reward model of the same, for miniatures of recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fusemega.fixtures import data as assets
+
+
+def write_models() -> None:
+    """Writes the folders `model` and `rewarding` into the current one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    smollm2 = assets.smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained("model")
+    model.config.num_labels = 1
+    rewarding = LlamaForSequenceClassification(model.config)
+    rewarding.model.load_state_dict(model.model.state_dict())
+    rewarding.save_pretrained("rewarding")
+    for folder in ("model", "rewarding"):
+        tokenizer.save_pretrained(Path(folder))
