@@ -82,8 +82,8 @@ class ImplicitWork:
         )
 
     def scored(self, name: str, parts: Mapping[str, tuple[str, Sequence[str]]]) -> list[str]:
-        """Adds stages collect- and verify- each part, and score-`name`, or judge- each part. Returns files of groups
-        with rewards."""
+        """Adds stages collect- and verify- each part, and score-`name`, or judge- or rules- each part. Returns files of
+        groups with rewards."""
         recipe, found = self.recipe, []
         options = ["--min-responses", "1", *(["--keep-length"] if recipe.keep_length else [])]
         for part, (prompts, responses) in parts.items():
@@ -91,6 +91,9 @@ class ImplicitWork:
             if recipe.verify is not None:
                 groups = self.steps.verify(part, groups, recipe.verify)
             found.append(groups)
+        if recipe.reward.rules is not None:
+            rules = {"rules": recipe.reward.rules}
+            return [self.steps.rules(part, groups, rules) for part, groups in zip(parts, found, strict=True)]
         if recipe.reward.judge is not None:
             return [
                 self.steps.judge(part, groups, recipe.reward.judge) for part, groups in zip(parts, found, strict=True)
@@ -113,7 +116,7 @@ class ImplicitWork:
     def select(self, name: str, groups: Sequence[str], protocol: Mapping[str, Any]) -> Path:
         """Adds stage select-`name`. Returns the folder of sets."""
         recipe = self.recipe
-        settings: dict[str, Any] = {"protocol": dict(protocol), "seed": recipe.seed}
+        settings: dict[str, Any] = {"protocol": dict(protocol), "seed": recipe.seed, "unknown_fields": "ignore"}
         for key, section in (("dedup", recipe.dedup), ("decontaminate", recipe.decontaminate)):
             if section is not None:
                 settings[key] = section.model_dump(exclude_unset=True)
@@ -174,7 +177,9 @@ class ImplicitWork:
             for file, path in self._pairs.items():
                 self.steps.evaluate(f"{file}-{name}", load, {"path": path, **self._rows(self.recipe.preference)})
             if measured.tasks is not None:
-                self.steps.tasks(name, load, measured.tasks)
+                dtype = "fp32" if self.recipe.model.get("dtype") == "fp32" else "bf16"
+                engine = {"dtype": dtype, **measured.tasks.get("engine", {})}
+                self.steps.tasks(name, load, {**measured.tasks, "engine": engine})
 
     def summary(self, outcome: Outcome, sets: Mapping[str, str]) -> list[str]:
         """Writes summary.json. Returns lines for the terminal: the sets' sizes, and figures before and after."""

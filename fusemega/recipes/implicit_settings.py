@@ -98,14 +98,15 @@ class RewardSection(Section):
 
     model: RewardModel | None = Field(None, description="a reward model: `fusemega score`")
     judge: dict[str, Any] | None = Field(
-        None, description="a judge or rules: `fusemega judge`, its run file without data and output"
+        None, description="a judge: as in a run file of `fusemega judge`, without data and output"
     )
+    rules: list[dict[str, Any]] | None = Field(None, description="as in a run file of `fusemega rules`")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> RewardSection:
-        """Exactly one of model and judge is given."""
-        if (self.model is None) == (self.judge is None):
-            raise ValueError("give exactly one of model and judge")
+        """Exactly one of model, judge and rules is given."""
+        if [self.model, self.judge, self.rules].count(None) != 2:
+            raise ValueError("give exactly one of model, judge and rules")
         return self
 
 
@@ -145,9 +146,18 @@ class MeasureSection(Section):
     pairs: str | None = Field(None, description="JSONL of further pairs: the accuracy on them")
     training: BestSection | None = Field(None, description="score the held-out rows during preference training, too")
     tasks: dict[str, Any] | None = Field(
-        None, description="as in a run file of `fusemega tasks`, without model and output_dir"
+        None,
+        description="as in a run file of `fusemega tasks`; no output_dir, and `engine` is transformers, without load",
     )
     seq_length: int = Field(2048, ge=2, description="tokens in a row")
+
+    @field_validator("tasks")
+    @classmethod
+    def _own_model(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        engine = (value or {}).get("engine", {})
+        if "load" in engine or engine.get("name", "transformers") != "transformers":
+            raise ValueError("engine: each model is run in this process; leave load out, and name or give transformers")
+        return value
 
     @model_validator(mode="after")
     def _rows_to_score(self) -> MeasureSection:

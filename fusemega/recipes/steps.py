@@ -245,17 +245,17 @@ class Steps:
             groups: their file.
             settings: further keys of the run file.
         """
-        return self._written("verify", name, groups, "verified", settings, {})
+        return self._written("verify", name, groups, "verified", settings)
 
     def judge(self, name: str, groups: str, settings: Mapping[str, Any]) -> str:
-        """`fusemega judge` as stage judge-`name`. Returns the groups with rewards, `rewards/NAME.jsonl`.
+        """`fusemega judge` as stage judge-`name`. Returns the groups with rewards, `rewards/NAME.jsonl`. Arguments as
+        `verify`'s."""
+        return self._written("judge", name, groups, "rewards", settings)
 
-        Args:
-            name: name of the groups.
-            groups: their file.
-            settings: further keys of the run file.
-        """
-        return self._written("judge", name, groups, "rewards", settings, {})
+    def rules(self, name: str, groups: str, settings: Mapping[str, Any]) -> str:
+        """`fusemega rules` as stage rules-`name`. Returns the groups with rewards, `rewards/NAME.jsonl`. Arguments as
+        `verify`'s."""
+        return self._written("rules", name, groups, "rewards", settings)
 
     def select(self, name: str, groups: Sequence[str], settings: Mapping[str, Any]) -> str:
         """`fusemega select` as stage select-`name`. Returns the folder of sets, `sets/NAME`.
@@ -280,13 +280,16 @@ class Steps:
         Args:
             name: name of the model.
             load: the model.
-            settings: further keys of the run file.
+            settings: further keys of the run file; `engine` without `load`.
         """
         out, run_file = str(self.folder / "tasks" / name), str(self.folder / f"tasks-{name}.yaml")
-        run = {"model": self._model(load), **settings, "output_dir": out}
-        stage = Stage(
-            f"tasks-{name}", ("tasks", run_file), "", run, run_file, {"model": self._located(load)}, {"results": out}
-        )
+        engine = {"name": "transformers", **settings.get("engine", {}), "load": load}
+        run = {"generator": name, **settings, "engine": engine, "output_dir": out}
+        inputs = {"model": self._located(load)}
+        for label, task in settings.get("tasks", {}).items():
+            paths = _files(task.get("data") or {"path": []}, f"tasks.{label}")
+            inputs |= {key: path for key, path in paths.items() if os.path.exists(path)}
+        stage = Stage(f"tasks-{name}", ("tasks", run_file), "", run, run_file, inputs, {"results": out})
         self.stages.append(replace(stage, resumes=True))
         return out
 
@@ -343,15 +346,11 @@ class Steps:
             )
         )
 
-    def _written(
-        self, verb: str, name: str, groups: str, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
-    ) -> str:
+    def _written(self, verb: str, name: str, groups: str, folder: str, settings: Mapping[str, Any]) -> str:
         """A command that writes the rows of `groups` again, with more in them, and resumes."""
         output, run_file = str(self.folder / folder / f"{name}.jsonl"), str(self.folder / f"{verb}-{name}.yaml")
         run = {"data": groups, "output": output, **settings}
-        stage = Stage(
-            f"{verb}-{name}", (verb, run_file), "", run, run_file, {"data": groups, **inputs}, {"rows": output}
-        )
+        stage = Stage(f"{verb}-{name}", (verb, run_file), "", run, run_file, {"data": groups}, {"rows": output})
         self.stages.append(replace(stage, resumes=True))
         return output
 
@@ -378,7 +377,7 @@ class Steps:
         return any(model == path for stage in self.stages for path in stage.outputs.values())
 
 
-def _files(data: Mapping[str, Any]) -> dict[str, str]:
+def _files(data: Mapping[str, Any], name: str = "data") -> dict[str, str]:
     """The inputs that a section `data` names."""
     path = data["path"]
-    return {"data": path} if isinstance(path, str) else {f"data.{i}": each for i, each in enumerate(path)}
+    return {name: path} if isinstance(path, str) else {f"{name}.{i}": each for i, each in enumerate(path)}

@@ -121,7 +121,7 @@ def test_a_domain_is_a_part_with_its_own_number_of_responses(place: Path) -> Non
         (["sources={a: {engine: {name: transformer}}}"], "unknown name 'transformer' (did you mean 'transformers'?)"),
         (["sources.cool.sampling.temperatur=1"], "sources.cool.sampling.temperatur: unknown key (did you mean"),
         (["sources.cool.sampling.temperature=0"], "sources.cool.sampling."),
-        (["reward.judge={}"], "reward: give exactly one of model and judge"),
+        (["reward.judge={}"], "reward: give exactly one of model, judge and rules"),
         (["preference.objective.bta=1"], "stage preference: objective.bta: unknown key"),
         (["sft.training.export_hf=false"], "training.export_hf: false"),
         (["evaluation.training.interval=1", "evaluation.held_out=0"], "there are no held-out rows to score"),
