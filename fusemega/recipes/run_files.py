@@ -14,7 +14,11 @@ KINDS = {
     "eval": "fusemega.scoring.evaluate:EvalRun",
     "score": "fusemega.scoring.rewards:ScoreRun",
     "sample": "fusemega.sampling.run_file:SampleRun",
+    "verify": "fusemega.reward.verify:VerifyRun",
+    "judge": "fusemega.reward.judge:JudgeRun",
+    "rules": "fusemega.reward.rules:RulesRun",
     "select": "fusemega.selection.run_file:SelectRun",
+    "tasks": "fusemega.tasks.run_file:TasksRun",
 }
 """Command -> the class of its run file."""
 

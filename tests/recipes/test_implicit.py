@@ -111,6 +111,28 @@ def test_a_domain_is_a_part_with_its_own_number_of_responses(place: Path) -> Non
     assert left == {"prompts", "sample-warm-maths", "sample-cool-maths", "collect-maths"}
 
 
+RULES = [{"name": "length", "max": 40}]
+JUDGE = {"engine": {"name": "openai", "base_url": "http://localhost:1/v1", "model": "judge"}}
+
+
+@pytest.mark.parametrize(
+    ("reward", "stage"), [({"rules": RULES}, "rules-sources"), ({"judge": JUDGE}, "judge-sources")]
+)
+def test_what_is_verified_rewarded_and_measured(place: Path, reward: dict[str, Any], stage: str) -> None:
+    write("sums.jsonl", [{"question": "1+1?", "answer": "2"}])
+    tasks = {"tasks": {"sums": {"name": "gsm8k", "data": {"path": "sums.jsonl"}}}}
+    recipe = RECIPE | {"reward": reward, "verify": {"workers": 1}, "evaluation": {"tasks": tasks}}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    graph = graph_of()
+    assert graph.needs[stage] == ["verify-sources"] and graph.needs["select-sources"] == [stage]
+    settings = {one.name: one.settings for one in graph.stages}
+    assert settings["tasks-sft"]["engine"] == {"dtype": "fp32", "name": "transformers", "load": "out/sft/hf"}
+    measured = {one.name: set(one.inputs) for one in graph.stages if one.name.startswith("tasks-")}
+    assert measured == {f"tasks-{model}": {"model", "tasks.sums"} for model in ("target", "sft", "preference")}
+    with pytest.raises(UserError, match="engine: each model is run in this process"):
+        graph_of("evaluation.tasks.engine.load=model")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
