@@ -35,8 +35,6 @@ SELECT: dict[str, dict[str, Any]] = {
 # `prompts` and `held-out` end within milliseconds.
 KILLS: dict[str, tuple[str | None, int]] = {
     "sample-warm": ("responses/warm.jsonl", 2),
-    "score-sources": (None, 0),
-    "select-sources": (None, 0),
     "sft": ("sft/metrics.jsonl", 1),
     "preference": (None, 0),
 }
