@@ -220,6 +220,9 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
         trainer, checked = open_trainer(run)
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
+        # What compares responses takes differences of sums over whole texts, of 100 nats and more: in fp32 these are right
+        # to 1e-5 nats, and the rounding differs from one processor to the next.
+        near = 1e-5 if checked.objective.unit == "token" else 3e-5
         assert len(losses) == LOSSES.get(objective, 3)
         groups = groups_scored(trainer) if isinstance(checked.objective, Preference) else None
         if objective == "sft":
@@ -231,7 +234,7 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
                 measured = [name for name in checked.objective.measures if name in wanted]
                 assert measured or not checked.objective.measures
                 for name in (*losses, *measured):
-                    assert row[name] == pytest.approx(wanted[name], rel=1e-5), (objective, layout, name)
+                    assert row[name] == pytest.approx(wanted[name], rel=near), (objective, layout, name)
                 for name in checked.objective.statistics:  # differences of sums
                     assert row[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-4), (objective, layout, name)
                 assert row["grad-norm"] == pytest.approx(wanted["grad-norm"], rel=1e-4), (objective, layout)
