@@ -220,8 +220,8 @@ def test_curves_and_resumed_curves(work: Path, monkeypatch: pytest.MonkeyPatch) 
         trainer, checked = open_trainer(run)
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
-        # What compares responses takes differences of sums over whole texts, of 100 nats and more: in fp32 these are right
-        # to 1e-5 nats, and the rounding differs from one processor to the next.
+        # What compares responses takes differences of sums over whole texts, of 100 nats and more: in fp32 these are
+        # right to 1e-5 nats, and the rounding differs from one processor to the next.
         near = 1e-5 if checked.objective.unit == "token" else 3e-5
         assert len(losses) == LOSSES.get(objective, 3)
         groups = groups_scored(trainer) if isinstance(checked.objective, Preference) else None
