@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from fusemega.errors import UserError, nearest
+from fusemega.errors import UserError, choose, nearest
 from fusemega.files.yaml_files import read_yaml_file
 from fusemega.run_values import resolved, with_overrides
 
@@ -82,6 +82,26 @@ def mistakes(model: type[BaseModel], error: ValidationError, at: str = "") -> st
     A validator that picks a section's model by name raises it as a UserError; `validate` adds the file.
     """
     return "; ".join(at + _explain(model, item) for item in error.errors())
+
+
+def choose_section(models: Mapping[str, type[S]], section: Mapping[str, Any], at: str) -> S:
+    """The section of the model that `section["name"]` picks.
+
+    Args:
+        models: name -> model.
+        section: what the run file has.
+        at: its place in the run file, for messages, such as "engine.".
+
+    Raises:
+        UserError: no name or an unknown one (with the nearest), unknown or wrong settings by key.
+    """
+    if "name" not in section:
+        raise UserError(f"{at}name: required, and not given; allowed: {', '.join(sorted(models))}")
+    model = models[choose(f"{at}name", str(section["name"]), models)]
+    try:
+        return model.model_validate(dict(section))
+    except ValidationError as error:
+        raise UserError(mistakes(model, error, at)) from None
 
 
 def load(model: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:

@@ -16,10 +16,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
 from torch import Tensor
 
-from fusemega.config import Section, mistakes
+from fusemega.config import Section, choose_section
 from fusemega.errors import UserError, choose
 from fusemega.passes.answers import HiddenStates
 from fusemega.passes.frozen import Request
@@ -199,13 +198,7 @@ def parse_objective(section: Mapping[str, Any]) -> ObjectiveSettings:
     Raises:
         UserError: no name or an unknown one (with the nearest), unknown or wrong settings by key.
     """
-    if "name" not in section:
-        raise UserError(f"objective.name: required, and not given; allowed: {', '.join(objective_names())}")
-    settings = _OBJECTIVES[choose("objective.name", str(section["name"]), _OBJECTIVES)].Settings
-    try:
-        return settings.model_validate(dict(section))
-    except ValidationError as error:
-        raise UserError(mistakes(settings, error, "objective.")) from None
+    return choose_section({name: each.Settings for name, each in _OBJECTIVES.items()}, section, "objective.")
 
 
 def build_objective(settings: ObjectiveSettings, tokenizer: Tokenizer, vocab_size: int) -> Objective[Any]:

@@ -7,10 +7,10 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fusemega.config import Section, mistakes
-from fusemega.errors import UserError, choose
+from fusemega.config import Section, choose_section
+from fusemega.errors import UserError
 
 
 class RewardRule(Section):
@@ -128,13 +128,7 @@ def parse_rule(section: Mapping[str, Any], at: str) -> RewardRule:
     Raises:
         UserError: no name or an unknown one (with the nearest), unknown or wrong settings by key.
     """
-    if "name" not in section:
-        raise UserError(f"{at}name: required, and not given; allowed: {', '.join(sorted(RULES))}")
-    chosen = RULES[choose(f"{at}name", str(section["name"]), RULES)]
-    try:
-        return chosen.model_validate(dict(section))
-    except ValidationError as error:
-        raise UserError(mistakes(chosen, error, at)) from None
+    return choose_section(RULES, section, at)
 
 
 def _plain(text: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from fusemega.config import Section, mistakes
-from fusemega.errors import UserError, choose
+from fusemega.config import Section, choose_section
 from fusemega.sampling.engine import Engine
 
 _OURS = {
@@ -92,13 +91,7 @@ def parse_engine(section: Mapping[str, Any], at: str = "engine.") -> EngineSetti
     Raises:
         UserError: no name or an unknown one (with the nearest), unknown or wrong settings by key.
     """
-    if "name" not in section:
-        raise UserError(f"{at}name: required, and not given; allowed: {', '.join(sorted(ENGINES))}")
-    settings = ENGINES[choose(f"{at}name", str(section["name"]), ENGINES)]
-    try:
-        return settings.model_validate(dict(section))
-    except ValidationError as error:
-        raise UserError(mistakes(settings, error, at)) from None
+    return choose_section(ENGINES, section, at)
 
 
 def open_engine(settings: EngineSettings) -> Engine:

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from pydantic import ValidationError
-
-from fusemega.config import Section, mistakes
+from fusemega.config import Section, choose_section
 from fusemega.errors import UserError, choose
 
 SetName = Literal["sft", "preference", "left"]
@@ -171,13 +169,7 @@ def parse_protocol(section: Mapping[str, Any]) -> ProtocolSettings:
     Raises:
         UserError: no name or an unknown one (with the nearest), unknown or wrong settings by key.
     """
-    if "name" not in section:
-        raise UserError(f"protocol.name: required, and not given; allowed: {', '.join(protocol_names())}")
-    settings = protocol_named(str(section["name"])).Settings
-    try:
-        return settings.model_validate(dict(section))
-    except ValidationError as error:
-        raise UserError(mistakes(settings, error, "protocol.")) from None
+    return choose_section({name: each.Settings for name, each in _PROTOCOLS.items()}, section, "protocol.")
 
 
 def place_in_order(seed: int, key: str) -> bytes:

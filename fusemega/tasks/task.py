@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from fusemega.config import Section, mistakes
+from fusemega.config import Section, choose_section
 from fusemega.errors import UserError, choose
 from fusemega.sampling.engine import REFUSED, SamplingSettings
 from fusemega.sampling.prompts import PromptsConfig
@@ -192,13 +192,7 @@ def parse_task(section: Mapping[str, Any], at: str) -> TaskSettings:
     Raises:
         UserError: no name or an unknown one (with the nearest), unknown or wrong settings by key.
     """
-    if "name" not in section:
-        raise UserError(f"{at}name: required, and not given; allowed: {', '.join(task_names())}")
-    settings = _TASKS[choose(f"{at}name", str(section["name"]), _TASKS)].Settings
-    try:
-        return settings.model_validate(dict(section))
-    except ValidationError as error:
-        raise UserError(mistakes(settings, error, at)) from None
+    return choose_section({name: each.Settings for name, each in _TASKS.items()}, section, at)
 
 
 def build_task(settings: TaskSettings) -> Task:
