@@ -141,7 +141,7 @@ PROBES: dict[str, tuple[str, Any]] = {
     "open files": (
         r"""def f():
     import os
-    return len([i for i in range(64) if os.path.exists(f'/proc/self/fd/{i}')])
+    return len([i for i in range(4096) if os.path.exists(f'/proc/self/fd/{i}')])
 """,
         5,
     ),

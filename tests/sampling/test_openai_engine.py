@@ -100,7 +100,7 @@ def test_killed_in_the_middle_nothing_is_asked_again(server: Served, tmp_path: P
     server.asked.clear()
     run = run_of(server, tmp_path, texts, n=2, engine={"concurrency": 1})
     server.faults = {"prompt number 7": ["timeout"]}  # it waits there until it is killed
-    child = multiprocessing.get_context("fork").Process(target=sample, args=(run,))
+    child = multiprocessing.get_context("spawn").Process(target=sample, args=(run,))
     child.start()
     output = Path(run.output)
     while "prompt number 7" not in server.times or not output.exists() or output.read_bytes().count(b"\n") < 14:

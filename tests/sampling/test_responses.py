@@ -168,7 +168,7 @@ def _hold(path: Path, held: Any, end: Any) -> None:
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     held, end = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(tmp_path / "told.jsonl", held, end))
     other.start()

@@ -187,7 +187,7 @@ def test_killed_in_the_middle_the_file_becomes_the_same(small_model: Path, tmp_p
         return sorted((tmp_path / name).read_text().splitlines())
 
     assert sample(run("whole.jsonl")).new == 8
-    child = multiprocessing.get_context("fork").Process(target=sample, args=(run("killed.jsonl"),))
+    child = multiprocessing.get_context("spawn").Process(target=sample, args=(run("killed.jsonl"),))
     child.start()
     killed = tmp_path / "killed.jsonl"
     while not killed.exists() or killed.read_bytes().count(b"\n") < 4:
