@@ -31,6 +31,7 @@ FLOORS = (
     ("scoring",),
     ("training",),
     ("report",),
+    ("prune",),
     ("sampling",),
     ("reward",),
     ("selection",),
