@@ -6,6 +6,8 @@ data.jsonl    conversations and a text
 train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files that name these; recipe.yaml
 fuse.yaml, project.yaml, map.npz                        the same tokenizer's store, taught through a map
 store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
+prompts.jsonl, groups.jsonl, scored.jsonl               prompts; a prompt with responses; ten with rewards
+sample.yaml, verify.yaml, judge.yaml, rules.yaml, select.yaml, tasks.yaml, score.yaml       run files that name these
 """
 
 from __future__ import annotations
@@ -73,10 +75,54 @@ FILES: dict[str, dict[str, Any]] = {
     },
 }
 
+PROMPTS = [{"prompt": f"say {word}", "answer": word} for word in ("one", "two")]
+GROUP: dict[str, Any] = {
+    "prompt": "1 + 1?",
+    "answer": "2",
+    "responses": [{"text": text, "source": "a"} for text in ("2", "3")],
+}
+SCORED = [
+    {
+        "prompt": f"{number}?",
+        "domain": "instruction",
+        "responses": [{"text": text, "source": "a", "reward": reward} for text, reward in (("2", 0.3), ("3", 0.2))],
+    }
+    for number in range(10)
+]
+ENGINE = {"name": "transformers", "load": "model", "dtype": "fp32"}
+FILES |= {
+    "sample.yaml": {
+        "source": "a",
+        "prompts": {"path": "prompts.jsonl"},
+        "output": "new.jsonl",
+        "engine": ENGINE,
+        "sampling": {"n": 1, "max_tokens": 2},
+    },
+    "verify.yaml": {"data": "groups.jsonl", "output": "new.jsonl", "maths": {}},
+    "judge.yaml": {"data": "groups.jsonl", "output": "new.jsonl", "engine": ENGINE, "sampling": {"max_tokens": 2}},
+    "rules.yaml": {"data": "groups.jsonl", "output": "new.jsonl", "rules": [{"name": "exact"}]},
+    "select.yaml": {"data": "scored.jsonl", "output_dir": "new", "protocol": "fusechat3"},
+    "tasks.yaml": {
+        "engine": ENGINE,
+        "sampling": {"max_tokens": 2},
+        "tasks": {"sums": {"name": "gsm8k", "data": {"path": "questions.jsonl"}}},
+        "output_dir": "new",
+    },
+    "score.yaml": {"model": MODEL, "data": DATA, "output": "new.jsonl"},
+}
+
 
 def build() -> None:
     """All of it, in the current folder. Takes a few seconds."""
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    questions = [{"question": "1 + 1?", "answer": "#### 2"}]
+    for path, rows in (
+        ("data", ROWS),
+        ("prompts", PROMPTS),
+        ("groups", [GROUP]),
+        ("scored", SCORED),
+        ("questions", questions),
+    ):
+        Path(f"{path}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for name, run in FILES.items():
         Path(name).write_text(yaml.safe_dump(run), encoding="utf-8")
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

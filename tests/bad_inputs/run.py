@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shlex
 import shutil
 import traceback
@@ -18,6 +19,8 @@ from typing import Protocol
 from fusemega import cli
 from tests.bad_inputs.damage import Damage
 
+_COUNTS = re.compile(r"^[^:]+: \d+ prompts in \d+ rows|: \d+ responses to sample|^\d+ prompts with \d+ responses")
+
 
 @dataclass(frozen=True)
 class Bad:
@@ -25,7 +28,7 @@ class Bad:
 
     Attributes:
         kind: what is malformed: configuration, model configuration, weights, index, tokenizer, data, store,
-            checkpoint, report.
+            checkpoint, report, responses.
         name: what is wrong with it.
         command: the words after `fusemega`, in the damaged copy of the base.
         words: what the line on stderr must contain.
@@ -81,6 +84,11 @@ def found_wrong(bad: Bad, base: Path, place: Path) -> str | None:
     said = errors.getvalue()
     if status != 2:
         return f"status {status}, and on stderr: {said}"
+    if bad.kind == "responses":  # what was read is counted first, a line each
+        told, _, last = said.rstrip("\n").rpartition("\n")
+        if not all(_COUNTS.search(line) for line in told.splitlines()):
+            return f"more than counts before the error: {said}"
+        said = f"{last}\n"
     if not said.startswith("error: ") or said.count("\n") != 1:
         return f"not one line: {said}"
     if bad.words not in said:

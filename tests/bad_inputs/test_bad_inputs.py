@@ -40,6 +40,7 @@ def test_the_table_says_each_thing_once_and_covers_every_kind() -> None:
 
 COMMANDS = [f"train {name}.yaml" for name in ("train", "distill", "online", "resume")]
 COMMANDS += ["teach teach.yaml", "teach more.yaml"]
+COMMANDS += [f"{name} {name}.yaml" for name in ("sample", "verify", "judge", "rules", "select", "tasks")]
 COMMANDS += ["train fuse.yaml", "project project.yaml", "align model model new.npz", "run recipe.yaml --dry-run"]
 
 
