@@ -36,7 +36,7 @@ from fusemega.hf.folder import HFFolder
 from fusemega.hf.loadable import settle
 from fusemega.hf.proof import check_written
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
-from fusemega.hf.side_files import copy_side_files
+from fusemega.hf.side_files import copy_side_files, write_config
 from fusemega.models.rules import VocabRows
 from fusemega.runtime.console import say
 from fusemega.runtime.meter import meter
@@ -154,8 +154,8 @@ def transplant(model: Path, out: Path, tokenizer_folder: Path, map_file: Path | 
         **plan.counts(),
         "dropped_settings": sorted({*dropped, *also}),
     }
-    files = {"config.json": config, GENERATION: generation, RECORD: record}
-    _write(source, out, tokenizer_folder, plan, num_old, files)
+    files = {GENERATION: generation, RECORD: record}
+    _write(source, out, tokenizer_folder, plan, num_old, config, files)
     return record
 
 
@@ -208,6 +208,7 @@ def _write(
     tokenizer_folder: Path,
     plan: RowPlan,
     num_old: int,
+    config: dict[str, Any],
     files: Mapping[str, dict[str, Any]],
 ) -> None:
     rules = source.architecture.rules()
@@ -234,6 +235,7 @@ def _write(
         write_index(temporary, shards)
         copy_side_files(tokenizer_folder, temporary)
         (temporary / GENERATION).unlink(missing_ok=True)  # that of the tokenizer's folder; the model's is written below
+        write_config(temporary, config)
         for name, content in files.items():
             if content:
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

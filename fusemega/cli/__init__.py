@@ -46,6 +46,7 @@ COMMANDS = {
     "env": "Show what this machine has, what is missing, and what that costs.",
 }
 GROUPS = {
+    "prune": "Pruning: attention and MLP blocks removed from a trained model.",
     "convert": "Convert between Hugging Face folders and Megatron checkpoints: import, export, verify.",
     "store": "Sample stores: inspect, merge, verify.",
     "show": "A look inside what a run file names: data, layout, teachers' rows, keys, stages.",

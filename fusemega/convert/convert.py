@@ -7,7 +7,6 @@ in a journal: an interrupted conversion can be resumed, and the output gets its 
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter
@@ -49,7 +48,7 @@ from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.proof import check_written
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, file_header, plan_shards, write_index
-from fusemega.hf.side_files import copy_side_files, exported_config
+from fusemega.hf.side_files import copy_side_files, exported_config, write_config
 from fusemega.models.rules import WHOLE
 from fusemega.runtime.console import say
 from fusemega.runtime.meter import meter
@@ -218,8 +217,7 @@ def export_folder(
             copied = _write(items, unfinished, pool, f"exporting {folder.path.name}", digests=False)
             copy_side_files(side_files, unfinished.folder)
             write_index(unfinished.folder, shards)
-            config = json.dumps(exported_config(folder.config, infos[0].dtype), indent=2, sort_keys=True)
-            (unfinished.folder / "config.json").write_text(config + "\n", encoding="utf-8")
+            write_config(unfinished.folder, exported_config(folder.config, infos[0].dtype), sort_keys=True)
             if finish is not None:
                 finish(unfinished.folder)
             # An item's hash is its file's hash only if the item is the whole file.

@@ -179,6 +179,11 @@ def transformers_logits(folder: Path, ids: list[int], architecture: Architecture
     """
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if architecture.family.auto_map:
+        raise UserError(
+            f"{folder}: transformers has no such class without the code in the model's folder, which is never run; "
+            "allowed: no text"
+        )
     if not architecture.complete:
         raise UserError(
             f"{folder}: block_configs of config.json leaves out blocks, which transformers would fill at random; "

@@ -12,7 +12,6 @@ merged weights. So a new kind of adapter is not merged as an old one.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from fusemega.hf.folder import DTYPES, HFFolder
 from fusemega.hf.loadable import settle
 from fusemega.hf.proof import check_written
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
-from fusemega.hf.side_files import copy_side_files, exported_config
+from fusemega.hf.side_files import copy_side_files, exported_config, write_config
 from fusemega.runtime.meter import meter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -199,8 +198,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, dtype: torch.dtype | Non
         own = (adapter / "tokenizer.json").is_file()  # the one that it was trained with
         if own:
             copy_side_files(adapter, temporary)
-        config = json.dumps(exported_config(source.config, infos[0].dtype), indent=2, sort_keys=True)
-        (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
+        write_config(temporary, exported_config(source.config, infos[0].dtype), sort_keys=True)
         notes = settle(temporary, adapter if own else base, chats=True)
         write_integrity(temporary)
     return {"notes": notes, "changed": lora.changed, "tensors": len(infos)}

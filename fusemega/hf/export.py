@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from fusemega.files.json_files import read_json
 from fusemega.hf.folder import INDEX_FILE, SINGLE_FILE, HFFolder
 from fusemega.hf.narrowing import narrowed
 from fusemega.hf.safetensors_writer import MAX_SHARD_SIZE, TensorInfo, plan_shards, write_file, write_index
-from fusemega.hf.side_files import copy_side_files, exported_config
+from fusemega.hf.side_files import copy_side_files, exported_config, write_config
 from fusemega.models.build import GPT, Placement, placements
 from fusemega.models.rules import Piece, WeightRanks
 from fusemega.runtime.parallel import World
@@ -65,8 +64,7 @@ def export_hf(
         if world.is_main:
             copy_side_files(source, temporary)
             write_index(temporary, shards)
-            config = json.dumps(exported_config(model.hf_config, infos[0].dtype), indent=2, sort_keys=True)
-            (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
+            write_config(temporary, exported_config(model.hf_config, infos[0].dtype), sort_keys=True)
         if finish is not None:
             on_main(world, lambda: finish(temporary))
         on_main(world, lambda: write_integrity(temporary))

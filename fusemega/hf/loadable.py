@@ -17,7 +17,9 @@ from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.pickles import first_line
 from fusemega.hf.side_files import write_template
+from fusemega.models.architecture import Architecture
 from fusemega.models.registry import architecture_of
+from fusemega.models.travelling_code import CODE
 from fusemega.text.chat import ChatRenderer
 from fusemega.text.document import BadRow
 from fusemega.text.templates import OverBudget
@@ -50,13 +52,15 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
         return []
     notes: list[str] = []
     architecture = architecture_of(read_json(folder / "config.json"))
-    if not architecture.complete:
+    if architecture.family.auto_map:
+        notes.append(f"transformers reads it with trust_remote_code=True, which runs {CODE.name} of the folder")
+    elif not architecture.complete:
         notes.append(
             "block_configs of config.json leaves out blocks, which transformers would fill at random: it reads "
             "no such folder"
         )
     tokenizer = _with_template(folder, _tokenizer(folder, reference, notes), reference, notes)
-    config = _config(folder)
+    config = _config(folder, architecture)
     rows = int(config["vocab_size"])
     stops = [i for i in (closing_id(tokenizer) if chats else None, *ends) if i is not None]
     if tokenizer.num_ids > rows:
@@ -144,13 +148,16 @@ def _same(found: Tokenizer, reference: Tokenizer) -> bool:
     return found.prefix_ids == reference.prefix_ids and all(a.ids.tolist() == b.ids.tolist() for a, b in pairs)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json, after a check that transformers can load it and the generation settings."""
+def _config(folder: Path, architecture: Architecture) -> dict[str, Any]:
+    """config.json, after a check that transformers can load it and the generation settings.
+
+    A configuration that takes code of the folder is not loaded: fusemega runs none.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     for name, kind in (("config.json", AutoConfig), (GENERATION, GenerationConfig)):
         try:
-            if (folder / name).is_file():
+            if (folder / name).is_file() and not (kind is AutoConfig and architecture.family.auto_map):
                 kind.from_pretrained(folder)
         except Exception as error:  # noqa: BLE001  (transformers raises anything)
             raise UserError(f"{folder / name}: transformers cannot load it: {first_line(error)}") from None

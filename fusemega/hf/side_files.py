@@ -12,9 +12,11 @@ import torch
 
 from fusemega.files.json_files import read_json
 from fusemega.files.opening import read_text
+from fusemega.models.registry import auto_map_of
+from fusemega.models.travelling_code import CODE
 
 TEMPLATE = "chat_template.jinja"
-# What a user of the folder needs beside the weights. Never Python code.
+# What a user of the folder needs beside the weights. Never Python code that came with a folder.
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -28,6 +30,16 @@ _SIDE_FILES = (
     "chat_template.json",
 )
 _SIDE_FOLDERS = ("additional_chat_templates",)
+
+
+def write_config(folder: Path, hf_config: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """Write config.json, and the code that belongs to its `model_type` if transformers has no class for it."""
+    names = auto_map_of(hf_config)
+    if names:
+        hf_config = {**hf_config, "auto_map": dict(names)}
+        shutil.copyfile(CODE, folder / CODE.name)
+    text = json.dumps(dict(hf_config), indent=2, sort_keys=sort_keys)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def copy_side_files(source: Path, out: Path) -> None:

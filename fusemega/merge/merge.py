@@ -26,7 +26,7 @@ from fusemega.hf.loadable import settle, stop_ids
 from fusemega.hf.proof import check_written
 from fusemega.hf.ranges import RangeWriter
 from fusemega.hf.safetensors_writer import write_index
-from fusemega.hf.side_files import copy_side_files, side_files, write_template
+from fusemega.hf.side_files import copy_side_files, side_files, write_config, write_template
 from fusemega.merge.execute import Progress, execute
 from fusemega.merge.journal import JOURNAL, Journal
 from fusemega.merge.plan import MergePlan, plan_merge
@@ -244,7 +244,7 @@ def _finish(plan: MergePlan, partial: Path, report: dict[str, Any], page: Callab
     extend_tokenizer(partial, plan.vocabulary.added)
     if plan.template is not None:
         write_template(partial, plan.template)
-    (partial / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+    write_config(partial, plan.config)
     for note in settle(partial, plan.folders[plan.vocabulary.donor].path, chats=True, ends=_common_ends(plan)):
         say(note)
     (partial / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from fusemega.errors import UserError
 from fusemega.models.family import Family, HFConfig
 from fusemega.models.gated_head import GATING_KEYS, Gating
 from fusemega.models.heads import EMBEDDING, HeadKind, class_name, has_head, head_kind, head_rules, is_gated
-from fusemega.models.parts import Layer, LayerSpec, Names, without_left_out
+from fusemega.models.left_out import without_left_out
+from fusemega.models.parts import Layer, LayerSpec, Names
 from fusemega.models.rules import Replicated, Rule, VocabRows
 
 
@@ -55,6 +56,32 @@ class Architecture:
         """Whether all layers have the same parts. Megatron's checkpoints stack the layers of such a model."""
         return len(set(self.layers)) == 1
 
+    @property
+    def layers_name(self) -> str:
+        """How the names of Hugging Face's tensors of layers begin; the layer's number follows."""
+        return f"{self._body}layers."
+
+    @property
+    def _body(self) -> str:
+        return "" if self.head == "none" else "model."  # transformers' bare model has no module around its body
+
+    def block_tensors(self, layer: int, part: str) -> list[str]:
+        """Hugging Face's tensors of one block of a layer, norms included, without the layer's name; none: it lacks it.
+
+        Args:
+            layer: its number.
+            part: "attention" or "mlp".
+
+        Example:
+            >>> from fusemega.models.registry import architecture_of
+            >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+            >>> model = architecture_of({"model_type": "llama", "num_attention_heads": 2, **sizes})
+            >>> model.block_tensors(0, "mlp")[-1]
+            'post_attention_layernorm.weight'
+        """
+        alone = replace(self.layers[layer], **{other: None for other in ("attention", "mlp") if other != part})
+        return [name for rule in alone.rules(Names("", "", "local")) for name in rule.hf_shapes()]
+
     def inv_freq(self) -> torch.Tensor:
         """Rotary inverse frequencies, float32 [D/2]."""
         return self.family.inv_freq(self.hf_config)
@@ -74,12 +101,11 @@ class Architecture:
             >>> list(model.rules()[1].hf_shapes().values())
             [(8, 8), (8, 8), (8, 8)]
         """
-        hidden = self.transformer_config["hidden_size"]
-        body = "" if self.head == "none" else "model."  # transformers' bare model has no module around its body
+        hidden, body = self.transformer_config["hidden_size"], self._body
         embedding = f"{body}embed_tokens.weight"
         rules: list[Rule] = [VocabRows(EMBEDDING, embedding, (self.vocab_size, hidden))]
         for number, layer in enumerate(self.layers):
-            rules += layer.rules(Names(f"{body}layers.{number}.", f"decoder.layers.{number}.", spec))
+            rules += layer.rules(Names(f"{self.layers_name}{number}.", f"decoder.layers.{number}.", spec))
         rules.append(Replicated("decoder.final_layernorm.weight", f"{body}norm.weight", (hidden,)))
         if self.gating is not None:
             return rules + self.gating.rules(hidden)
@@ -121,7 +147,8 @@ def open_architecture(hf_config: HFConfig, family: Family) -> Architecture:
         UserError: the family does not support the configuration, its head or its layers.
     """
     gated = is_gated(hf_config)
-    family.check({key: value for key, value in hf_config.items() if not (gated and key in GATING_KEYS)})
+    others = {"auto_map"} | (GATING_KEYS if gated else frozenset())
+    family.check({key: value for key, value in hf_config.items() if key not in others})
     head = head_kind(hf_config, family.hf_class)
     return Architecture(
         hf_config=dict(hf_config),

@@ -6,6 +6,7 @@ RMSNorm before attention and MLP, rotary positions, grouped-query attention, a g
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ class DenseDecoder:
     """A `Family`, of which subclasses set the attributes below.
 
     Attributes:
-        model_types, hf_class: see `Family`.
+        model_types, hf_class, auto_map: see `Family`.
         known: keys that the family reads besides those of every dense decoder.
         required_values: for some keys, the only values for which its mathematics is right.
         defaults: transformers' defaults of keys that config.json leaves out; a null in config.json stays a null.
@@ -39,6 +40,7 @@ class DenseDecoder:
 
     model_types: tuple[str, ...]
     hf_class: str
+    auto_map: Mapping[str, str] = MappingProxyType({})
     known: ClassVar[frozenset[str]] = frozenset()
     required_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}

@@ -19,10 +19,13 @@ class Family(Protocol):
     Attributes:
         model_types: the values of `model_type` that belong to the family.
         hf_class: how transformers' names of its classes begin ("Llama").
+        auto_map: where transformers finds classes that it does not have itself, in code that travels with the folder
+            and that fusemega never runs; empty: it has them.
     """
 
     model_types: tuple[str, ...]
     hf_class: str
+    auto_map: Mapping[str, str]
 
     def check(self, hf_config: HFConfig) -> None:
         """Refuses a configuration this family would compute wrongly.
@@ -38,7 +41,7 @@ class Family(Protocol):
         """Rotary inverse frequencies, float32 [D/2]."""
 
     def layers(self, hf_config: HFConfig) -> Sequence[Layer]:
-        """All layers with all their parts; `parts.without_left_out` then removes what `block_configs` leaves out."""
+        """All layers with all their parts; `left_out.without_left_out` then removes what `block_configs` leaves out."""
 
     def tied(self, hf_config: HFConfig) -> bool:
         """Whether the head is the embedding."""

@@ -23,6 +23,7 @@ _KINDS: dict[str, HeadKind] = {
     "Model": "none",
 }
 _GATED = "LlamaForRewardModelWithGating"
+_LANGUAGE_ONLY = ("Pruned", "DeciLM")  # how the names of classes begin that `modeling_pruned.py` has
 # Names of the parameter in a Megatron model: Megatron's own for logits, transformers' for scores.
 _LOGITS, _SCORE = "output_layer.weight", "score.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -40,6 +41,8 @@ def class_name(hf_class: str, kind: HeadKind) -> str:
 
 def has_head(hf_class: str, kind: HeadKind) -> bool:
     """Whether the family has a class with such a head; the gated one is Llama's alone."""
+    if hf_class.startswith(_LANGUAGE_ONLY):
+        return kind == "vocabulary"
     return kind != "gated" or class_name(hf_class, kind) == _GATED
 
 

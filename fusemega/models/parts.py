@@ -9,11 +9,9 @@ Shape suffixes: H hidden, F feed-forward, N query heads, G key/value groups, D h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from fusemega.errors import UserError, nearest
 from fusemega.models.rules import QKV, GateUp, Replicated, RowParallel, Rule
 
 LayerSpec = Literal["local", "transformer_engine"]
@@ -139,54 +137,3 @@ class Layer:
         blocks = [block for block in (self.attention, self.mlp) if block is not None]
         parts = [*blocks, *(norm for block in blocks for norm in block.norms)]
         return [rule for part in parts for rule in part.rules(names)]
-
-
-_BLOCKS = {"attention": "attention", "ffn": "mlp"}
-
-
-def without_left_out(layers: Sequence[Layer], block_configs: Any) -> tuple[Layer, ...]:
-    """The layers without the blocks that `block_configs` of config.json leaves out.
-
-    The key has the form of `model_type: nemotron-nas`, which Megatron's heterogeneous layers read too: a list with an
-    entry a layer, `{"attention": {"no_op": true}, "ffn": {"no_op": false}}`. Blocks not mentioned are kept.
-
-    Args:
-        layers: the family's layers, with all their blocks.
-        block_configs: the key's value; None: it is absent.
-
-    Raises:
-        UserError: not such a list; a layer with no block left; a change of a block other than leaving it out.
-    """
-    if block_configs is None:
-        return tuple(layers)
-    if not isinstance(block_configs, list) or len(block_configs) != len(layers):
-        found = f"{len(block_configs)} entries" if isinstance(block_configs, list) else repr(block_configs)
-        raise UserError(f"config.json: block_configs: {found}, expected a list of {len(layers)}, one for each layer")
-    out = []
-    for number, (layer, entry) in enumerate(zip(layers, block_configs, strict=True)):
-        where = f"config.json: block_configs[{number}]"
-        blocks = _mapping(entry, _BLOCKS, where)
-        left_out = {_BLOCKS[name]: None for name, block in blocks.items() if _no_op(block, f"{where}.{name}")}
-        if len(left_out) == len(_BLOCKS):
-            raise UserError(f"{where}: leaves out attention and ffn: leave the layer out (num_hidden_layers)")
-        out.append(replace(layer, **left_out))
-    return tuple(out)
-
-
-def _no_op(block: Any, where: str) -> bool:
-    found = _mapping(block, ("no_op",), where).get("no_op", False)
-    if not isinstance(found, bool):
-        raise UserError(f"{where}.no_op = {found!r}, expected true or false")
-    return found
-
-
-def _mapping(value: Any, allowed: Collection[str], where: str) -> dict[str, Any]:
-    """A mapping reduced to the allowed keys; null counts as absent."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where} = {value!r}, expected a mapping")
-    for key, found in value.items():
-        # null and false change nothing, whatever the key.
-        if key not in allowed and found not in (None, False):
-            hint = nearest(key, allowed)
-            raise UserError(f"{where}.{key} = {found!r} is not supported{hint}; allowed: {', '.join(allowed)}")
-    return {key: found for key, found in value.items() if key in allowed and found is not None}

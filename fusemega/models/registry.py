@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fusemega.errors import UserError, choose
 from fusemega.models.architecture import Architecture, open_architecture
 from fusemega.models.family import Family, HFConfig
 from fusemega.models.heads import is_gated
 from fusemega.models.llama import Llama
 from fusemega.models.mistral import Mistral
+from fusemega.models.nemotron_nas import NemotronNas
+from fusemega.models.pruned import pruned
 from fusemega.models.qwen import Qwen2, Qwen3
 
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
+_DENSE: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
+FAMILIES: tuple[Family, ...] = (*_DENSE, NemotronNas(), *(pruned(family) for family in _DENSE))
 
 
 def architecture_of(hf_config: HFConfig) -> Architecture:
@@ -29,6 +34,12 @@ def architecture_of(hf_config: HFConfig) -> Architecture:
     if model_type is None:
         raise UserError(f"config.json: model_type is missing; supported: {', '.join(sorted(by_type))}")
     family = by_type[choose("config.json: model_type", str(model_type), by_type)]
-    if hf_config.get("auto_map") and not is_gated(hf_config):
+    if hf_config.get("auto_map") and not is_gated(hf_config) and not family.auto_map:
         raise UserError("config.json: auto_map asks for the folder's own Python code, which is never run")
     return open_architecture({key: value for key, value in hf_config.items() if key != "auto_map"}, family)
+
+
+def auto_map_of(hf_config: HFConfig) -> Mapping[str, str]:
+    """`auto_map` that a configuration is written with (see `Family.auto_map`); empty: none of ours."""
+    found = (family.auto_map for family in FAMILIES if hf_config.get("model_type") in family.model_types)
+    return next(found, {})
