@@ -21,7 +21,7 @@ from fusemega.hf.proof import check_written
 from fusemega.models.build import GPT, build_model
 from fusemega.models.heads import REWARD, HeadKind
 from fusemega.models.rope import longest_text
-from fusemega.models.stages import check_layout, stage_layers
+from fusemega.models.stages import check_layout, layers_of_stages
 from fusemega.runtime.console import global_rank, phase, say
 from fusemega.runtime.parallel import ParallelConfig, World
 from fusemega.runtime.precision import Precision
@@ -93,7 +93,7 @@ class ModelSource:
         check_layout(self.architecture, parallel)
         layers = self.architecture.transformer_config
         config.check_layers(layers, parallel)
-        self.chunk_sizes = {len(chunk) for stage in stage_layers(layers["num_layers"], parallel) for chunk in stage}
+        self.chunk_sizes = {len(chunk) for stage in layers_of_stages(self.architecture, parallel) for chunk in stage}
         self.kernels = config.kernels()
         if parallel.context_parallel_size > 1 and self.kernels.transformer_engine and layers.get("window_size"):
             raise UserError(

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.read_plan import size
-from fusemega.models.stages import stage_layers
+from fusemega.models.stages import layers_of_stages
 from fusemega.passes.micro_batch import Fields
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import World
@@ -35,7 +35,7 @@ def show_layout(run: TrainRun, nproc: int | None) -> list[RenderableType]:
     checked = Checked.of(run, world_size)
     source, dataset = checked.source, checked.prepared(run.data)
     reads = {(read.pp_rank, read.tp_rank): read.nbytes for read in source.plan_reads()}
-    stages = stage_layers(len(source.architecture.layers), layout)
+    stages = layers_of_stages(source.architecture, layout)
     table = Table(box=None, pad_edge=False)
     for name in ("rank", "stage", "tensor", "context", "data", "layers", "and", "reads", "first update"):
         table.add_column(name, justify="right" if name in ("rank", "reads") else "left")

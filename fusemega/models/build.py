@@ -18,7 +18,7 @@ from fusemega.models.architecture import Architecture
 from fusemega.models.gated_head import GatedHead
 from fusemega.models.heads import Head, ScalarHead
 from fusemega.models.rules import Piece, Rule, WeightRanks, padded_vocab_size
-from fusemega.models.stages import LAYER_NAME, check_layout
+from fusemega.models.stages import LAYER_NAME, balances, check_layout, layers_of_stages, megatron_stages
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels
 from fusemega.runtime.specs import block_spec
@@ -188,6 +188,7 @@ def build_model(
     first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
     if first is not None and layout.pipeline_model_parallel_size == 2:
         last = None  # the rest; given both, megatron-core divides by 0 (transformer/transformer_layer.py:138)
+    stages = megatron_stages(layers_of_stages(architecture, layout)) if balances(architecture, layout) else None
     config = TransformerConfig(
         **architecture.transformer_config,
         **kernels.transformer_config(),
@@ -218,6 +219,7 @@ def build_model(
         bias_activation_fusion=False,
         apply_rope_fusion=False,
         # Layers of different parts cannot be stacked: each is stored under its own number.
+        pipeline_model_parallel_layout=stages,
         hetereogenous_dist_checkpoint=not architecture.alike,
     )
     model = GPT(config, architecture, world).to(world.device)

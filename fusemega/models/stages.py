@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from fusemega.errors import UserError
 from fusemega.models.architecture import Architecture
+from fusemega.models.parts import Names
 from fusemega.models.rules import Rule
 
 if TYPE_CHECKING:
@@ -32,7 +36,76 @@ def check_layout(architecture: Architecture, layout: ParallelConfig) -> None:
             f"parallel.tensor_model_parallel_size: {tp_size} does not divide this model's {heads} attention heads, "
             f"{groups} key/value heads and feed-forward size {ffn}{reason}; allowed: {', '.join(map(str, allowed))}"
         )
-    stage_layers(config["num_layers"], layout)
+    layers_of_stages(architecture, layout)
+
+
+def layers_of_stages(architecture: Architecture, layout: ParallelConfig) -> list[list[range]]:
+    """[stage][virtual stage] -> its layers, as `stage_layers`; stages of unlike layers get about as many parameters.
+
+    Where all layers have the same parts, or the layout says how many layers a stage has, layers are counted instead.
+
+    Raises:
+        UserError: as `stage_layers`.
+    """
+    if not balances(architecture, layout):
+        return stage_layers(len(architecture.layers), layout)
+    stages, virtual = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size or 1
+    sizes = [_parameters(architecture, layer) for layer in range(len(architecture.layers))]
+    if len(sizes) < stages * virtual:
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size: {stages} stages of {virtual} piece(s) need {stages * virtual} "
+            f"layers, and this model has {len(sizes)}"
+        )
+    pieces = balanced(sizes, stages * virtual)
+    return [pieces[stage::stages] for stage in range(stages)]
+
+
+def balances(architecture: Architecture, layout: ParallelConfig) -> bool:
+    """Whether stages are made of about as many parameters, and not of as many layers."""
+    given = (layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage)
+    return layout.pipeline_model_parallel_size > 1 and not architecture.alike and given == (None, None)
+
+
+def balanced(sizes: Sequence[int], parts: int) -> list[range]:
+    """Consecutive runs of at least one size each, so that the largest sum is as small as can be.
+
+    Args:
+        sizes: at least as many as `parts`.
+        parts: how many runs.
+
+    Example:
+        >>> balanced([1, 1, 1, 3], 2)
+        [range(0, 3), range(3, 4)]
+    """
+    ends = list(accumulate(sizes, initial=0))
+    # best[n]: the smallest largest sum of the first n sizes in the runs so far, and where the last of them begins.
+    best = [(ends[n], 0) for n in range(len(ends))]
+    begins = []
+    for part in range(1, parts):
+        begins.append([start for _, start in best])
+        best = [
+            min(
+                ((max(best[start][0], ends[n] - ends[start]), start) for start in range(part, n)), default=(ends[-1], 0)
+            )
+            for n in range(len(ends))
+        ]
+    begins.append([start for _, start in best])
+    runs, stop = [], len(sizes)
+    for starts in reversed(begins):
+        runs.append(range(starts[stop], stop))
+        stop = starts[stop]
+    return runs[::-1]
+
+
+def megatron_stages(stages: Sequence[Sequence[range]]) -> list[list[str]]:
+    """`pipeline_model_parallel_layout` of megatron-core: what each piece holds, in the order of a token's way."""
+    pieces = [["decoder"] * len(stage[piece]) for piece in range(len(stages[0])) for stage in stages]
+    return [["embedding", *pieces[0]], *pieces[1:-1], [*pieces[-1], "loss"]]
+
+
+def _parameters(architecture: Architecture, layer: int) -> int:
+    rules = architecture.layers[layer].rules(Names("", "", "local"))
+    return sum(math.prod(shape) for rule in rules for shape in rule.hf_shapes().values())
 
 
 def stage_layers(num_layers: int, layout: ParallelConfig) -> list[list[range]]:
@@ -101,7 +174,7 @@ def stage_rules(architecture: Architecture, layout: ParallelConfig, pp_rank: int
         pp_rank: the stage.
     """
     pp_size = layout.pipeline_model_parallel_size
-    stages = stage_layers(len(architecture.layers), layout)
+    stages = layers_of_stages(architecture, layout)
     layers = {layer for piece in stages[pp_rank] for layer in piece}
     out = []
     for rule in architecture.rules():

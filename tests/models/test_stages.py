@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from fusemega.errors import UserError
 from fusemega.models.registry import architecture_of
-from fusemega.models.stages import check_layout, stage_layers, stage_rules
+from fusemega.models.stages import balanced, check_layout, layers_of_stages, stage_layers, stage_rules
 from fusemega.runtime.layout import ParallelConfig
 from tests.models.test_build import CONFIG
 
@@ -100,6 +101,27 @@ def test_megatron_numbers_the_layers_so(layers: int, sizes: dict[str, int]) -> N
             stage = None if virtual is None else number
             start = get_transformer_layer_offset(config, stage, rank)
             assert piece == range(start, start + get_num_layers_to_build(config, stage, rank))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_the_largest_of_balanced_stages_is_as_small_as_can_be(parts: int) -> None:
+    for seed in range(20):
+        sizes = torch.randint(1, 9, (6,), generator=torch.Generator().manual_seed(seed)).tolist()
+        cuts = [(0, *inner, 6) for inner in combinations(range(1, 6), parts - 1)]
+        wanted = min(max(sum(sizes[a:b]) for a, b in pairwise(cut)) for cut in cuts)
+        runs = balanced(sizes, parts)
+        assert [n for run in runs for n in run] == list(range(6)) and all(runs)
+        assert max(sum(sizes[n] for n in run) for run in runs) == wanted
+
+
+def test_stages_of_unlike_layers_have_about_as_many_parameters() -> None:
+    no_mlp = {"ffn": {"no_op": True}}
+    pruned = architecture_of(CONFIG | {"num_hidden_layers": 5, "block_configs": [no_mlp, no_mlp, no_mlp, {}, {}]})
+    assert layers_of_stages(pruned, layout(pp=2)) == [[range(3)], [range(3, 5)]]
+    assert layers_of_stages(pruned, layout(pp=2, first=2)) == [[range(2)], [range(2, 5)]]
+    assert layers_of_stages(architecture_of(CONFIG), layout(pp=2)) == [[range(1)], [range(1, 2)]]
+    with pytest.raises(UserError, match="6 stages of 1 piece.s. need 6 layers, and this model has 5"):
+        check_layout(pruned, layout(pp=6))
 
 
 def test_every_parameter_is_on_the_stage_of_its_layer() -> None:
