@@ -27,7 +27,6 @@ TABLE: list[Bad] = [
     _r("no key in the environment", OPENAI + " engine.api_key_env=NO_SUCH_KEY", "the environment has no NO_SUCH_KEY", SERVER),
     _r("an output that is there", SAMPLE + " output=data.jsonl", "data.jsonl: exists and was not written by `fusemega sample`"),
     _r("rows for responses", "collect prompts.jsonl new.jsonl groups.jsonl", "groups.jsonl: not a responses file of `fusemega sample`"),
-    _r("nothing to verify", VERIFY, "groups.jsonl: no row has `answer` (maths) or `tests` (code)", put("groups.jsonl", {**GROUP, "answer": None})),
     _r("no responses", VERIFY, "groups.jsonl:1: the row has no responses", put("groups.jsonl", {"prompt": "a"})),
     _r("an output of verify that is there", VERIFY + " output=data.jsonl", "data.jsonl: exists; nothing is overwritten"),
     _r("one response to judge", JUDGE, "no row has two responses to compare", put("groups.jsonl", {**GROUP, "responses": GROUP["responses"][:1]})),

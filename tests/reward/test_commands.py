@@ -65,6 +65,12 @@ def test_verify_counts_what_cannot_be_decided(tmp_path: Path) -> None:
     assert second["responses"] == [{"text": "3", "correct": None, "verdict": "the row has no answer"}]
 
 
+def test_nothing_to_verify_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "rows.jsonl", {"prompt": "a", "responses": ["b"]})
+    assert verify(run_of(VerifyRun, data, tmp_path / "out.jsonl")).not_asked == 1
+    assert "no row has `answer` (maths) or `tests` (code), so nothing is verified" in capsys.readouterr().err
+
+
 def test_an_interrupted_verify_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": str(i), "responses": [f"\\boxed{{{i}}}", "\\boxed{7}"], "answer": str(i)} for i in range(6)]
     data, out, whole = write(tmp_path / "rows.jsonl", *rows), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
