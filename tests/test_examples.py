@@ -11,6 +11,7 @@ from fusemega.config import Section, load
 from fusemega.merge import methods  # noqa: F401  (registers them)
 from fusemega.merge.method import find_method
 from fusemega.merge.run_file import read_run
+from fusemega.prune.run_file import PruneEvalRun, PruneRun
 from fusemega.recipes.fusion import FusionRecipe
 from fusemega.recipes.registry import read_recipe
 from fusemega.reward.judge import JudgeRun
@@ -48,6 +49,8 @@ def test_examples_are_valid(path: Path) -> None:
         assert find_method(run.merge_method)
     elif path.parent.name in ("fusellm", "fusechat"):
         load(FusionRecipe, path)
+    elif path.parent.name == "blockpruner" and path.stem in ("search", "eval"):
+        load(PruneRun if path.stem == "search" else PruneEvalRun, path)
     elif path.parent.name == "tasks":
         load(TasksRun, path)
     elif path.parent.name in ("fusechat3", "wrpo", "fuserl"):

@@ -8,12 +8,55 @@ from typing import Annotated
 
 import typer
 
+from fusemega.cli.run_options import NPROC, OVERRIDES, RUN_FILE, launch_or_continue
+
 app = typer.Typer(no_args_is_help=True, help="Pruning: attention and MLP blocks removed from a trained model.")
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps the names of commands, also where there is one."""
+@app.command("search")
+def search(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None) -> None:
+    """Find which attention and MLP blocks of a model to remove, and in which order, by BlockPruner's search.
+
+    In each round every block that is left is masked in turn, and the one without which the perplexity on the
+    calibration data is lowest is removed. Writes the folder `output` with order.json, authors.json (the form of the
+    method's authors), rounds.jsonl (what each round measured) and report.html, and prints one JSON object. Run the same
+    command again to resume after an interruption, with the same result.
+    """
+    from fusemega.config import load
+    from fusemega.prune.run_file import PruneRun
+    from fusemega.prune.search import search as find
+
+    run = load(PruneRun, run_file, overrides or [])
+    if not launch_or_continue(nproc, run.parallel):
+        result, world = find(run)
+        if world.is_main:
+            print(result.model_dump_json())
+
+
+@app.command("eval")
+def evaluate(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None) -> None:
+    """Measure a model's perplexity with the first k blocks of an order masked, for each k asked for.
+
+    No model is written. Prints one JSON object, and writes it to the run file's `output` if that is set.
+    """
+    from fusemega.config import load
+    from fusemega.files.output import disk_errors, write_durably
+    from fusemega.prune.evaluate import check_eval_output, evaluate_order
+    from fusemega.prune.run_file import PruneEvalRun
+
+    run = load(PruneEvalRun, run_file, overrides or [])
+    if run.output is not None:
+        check_eval_output(Path(run.output))
+    if launch_or_continue(nproc, run.parallel):
+        return
+    result, world = evaluate_order(run)
+    if world.is_main:
+        if run.output is not None:
+            output = Path(run.output)
+            with disk_errors(output):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                write_durably(output, result.model_dump_json(indent=1) + "\n")
+        print(result.model_dump_json())
 
 
 @app.command("apply")

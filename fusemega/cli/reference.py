@@ -18,7 +18,7 @@ from fusemega.config import Section
 
 _WRITTEN = "<!-- Written by tools/make_reference.py from the code: change it there. -->\n"
 _TABLE_HEAD = ("| key | type | default | |", "|---|---|---|---|")
-_BY_NAME = ("objective", "engine", "protocol", "rules", "tasks")  # sections whose `name` picks their keys
+_BY_NAME = ("objective", "engine", "protocol", "rules", "tasks", "search")  # sections whose `name` picks their keys
 _CONSTRAINTS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -41,6 +41,7 @@ def config_page() -> str:
     from fusemega.losses.registry import objective_named, objective_names
     from fusemega.merge.method import find_method, method_names
     from fusemega.merge.run_file import MergeRun
+    from fusemega.prune.run_file import SEARCHES, PruneEvalRun, PruneRun
     from fusemega.recipes.fusechat3 import FuseChat3Recipe
     from fusemega.recipes.fuserl import FuseRLRecipe
     from fusemega.recipes.fusion import FusionRecipe
@@ -72,6 +73,8 @@ def config_page() -> str:
         "rules": RulesRun,
         "select": SelectRun,
         "tasks": TasksRun,
+        "prune search": PruneRun,
+        "prune eval": PruneEvalRun,
         "merge": MergeRun,
         "run": FusionRecipe,
         "run` with `recipe: fusechat3": FuseChat3Recipe,
@@ -117,6 +120,9 @@ def config_page() -> str:
     lines += ["## `engine`\n", "`name` picks the engine; the other keys are its own.\n"]
     for name, engine in ENGINES.items():
         lines += [f"### `{name}`\n", f"{_first_paragraph(engine)}\n", *_table(engine, without="name")]
+    lines += ["## `search`\n", "`name` picks the search; the other keys are its own.\n"]
+    for name, searching in SEARCHES.items():
+        lines += [f"### `{name}`\n", f"{_first_paragraph(searching)}\n", *_table(searching, without="name")]
     lines += ["## `rules`\n", "`name` picks the rule; the other keys are its own.\n"]
     for name, each in sorted(RULES.items()):
         lines += [f"### `{name}`\n", f"{_first_paragraph(each)}\n", *_table(each, without="name")]

@@ -3,7 +3,7 @@
 .OUT.incomplete/
   .fusemega        marks the folder as ours (`files/owned.py`)
   journal.jsonl    a line of JSON with what the results depend on; then lines: key -> result
-  out              the finished file, before it gets its name
+  out              the finished file or folder, before it gets its name
 
 A key says what a result is of (a text's hash), whatever the order, layout or file in which it is asked for.
 """
@@ -21,7 +21,7 @@ from fusemega.errors import UserError
 from fusemega.files.json_files import LINES_BYTES, read_lines
 from fusemega.files.lock import locked
 from fusemega.files.opening import read_bytes
-from fusemega.files.output import INSIDE, check_writable, disk_errors, publish_file
+from fusemega.files.output import INSIDE, check_writable, disk_errors, publish, publish_file
 from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
 
 _JOURNAL = "journal.jsonl"
@@ -32,7 +32,7 @@ class ResultsJournal:
 
     Attributes:
         found: key -> result, a list.
-        out: the place for the finished file.
+        out: the place for the finished file or folder.
     """
 
     def __init__(self, found: dict[str, list[Any]], out: Path, file: TextIO) -> None:
@@ -82,7 +82,8 @@ def results_journal(path: Path, identity: Mapping[str, Any]) -> Iterator[Results
             if found is None:
                 file.write(json.dumps(identity) + "\n")
             yield ResultsJournal(found or {}, place / INSIDE, file)
-        publish_file(place / INSIDE, path)
+        publishes = publish if (place / INSIDE).is_dir() else publish_file
+        publishes(place / INSIDE, Path(os.path.realpath(path)))
         drop_scratch(place)
 
 

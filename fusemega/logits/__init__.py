@@ -6,4 +6,5 @@
 * `groups.py`: groups of ids, which a token can list like an id
 * `topk.py`, `sampled.py`: the most probable ids, and draws
 * `divergence.py`: two models' whole distributions compared
+* `bf16_reference.py`: the cross-entropy in bf16, for parity with a published search
 """

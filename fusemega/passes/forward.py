@@ -71,7 +71,7 @@ def run_schedule(
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=_packed(batch))
+        output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=packed_row(batch))
 
         def loss(hidden_T1H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
             value, collected = loss_function(supervised_hidden(hidden_T1H, rows(batch), world), batch)
@@ -165,7 +165,8 @@ def whole_positions(part: torch.Tensor, batch: MicroBatch, world: World) -> torc
     return whole
 
 
-def _packed(batch: MicroBatch) -> PackedSeqParams:
+def packed_row(batch: MicroBatch) -> PackedSeqParams:
+    """What Megatron's attention is told of a packed row."""
     bounds = known(batch.cu_seqlens, batch.bounds, batch.prefixes)
     longest, is_part = batch.max_seqlen, batch.kept is not None
     return PackedSeqParams(

@@ -12,6 +12,7 @@ import transformers.dynamic_module_utils as modules
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusemega.prune.order import Order, ResidualBlock, Step, type_of
+from tests.prune.search_fixtures import make_run, work  # noqa: F401  (fixtures)
 
 FULL, WINDOWED = "full_attention", "sliding_attention"
 LAYERS = 5
