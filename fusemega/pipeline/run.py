@@ -28,7 +28,7 @@ from fusemega.pipeline.functions import find_function
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.record import Contents, StageRecord, made_from, read_record, strangers, write_record
 from fusemega.pipeline.scope import ALL, Scope
-from fusemega.pipeline.stage import LAUNCHED, Stage, Stop
+from fusemega.pipeline.stage import Stage, Stop
 from fusemega.pipeline.verdict import StageVerdict, verdict
 from fusemega.runtime.console import say
 from fusemega.runtime.lifeline import child_environment
@@ -211,7 +211,7 @@ def _work(graph: Graph, stage: Stage) -> Any:
     """
     if stage.function:
         return find_function(stage.function)(**stage.settings)
-    if stage.argv[0] in LAUNCHED:
+    if stage.launched:
         status = launch_ranks(stage.argv, stage.resources.processes)
     else:
         say(stage.command(graph.folder))

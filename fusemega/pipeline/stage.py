@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LAUNCHED = ("train", "teach", "eval", "score")
+LAUNCHED = ("train", "teach", "eval", "score", "prune search")
 """Commands that run as several ranks, and take --nproc."""
 
 
@@ -80,6 +80,11 @@ class Stage:
     resources: Resources = Resources()
     may_be_array: bool = False
 
+    @property
+    def launched(self) -> bool:
+        """Whether it is a command in `LAUNCHED`."""
+        return " ".join(self.argv).startswith(tuple(f"{command} " for command in LAUNCHED))
+
     def owned(self) -> list[Path]:
         """Absolute paths of all that the stage makes; none is inside another."""
         paths = {Path(os.path.abspath(path)) for path in (*self.outputs.values(), *self.owns)}
@@ -87,7 +92,7 @@ class Stage:
 
     def words(self) -> list[str]:
         """`argv` with the number of processes."""
-        several = self.argv[0] in LAUNCHED and self.resources.processes > 1
+        several = self.launched and self.resources.processes > 1
         return [*self.argv, *(["--nproc", str(self.resources.processes)] if several else [])]
 
     def command(self, folder: Path) -> str:

@@ -22,6 +22,7 @@ MODULES = {
     "fusechat3": "fusemega.recipes.fusechat3",
     "wrpo": "fusemega.recipes.wrpo",
     "fuserl": "fusemega.recipes.fuserl",
+    "blockpruner": "fusemega.recipes.blockpruner",
 }
 """Name -> module with a `Recipe` named `RECIPE`, imported when a file asks for it."""
 

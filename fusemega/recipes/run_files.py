@@ -19,6 +19,7 @@ KINDS = {
     "rules": "fusemega.reward.rules:RulesRun",
     "select": "fusemega.selection.run_file:SelectRun",
     "tasks": "fusemega.tasks.run_file:TasksRun",
+    "prune search": "fusemega.prune.run_file:PruneRun",
 }
 """Command -> the class of its run file."""
 
@@ -30,7 +31,8 @@ def check_run_files(stages: Iterable[Stage]) -> None:
         UserError: the stage, the key, what was found and what is allowed.
     """
     for stage in stages:
-        if stage.argv and stage.run_file and stage.argv[0] in KINDS:
-            module, _, name = KINDS[stage.argv[0]].partition(":")
+        command = " ".join(stage.argv[:-1])
+        if stage.run_file and command in KINDS:
+            module, _, name = KINDS[command].partition(":")
             kind: type[Section] = getattr(importlib.import_module(module), name)
             validate(kind, stage.settings, f"stage {stage.name}")

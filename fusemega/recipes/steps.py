@@ -72,7 +72,7 @@ class Steps:
         """`fusemega teach` as stage teach-`name`: a model's rows of `data`. Returns the store, `stores/NAME`."""
         store = str(self.folder / "stores" / name)
         run = {"model": self._model(load), "parallel": dict(self.parallel), "data": dict(data), "store": store}
-        inputs = {"model": self._located(load), **_files(data)}
+        inputs = {"model": self._located(load), **files_of(data)}
         self._launched("teach", f"teach-{name}", run | settings, inputs, {"store": store})
         return store
 
@@ -142,6 +142,7 @@ class Steps:
         reference = objective.get("reference", {})
         inputs |= {"reference": reference["store"]} if "store" in reference else {}
         inputs |= {"reference": self._located(reference["in_job"]["load"])} if "in_job" in reference else {}
+        inputs |= {"teacher": self._located(objective["teacher"]["load"])} if "teacher" in objective else {}
         for number, teacher in enumerate(objective.get("teachers", [])):
             inputs |= {f"teachers.{number}.{key}": teacher[key] for key in ("store", "map") if key in teacher}
         outputs = {"hf": str(out / "hf"), "metrics": str(out / "metrics.jsonl")}
@@ -193,7 +194,7 @@ class Steps:
             "parallel": dict(self.parallel if parallel is None else parallel),
             "data": dict(data),
         }
-        inputs = {"model": self._located(load), **_files(data)}
+        inputs = {"model": self._located(load), **files_of(data)}
         self._launched("score", f"score-{name}", {**sections, **settings, "output": output}, inputs, {"rows": output})
         return output
 
@@ -287,7 +288,7 @@ class Steps:
         run = {"generator": name, **settings, "engine": engine, "output_dir": out}
         inputs = {"model": self._located(load)}
         for label, task in settings.get("tasks", {}).items():
-            paths = _files(task.get("data") or {"path": []}, f"tasks.{label}")
+            paths = files_of(task.get("data") or {"path": []}, f"tasks.{label}")
             inputs |= {key: path for key, path in paths.items() if os.path.exists(path)}
         stage = Stage(f"tasks-{name}", ("tasks", run_file), "", run, run_file, inputs, {"results": out})
         self.stages.append(replace(stage, resumes=True))
@@ -334,7 +335,7 @@ class Steps:
         self.stages.append(
             Stage(
                 name,
-                (verb, run_file),
+                (*verb.split(), run_file),
                 settings=run,
                 run_file=run_file,
                 inputs=inputs,
@@ -377,7 +378,7 @@ class Steps:
         return any(model == path for stage in self.stages for path in stage.outputs.values())
 
 
-def _files(data: Mapping[str, Any], name: str = "data") -> dict[str, str]:
+def files_of(data: Mapping[str, Any], name: str = "data") -> dict[str, str]:
     """The inputs that a section `data` names."""
     path = data["path"]
     return {name: path} if isinstance(path, str) else {f"{name}.{i}": each for i, each in enumerate(path)}

@@ -1,0 +1,34 @@
+"""The stages of pruning: a search for blocks, and the model without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusemega.recipes.steps import Steps, files_of
+
+
+class PruneSteps(Steps):
+    """`Steps` with the commands of `fusemega prune`."""
+
+    def prune_search(self, load: str, blocks: int, settings: Mapping[str, Any]) -> str:
+        """`fusemega prune search` as stage prune-search. Returns the order, `order/order.json`.
+
+        Args:
+            load: the whole model.
+            blocks: how many are removed.
+            settings: the run file's other keys, `data` among them.
+        """
+        out = self.folder / "order"
+        run = {"model": self._model(load), "parallel": dict(self.parallel), "blocks": blocks, "output": str(out)}
+        inputs = {"model": self._located(load), **files_of(settings["data"])} if "data" in settings else {}
+        outputs = {"order": str(out / "order.json")}
+        self._launched("prune search", "prune-search", run | dict(settings), inputs, outputs, (str(out),))
+        return outputs["order"]
+
+    def prune_apply(self, model: str, order: str, blocks: int, export: str) -> str:
+        """`fusemega prune apply` as stage prune-apply. Returns the model, folder `pruned`."""
+        out = str(self.folder / "pruned")
+        words = ("prune", "apply", model, order, out, "--blocks", str(blocks), "--export", export)
+        self._tool("prune-apply", words, {"model": self._located(model), "order": order}, {"model": out})
+        return out
