@@ -78,7 +78,7 @@ def test_refused(place: Path, changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("export", "blocks"), [("plain", 2), ("remote-code", 3)])
+@pytest.mark.parametrize(("export", "blocks"), [("plain", 2), ("remote-code", 3), ("nemotron-nas", 3)])
 def test_prunes_and_heals(place: Path, export: str, blocks: int) -> None:
     recipe, settings = read_recipe(written(export=export, blocks=blocks))
     lines = run_recipe(recipe, settings)
@@ -89,6 +89,28 @@ def test_prunes_and_heals(place: Path, export: str, blocks: int) -> None:
     pruned, healed = HFFolder("out/pruned"), HFFolder("out/healed/hf")
     assert pruned.architecture.layers == healed.architecture.layers
     assert pruned.config["model_type"] == healed.config["model_type"]
+
+
+SEARCH = {"data": {"path": "data.jsonl", "seq_length": 64}, "windows": "rows", "constraint": "plain"}
+
+
+def test_a_search_is_a_stage_and_its_run_file_is_checked(place: Path) -> None:
+    recipe, settings = read_recipe(written(order=None, search=SEARCH, nproc=2))
+    search, apply, *_ = recipe.graph(settings).stages
+    assert search.words() == ["prune", "search", "out/prune-search.yaml", "--nproc", "2"]
+    assert (search.settings["blocks"], search.settings["output"]) == (2, "out/order")
+    assert apply.inputs["order"] == search.outputs["order"] == "out/order/order.json"
+    recipe, settings = read_recipe(written(order=None, search=SEARCH | {"measure": "perplexety"}))
+    with pytest.raises(UserError, match="stage prune-search: measure"):
+        recipe.graph(settings)
+
+
+@pytest.mark.full
+def test_searches_prunes_and_heals(place: Path) -> None:
+    recipe, settings = read_recipe(written(order=None, search=SEARCH, heal={}, held_out=None))
+    assert run_recipe(recipe, settings)[-1] == "the result is out/healed/hf"
+    assert HFFolder("out/healed/hf").architecture.complete
+    assert len(HFFolder("out/healed/hf").architecture.layers) == 2
 
 
 def test_the_command_prunes_and_says_what_it_did(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
