@@ -1,9 +1,10 @@
 """`fusemega prune search` beside the plain search, which runs the whole model again for each candidate.
 
     python benchmarks/prune_vs_plain.py [--blocks 5] [--tokens 512] [--windows 4] [--m 8] [--plain-candidates 12]
+        [--arms ARM ...]
 
-One process, SmolLM2-135M-Instruct in fp32, text of an encyclopedia. Arms, one after the other, by processor time: exact
-without early stopping, exact, `top_m`, racing; each includes opening and reading the model. The plain search's time is
+One process, SmolLM2-135M-Instruct in fp32, text of an encyclopedia. Arms in turn, by processor time: exact,
+the same without early stopping, `top_m`, racing; all include opening and reading the model. The plain search's time is
 that of a block's and of a head's run, measured on `--plain-candidates` candidates of the first round (0: all of them),
 times the number of such runs that it has. The last line is one JSON object with the speed-up of each arm, the share of
 each saving, counts of runs, how the orders differ, and peak memory.
@@ -30,15 +31,17 @@ from fusemega.prune.run_file import PruneRun
 from fusemega.prune.search import Pruned, search
 from fusemega.prune.stage import CalibrationRow, StageBlocks
 from fusemega.runtime.parallel import initialize
+from fusemega.text.tokenizer import Tokenizer
+
+ARMS = ("exact", "exact_whole_runs", "top_m", "racing")
 
 
 def run_file(args: argparse.Namespace, out: Path, **keys: Any) -> PruneRun:
     base: dict[str, Any] = {
         "model": {"load": str(args.model or assets.smollm2()), "dtype": "fp32"},
         "data": {
-            "path": str(assets.domain_data("encyclopedia").train),
+            "path": str(args.text),
             "seq_length": args.tokens // args.windows,
-            "limit": args.rows,
         },
         "blocks": args.blocks,
         "output": str(out),
@@ -46,9 +49,19 @@ def run_file(args: argparse.Namespace, out: Path, **keys: Any) -> PruneRun:
     return validate(PruneRun, base | keys, "benchmark")
 
 
+def text_of(args: argparse.Namespace, path: Path) -> Path:
+    """A file of one text, of exactly `args.tokens` tokens."""
+    lines = assets.domain_data("encyclopedia").train.read_text(encoding="utf-8").splitlines()[: args.tokens // 16]
+    text = "\n\n".join(json.loads(line)["text"] for line in lines)
+    (encoding,) = Tokenizer.load(args.model or assets.smollm2()).encode([text])
+    path.write_text(json.dumps({"text": text[: int(encoding.ends[args.tokens - 1])]}) + "\n", encoding="utf-8")
+    return path
+
+
 @torch.no_grad()
-def plain_seconds(run: PruneRun, candidates: int) -> tuple[float, float, int]:
-    """Processor seconds of one block's run and of one head's run over one window, and the number of windows."""
+def plain_seconds(run: PruneRun, candidates: int) -> tuple[float, float, float, int]:
+    """Processor seconds of opening the model, of one block's run and of one head's over a window; and the windows."""
+    begun = time.process_time()
     source = run.open()
     world = initialize(run.parallel)
     with tempfile.TemporaryDirectory() as cache:
@@ -58,6 +71,7 @@ def plain_seconds(run: PruneRun, candidates: int) -> tuple[float, float, int]:
     stage = StageBlocks(source.build(world), world)
     rows = stage.rows(data.batches)
     cost = cross_entropy(stage.gpt, world, run.ce)
+    opening = time.process_time() - begun
     blocks = head = 0.0
     chosen = stage.blocks[:: max(1, len(stage.blocks) // candidates)] if candidates else stage.blocks
     for masked in chosen:
@@ -65,7 +79,7 @@ def plain_seconds(run: PruneRun, candidates: int) -> tuple[float, float, int]:
             spent = _one(stage, row, masked, cost)
             blocks, head = blocks + spent[0], head + spent[1]
     runs = len(chosen) * len(rows)
-    return blocks / runs / (len(stage.blocks) - 1), head / runs, len(rows)
+    return opening, blocks / runs / (len(stage.blocks) - 1), head / runs, len(rows)
 
 
 def _one(stage: StageBlocks, row: CalibrationRow, masked: ResidualBlock, cost: Any) -> tuple[float, float]:
@@ -91,21 +105,23 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=4, help="rows of text, enough for the tokens")
     parser.add_argument("--m", type=int, default=8)
     parser.add_argument("--plain-candidates", type=int, default=12)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="the first is compared with")
     args = parser.parse_args()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="prune-vs-plain-") as folder:
+        args.text = text_of(args, Path(folder) / "text.jsonl")
         first = run_file(args, Path(folder) / "none")
-        block, head, windows = plain_seconds(first, args.plain_candidates)
+        opening, block, head, windows = plain_seconds(first, args.plain_candidates)
         arms: dict[str, dict[str, Any]] = {
-            "exact, without early stopping": {"search": {"name": "exact", "early_stop": False}},
             "exact": {},
+            "exact_whole_runs": {"search": {"name": "exact", "early_stop": False}},
             "top_m": {"search": {"name": "top_m", "m": args.m}},
             "racing": {"search": {"name": "racing"}},
         }
-        for number, (name, keys) in enumerate(arms.items()):
+        for number, name in enumerate(args.arms):
+            keys = arms[name]
             if number:
                 keys["compare"] = str(Path(folder) / "0" / "order.json")
             seconds, result = arm(run_file(args, Path(folder) / str(number), **keys))
@@ -113,7 +129,8 @@ def main() -> None:
             if not number:
                 plain_heads = work.plain_candidates * windows
                 found["plain"] = {
-                    "seconds": round(work.plain_block_runs * block + plain_heads * head, 1),
+                    "seconds": round(opening + work.plain_block_runs * block + plain_heads * head, 1),
+                    "opening_seconds": round(opening, 1),
                     "candidates": work.plain_candidates,
                     "block_runs": work.plain_block_runs,
                     "head_runs": plain_heads,
@@ -134,7 +151,7 @@ def main() -> None:
             }
             print(f"{name}: {found[name]['speed_up']}x", flush=True)
     found["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    found["settings"] = vars(args)
+    found["settings"] = {name: str(value) for name, value in vars(args).items()}
     print(json.dumps(found))
 
 

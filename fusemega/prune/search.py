@@ -117,7 +117,8 @@ def search(run: PruneRun) -> tuple[Pruned, World]:
     cache = cache_folder() / "data"
     data = calibration(run.data, run.windows, run.samples, run.seed, source, shape, world, cache)
     settings = _settings(run, data)
-    identity = {"weights": weights, "tokenizer": source.tokenizer.content_hash, **settings}
+    precision = run.model.model_dump(mode="json", exclude={"load", "trust_remote_code"})
+    identity = {"weights": weights, "tokenizer": source.tokenizer.content_hash, "precision": precision, **settings}
     with ExitStack() as held:
         journals: list[ResultsJournal] = []
         on_main(world, lambda: journals.append(held.enter_context(results_journal(output, identity))))
