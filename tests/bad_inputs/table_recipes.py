@@ -12,7 +12,7 @@ _c = kind("configuration")
 # fmt: off
 TABLE: list[Bad] = [
     _c("no such recipe file", "run nowhere.yaml", "nowhere.yaml: cannot read the run file: No such file"),
-    _c("an unknown recipe", RUN + " recipe=fusee", "recipe.yaml: recipe: unknown name 'fusee' (did you mean 'fuse'?); allowed: fuse, fusechat3, fuserl, wrpo"),
+    _c("an unknown recipe", RUN + " recipe=fusee", "recipe.yaml: recipe: unknown name 'fusee' (did you mean 'fuse'?); allowed: blockpruner, fuse, fusechat3, fuserl, wrpo"),
     _c("a recipe that is a list", RUN + " 'recipe=[fuse]'", "recipe.yaml: recipe: found ['fuse']; allowed: fuse"),
     _c("a misspelt key of a recipe", RUN + " teach.topk=3", "teach.topk: unknown key (did you mean 'top_k'?)"),
     _c("a run file for a recipe", "run train.yaml", "train.yaml: target: required, and not given"),
