@@ -18,7 +18,7 @@ def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None
     chosen response has the higher log-probability: by the sum over its tokens, and by the mean.
     """
     from fusemega.config import load
-    from fusemega.files.output import disk_errors, write_durably
+    from fusemega.files.output import write_output
     from fusemega.scoring.evaluate import EvalRun, check_output, evaluate
 
     run = load(EvalRun, run_file, overrides or [])
@@ -30,8 +30,5 @@ def command(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = None
         result, world = evaluate(run, held)
         if world.is_main:
             if run.output is not None:
-                output = Path(run.output)
-                with disk_errors(output):
-                    output.parent.mkdir(parents=True, exist_ok=True)
-                    write_durably(output, result.model_dump_json(indent=1) + "\n")
+                write_output(Path(run.output), result.model_dump_json(indent=1) + "\n")
             print(result.model_dump_json())

@@ -40,7 +40,7 @@ def evaluate(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = Non
     No model is written. Prints one JSON object, and writes it to the run file's `output` if that is set.
     """
     from fusemega.config import load
-    from fusemega.files.output import disk_errors, write_durably
+    from fusemega.files.output import write_output
     from fusemega.prune.evaluate import check_eval_output, evaluate_order
     from fusemega.prune.run_file import PruneEvalRun
 
@@ -52,10 +52,7 @@ def evaluate(run_file: RUN_FILE, overrides: OVERRIDES = None, nproc: NPROC = Non
     result, world = evaluate_order(run)
     if world.is_main:
         if run.output is not None:
-            output = Path(run.output)
-            with disk_errors(output):
-                output.parent.mkdir(parents=True, exist_ok=True)
-                write_durably(output, result.model_dump_json(indent=1) + "\n")
+            write_output(Path(run.output), result.model_dump_json(indent=1) + "\n")
         print(result.model_dump_json())
 
 

@@ -167,6 +167,17 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def write_output(path: Path, text: str) -> None:
+    """A command's output of one small text file: as `write_durably`, in a folder that is made if it is missing.
+
+    Raises:
+        UserError: the disk is full, or the place cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, text)
+
+
 def write_durably(path: Path, text: str) -> None:
     """Replace a small text file atomically, on disk before the function returns."""
     path = Path(os.path.realpath(path))

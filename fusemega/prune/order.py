@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from fusemega.errors import UserError, choose, nearest
 from fusemega.files.json_files import read_json
-from fusemega.files.output import disk_errors, write_durably
+from fusemega.files.output import write_output
 from fusemega.models.architecture import Architecture
 
 Kind = Literal["mha", "mlp"]
@@ -205,11 +205,11 @@ class Order:
 
     def write(self, path: Path) -> None:
         """Writes our form to `path`, in place of an older file, on disk before the function returns."""
-        _write(path, self.to_json())
+        write_output(path, self.to_json())
 
     def write_authors(self, path: Path) -> None:
         """Writes the authors' form to `path`, as `write`."""
-        _write(path, self.to_authors_json())
+        write_output(path, self.to_authors_json())
 
 
 def read_order(path: str | Path) -> Order:
@@ -237,12 +237,6 @@ def is_order(path: Path) -> bool:
         return read_json(path).get("fusemega") == _FORMAT
     except UserError:
         return False
-
-
-def _write(path: Path, text: str) -> None:
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, text)
 
 
 def _read_ours(content: Mapping[str, Any], source: str) -> Order:
