@@ -171,10 +171,13 @@ class GateUp(Rule):
 
 @dataclass(frozen=True)
 class QKV(Rule):
-    """`linear_qkv` [G/TP * (N/G + 2) * D, H]: for each group its query heads, then its key, then its value.
+    """`linear_qkv` [(N + 2G) * D / TP, H]: for each group its query heads, then its key, then its value.
 
     HF keeps three matrices: q [N*D, H], k and v [G*D, H]; query head h belongs to group h // (N/G) in both.
     `columns` is (H,) for the weight and () for the bias, whose entries have the order of the weight's rows.
+
+    Where TP is larger than G, Megatron cuts these rows wherever the ranks' shares end, and gathers what they give
+    (transformer/attention.py:1398): no row is on two ranks, and each rank then takes its group's key and value.
     """
 
     q: str
@@ -194,20 +197,24 @@ class QKV(Rule):
         return {self.q: (self.heads * self.head_dim, *self.columns), self.k: narrow, self.v: narrow}
 
     def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
-        return (self.groups // ranks.tp_size * (self.heads // self.groups + 2) * self.head_dim, *self.columns)
+        return ((self.heads + 2 * self.groups) * self.head_dim // ranks.tp_size, *self.columns)
 
     def pieces(self, ranks: WeightRanks) -> list[Piece]:
-        local_groups = self.groups // ranks.tp_size
         query_rows = self.heads // self.groups * self.head_dim
+        group_rows = query_rows + 2 * self.head_dim
+        rows, *_ = self.local_shape(ranks)
+        first, end = ranks.tp_rank * rows, (ranks.tp_rank + 1) * rows
         columns = whole(self.columns)
         out = []
-        at = 0
-        for group in range(ranks.tp_rank * local_groups, (ranks.tp_rank + 1) * local_groups):
-            for name, rows in ((self.q, query_rows), (self.k, self.head_dim), (self.v, self.head_dim)):
-                out.append(
-                    Piece(name, ((group * rows, (group + 1) * rows), *columns), ((at, at + rows), *columns)),
-                )
-                at += rows
+        for group in range(first // group_rows, -(-end // group_rows)):
+            at = group * group_rows
+            for name, size in ((self.q, query_rows), (self.k, self.head_dim), (self.v, self.head_dim)):
+                start, stop = max(at, first), min(at + size, end)
+                if start < stop:
+                    in_hf = group * size - at  # from a row of Megatron's whole matrix to one of the tensor
+                    hf_rows, local_rows = (start + in_hf, stop + in_hf), (start - first, stop - first)
+                    out.append(Piece(name, (hf_rows, *columns), (local_rows, *columns)))
+                at += size
         return out
 
 

@@ -28,13 +28,19 @@ def check_layout(architecture: Architecture, layout: ParallelConfig) -> None:
     config = architecture.transformer_config
     tp_size = layout.tensor_model_parallel_size
     heads, groups, ffn = (config[k] for k in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"))
+
     # The vocabulary need not divide: it is padded (`rules.padded_vocab_size`).
-    if any(n % tp_size for n in (heads, groups, ffn)):
-        allowed = [n for n in range(1, groups + 1) if not any(m % n for m in (heads, groups, ffn))]
-        reason = "; more ranks than key/value heads is not supported" if tp_size > groups else ""
+    def divides(size: int) -> bool:
+        """With more ranks than key/value heads, as many ranks share each, and equal shares of its rows."""
+        shared = groups % size == 0 or (size % groups == 0 and (heads + 2 * groups) * config["kv_channels"] % size == 0)
+        return shared and heads % size == 0 and ffn % size == 0
+
+    if not divides(tp_size):
+        allowed = [size for size in range(1, heads + 1) if divides(size)]
         raise UserError(
             f"parallel.tensor_model_parallel_size: {tp_size} does not divide this model's {heads} attention heads, "
-            f"{groups} key/value heads and feed-forward size {ffn}{reason}; allowed: {', '.join(map(str, allowed))}"
+            f"{groups} key/value heads (or is no multiple of them) and feed-forward size {ffn}; allowed: "
+            f"{', '.join(map(str, allowed))}"
         )
     layers_of_stages(architecture, layout)
 

@@ -113,7 +113,7 @@ TABLE: list[Bad] = [
     _c("SP without TP", TRAIN + " parallel.sequence_parallel=true", "sequence_parallel needs tensor_model_parallel"),
     _c("TP of 2, one process", TRAIN + " parallel.tensor_model_parallel_size=2", "does not divide the 1 process(es)"),
     _c("PP that does not divide", DRY + " --nproc 3 parallel.pipeline_model_parallel_size=3", "this model's 2 layers"),
-    _c("TP beyond the heads", DRY + " --nproc 4 parallel.tensor_model_parallel_size=4", "2 key/value heads"),
+    _c("TP beyond the heads", DRY + " --nproc 16 parallel.tensor_model_parallel_size=16", "2 key/value heads"),
     _c("CP of 2, one process", TRAIN + CP2, "context_parallel_size 2 x pipeline_model_parallel_size 1 = 2 does not divide"),
     _c("rows that CP cannot split", TRAIN + CP2 + " data.seq_length=62", "data.seq_length = 62 is not a multiple of 4 = 2 x"),
     _c("rows of an eval that CP cannot split", EVAL + CP2 + " data.seq_length=62", "is not a multiple of 4 = 2 x context"),

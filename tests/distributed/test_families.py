@@ -25,14 +25,17 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 SLIDING = {"use_sliding_window": True, "sliding_window": 5}
+# Some have fewer key/value heads than there are tensor-parallel ranks.
 MODELS: dict[str, dict[str, Any]] = {
     "mistral-windowed": {"model_type": "mistral", "vocab_size": 101, "sliding_window": 6},
-    "mistral-unlimited": {"model_type": "mistral", "vocab_size": 101, "sliding_window": None, "head_dim": 12},
-    "qwen2-untied": {"model_type": "qwen2", "vocab_size": 103},
+    "mistral-unlimited": {"model_type": "mistral", "vocab_size": 101, "sliding_window": None, "head_dim": 12}
+    | {"num_key_value_heads": 2},
+    "qwen2-untied": {"model_type": "qwen2", "vocab_size": 103, "num_key_value_heads": 1},
     "qwen2-windowed-tied": {"model_type": "qwen2", "vocab_size": 101, "tie_word_embeddings": True}
     | SLIDING
     | {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]},
-    "qwen3-tied": {"model_type": "qwen3", "vocab_size": 101, "head_dim": 16, "tie_word_embeddings": True},
+    "qwen3-tied": {"model_type": "qwen3", "vocab_size": 101, "head_dim": 16, "tie_word_embeddings": True}
+    | {"num_key_value_heads": 2},
     "qwen3-windowed": {"model_type": "qwen3", "vocab_size": 99, "head_dim": 8, "max_window_layers": 3} | SLIDING,
 }
 LENGTHS = (19, 1, 4, 8)  # both sides of every window; together a multiple of 4, for sequence parallelism
@@ -54,7 +57,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     references, texts = {}, {}
     for number, (name, settings) in enumerate(MODELS.items()):
         torch.manual_seed(number)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE, **settings)).float()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(SHAPE | settings))).float()
         with torch.no_grad():  # no weight that a mistake could leave unseen: biases not 0, norms not 1, sharp attention
             for key, parameter in model.named_parameters():
                 parameter.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)

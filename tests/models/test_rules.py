@@ -62,8 +62,9 @@ def check(rule: Rule, tp_size: int, expected: list[np.ndarray], *, replicated: b
     [
         (heads, groups, head_dim, tp_size)
         for heads, groups in itertools.product((4, 8, 9, 12), (1, 2, 3, 4, 8, 9))
-        for head_dim, tp_size in itertools.product((2, 4), (1, 2, 3, 4))
-        if heads % groups == 0 and groups % tp_size == 0
+        for head_dim, tp_size in itertools.product((2, 4), (1, 2, 3, 4, 8))
+        if heads % groups == heads % tp_size == 0
+        and (groups % tp_size == 0 or (tp_size % groups == 0 and 2 * groups * head_dim % tp_size == 0))
     ],
 )
 @pytest.mark.parametrize("columns", [(HIDDEN,), ()], ids=["weight", "bias"])

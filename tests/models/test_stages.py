@@ -34,8 +34,8 @@ def layout(
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"tp": 4}, ["tensor_model_parallel_size: 4", "2 key/value heads", "not supported", "allowed: 1, 2"]),
-        ({"tp": 3}, ["tensor_model_parallel_size: 3", "4 attention heads", "allowed: 1, 2"]),
+        ({"tp": 8}, ["tensor_model_parallel_size: 8", "4 attention heads", "2 key/value heads", "allowed: 1, 2, 4"]),
+        ({"tp": 3}, ["tensor_model_parallel_size: 3", "4 attention heads", "allowed: 1, 2, 4"]),
         ({"pp": 4}, ["pipeline_model_parallel_size: 4", "2 layers", "allowed: 1, 2"]),
         ({"pp": 2, "vpp": 2}, ["virtual_pipeline_model_parallel_size: 2", "1 layers of stage 0", "allowed: none"]),
         ({"pp": 2, "first": 2}, ["first_pipeline_stage 2 leave 0", "1 other", "a positive multiple of 1"]),
@@ -54,6 +54,17 @@ def test_a_middle_that_does_not_divide_is_refused() -> None:
         stage_layers(8, layout(pp=3, first=3))
     with pytest.raises(UserError, match="2 does not divide the 3 layers of stage 1; allowed: 3"):
         stage_layers(5, layout(pp=2, vpp=2, first=2))
+
+
+def test_ranks_that_share_a_key_value_head_are_as_many_for_each() -> None:
+    sizes = {"head_dim": 12, "num_attention_heads": 12, "intermediate_size": 48}
+    for groups, allowed in ((1, [1, 2, 3, 4, 6, 12]), (2, [1, 2, 4, 6, 12]), (3, [1, 3, 6, 12]), (6, [1, 2, 3, 6, 12])):
+        architecture = architecture_of(CONFIG | sizes | {"num_key_value_heads": groups})
+        with pytest.raises(UserError, match=f"allowed: {', '.join(map(str, allowed))}$"):
+            check_layout(architecture, layout(5))
+    odd = CONFIG | {"num_key_value_heads": 1, "head_dim": 2, "num_attention_heads": 8}  # 20 rows
+    with pytest.raises(UserError, match="allowed: 1, 2, 4$"):
+        check_layout(architecture_of(odd), layout(8))
 
 
 def test_real_smollm2_takes_the_quickstart_layout() -> None:

@@ -300,7 +300,7 @@ def test_dry_run_checks_and_writes_nothing(make_run: MakeRun, tmp_path: Path) ->
     with pytest.raises(UserError, match="does not divide this model's 4 layers"):
         describe(make_run(parallel={"pipeline_model_parallel_size": 3}), 3)
     with pytest.raises(UserError, match="2 key/value heads"):
-        describe(make_run(parallel={"tensor_model_parallel_size": 4}), 4)
+        describe(make_run(parallel={"tensor_model_parallel_size": 8}), 8)
     with pytest.raises(UserError, match="does not divide the 3 process"):
         describe(make_run(parallel={"pipeline_model_parallel_size": 2}), 3)
 
