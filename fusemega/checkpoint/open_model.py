@@ -20,7 +20,6 @@ from fusemega.hf.new_score import NewScore
 from fusemega.hf.proof import check_written
 from fusemega.models.build import GPT, build_model
 from fusemega.models.heads import REWARD, HeadKind
-from fusemega.models.rope import longest_text
 from fusemega.models.stages import check_layout, layers_of_stages
 from fusemega.runtime.console import global_rank, phase, say
 from fusemega.runtime.parallel import ParallelConfig, World
@@ -125,11 +124,12 @@ class ModelSource:
             )
         return made
 
-    def check_sharing(self, key: str) -> None:
+    def check_sharing(self, key: str, seq_length: int) -> None:
         """Refuses rows with shared prompts where this model cannot run them.
 
         Args:
             key: of the run file, for the message.
+            seq_length: the most tokens of a text.
 
         Raises:
             UserError: says why, and what is allowed.
@@ -138,6 +138,13 @@ class ModelSource:
         problem = sharing_problem(self._parallel, bool(self.kernels.fp8), head_size)
         if problem is not None:
             raise UserError(f"{key}: cannot be true here: {problem}")
+        rope = self.architecture.text_rope()
+        if rope is not None and rope.same_up_to is not None and seq_length > rope.same_up_to:
+            raise UserError(
+                f"{key}: cannot be true here: this model's rotary positions depend on the length of a text beyond "
+                f"{rope.same_up_to} tokens, so a short and a long response have different keys of one prompt; allowed: "
+                f"false, or data.seq_length up to {rope.same_up_to}"
+            )
 
     def weights_hash(self) -> str:
         """See `weights_hash`."""
@@ -159,7 +166,7 @@ class ModelSource:
 
         It is no error, because every family here has rope, which computes any position.
         """
-        longest = longest_text(self.hf_config)
+        longest = self.architecture.family.longest_text(self.hf_config)
         if seq_length > longest:
             say(
                 f"{self.config.load}: data.seq_length is {seq_length}, and the model was trained on texts of up "

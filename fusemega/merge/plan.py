@@ -190,7 +190,7 @@ def _check_architecture(folders: Sequence[HFFolder]) -> None:
                     f"{folder.path}: {key} is {theirs.get(key)}, and {ours.get(key)} in {first.path}: only models of "
                     f"one architecture can be merged"
                 )
-        if not torch.equal(frequencies, other.inv_freq()):
+        if not torch.equal(frequencies, other.inv_freq()) or other.text_rope() != first.architecture.text_rope():
             raise UserError(f"{folder.path}: its rotary positions differ from those of {first.path}")
 
 

@@ -15,6 +15,7 @@ from fusemega.models.heads import EMBEDDING, HeadKind, class_name, has_head, hea
 from fusemega.models.left_out import without_left_out
 from fusemega.models.parts import Layer, LayerSpec, Names
 from fusemega.models.rules import Replicated, Rule, VocabRows
+from fusemega.runtime.text_rope import TextRope
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class Architecture:
     def inv_freq(self) -> torch.Tensor:
         """Rotary inverse frequencies, float32 [D/2]."""
         return self.family.inv_freq(self.hf_config)
+
+    def text_rope(self) -> TextRope | None:
+        """What the rotation of a text has besides; None: nothing."""
+        return self.family.text_rope(self.hf_config)
 
     def rules(self, spec: LayerSpec = "local") -> list[Rule]:
         """One rule for every parameter of the whole model, in the order of Hugging Face's tensors.

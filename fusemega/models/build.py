@@ -22,6 +22,7 @@ from fusemega.models.stages import LAYER_NAME, balances, check_layout, layers_of
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels
 from fusemega.runtime.specs import block_spec
+from fusemega.runtime.text_rope import with_rope
 
 from megatron.core.models.common.language_module.language_module import LanguageModule  # isort: skip  (after
 from megatron.core.models.gpt import GPTModel  # isort: skip  runtime.parallel has enabled the CPU backend)
@@ -222,6 +223,7 @@ def build_model(
         pipeline_model_parallel_layout=stages,
         hetereogenous_dist_checkpoint=not architecture.alike,
     )
+    with_rope(config, architecture.text_rope())
     model = GPT(config, architecture, world).to(world.device)
     for placement in placements(model, world):
         # Megatron sets these marks while it draws initial weights (tensor_parallel/layers.py:151), which is off here.

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from fusemega.errors import UserError
 from fusemega.models.family import HFConfig, check_keys, check_token_ids, require_int, require_number
 from fusemega.models.parts import Attention, GatedMLP, Layer, Norm
-from fusemega.models.rope import inverse_frequencies, rope_parameters
+from fusemega.models.rope import inverse_frequencies, longest_text, rope_parameters, text_rope
+from fusemega.runtime.text_rope import TextRope
 
 _KNOWN = frozenset(
     """
@@ -75,12 +76,17 @@ class DenseDecoder:
             raise UserError(f"config.json: head_dim {head_dim} is odd; rotary positions need pairs")
         with torch.device("cpu"):  # a model is also built on the device "meta", where tensors have no values
             frequencies = self.inv_freq(hf_config)
+            self.text_rope(hf_config)
         if not (frequencies.isfinite() & (frequencies > 0)).all():
             raise UserError(
-                f"config.json: the rotary positions of {rope_parameters(hf_config)} have frequencies that are no "
+                f"config.json: the rotary positions of {self.rope(hf_config)} have frequencies that are no "
                 "positive numbers of 32 bits"
             )
         self.windows(hf_config)
+
+    def rope(self, hf_config: HFConfig) -> dict[str, Any]:
+        """Rope settings as `rope_parameters` gives them."""
+        return rope_parameters(hf_config)
 
     def transformer_config(self, hf_config: HFConfig) -> dict[str, Any]:
         """See `Family.transformer_config`."""
@@ -106,7 +112,15 @@ class DenseDecoder:
 
     def inv_freq(self, hf_config: HFConfig) -> torch.Tensor:
         """See `Family.inv_freq`."""
-        return inverse_frequencies(rope_parameters(hf_config), self._heads(hf_config)[2])
+        return inverse_frequencies(self.rope(hf_config), self._heads(hf_config)[2])
+
+    def text_rope(self, hf_config: HFConfig) -> TextRope | None:
+        """See `Family.text_rope`."""
+        return text_rope(self.rope(hf_config), self._heads(hf_config)[2])
+
+    def longest_text(self, hf_config: HFConfig) -> int:
+        """See `Family.longest_text`."""
+        return longest_text(hf_config)
 
     def tied(self, hf_config: HFConfig) -> bool:
         """See `Family.tied`."""

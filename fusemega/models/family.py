@@ -9,6 +9,7 @@ import torch
 
 from fusemega.errors import UserError, nearest
 from fusemega.models.parts import Layer
+from fusemega.runtime.text_rope import TextRope
 
 HFConfig = Mapping[str, Any]
 
@@ -39,6 +40,12 @@ class Family(Protocol):
 
     def inv_freq(self, hf_config: HFConfig) -> torch.Tensor:
         """Rotary inverse frequencies, float32 [D/2]."""
+
+    def longest_text(self, hf_config: HFConfig) -> int:
+        """The longest text, in positions, for which the rope is meant, its scaling included."""
+
+    def text_rope(self, hf_config: HFConfig) -> TextRope | None:
+        """What the rotation of a text has besides; None: nothing."""
 
     def layers(self, hf_config: HFConfig) -> Sequence[Layer]:
         """All layers with all their parts; `left_out.without_left_out` then removes what `block_configs` leaves out."""

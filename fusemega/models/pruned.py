@@ -90,6 +90,7 @@ def nemotron_nas_config(architecture: Architecture) -> dict[str, Any]:
         "a second norm around a block": any(len(norms) != 1 for norms in norms_of_blocks),
         "sliding windows": "window_size" in sizes,
         "a softcap of the logits": architecture.softcap is not None,
+        "rotary positions of the types yarn, dynamic and longrope": architecture.text_rope() is not None,
     }
     for part, present in lacks.items():
         if present:

@@ -167,7 +167,7 @@ def whole_positions(part: torch.Tensor, batch: MicroBatch, world: World) -> torc
 
 def packed_row(batch: MicroBatch) -> PackedSeqParams:
     """What Megatron's attention is told of a packed row."""
-    bounds = known(batch.cu_seqlens, batch.bounds, batch.prefixes)
+    bounds = known(batch.cu_seqlens, batch.bounds, batch.prefixes, batch.texts)
     longest, is_part = batch.max_seqlen, batch.kept is not None
     return PackedSeqParams(
         qkv_format="thd",

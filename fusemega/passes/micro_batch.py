@@ -80,6 +80,7 @@ class MicroBatch:
             padding at the row's end.
         bounds: the same numbers on the host, where reading them needs no wait for the device.
         prefixes: for each segment, the tokens of the row that it continues; on the host.
+        texts: for each segment, the tokens of the text that it ends, without padding; on the host.
         max_seqlen: tokens of the longest segment, with what it continues.
         positions: int64 [N], indices into T (into R) of the tokens whose next token is supervised; one index for each
             sequence, so of a shared token several times.
@@ -124,6 +125,7 @@ class MicroBatch:
     token_fields: Mapping[str, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None
     num_positions: int = 0
+    texts: tuple[int, ...] = ()
     answers: Mapping[str, Answer] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -275,6 +277,7 @@ def collate(
         token_weights=weights,
         token_fields=_joined(token_fields, like.token, np.stack),
         num_positions=len(where),
+        texts=tuple(row.texts),
     )
 
 
@@ -296,6 +299,7 @@ class _Row:
         self.tokens, self._multiple = tokens, multiple
         self.bounds = [0]
         self.prefixes: list[Prefix] = []
+        self.texts: list[int] = []
 
     def lay(self, ids: np.ndarray, prefix: Prefix, source: str) -> int:
         """Adds a segment, and returns where it begins. Raises ValueError, with the source, if it does not fit."""
@@ -305,6 +309,7 @@ class _Row:
         self.tokens[start : start + len(ids)] = ids
         self.bounds.append(end)
         self.prefixes.append(prefix)
+        self.texts.append(prefix[1] - prefix[0] + len(ids))
         return start
 
     def close(self) -> None:
@@ -312,6 +317,7 @@ class _Row:
         if self.bounds[-1] < len(self.tokens):
             self.bounds.append(len(self.tokens))
             self.prefixes.append(NO_PREFIX)
+            self.texts.append(0)
 
 
 def _joined(parts: Sequence[Arrays], like: Arrays, join: Callable[[list[np.ndarray]], np.ndarray]) -> dict[str, Tensor]:

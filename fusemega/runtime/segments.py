@@ -50,6 +50,7 @@ class Segments:
     Args:
         bounds: of the whole row, as in cu_seqlens: the first is 0, the last the row's length.
         prefixes: of each segment; left out: no segment continues another.
+        texts: tokens of the text that each segment ends, with what it continues and without padding; left out: all.
 
     Example:
         >>> Segments([0, 4, 6, 8, 9], [(0, 0), (0, 4), (0, 4), (0, 0)]).runs
@@ -57,9 +58,10 @@ class Segments:
 SegmentRun(length=1, number=1, prompt=None, seen=0)]
     """
 
-    def __init__(self, bounds: Sequence[int], prefixes: Sequence[Prefix] = ()) -> None:
+    def __init__(self, bounds: Sequence[int], prefixes: Sequence[Prefix] = (), texts: Sequence[int] = ()) -> None:
         self.bounds = tuple(bounds)
         self.prefixes = tuple(prefixes) or (NO_PREFIX,) * (len(self.bounds) - 1)
+        self.texts = list(texts) or [a + b for a, b in zip(self.before, self.lengths, strict=True)]
         self._kept: dict[object, object] = {}
 
     @cached_property
@@ -108,16 +110,18 @@ SegmentRun(length=1, number=1, prompt=None, seen=0)]
         return self.kept(("zigzag", size, device), make)
 
 
-def known(cu_seqlens: Tensor, bounds: Sequence[int], prefixes: Sequence[Prefix] = ()) -> Tensor:
+def known(
+    cu_seqlens: Tensor, bounds: Sequence[int], prefixes: Sequence[Prefix] = (), texts: Sequence[int] = ()
+) -> Tensor:
     """Gives `cu_seqlens` its bounds, so that its values need not be read from now on. Returns it.
 
     Args:
         cu_seqlens: int32 [segments + 1], on any device.
         bounds: the same numbers.
-        prefixes: as `Segments` takes them.
+        prefixes, texts: as `Segments` takes them.
     """
     if not hasattr(cu_seqlens, _ATTRIBUTE):
-        setattr(cu_seqlens, _ATTRIBUTE, Segments(bounds, prefixes))
+        setattr(cu_seqlens, _ATTRIBUTE, Segments(bounds, prefixes, texts))
     return cu_seqlens
 
 

@@ -72,14 +72,14 @@ class Checked:
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
         if run.training.share_prefix:
-            source.check_sharing("training.share_prefix")
+            source.check_sharing("training.share_prefix", run.data.seq_length)
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)
         frozen = {}
         for name, request in objective.frozen.items():
             frozen[name] = open_frozen(request.model, run.parallel, world_size, source, f"objective.{name}")
             frozen[name].note_length(run.data.seq_length)
             if run.training.share_prefix:
-                frozen[name].check_sharing("training.share_prefix")
+                frozen[name].check_sharing("training.share_prefix", run.data.seq_length)
         return cls(run, source, objective, frozen)
 
     def prepared(self, data: DataConfig) -> TokenizedDataset:
