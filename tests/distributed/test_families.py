@@ -29,8 +29,10 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 5}
 MODELS: dict[str, dict[str, Any]] = {
     "mistral-windowed": {"model_type": "mistral", "vocab_size": 101, "sliding_window": 6},
     "mistral-unlimited": {"model_type": "mistral", "vocab_size": 101, "sliding_window": None, "head_dim": 12}
-    | {"num_key_value_heads": 2},
-    "qwen2-untied": {"model_type": "qwen2", "vocab_size": 103, "num_key_value_heads": 1},
+    | {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    | {"max_position_embeddings": 8},
+    "qwen2-untied": {"model_type": "qwen2", "vocab_size": 103, "num_key_value_heads": 1}
+    | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
     "qwen2-windowed-tied": {"model_type": "qwen2", "vocab_size": 101, "tie_word_embeddings": True}
     | SLIDING
     | {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]},

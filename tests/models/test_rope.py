@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fusemega.errors import UserError
+from fusemega.hf.load import load_hf
+from fusemega.models.build import build_model
+from fusemega.models.dense_logits import dense_logits
 from fusemega.models.registry import architecture_of
+from fusemega.runtime.parallel import World
 from tests.models.test_llama import CONFIG
 
 ORIGINAL = {"original_max_position_embeddings": 24}
@@ -101,3 +106,21 @@ def test_refuses_what_it_would_compute_wrongly(rope: dict[str, Any], change: dic
     with pytest.raises(UserError) as error:
         architecture_of(config)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONGROPE, {"rope_type": "yarn", "factor": 4.0}], ids=str)
+def test_each_text_of_a_row_is_rotated_by_its_own_length(world: World, tmp_path: Path, rope: dict[str, Any]) -> None:
+    ours, hf_config = opened(rope)
+    hf = LlamaForCausalLM(hf_config).eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.mul_(4.0)  # logits that positions move
+    hf.save_pretrained(tmp_path)
+    model = build_model(ours, world, torch.float32)
+    load_hf(model, tmp_path, world)
+    texts = [torch.randint(0, 259, (n,)).tolist() for n in (40, 7, 24, 33)]
+    with torch.no_grad():
+        wanted = torch.cat([hf(torch.tensor([text])).logits[0] for text in texts])
+    got = dense_logits(model, world, texts)
+    assert got is not None
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)

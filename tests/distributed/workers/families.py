@@ -82,6 +82,7 @@ def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
         group_fields={"has_rewards": torch.zeros(len(texts) // 2, dtype=torch.bool)},
         sources=("",) * len(texts),
         num_positions=len(positions),
+        texts=tuple(lengths),
     )
 
 
