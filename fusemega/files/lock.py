@@ -13,6 +13,7 @@ import os
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from fusemega.errors import UserError, printable
 
 _FIRST_WORD = "fusemega"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
+_ENDING_SECONDS = 5.0  # how long the children of a killed holder are waited for
 _held: dict[tuple[int, str], int] = {}
 """(process, lock file) -> how many blocks of that process hold it, so that nested steps do not block each other."""
 
@@ -82,6 +84,7 @@ def _place(path: str | Path) -> tuple[Path, list[Path]]:
 
 def _take(lock: Path, path: str | Path) -> int | None:
     """The open lock file; None where the file system has no locks."""
+    patience = time.monotonic() + _ENDING_SECONDS
     while True:
         # NOFOLLOW and NONBLOCK: a link that somebody put here is not followed, and a FIFO is not waited for.
         try:
@@ -97,6 +100,10 @@ def _take(lock: Path, path: str | Path) -> int | None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if _has_ended(said) and time.monotonic() < patience:
+                    os.close(descriptor)
+                    time.sleep(0.05)
+                    continue
                 who = " ".join(said.split()[1:]) or "it has not said which"
                 raise UserError(
                     f"{path}: another process is writing it ({who}); wait until it ends, or choose another output"
@@ -118,6 +125,21 @@ def _take(lock: Path, path: str | Path) -> int | None:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its holder removed it between the opening and the lock
+
+
+def _has_ended(said: str) -> bool:
+    """Whether the holder that the lock file names was a process of this machine, and is no more. Children that it was
+    about to start have the lock until they are other programs, a moment later."""
+    words = said.split()
+    if len(words) != 5 or words[4] != socket.gethostname() or not words[2].isdecimal():
+        return False
+    try:
+        os.kill(int(words[2]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        pass
+    return False
 
 
 def _is_at(descriptor: int, lock: Path) -> bool:

@@ -6,13 +6,14 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from fusemega.errors import UserError
 from fusemega.files.integrity import FILE as INTEGRITY
+from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.owned import check_scratch, drop_scratch, mark_scratch, scratch_of
 
@@ -56,6 +57,27 @@ def check_output_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: cannot write there: it is a folder")
     check_writable(path)
+
+
+def check_result_file(path: Path, keys: Collection[str], what: str) -> None:
+    """`check_output_file` for a JSON file that may replace an earlier result of the same kind, and nothing else.
+
+    Args:
+        path: the file.
+        keys: what such a result has.
+        what: its name for the message, as "a result of an evaluation".
+
+    Raises:
+        UserError: it cannot be written, or a file is there that holds no such result.
+    """
+    check_output_file(path)
+    if os.path.lexists(path):
+        try:
+            found = set(read_json(path))
+        except UserError:
+            found = set()
+        if not found.issuperset(keys):
+            raise UserError(f"{path}: exists and is not {what}; it is not replaced")
 
 
 @contextmanager

@@ -6,10 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from fusemega.errors import UserError
 from fusemega.files.cache import cache_folder
-from fusemega.files.json_files import read_json
-from fusemega.files.output import check_output_file
+from fusemega.files.output import check_result_file
 from fusemega.passes.progress import progress
 from fusemega.prune.calibration import calibration
 from fusemega.prune.costs import cross_entropy, perplexity
@@ -61,10 +59,10 @@ def evaluate_order(run: PruneEvalRun) -> tuple[OrderEvaluation, World]:
         dense = runs.start().cost
         for number in range(counts[-1] + 1):
             if number in counts:
-                costs[str(number)] = runs.masked(order.blocks[number - 1]).cost if number else dense
+                costs[str(number)] = runs.masked((order.blocks[number - 1],)).cost if number else dense
                 advance(data.tokens)
             if number:
-                runs.remove(order.blocks[number - 1])
+                runs.remove((order.blocks[number - 1],))
     return (
         OrderEvaluation(
             perplexities={number: perplexity(cost, data.tokens) for number, cost in costs.items()},
@@ -79,8 +77,6 @@ def check_eval_output(path: Path) -> None:
     """Refuses, before any long work, an output that cannot be written, or that would replace something else.
 
     Raises:
-        UserError: a file is there that holds no such evaluation.
+        UserError: see `check_result_file`.
     """
-    check_output_file(path)
-    if path.exists() and not OrderEvaluation.model_fields.keys() <= read_json(path).keys():
-        raise UserError(f"{path}: exists and is not a result of `fusemega prune eval`; it is not replaced")
+    check_result_file(path, OrderEvaluation.model_fields, "a result of `fusemega prune eval`")

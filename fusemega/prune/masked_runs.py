@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fusemega.prune.order import ResidualBlock
+from fusemega.prune.order import Removal, ResidualBlock
 from fusemega.prune.stage import CalibrationRow, StageBlocks
 
 # (hidden_NH, row, its number) -> a scalar in fp64, on the device; called on the last stage
@@ -88,16 +88,17 @@ class MaskedRuns:
         return Found(self._stage.agreed(costs), len(self._rows))
 
     @torch.no_grad()
-    def remove(self, block: ResidualBlock) -> None:
-        """Removes a block for good, and computes again what the blocks behind it read."""
-        self.kept.remove(block)
-        if self._is_done_before(block):
+    def remove(self, blocks: Removal) -> None:
+        """Removes blocks for good, and computes again what is read behind the first of them."""
+        self.kept = [block for block in self.kept if block not in blocks]
+        first = blocks[0]
+        if self._is_done_before(first):
             return
         for number, row in enumerate(self._rows):
-            if block in self._stage.own:
-                begin, hidden = self._nearest(number, block)
+            if first in self._stage.own:
+                begin, hidden = self._nearest(number, first)
                 inputs = self._inputs[number]
-                for stale in [other for other in inputs if other.place >= block.place]:
+                for stale in [other for other in inputs if other.place >= first.place]:
                     del inputs[stale]
             else:
                 begin, hidden = None, self._stage.begin(row)
@@ -109,10 +110,11 @@ class MaskedRuns:
                 self._stage.hand_on(hidden)
 
     @torch.no_grad()
-    def masked(self, block: ResidualBlock, limit: float = math.inf, begin: int = 0, end: int | None = None) -> Found:
-        """The cost without a block, besides those removed, over the rows from `begin` to `end`.
+    def masked(self, blocks: Removal, limit: float = math.inf, begin: int = 0, end: int | None = None) -> Found:
+        """The cost without some blocks, besides those removed, over the rows from `begin` to `end`.
 
         Args:
+            blocks: in the order of the stream.
             limit: the run ends early, after some rows, once the sum exceeds this. Costs are not negative, so the whole
                 sum would exceed it too.
         """
@@ -122,18 +124,19 @@ class MaskedRuns:
         step = last - begin if math.isinf(limit) else 1 if pipeline == 1 else pipeline * _ROWS_BETWEEN_CHECKS
         while done < last and total <= limit:
             part = range(done, min(done + step, last))
-            total += self._stage.agreed([cost for number in part for cost in self._without(number, block)])
+            total += self._stage.agreed([cost for number in part for cost in self._without(number, blocks)])
             done = part.stop
         return Found(total, done - begin)
 
-    def _without(self, number: int, block: ResidualBlock) -> list[torch.Tensor]:
-        if self._is_done_before(block):
+    def _without(self, number: int, blocks: Removal) -> list[torch.Tensor]:
+        if self._is_done_before(blocks[0]):
             return []
-        if block in self._stage.own:
-            begin, hidden = self._nearest(number, block)
-            own = [o for o in self._own() if o != block and (begin is None or o.place >= begin.place)]
+        own = [block for block in self._own() if block not in blocks]
+        if blocks[0] in self._stage.own:
+            begin, hidden = self._nearest(number, blocks[0])
+            own = [block for block in own if begin is None or block.place >= begin.place]
         else:
-            hidden, own = self._stage.begin(self._rows[number]), self._own()
+            hidden = self._stage.begin(self._rows[number])
         return self._end(number, self._walk(number, hidden, own, keep=False))
 
     def _own(self) -> list[ResidualBlock]:

@@ -51,6 +51,10 @@ class ResidualBlock:
         return 2 * self.layer + KINDS.index(self.kind)
 
 
+Removal = tuple[ResidualBlock, ...]
+"""What a search removes at once: a block, or two neighbours, in the order of the stream."""
+
+
 def blocks_of(architecture: Architecture) -> tuple[ResidualBlock, ...]:
     """The blocks that a model has, in the order in which a token passes through them.
 

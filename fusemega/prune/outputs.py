@@ -36,11 +36,15 @@ def write_outputs(
     order.write_authors(folder / "authors.json")
     lines = [
         {
-            "removed": [each.removed.kind, each.removed.layer],
-            "cost": each.cost,
+            "removed": [[block.kind, block.layer] for block in each.removed],
+            "costs": each.costs,
             "candidates": [
-                {"block": [block.kind, block.layer], "cost": found.cost, "rows": found.rows}
-                for block, found in each.candidates.items()
+                {
+                    "blocks": [[block.kind, block.layer] for block in removal],
+                    "cost": found.cost,
+                    "rows": found.rows,
+                }
+                for removal, found in each.candidates.items()
             ],
         }
         for each in rounds

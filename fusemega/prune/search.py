@@ -22,7 +22,7 @@ from fusemega.prune.costs import cross_entropy, perplexity
 from fusemega.prune.masked_runs import Found, MaskedRuns
 from fusemega.prune.measures.js_divergence import js_divergence
 from fusemega.prune.measures.rank import ranked
-from fusemega.prune.order import ModelIdentity, Order, ResidualBlock, Step, blocks_of, read_order
+from fusemega.prune.order import ModelIdentity, Order, Removal, ResidualBlock, Step, blocks_of, read_order
 from fusemega.prune.outputs import write_outputs
 from fusemega.prune.rounds import Round, Rounds
 from fusemega.prune.run_file import SEARCHED, PruneRun
@@ -197,12 +197,12 @@ class _Call:
         rounds: list[Round] = []
         if run.measure == "perplexity":
             dense, rounds = self._searched(MaskedRuns(self._stage, self._rows, ce, self._cache_bytes()), "round")
-            values = [perplexity(each.cost, tokens) for each in rounds]
-            return [each.removed for each in rounds], perplexity(dense, tokens), values, rounds
+            values = [perplexity(cost, tokens) for each in rounds for cost in each.costs]
+            return _order_of(rounds), perplexity(dense, tokens), values, rounds
         if run.measure == "js_divergence":
             by_js = js_divergence(gpt, world)
             _, rounds = self._searched(MaskedRuns(self._stage, self._rows, by_js, self._cache_bytes()), "round")
-            order = [each.removed for each in rounds]
+            order = _order_of(rounds)
         else:
             order = self._ranked()
         dense, costs = self._costs(order, MaskedRuns(self._stage, self._rows, ce, self._cache_bytes()))
@@ -244,7 +244,7 @@ class _Call:
             for done in rounds:
                 search.again(done)
             if rounds and world.is_main:
-                say(f"{len(rounds)} of {run.blocks} rounds are done already")
+                say(f"{len(_order_of(rounds))} of {run.blocks} blocks are removed already")
             for found in search.run():
                 self._record(f"{name} {len(rounds) + 1}", _record_of(found))
                 rounds.append(found)
@@ -261,9 +261,10 @@ class _Call:
         value = f"perplexity {perplexity(found.cost, self._data.tokens):.4f}"
         if self._run.measure == "js_divergence":
             value = f"divergence {found.cost / self._data.tokens:.5f}"
+        removed = " and ".join(str(block) for block in found.removed)
         say(
-            f"removed {found.removed} ({len(rounds)} of {self._run.blocks}), {value}, "
-            f"{len(found.candidates)} blocks measured, {time.monotonic() - begun:.0f} s so far"
+            f"removed {removed} ({len(_order_of(rounds))} of {self._run.blocks}), {value}, "
+            f"{len(found.candidates)} removals measured, {time.monotonic() - begun:.0f} s so far"
         )
 
     def _ranked(self) -> list[ResidualBlock]:
@@ -279,9 +280,9 @@ class _Call:
         for number, block in enumerate(order, start=1):
             key = f"cost {number}"
             if key not in self._known:
-                self._record(key, [runs.masked(block).cost])
+                self._record(key, [runs.masked((block,)).cost])
             costs.append(float(self._known[key][0]))
-            runs.remove(block)
+            runs.remove((block,))
         self._head_rows += runs.head_rows
         return dense, costs
 
@@ -290,7 +291,8 @@ class _Call:
         run = self._run
         if run.type != "mix":
             blocks //= 2
-        each = [blocks - n for n in range(run.blocks)]
+        at_once = 2 if run.constraint == "plain" else 1
+        each = [blocks + 1 - at_once - n for n in range(0, run.blocks, at_once)]
         if run.search.name == "top_m":
             each = [each[0], *(min(n, run.search.m) for n in each[1:])]  # type: ignore[attr-defined]
         return sum(math.ceil(n / self._world.dp_size) for n in each)
@@ -305,18 +307,27 @@ class _Call:
             self._journal.record({key: value})
 
 
+def _order_of(rounds: Sequence[Round]) -> list[ResidualBlock]:
+    return [block for each in rounds for block in each.removed]
+
+
 def _record_of(found: Round) -> list[Any]:
-    candidates = [[block.kind, block.layer, each.cost, each.rows] for block, each in found.candidates.items()]
-    return [[found.removed.kind, found.removed.layer], found.cost, candidates]
+    candidates = [[_words(removal), each.cost, each.rows] for removal, each in found.candidates.items()]
+    return [_words(found.removed), list(found.costs), candidates]
 
 
 def _round_of(record: Sequence[Any]) -> Round:
-    (kind, layer), cost, candidates = record
-    return Round(
-        ResidualBlock(kind, layer),
-        cost,
-        {ResidualBlock(kind, layer): Found(each, rows) for kind, layer, each, rows in candidates},
-    )
+    removed, costs, candidates = record
+    found = {_removal(words): Found(cost, rows) for words, cost, rows in candidates}
+    return Round(_removal(removed), tuple(costs), found)
+
+
+def _words(removal: Removal) -> list[list[Any]]:
+    return [[block.kind, block.layer] for block in removal]
+
+
+def _removal(words: Sequence[Sequence[Any]]) -> Removal:
+    return tuple(ResidualBlock(kind, layer) for kind, layer in words)
 
 
 def _compared(order: Order, other: Order) -> Compared:

@@ -18,9 +18,10 @@ from fusemega.files.owned import replace_link
 from fusemega.fixtures import data as assets
 from fusemega.fixtures.data import DOMAINS
 from fusemega.pipeline.run import Outcome, run_then
+from fusemega.prune.order import read_order
 from fusemega.recipes.measures import MEASURES, Found, answer, measure, panels, seen, table
-from fusemega.recipes.prepare import choose_rows, cut
-from fusemega.recipes.steps import Steps
+from fusemega.recipes.prepare import choose_rows
+from fusemega.recipes.prune_steps import PruneSteps
 from fusemega.runtime.console import say
 from fusemega.training.records import read_metrics
 
@@ -30,10 +31,9 @@ TRAINED_KIND = "chat"  # the others are kinds that no arm is trained on
 SEED = 1234
 _SIZES = ("samples", "tokens", "bytes")
 _ITSELF = {"kl": 0.0, "same_top_1": 1.0}  # a model compared with itself
-# Chosen among SmolLM2-135M-Instruct's 30 layers one by one: each time the layer whose removal costs least on three
-# training conversations (cross-entropy 2.83 -> 2.91 -> 2.98 -> 3.08 -> 3.21 nats). A model that lost a third of its
-# layers babbles, and neither run can recover from that in minutes.
-CUT_LAYERS = (5, 14, 17, 18)
+# Blocks that leave SmolLM2-135M-Instruct, found by `fusemega prune search` with the settings in the file. A model that
+# lost a third of its layers babbles, and neither run can recover from that in minutes.
+ORDER = Path(__file__).with_name("smollm2_order.json")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Arms:
         self.options, self.scale, self.folder = options, scale, Path(options.out)
         parallel = {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
         nproc = options.nproc or options.tp * options.pp
-        self.steps = Steps(self.folder, nproc, parallel, {"dtype": options.dtype})
+        self.steps = PruneSteps(self.folder, nproc, parallel, {"dtype": options.dtype})
         self.texts = {kind: str(self.folder / "data" / f"{kind}.jsonl") for kind in ("train", "held_out", *DOMAINS)}
         self.rows = {"path": self.texts["train"], "seq_length": SEQ_LENGTH}
 
@@ -106,12 +106,9 @@ class Arms:
         inputs = {kind: str(path) for kind, path in sources.items()}
         self.steps.call("data", choose_rows, settings, read, inputs, self.texts)
 
-    def cut(self, model: str, out: Path) -> str:
-        """Adds stage cut, which writes `model` without `CUT_LAYERS` as folder `out`. Returns `out`."""
-        self.steps.check_layout(model, without=CUT_LAYERS)
-        settings = {"model": model, "out": str(out), "drop": list(CUT_LAYERS)}
-        self.steps.call("cut", cut, settings, {"model": model}, outputs={"model": str(out)})
-        return str(out)
+    def prune(self, model: str, out: Path, order: Path = ORDER) -> str:
+        """Adds stage prune-apply, which writes `model` without the blocks of `order` as folder `out`. Returns `out`."""
+        return self.steps.prune_apply(model, str(order), len(read_order(order)), "plain", str(out))
 
     def teach(self, name: str, teacher: str) -> str:
         """Adds stage teach-`name`, which stores a teacher's rows of the training data. Returns the store's folder."""

@@ -2,7 +2,7 @@
 
     python -m fusemega.recipes.quickstart_xtok [--smoke | --full] [--teacher NAME=HF ...] [--out FOLDER] ...
 
-The target is SmolLM2-135M-Instruct without four of its thirty layers, moved onto the vocabulary of Mistral v3
+The target is SmolLM2-135M-Instruct without eight of its sixty blocks, moved onto the vocabulary of Mistral v3
 (32,768 SentencePiece tokens; SmolLM2 has 49,152 byte-level ones). The teachers are SmolLM2 itself and whatever
 `--teacher` adds; each reads the text with its own tokenizer. Two copies of the target are trained on the same tokens:
 `control` on the labels alone, `fused` on labels and the teachers' rows brought onto the target's tokens. All are
@@ -40,8 +40,8 @@ def quickstart_xtok(options: argparse.Namespace, scale: Scale) -> dict[str, Any]
     folder, steps = arms.folder, arms.steps
     for name, load in teachers.items():
         link(folder / "teachers" / name, load)
-    cut, vocabulary = arms.cut(smollm2, folder / "cut"), str(tokenizer("mistral_v3"))
-    target = steps.transplant(cut, str(folder / "target"), vocabulary)
+    pruned, vocabulary = arms.prune(smollm2, folder / "pruned"), str(tokenizer("mistral_v3"))
+    target = steps.transplant(pruned, str(folder / "target"), vocabulary)
     arms.choose_data([target, *teachers.values()])
     maps = {name: steps.align(name, load, vocabulary) for name, load in teachers.items()}
     sources = [{"store": arms.teach(name, load), "map": maps[name]} for name, load in teachers.items()]

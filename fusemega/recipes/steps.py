@@ -10,7 +10,6 @@ from typing import Any
 
 from fusemega.files.json_files import read_json
 from fusemega.hf.hub import resolve
-from fusemega.models.family import keep_layers, require_int
 from fusemega.models.registry import architecture_of
 from fusemega.models.stages import check_layout
 from fusemega.pipeline.functions import name_of
@@ -49,12 +48,11 @@ class Steps:
         check_run_files(self.stages)
         return Graph(self.folder, self.stages)
 
-    def check_layout(self, model: str, without: Sequence[int] = (), parallel: Mapping[str, Any] | None = None) -> None:
+    def check_layout(self, model: str, parallel: Mapping[str, Any] | None = None) -> None:
         """Refuses a layout that does not divide a model or the processes, before any stage runs.
 
         Args:
             model: one that is there. Without a `config.json` at its top it is left to the stage that opens it.
-            without: layers that a stage will leave out of it.
             parallel: the layout; default: the recipe's.
 
         Raises:
@@ -64,9 +62,7 @@ class Steps:
         if config_file.is_file():
             layout = ParallelConfig(**(self.parallel if parallel is None else parallel))
             layout.data_parallel_size(self.nproc)
-            config = read_json(config_file)
-            kept = [layer for layer in range(require_int(config, "num_hidden_layers")) if layer not in without]
-            check_layout(architecture_of(keep_layers(config, kept)), layout)
+            check_layout(architecture_of(read_json(config_file)), layout)
 
     def teach(self, name: str, load: str, data: Mapping[str, Any], **settings: Any) -> str:
         """`fusemega teach` as stage teach-`name`: a model's rows of `data`. Returns the store, `stores/NAME`."""

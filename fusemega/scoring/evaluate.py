@@ -6,7 +6,6 @@ The other one is a model with the same tokenizer that runs beside it, or one who
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,9 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from fusemega.checkpoint.open_model import ModelConfig
-from fusemega.errors import UserError
 from fusemega.files.cache import cache_folder
-from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
-from fusemega.files.output import check_output_file
+from fusemega.files.output import check_result_file
 from fusemega.fusion.teacher_store import TeacherStore, TeacherStoreConfig
 from fusemega.losses.distill import Distill, Taught
 from fusemega.models.build import GPT
@@ -127,16 +124,9 @@ def check_output(path: Path) -> None:
     """Refuses, before any long work, an output that cannot be written, or that would replace something else.
 
     Raises:
-        UserError: a file is there that holds no evaluation.
+        UserError: see `check_result_file`.
     """
-    check_output_file(path)
-    if os.path.lexists(path):
-        try:
-            found = read_json(path)
-        except UserError:
-            found = {}
-        if not Evaluation.model_fields.keys() <= found.keys():
-            raise UserError(f"{path}: exists and is not a result of an evaluation; it is not replaced")
+    check_result_file(path, Evaluation.model_fields, "a result of an evaluation")
 
 
 def evaluate(run: EvalRun, held: ExitStack | None = None) -> tuple[Evaluation, World]:

@@ -8,6 +8,7 @@ fuse.yaml, project.yaml, map.npz                        the same tokenizer's sto
 store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
 prompts.jsonl, groups.jsonl, scored.jsonl               prompts; a prompt with responses; ten with rewards
 sample.yaml, verify.yaml, judge.yaml, rules.yaml, select.yaml, tasks.yaml, score.yaml       run files that name these
+order.json    two blocks to remove                      prune.yaml, prune_eval.yaml, prune_recipe.yaml
 """
 
 from __future__ import annotations
@@ -110,6 +111,23 @@ FILES |= {
     },
     "score.yaml": {"model": MODEL, "data": DATA, "output": "new.jsonl"},
 }
+PRUNE = {"model": MODEL, "data": DATA, "windows": "rows"}
+FILES |= {
+    "prune.yaml": {**PRUNE, "blocks": 2, "output": "new"},
+    "prune_eval.yaml": {**PRUNE, "order": "order.json", "output": "new.json"},
+    "prune_recipe.yaml": {
+        "recipe": "blockpruner",
+        "output_dir": "new",
+        "load": "model",
+        "model": {"dtype": "fp32"},
+        "blocks": 2,
+        "order": "order.json",
+        "data": "data.jsonl",
+        "optimizer": {"lr": 1e-3},
+        "training": {"train_iters": 2, "global_batch_size": 2},
+    },
+}
+ORDER = {"1": [["mha", 1]], "2": [["mha", 1], ["mlp", 1]]}  # in the form of BlockPruner's authors
 
 
 def build() -> None:
@@ -123,6 +141,7 @@ def build() -> None:
         ("questions", questions),
     ):
         Path(f"{path}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("order.json").write_text(json.dumps(ORDER), encoding="utf-8")
     for name, run in FILES.items():
         Path(name).write_text(yaml.safe_dump(run), encoding="utf-8")
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -28,7 +28,7 @@ class Bad:
 
     Attributes:
         kind: what is malformed: configuration, model configuration, weights, index, tokenizer, data, store,
-            checkpoint, report, responses.
+            checkpoint, report, responses, pruning.
         name: what is wrong with it.
         command: the words after `fusemega`, in the damaged copy of the base.
         words: what the line on stderr must contain.

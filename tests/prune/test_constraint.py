@@ -29,11 +29,27 @@ def test_as_brute_force_says() -> None:
                     assert can_end_plain(kept, left) == possible, (kept, left)
 
 
-def test_the_next_removals_are_those_that_can_be_completed() -> None:
+def test_single_blocks_are_removed_until_the_rest_takes_turns() -> None:
     kept = [block for block in _complete(3) if block != ResidualBlock("mha", 1)]  # a m m a m, of 3 layers
-    assert removable(kept, "mix", "plain", 1) == [ResidualBlock("mlp", 0), ResidualBlock("mlp", 1)]
-    assert removable(kept, "mix", "plain", 3) == sorted(kept)
-    assert removable(kept, "mha", "none", 1) == [ResidualBlock("mha", 0), ResidualBlock("mha", 2)]
+    assert removable(kept, "mix", "plain", 1) == [(ResidualBlock("mlp", 0),), (ResidualBlock("mlp", 1),)]
+    assert removable(kept, "mix", "plain", 3) == [(block,) for block in sorted(kept)]
+    assert removable(kept, "mha", "none", 1) == [(ResidualBlock("mha", 0),), (ResidualBlock("mha", 2),)]
+
+
+def test_neighbours_are_removed_together_and_reach_every_end() -> None:
+    blocks = _complete(4)
+    pairs = removable(blocks, "mix", "plain", 2)
+    assert pairs[0] == (ResidualBlock("mha", 0), ResidualBlock("mlp", 0))
+    assert pairs[4] == (ResidualBlock("mlp", 0), ResidualBlock("mha", 1)) and len(pairs) == 7
+    for count in (2, 4, 6):
+        reached = {tuple(blocks)}
+        for left in range(count, 0, -2):
+            reached = {
+                tuple(block for block in kept if block not in pair)
+                for kept in reached
+                for pair in removable(kept, "mix", "plain", left)
+            }
+        assert reached == {end for end in itertools.combinations(blocks, 8 - count) if _plain(end)}
 
 
 def test_numbers_that_cannot_be_removed() -> None:

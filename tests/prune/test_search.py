@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ def found(run: PruneRun) -> Pruned:
 
 
 def rounds_of(run: PruneRun) -> list[dict[tuple[str, int], tuple[float, int]]]:
-    """Of each round, candidate -> (cost, rows)."""
+    """Of each round in which single blocks were removed, candidate -> (cost, rows)."""
     lines = (Path(run.output) / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{tuple(c["block"]): (c["cost"], c["rows"]) for c in json.loads(line)["candidates"]} for line in lines]
+    rounds = [json.loads(line)["candidates"] for line in lines]
+    return [{tuple(block): (c["cost"], c["rows"]) for c in each for (block,) in [c["blocks"]]} for each in rounds]
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +136,28 @@ def test_fast_searches_measure_less_and_say_how_they_differ(make_run: Make, capf
     assert len(rows) > 1 and rows[-1] == max(rows for _, rows in rounds_of(exact)[0].values())
 
 
-def test_types_and_the_constraint(make_run: Make) -> None:
+def test_types(make_run: Make) -> None:
     for kind in ("mha", "mlp"):
         assert {name.split()[0] for name in found(make_run(type=kind)).order} == {kind}
-    run = make_run(blocks=4, constraint="plain")
-    search(run)
-    blocks = read_order(Path(run.output) / "order.json").blocks
-    kept = [block for block in sorted_blocks(4) if block not in blocks]
-    assert [block.kind for block in kept] == ["mha", "mlp"] * 2
+
+
+def test_neighbours_are_removed_together_for_an_ordinary_model(make_run: Make, plain: Plain) -> None:
+    run = make_run(blocks=4, constraint="plain", **FULL_RUNS)
+    result = found(run)
+    kept, removed, perplexities = sorted_blocks(4), [], []
+    for _ in range(2):
+        pairs = [[(block.kind, block.layer) for block in pair] for pair in pairwise(kept)]
+        values = [plain.perplexity([*removed, *pair]) for pair in pairs]
+        best = values.index(min(values))
+        perplexities += [plain.perplexity([*removed, pairs[best][0]]), values[best]]
+        removed += pairs[best]
+        kept = [block for block in kept if (block.kind, block.layer) not in removed]
+    assert result.order == [f"{kind} {layer}" for kind, layer in removed]
+    assert result.perplexities == pytest.approx(perplexities, rel=1e-4)
+    work = result.work
+    assert (work.candidates, work.plain_candidates) == (7 + 5,) * 2 and work.head_runs == len(plain.windows) * 15
+    assert found(make_run(blocks=4, constraint="plain")).order == result.order
+    assert found(make_run(blocks=4, constraint="plain", search={"name": "top_m", "m": 7})).order == result.order
 
 
 def sorted_blocks(layers: int) -> list[ResidualBlock]:
@@ -200,7 +216,7 @@ def test_killed_and_resumed(make_run: Make, tmp_path: Path, capfd: pytest.Captur
         search(run.model_copy(update={"seed": 7}))
     capfd.readouterr()
     result = found(run)
-    assert "2 of 4 rounds are done already" in capfd.readouterr().err
+    assert "2 of 4 blocks are removed already" in capfd.readouterr().err
     assert (result.order, result.perplexities) == (wanted.order, wanted.perplexities)
     files = ("order.json", "rounds.jsonl", "authors.json")
     assert [(Path(run.output) / f).read_text() for f in files] == [(Path(whole.output) / f).read_text() for f in files]
