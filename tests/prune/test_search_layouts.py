@@ -21,7 +21,7 @@ FULL_RUNS: dict[str, Any] = {"search": {"name": "exact", "early_stop": False}}
 LAYOUTS: dict[str, Any] = {
     "DP2": [{}, FULL_RUNS],
     "TP2SP": [TP2 | {"sequence_parallel": True}, {}],
-    "PP2": [PP2, {}],
+    "PP2 plain": [PP2, {"constraint": "plain", "blocks": 4}],
     "PP2 uneven": [PP2 | {"num_layers_in_first_pipeline_stage": 1}, {"cache_mib": 0}],
     "CP2": [{"context_parallel_size": 2}, {}],
     "DP2 racing": [{}, {"search": {"name": "racing"}}],
