@@ -113,7 +113,7 @@ def test_what_saves_work_changes_nothing(make_run: Make, searched: Any, changes:
 
 
 def test_runs_that_cannot_win_end_early(make_run: Make) -> None:
-    short: dict[str, Any] = {"data": {"seq_length": 5, "limit": 3}, "blocks": 2}
+    short: dict[str, Any] = {"data": {"seq_length": 5, "limit": 6}, "blocks": 2}
     early, whole = make_run(**short), make_run(**short, **FULL_RUNS)
     results = found(early), found(whole)
     assert results[0].order == results[1].order and results[0].perplexities == results[1].perplexities
