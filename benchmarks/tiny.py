@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fusemega.fixtures.data import chat_data
 
@@ -28,7 +28,10 @@ def write_chat(path: Path, rows: int, characters: int) -> Path:
 
 
 def write_model(folder: Path, chat: Path, *, seed: int = 0, vocab_size: int = 509, **config: object) -> Path:
-    """A randomly initialised Llama with a byte-level BPE tokenizer trained on `chat`; its vocabulary needs padding."""
+    """A randomly initialised Llama, or another `model_type`, with a byte-level BPE tokenizer trained on `chat`.
+
+    Its vocabulary needs padding.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +57,8 @@ def write_model(folder: Path, chat: Path, *, seed: int = 0, vocab_size: int = 50
         "pad_token_id": fast.pad_token_id,
     }
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**settings, **config})).save_pretrained(folder)
+    named = {"model_type": "llama", "vocab_size": vocab_size, **settings, **config}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**named)).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 

@@ -19,17 +19,19 @@ from fusemega.files.output import refuse_existing
 from fusemega.hf.check import check_tensors
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.safetensors_writer import TensorInfo, plan_shards
-from fusemega.models.rules import WeightRanks
+from fusemega.models.rules import Piece, WeightRanks
 from fusemega.models.stages import check_layout, stage_rules
 from fusemega.runtime.layout import ParallelConfig
 
 
 @dataclass(frozen=True)
 class RankReads:
-    """What one rank reads; its data- and context-parallel peers read the same.
+    """What one rank reads; its data- and context-parallel peers read the same, but for experts.
 
     Attributes:
-        pp_rank, tp_rank: its place.
+        pp_rank: its pipeline stage.
+        rank: its number in the stage. As many are listed as hold all weights: those of tensor parallelism, or more with
+            expert parallelism.
         tensors: number of tensors of which it reads at least a part.
         boxes: number of boxes of them; each is one read of the file (in a Megatron folder, one for each tensor).
         nbytes: bytes of weights in those boxes.
@@ -37,7 +39,7 @@ class RankReads:
     """
 
     pp_rank: int
-    tp_rank: int
+    rank: int
     tensors: int
     boxes: int
     nbytes: int
@@ -45,46 +47,40 @@ class RankReads:
 
 
 def plan_reads(source: HFFolder | MegatronFolder, layout: ParallelConfig) -> list[RankReads]:
-    """One entry for each tensor- and pipeline-parallel rank, stage by stage.
+    """One entry for each rank that holds weights of its own, stage by stage.
 
     Raises:
         UserError: the layout does not divide the model.
     """
     check_layout(source.architecture, layout)
-    rank_reads = _hf_reads if isinstance(source, HFFolder) else _megatron_reads
-    return [
-        rank_reads(source, pp_rank, tp_rank, layout)  # type: ignore[arg-type]
-        for pp_rank in range(layout.pipeline_model_parallel_size)
-        for tp_rank in range(layout.tensor_model_parallel_size)
-    ]
+    places = WeightRanks.all_of(layout)
+    out = []
+    for pp_rank in range(layout.pipeline_model_parallel_size):
+        rules = stage_rules(source.architecture, layout, pp_rank)
+        for rank, place in enumerate(places):
+            held = [rule for rule in rules if rule.held_by(place)]
+            pieces = [rule.pieces(place) for rule in held]
+            out.append(RankReads(pp_rank, rank, *_reads(source, pieces)))
+    return out
 
 
-def _hf_reads(folder: HFFolder, pp_rank: int, tp_rank: int, layout: ParallelConfig) -> RankReads:
-    rules, ranks = (
-        stage_rules(folder.architecture, layout, pp_rank),
-        WeightRanks(layout.tensor_model_parallel_size, tp_rank),
-    )
-    pieces = [piece for rule in rules for piece in rule.pieces(ranks)]
-    names = {piece.hf for piece in pieces}
-    nbytes = sum(volume(piece.hf_box) * folder.dtype(piece.hf).itemsize for piece in pieces)
-    return RankReads(pp_rank, tp_rank, len(names), len(pieces), nbytes, len({folder.file(name) for name in names}))
-
-
-def _megatron_reads(folder: MegatronFolder, pp_rank: int, tp_rank: int, layout: ParallelConfig) -> RankReads:
-    rules, ranks = (
-        stage_rules(folder.architecture, layout, pp_rank),
-        WeightRanks(layout.tensor_model_parallel_size, tp_rank),
-    )
-    elements = sum(volume(piece.local_box) for rule in rules for piece in rule.pieces(ranks))
-    return RankReads(pp_rank, tp_rank, len(rules), len(rules), elements * folder.dtype.itemsize, 0)
+def _reads(source: HFFolder | MegatronFolder, pieces: Sequence[Sequence[Piece]]) -> tuple[int, int, int, int]:
+    """Tensors, boxes, bytes and files (see `RankReads`) of the pieces of each parameter."""
+    if isinstance(source, HFFolder):
+        boxes = [piece for parameter in pieces for piece in parameter]
+        names = {piece.hf for piece in boxes}
+        nbytes = sum(volume(piece.hf_box) * source.dtype(piece.hf).itemsize for piece in boxes)
+        return len(names), len(boxes), nbytes, len({source.file(name) for name in names})
+    elements = sum(volume(piece.local_box) for parameter in pieces for piece in parameter)
+    return len(pieces), len(pieces), elements * source.dtype.itemsize, 0
 
 
 def table(reads: Sequence[RankReads]) -> str:
-    """The plan as text: a line for each run of tensor-parallel ranks of a stage that read equally much."""
-    lines = [f"{'stage':>5} {'TP ranks':>8} {'tensors':>8} {'boxes':>8} {'each reads':>11} {'files':>6}"]
+    """The plan as text: a line for each run of ranks of a stage that read equally much."""
+    lines = [f"{'stage':>5} {'ranks':>8} {'tensors':>8} {'boxes':>8} {'each reads':>11} {'files':>6}"]
     for key, run in groupby(reads, lambda r: (r.pp_rank, r.tensors, r.boxes, r.nbytes, r.files)):
         pp_rank, tensors, boxes, nbytes, files = key
-        ranks = [r.tp_rank for r in run]
+        ranks = [r.rank for r in run]
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         lines.append(f"{pp_rank:>5} {span:>8} {tensors:>8} {boxes:>8} {size(nbytes):>11} {files or '-':>6}")
     total, most = sum(r.nbytes for r in reads), max(r.nbytes for r in reads)

@@ -6,8 +6,9 @@
     *.distcp        chunks, each a `torch.save` of one box of one global tensor
 
 Megatron stacks layers that are alike: `decoder.layers.3.mlp.linear_fc2.weight` [H, F] is element 3 of the global tensor
-`decoder.layers.mlp.linear_fc2.weight` [layers, H, F]. Its keys are those of Transformer Engine's layer spec, whatever
-the spec of the model that is saved. Each linear layer of a block also has an `_extra_state` object, empty without FP8.
+`decoder.layers.mlp.linear_fc2.weight` [layers, H, F]. The experts of a layer are stacked too, after the layers. Its
+keys are those of Transformer Engine's layer spec, whatever the spec of the model that is saved. Each linear layer of a
+block also has an `_extra_state` object, empty without FP8.
 The tests hold keys, shapes and objects against megatron-core's own `sharded_state_dict`.
 """
 
@@ -20,6 +21,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -35,6 +37,7 @@ from fusemega.models.architecture import Architecture
 from fusemega.models.rules import WHOLE, Rule, VocabRows
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.\d+\.")
 # Where the optimizers of megatron-core 0.16.1 keep fp32 main parameters: the distributed one, and the one of bf16 runs.
 _MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 FORMAT = {
@@ -53,31 +56,27 @@ class Place:
         rule: the rule.
         key: key of the global tensor.
         global_shape: shape of the global tensor.
-        layer: its index along the leading dimension of layers; None where there is none.
+        leading: its index along each leading dimension, of layers and of experts; () where there is none.
     """
 
     rule: Rule
     key: str
     global_shape: tuple[int, ...]
-    layer: int | None
+    leading: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The parameter's shape, without the dimension of layers."""
-        return self.global_shape if self.layer is None else self.global_shape[1:]
-
-    @property
-    def leading(self) -> tuple[int, ...]:
-        """The parameter's offset along the dimension of layers; () if it has none."""
-        return () if self.layer is None else (self.layer,)
+        """The parameter's shape, without the leading dimensions."""
+        return self.global_shape[len(self.leading) :]
 
     def extra_state(self) -> str | None:
         """Key of the object that Megatron's linear layers save beside their weight; None for other parameters."""
         in_layer = _LAYER.fullmatch(self.rule.megatron) is not None
         if not in_layer or self.rule.partition_dim is None or not self.key.endswith(".weight"):
             return None
-        shard = "0_1" if self.layer is None else f"{self.layer}_{self.global_shape[0]}"
-        return f"{self.key.removesuffix('weight')}_extra_state/shard_{shard}"
+        sizes = self.global_shape[: len(self.leading)]
+        at, of = (".".join(map(str, numbers)) for numbers in (self.leading or (0,), sizes or (1,)))
+        return f"{self.key.removesuffix('weight')}_extra_state/shard_{at}_{of}"
 
 
 def places(architecture: Architecture) -> list[Place]:
@@ -86,13 +85,16 @@ def places(architecture: Architecture) -> list[Place]:
     for rule in architecture.rules("transformer_engine"):
         if rule.duplicate:
             continue
-        match = _LAYER.fullmatch(rule.megatron)
-        shape = rule.local_shape(WHOLE)
-        if match is None or not architecture.alike:
-            out.append(Place(rule, rule.megatron, shape, None))
-        else:
-            layers = len(architecture.layers)
-            out.append(Place(rule, f"decoder.layers.{match[2]}", (layers, *shape), int(match[1])))
+        key, stacked = rule.megatron, []
+        match = _LAYER.fullmatch(key)
+        if match is not None and architecture.alike:
+            key = f"decoder.layers.{match[2]}"
+            stacked.append((int(match[1]), len(architecture.layers)))
+        if rule.expert is not None:
+            key = _EXPERT.sub("mlp.experts.experts.", key)
+            stacked.append(rule.expert)
+        leading, sizes = (tuple(each[i] for each in stacked) for i in (0, 1))
+        out.append(Place(rule, key, (*sizes, *rule.local_shape(WHOLE)), leading))
     return out
 
 
@@ -205,6 +207,7 @@ class Checkpoint:
         self.path = path
         metadata = _read_metadata(path)
         self._chunks: dict[str, list[tuple[tuple[int, ...], Stored]]] = {}
+        self._by_place: dict[str, dict[tuple[int, ...], list[Move]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         files: dict[str, IO[bytes]] = {}
         try:
@@ -270,18 +273,28 @@ class Checkpoint:
         )
         if not fits:
             return []
-        moves = []
-        for offsets, stored in self._chunks.get(place.key, []):
-            box = tuple((start, start + size) for start, size in zip(offsets, stored.shape, strict=True))
-            moves.append(Move(stored, whole(stored.shape), box))
-        if place.layer is None:
-            return moves
-        layer = window(moves, ((place.layer, place.layer + 1), *whole(place.shape)), (0,) * len(shape))
-        return [_without_leading(move) for move in layer]
+        count = len(place.leading)
+        moves = self._moves(place.key, count).get(place.leading, [])
+        own = tuple((at, at + 1) for at in place.leading)
+        moves = window(moves, (*own, *whole(place.shape)), (0,) * len(shape)) if count else moves
+        for _ in range(count):
+            moves = [_without_leading(move) for move in moves]
+        return moves
+
+    def _moves(self, key: str, count: int) -> dict[tuple[int, ...], list[Move]]:
+        """The chunks of a global tensor as moves into it, by their places along its first `count` dimensions."""
+        if key not in self._by_place:
+            found: dict[tuple[int, ...], list[Move]] = {}
+            for offsets, stored in self._chunks.get(key, []):
+                box = tuple((start, start + size) for start, size in zip(offsets, stored.shape, strict=True))
+                for at in product(*(range(*span) for span in box[:count])):
+                    found.setdefault(at, []).append(Move(stored, whole(stored.shape), box))
+            self._by_place[key] = found
+        return self._by_place[key]
 
 
 def _without_leading(move: Move) -> Move:
-    """A move of one layer, with that layer's part of the chunk as its source."""
+    """A move of one layer or expert, with its part of the chunk as its source."""
     source = move.source
     (first, _), *inner = move.source_box
     one = Stored(source.name, source.path, source.offset, source.shape[1:], source.dtype)

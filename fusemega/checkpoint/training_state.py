@@ -29,7 +29,8 @@ from fusemega.runtime.random_state import random_state, restore_random_state
 
 # The optimizer format of megatron-core 0.16.1 that can be loaded in another layout; `fully_sharded_model_space` is
 # broken there (dist_checkpointing/mapping.py:134).
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Experts have an optimizer of their own. A parameter's name says which, so no prefix is needed to tell states apart.
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # The sharded state of one data-parallel group is gathered on one of its ranks. Megatron's default gathers all of it on
 # every one of them: 12 bytes a parameter of host memory each.
 _SAVE_FORMAT = {**_OPTIMIZER_FORMAT, "distrib_optim_fully_reshardable_mem_efficient": True}
@@ -40,8 +41,9 @@ def training_state(gpt: GPT, optimizer: MegatronOptimizer, world: World) -> dict
     model_state = gpt.sharded_state_dict()
     optimizer_state = optimizer.sharded_state_dict({"model": model_state}, metadata=_SAVE_FORMAT)
     # None where another rank holds it; removed, because megatron-core compares what is not sharded between ranks.
-    if optimizer_state.get("param_state", ()) is None:
-        del optimizer_state["param_state"]
+    for state in optimizer_state.values() if set(optimizer_state) == {0, 1} else (optimizer_state,):
+        if state.get("param_state", ()) is None:
+            del state["param_state"]
     return {
         "model": model_state,
         "optimizer": optimizer_state,

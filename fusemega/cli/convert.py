@@ -41,6 +41,9 @@ DRY_TP = Annotated[
 DRY_PP = Annotated[
     int, typer.Option("--pipeline-model-parallel-size", min=1, help="With --dry-run: the layout to plan for.")
 ]
+DRY_EP = Annotated[
+    int, typer.Option("--expert-model-parallel-size", min=1, help="With --dry-run: the layout to plan for.")
+]
 
 
 @app.command("import")
@@ -52,6 +55,7 @@ def import_(
     dry_run: DRY_RUN = False,
     tp: DRY_TP = 1,
     pp: DRY_PP = 1,
+    ep: DRY_EP = 1,
 ) -> None:
     """Convert SOURCE (a Hugging Face folder or hub id) to OUT (a Megatron folder, which loads in any layout).
 
@@ -64,9 +68,9 @@ def import_(
     if dry_run:
         from fusemega.checkpoint.read_plan import describe_import
 
-        tell(describe_import(resolve(source), out, _layout(tp, pp)))
+        tell(describe_import(resolve(source), out, _layout(tp, pp, ep)))
         return
-    _check_no_layout(tp, pp)
+    _check_no_layout(tp, pp, ep)
     _once(out, lambda: import_hf(resolve(source), out, workers=workers or default_workers(), resume=resume))
 
 
@@ -86,6 +90,7 @@ def export(
     dry_run: DRY_RUN = False,
     tp: DRY_TP = 1,
     pp: DRY_PP = 1,
+    ep: DRY_EP = 1,
 ) -> None:
     """Convert SOURCE (a Megatron folder, a run, or a checkpoint) to OUT (a Hugging Face folder for transformers).
 
@@ -102,9 +107,10 @@ def export(
     if dry_run:
         from fusemega.checkpoint.read_plan import describe_export
 
-        tell(describe_export(source, out, _layout(tp, pp), dtype=torch_dtype, max_shard_size=size, iteration=iteration))
+        layout = _layout(tp, pp, ep)
+        tell(describe_export(source, out, layout, dtype=torch_dtype, max_shard_size=size, iteration=iteration))
         return
-    _check_no_layout(tp, pp)
+    _check_no_layout(tp, pp, ep)
     _once(
         out,
         lambda: export_megatron(
@@ -195,17 +201,22 @@ def verify(
         raise typer.Exit(1)
 
 
-def _layout(tp: int, pp: int) -> ParallelConfig:
+def _layout(tp: int, pp: int, ep: int = 1) -> ParallelConfig:
     from fusemega.runtime.layout import ParallelConfig
 
-    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,  # which models with experts need, and which changes nothing else here
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
 
 
-def _check_no_layout(tp: int, pp: int) -> None:
-    if (tp, pp) != (1, 1):
+def _check_no_layout(tp: int, pp: int, ep: int) -> None:
+    if (tp, pp, ep) != (1, 1, 1):
         raise UserError(
-            "--tensor-model-parallel-size and --pipeline-model-parallel-size need --dry-run: a conversion writes the "
-            "same files for every layout; --workers sets the number of processes"
+            "--tensor-model-parallel-size, --pipeline-model-parallel-size and --expert-model-parallel-size need "
+            "--dry-run: a conversion writes the same files for every layout; --workers sets the number of processes"
         )
 
 

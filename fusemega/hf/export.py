@@ -76,25 +76,23 @@ class _Sources:
     def __init__(self, model: GPT, model_placements: list[Placement], world: World) -> None:
         self.world = world
         self.model = model
+        self.places = WeightRanks.of(world)
         self.rules = {name: rule for rule in model.rules() if not rule.duplicate for name in rule.hf_shapes()}
         self.parameters = {placement.rule.megatron: placement.parameter for placement in model_placements}
-        mine = (world.dp_rank, world.tp_rank, set(self.parameters))
+        mine = {placement.rule.megatron: placement.rule.split(self.places)[0] for placement in model_placements}
         everyone = world.from_all(mine)
         # Reversed, so that of several ranks with the same part the lowest remains.
         self.ranks: dict[tuple[str, int], int] = {
-            (name, tp_rank): rank
-            for rank, (dp_rank, tp_rank, names) in reversed(list(enumerate(everyone)))
-            if dp_rank == 0
-            for name in names
+            held: rank for rank, parts in reversed(list(enumerate(everyone))) for held in parts.items()
         }
 
     def collect(self, info: TensorInfo) -> torch.Tensor | None:
         """The whole tensor on the main process, in the written dtype; None elsewhere. Every rank calls it."""
         rule = self.rules[info.name]
         whole = torch.empty(info.shape, dtype=info.dtype) if self.world.is_main else None
-        for tp_rank in range(self.world.tp_size if rule.partition_dim is not None else 1):
-            pieces = [piece for piece in rule.pieces(WeightRanks.of(self.world).at(tp_rank)) if piece.hf == info.name]
-            holder = self.ranks[rule.megatron, tp_rank]
+        for part in range(rule.split(self.places)[1]):
+            pieces = [piece for piece in rule.pieces(self.places.at(part)) if piece.hf == info.name]
+            holder = self.ranks[rule.megatron, part]
             if not pieces or self.world.rank not in (0, holder):
                 continue
             if self.world.rank == holder:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fusemega.checkpoint.open_model import ModelSource
 from fusemega.checkpoint.read_plan import size
+from fusemega.models.parts import Experts
 from fusemega.models.stages import layers_of_stages
 from fusemega.passes.micro_batch import Fields
 from fusemega.runtime.layout import ParallelConfig
@@ -34,10 +35,15 @@ def show_layout(run: TrainRun, nproc: int | None) -> list[RenderableType]:
     world_size = nproc or layout.model_parallel_size
     checked = Checked.of(run, world_size)
     source, dataset = checked.source, checked.prepared(run.data)
-    reads = {(read.pp_rank, read.tp_rank): read.nbytes for read in source.plan_reads()}
+    reads = {(read.pp_rank, read.rank): read.nbytes for read in source.plan_reads()}
+    per_stage = len(reads) // layout.pipeline_model_parallel_size
+    experts = {layer.mlp.experts for layer in source.architecture.layers if isinstance(layer.mlp, Experts)}
     stages = layers_of_stages(source.architecture, layout)
     table = Table(box=None, pad_edge=False)
-    for name in ("rank", "stage", "tensor", "context", "data", "layers", "and", "reads", "first update"):
+    columns = ["rank", "stage", "tensor", "context", "data", "layers", "and", "reads", "first update"]
+    if experts:
+        columns.insert(6, "experts")
+    for name in columns:
         table.add_column(name, justify="right" if name in ("rank", "reads") else "left")
     shares: dict[int, str] = {}
     for rank in range(world_size):
@@ -51,8 +57,9 @@ def show_layout(run: TrainRun, nproc: int | None) -> list[RenderableType]:
                 (place.cp_rank, place.cp_size), (place.dp_rank, place.dp_size),
             )),
             _ranges(stages[place.pp_rank]),
+            *(_experts(place, count) for count in experts),
             " ".join(["embedding"] * place.is_first_stage + ["head"] * place.is_last_stage),
-            size(reads[place.pp_rank, place.tp_rank]),
+            size(reads[place.pp_rank, rank % (world_size // place.pp_size) % per_stage]),
             shares[place.dp_rank],
         )  # fmt: skip
     dp = layout.data_parallel_size(world_size)
@@ -73,6 +80,7 @@ def place_of(layout: ParallelConfig, world_size: int, rank: int, whole_rows: boo
         layout.context_parallel_size,
         layout.pipeline_model_parallel_size,
     )
+    ep, expert_tp = layout.expert_model_parallel_size, layout.expert_tp_size
     dp = layout.data_parallel_size(world_size)
     no_group = cast(Any, None)
     return World(
@@ -89,6 +97,10 @@ def place_of(layout: ParallelConfig, world_size: int, rank: int, whole_rows: boo
         cp_size=1 if whole_rows else cp,
         dp_rank=rank // (tp * cp) % dp,
         dp_size=dp,
+        ep_rank=rank // expert_tp % ep,
+        ep_size=ep,
+        expert_tp_rank=rank % expert_tp,
+        expert_tp_size=expert_tp,
         tp_group=no_group,
         pp_group=no_group,
         cp_group=no_group,
@@ -105,6 +117,13 @@ def _share(run: TrainRun, dataset: TokenizedDataset, source: ModelSource, place:
     samples = sum(len(part) for part in batches.samples)
     tokens = sum(batch.tokens.numel() for batch in batches.micro_batches)
     return f"{samples} samples, {len(batches.micro_batches)} micro-batch(es), {tokens} tokens"
+
+
+def _experts(place: World, count: int) -> str:
+    """Which experts of each layer that has some, and which part of their matrices."""
+    each = count // place.ep_size
+    part = f", part {place.expert_tp_rank} of {place.expert_tp_size}" if place.expert_tp_size > 1 else ""
+    return _ranges([range(place.ep_rank * each, (place.ep_rank + 1) * each)]) + part
 
 
 def _ranges(pieces: Sequence[range]) -> str:

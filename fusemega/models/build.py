@@ -5,6 +5,7 @@ Shape suffixes: S tokens of a row (sequences, of scores), N positions that the h
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  
 from megatron.core.transformer import TransformerConfig  # isort: skip
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group  # isort: skip
 
+_EXPERT_NAME = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
+
 
 class Chunk(GPTModel):
     """Megatron's GPTModel without its vocabulary step: the last chunk returns hidden states, never logits.
@@ -46,7 +49,7 @@ class Chunk(GPTModel):
         layers = architecture.layers
         super().__init__(
             config,
-            block_spec(config, vp_stage, [(layer.attention is not None, layer.mlp is not None) for layer in layers]),
+            block_spec(config, vp_stage, [layer.blocks for layer in layers]),
             padded_vocab_size(architecture.vocab_size, world.tp_size),
             architecture.hf_config.get("max_position_embeddings", 2048),
             # `vp_stage` counts the pieces of a stage under the interleaved schedule, and is None without it.
@@ -196,6 +199,9 @@ def build_model(
         **recompute,
         tensor_model_parallel_size=world.tp_size,
         context_parallel_size=world.cp_size,
+        expert_model_parallel_size=world.ep_size,
+        expert_tensor_parallel_size=world.expert_tp_size,
+        moe_token_dispatcher_type=layout.moe_token_dispatcher_type,
         pipeline_model_parallel_size=world.pp_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=first,
@@ -231,6 +237,10 @@ def build_model(
         # counts a split matrix on the first rank only.
         if placement.rule.partition_dim is not None and not hasattr(placement.parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(placement.parameter, True, placement.rule.partition_dim, 1)
+        if placement.rule.expert is not None:
+            # Megatron's mark of what has data-parallel ranks, buffers and an optimizer of its own. It sets it where
+            # experts are dealt out; here always, so that a checkpoint has the same parts in every layout.
+            placement.parameter.allreduce = False  # type: ignore[attr-defined]
     return model
 
 
@@ -248,7 +258,7 @@ def placements(model: GPT, world: World) -> list[Placement]:
     rules = {rule.megatron: rule for rule in model.rules()}
     ranks = WeightRanks.of(world)
     out = []
-    for name, parameter in ((_global_name(c, n), p) for c in model.chunks for n, p in c.named_parameters()):
+    for name, parameter in ((_global_name(c, n, ranks), p) for c in model.chunks for n, p in c.named_parameters()):
         rule = rules[name]
         built, wanted = tuple(parameter.shape), rule.local_shape(ranks)
         if built != wanted:
@@ -257,13 +267,16 @@ def placements(model: GPT, world: World) -> list[Placement]:
     return out
 
 
-def _global_name(chunk: Chunk, name: str) -> str:
-    """A chunk numbers its layers from 0; rules number those of the whole model."""
+def _global_name(chunk: Chunk, name: str, ranks: WeightRanks) -> str:
+    """A chunk numbers its layers and experts from 0; rules number those of the whole model."""
     match = LAYER_NAME.match(name)
     if match is None:
         return name
-    layer = chunk.decoder.layers[int(match[1])].layer_number - 1
-    return f"decoder.layers.{layer}.{match[2]}"
+    layer, inside = chunk.decoder.layers[int(match[1])], match[2]
+    if (expert := _EXPERT_NAME.match(inside)) is not None:
+        number = int(expert[2]) + ranks.ep_rank * layer.mlp.num_local_experts
+        inside = f"{expert[1]}{number}{expert[3]}"
+    return f"decoder.layers.{layer.layer_number - 1}.{inside}"
 
 
 @torch.no_grad()

@@ -99,7 +99,7 @@ class DenseDecoder:
             "num_query_groups": groups,
             "kv_channels": head_dim,
             "normalization": "RMSNorm",
-            "layernorm_epsilon": hf_config.get("rms_norm_eps", 1e-6),
+            "layernorm_epsilon": hf_config.get("rms_norm_eps", self.defaults.get("rms_norm_eps", 1e-6)),
             "gated_linear_unit": True,
             "activation_func": F.silu,
             "add_bias_linear": False,

@@ -164,9 +164,21 @@ def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
     layers.
     """
     out = {**hf_config, "num_hidden_layers": len(kept)}
+    if isinstance(hf_config.get("mlp_only_layers"), list) or hf_config.get("decoder_sparse_step", 1) != 1:
+        out |= _dense_layers(hf_config, kept)
     for key in ("layer_types", "block_configs"):
         if isinstance(hf_config.get(key), list):
             out[key] = [hf_config[key][layer] for layer in kept]
     if isinstance(hf_config.get("max_window_layers"), int):
         out["max_window_layers"] = sum(layer < hf_config["max_window_layers"] for layer in kept)
     return out
+
+
+def _dense_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The keys that say which layers of a model with experts have none, for these of its layers."""
+    step, dense = hf_config.get("decoder_sparse_step") or 1, hf_config.get("mlp_only_layers") or []
+    without = [layer in dense or (layer + 1) % step != 0 for layer in kept]
+    return {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [number for number, has_none in enumerate(without) if has_none],
+    }

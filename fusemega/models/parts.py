@@ -3,7 +3,7 @@
 A layer is attention or nothing, then an MLP or nothing. Each block has its own norms, so a layer that lacks a block
 lacks them too. A new kind of part is a class here with its rules; a family says which parts its layers have.
 
-Shape suffixes: H hidden, F feed-forward, N query heads, G key/value groups, D head size.
+Shape suffixes: H hidden, F feed-forward, E experts, N query heads, G key/value groups, D head size.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from fusemega.models.rules import QKV, GateUp, Replicated, RowParallel, Rule
+from fusemega.models.rules import QKV, GateUp, OfExpert, Replicated, RowParallel, Rule
 
 LayerSpec = Literal["local", "transformer_engine"]
 """Implementation of a layer's modules. The two differ in where the norms are, and so in their names."""
+MLPKind = Literal["mlp", "experts"]
+"""What computes a layer's MLP block."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,19 @@ class Norm(Part):
     Attributes:
         hf: its module in the Hugging Face layer.
         local: its module in Megatron's layer.
-        fused: the linear layer that Transformer Engine's spec fuses it into.
+        fused: the linear layer that Transformer Engine's spec fuses it into; None: it stays a module.
         size: H.
     """
 
     hf: str
     local: str
-    fused: str
+    fused: str | None
     size: int
 
     def rules(self, names: Names) -> list[Rule]:
         """See `Part.rules`."""
-        parameter = f"{self.local}.weight" if names.spec == "local" else f"{self.fused}.layer_norm_weight"
+        alone = names.spec == "local" or self.fused is None
+        parameter = f"{self.local}.weight" if alone else f"{self.fused}.layer_norm_weight"
         return [Replicated(names.megatron + parameter, f"{names.hf}{self.hf}.weight", (self.size,))]
 
 
@@ -126,11 +129,65 @@ class GatedMLP(Part):
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """How Hugging Face names the tensors of a family's experts.
+
+    Attributes:
+        block: the module in the layer that has router and experts.
+        gate, up, down: the matrices of an expert.
+    """
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Experts(Part):
+    """A router [E, H], and E gated MLPs of which each token passes a few: gate and up [F, H], down [H, F].
+
+    Attributes:
+        hidden, ffn: H, F of one expert.
+        experts: E.
+        names: Hugging Face's.
+        norms: the norms that belong to this block.
+    """
+
+    hidden: int
+    ffn: int
+    experts: int
+    names: ExpertNames
+    norms: tuple[Norm, ...]
+
+    def rules(self, names: Names) -> list[Rule]:
+        """See `Part.rules`; without those of its norms."""
+        hf, megatron, of = f"{names.hf}{self.names.block}.", f"{names.megatron}mlp.", self.names
+        shape = (self.ffn, self.hidden)
+        rules: list[Rule] = [Replicated(f"{megatron}router.weight", f"{hf}gate.weight", (self.experts, self.hidden))]
+        for number in range(self.experts):
+            expert, parameter = f"{hf}experts.{number}.", f"{megatron}experts.local_experts.{number}."
+            gate, up, down = (f"{expert}{name}.weight" for name in (of.gate, of.up, of.down))
+            for rule in (
+                GateUp(f"{parameter}linear_fc1.weight", gate, up, shape),
+                RowParallel(f"{parameter}linear_fc2.weight", down, shape[::-1]),
+            ):
+                rules.append(OfExpert.of(rule, number, self.experts))
+        return rules
+
+
+@dataclass(frozen=True)
 class Layer:
     """x <- x + attention(norm(x)), then x <- x + mlp(norm(x)); a part that is None is left out with its norms."""
 
     attention: Attention | None
-    mlp: GatedMLP | None
+    mlp: GatedMLP | Experts | None
+
+    @property
+    def blocks(self) -> tuple[bool, MLPKind | None]:
+        """Whether it has attention, and which kind of MLP."""
+        kind: MLPKind = "experts" if isinstance(self.mlp, Experts) else "mlp"
+        return self.attention is not None, None if self.mlp is None else kind
 
     def rules(self, names: Names) -> list[Rule]:
         """One rule for every parameter of the layer; norms come last, as in transformers' modules."""

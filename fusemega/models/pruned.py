@@ -16,6 +16,7 @@ from fusemega.models.family import HARMLESS_KEYS, Family
 from fusemega.models.heads import class_name
 from fusemega.models.left_out import block_configs_of, sized_block_configs
 from fusemega.models.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
+from fusemega.models.parts import Experts
 from fusemega.models.rope import rope_parameters
 from fusemega.models.travelling_code import auto_map
 
@@ -64,6 +65,10 @@ def remote_code_config(architecture: Architecture) -> dict[str, Any]:
     """
     _require_vocabulary(architecture, "remote-code")
     config, hf_class = architecture.hf_config, _CLASS + architecture.family.hf_class
+    if any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
+        raise UserError(
+            f"config.json: the form remote-code has no experts, which {config['model_type']} has; allowed: plain"
+        )
     return {
         **config,
         "model_type": _TYPE + str(config["model_type"]),
@@ -86,6 +91,7 @@ def nemotron_nas_config(architecture: Architecture) -> dict[str, Any]:
     mlps = [layer.mlp for layer in architecture.layers if layer.mlp is not None]
     norms_of_blocks = [*(block.norms for block in attentions), *(block.norms for block in mlps)]
     lacks = {
+        "experts": any(isinstance(mlp, Experts) for mlp in mlps),
         "norms on queries and keys": any(attention.qk_norm for attention in attentions),
         "a second norm around a block": any(len(norms) != 1 for norms in norms_of_blocks),
         "sliding windows": "window_size" in sizes,

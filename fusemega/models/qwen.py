@@ -62,4 +62,6 @@ class Qwen3(Qwen2):
     def check(self, hf_config: HFConfig) -> None:
         """See `Family.check`."""
         super().check(hf_config)
-        require_int({**self.defaults, **hf_config}, "head_dim")  # a null is no head size to transformers either
+        sizes = {**self.defaults, **hf_config}
+        if "head_dim" in sizes:  # a null is no head size to transformers either
+            require_int(sizes, "head_dim")

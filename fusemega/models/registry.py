@@ -10,12 +10,14 @@ from fusemega.models.family import Family, HFConfig
 from fusemega.models.heads import is_gated
 from fusemega.models.llama import Llama
 from fusemega.models.mistral import Mistral
+from fusemega.models.moe import Mixtral, Qwen3Moe
 from fusemega.models.nemotron_nas import NemotronNas
 from fusemega.models.pruned import pruned
 from fusemega.models.qwen import Qwen2, Qwen3
 
 _DENSE: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
-FAMILIES: tuple[Family, ...] = (*_DENSE, NemotronNas(), *(pruned(family) for family in _DENSE))
+_EXPERTS: tuple[Family, ...] = (Mixtral(), Qwen3Moe())
+FAMILIES: tuple[Family, ...] = (*_DENSE, *_EXPERTS, NemotronNas(), *(pruned(family) for family in _DENSE))
 
 
 def architecture_of(hf_config: HFConfig) -> Architecture:

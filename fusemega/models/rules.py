@@ -9,6 +9,7 @@ Shape suffixes: V vocabulary, H hidden, F feed-forward, N query heads, G key/val
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from fusemega.files.boxes import Box, whole
 
 if TYPE_CHECKING:  # conversions use rules without torch
+    from fusemega.runtime.layout import ParallelConfig
     from fusemega.runtime.parallel import World
 
 
@@ -39,11 +41,35 @@ class WeightRanks:
     @classmethod
     def of(cls, world: World) -> WeightRanks:
         """The place of this process."""
-        return cls(tp_size=world.tp_size, tp_rank=world.tp_rank)
+        return cls(
+            tp_size=world.tp_size,
+            tp_rank=world.tp_rank,
+            ep_size=world.ep_size,
+            ep_rank=world.ep_rank,
+            expert_tp_size=world.expert_tp_size,
+            expert_tp_rank=world.expert_tp_rank,
+        )
 
-    def at(self, tp_rank: int) -> WeightRanks:
-        """The same groups, seen by another tensor-parallel rank."""
-        return replace(self, tp_rank=tp_rank)
+    @classmethod
+    def all_of(cls, layout: ParallelConfig) -> list[WeightRanks]:
+        """The ranks of one pipeline stage as they follow each other in the world, until all weights are held.
+
+        With expert parallelism there may be several tensor-parallel groups of them: one replica of the other weights
+        each.
+        """
+        tp, ep = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
+        expert_tp = layout.expert_tp_size
+        places = range(math.lcm(tp, ep * expert_tp))
+        return [cls(tp, n % tp, ep, n // expert_tp % ep, expert_tp, n % expert_tp) for n in places]
+
+    def at(self, rank: int) -> WeightRanks:
+        """The same groups, seen by another rank of the group that splits a matrix: TP, inside an expert expert TP."""
+        return replace(self, tp_rank=rank, expert_tp_rank=rank)
+
+    @property
+    def of_an_expert(self) -> WeightRanks:
+        """What splits the matrices of an expert in the place of tensor parallelism."""
+        return WeightRanks(tp_size=self.expert_tp_size, tp_rank=self.expert_tp_rank)
 
 
 WHOLE = WeightRanks()
@@ -79,6 +105,19 @@ class Rule(ABC):
     @abstractmethod
     def partition_dim(self) -> int | None:
         """The dimension that tensor parallelism splits; None where every rank holds the whole."""
+
+    @property
+    def expert(self) -> tuple[int, int] | None:
+        """Of an expert's parameter: the expert's number, and how many experts its layer has."""
+        return None
+
+    def held_by(self, ranks: WeightRanks) -> bool:
+        """Whether such a rank has the parameter, or a part of it."""
+        return True
+
+    def split(self, ranks: WeightRanks) -> tuple[int, int]:
+        """(Rank, size) in the group of ranks that split the parameter, as in `WeightRanks.at`; (0, 1): none do."""
+        return (0, 1) if self.partition_dim is None else (ranks.tp_rank, ranks.tp_size)
 
     @abstractmethod
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -167,6 +206,49 @@ class GateUp(Rule):
             Piece(self.gate, hf_box, ((0, rows), (0, columns))),
             Piece(self.up, hf_box, ((rows, 2 * rows), (0, columns))),
         ]
+
+
+@dataclass(frozen=True)
+class OfExpert(Rule):
+    """A parameter of one expert: on one rank of expert parallelism, and there split by expert tensor parallelism.
+
+    Attributes:
+        inner: the same rule of a layer without experts.
+        number: the expert.
+        experts: how many the layer has; expert-parallel rank r holds the r-th part of them.
+    """
+
+    inner: Rule
+    number: int
+    experts: int
+
+    @classmethod
+    def of(cls, inner: Rule, number: int, experts: int) -> OfExpert:
+        """The rule of an expert's parameter with the name of `inner`."""
+        return cls(inner.megatron, inner, number, experts)
+
+    @property
+    def partition_dim(self) -> int | None:
+        return self.inner.partition_dim
+
+    @property
+    def expert(self) -> tuple[int, int]:
+        return self.number, self.experts
+
+    def held_by(self, ranks: WeightRanks) -> bool:
+        return self.number // (self.experts // ranks.ep_size) == ranks.ep_rank
+
+    def split(self, ranks: WeightRanks) -> tuple[int, int]:
+        return self.inner.split(ranks.of_an_expert)
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.inner.hf_shapes()
+
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
+        return self.inner.local_shape(ranks.of_an_expert)
+
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
+        return self.inner.pieces(ranks.of_an_expert)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fusemega.errors import UserError
 from fusemega.models.architecture import Architecture
-from fusemega.models.parts import Names
+from fusemega.models.parts import Experts, GatedMLP, Names
 from fusemega.models.rules import Rule
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ def check_layout(architecture: Architecture, layout: ParallelConfig) -> None:
     """
     config = architecture.transformer_config
     tp_size = layout.tensor_model_parallel_size
+    _check_experts(architecture, layout)
     heads, groups, ffn = (config[k] for k in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"))
+    if not any(isinstance(layer.mlp, GatedMLP) for layer in architecture.layers):
+        ffn = heads  # no layer has an MLP of this size
 
     # The vocabulary need not divide: it is padded (`rules.padded_vocab_size`).
     def divides(size: int) -> bool:
@@ -42,7 +45,45 @@ def check_layout(architecture: Architecture, layout: ParallelConfig) -> None:
             f"{groups} key/value heads (or is no multiple of them) and feed-forward size {ffn}; allowed: "
             f"{', '.join(map(str, allowed))}"
         )
-    layers_of_stages(architecture, layout)
+    stages = layers_of_stages(architecture, layout)
+    without = [
+        number
+        for number, pieces in enumerate(stages)
+        if not any(isinstance(architecture.layers[layer].mlp, Experts) for piece in pieces for layer in piece)
+    ]
+    # Experts have an optimizer of their own, and all stages save and load as many.
+    if without and len(without) < len(stages):
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size: stage {without[0]} of {len(stages)} would have no layer with "
+            "experts, and others have some; allowed: fewer stages, or others (num_layers_in_first_pipeline_stage, "
+            "num_layers_in_last_pipeline_stage)"
+        )
+
+
+def _check_experts(architecture: Architecture, layout: ParallelConfig) -> None:
+    """`check_layout` for what parallelism of experts needs."""
+    found = {layer.mlp for layer in architecture.layers if isinstance(layer.mlp, Experts)}
+    if not found:
+        for key in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if (getattr(layout, key) or 1) > 1:
+                raise UserError(f"parallel.{key}: {getattr(layout, key)}, and this model has no experts; allowed: 1")
+        return
+    ((experts, expert_ffn),) = {(mlp.experts, mlp.ffn) for mlp in found}
+    for key, size, count, what in (
+        ("expert_model_parallel_size", layout.expert_model_parallel_size, experts, "experts"),
+        ("expert_tensor_parallel_size", layout.expert_tp_size, expert_ffn, "as the feed-forward size of an expert"),
+    ):
+        if count % size:
+            allowed = [n for n in range(1, min(count, 1024) + 1) if count % n == 0]
+            raise UserError(
+                f"parallel.{key}: {size} does not divide this model's {count} {what}; "
+                f"allowed: {', '.join(map(str, allowed))}"
+            )
+    if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        raise UserError(
+            "parallel.sequence_parallel: a model with experts needs it where tensor_model_parallel_size is 2 or more, "
+            "or each token would go to its experts once a tensor-parallel rank; allowed: true"
+        )
 
 
 def layers_of_stages(architecture: Architecture, layout: ParallelConfig) -> list[list[range]]:
@@ -172,7 +213,8 @@ def _layers_of_stages(num_layers: int, layout: ParallelConfig) -> list[int]:
 
 
 def stage_rules(architecture: Architecture, layout: ParallelConfig, pp_rank: int) -> list[Rule]:
-    """The rules of the parameters that `build_model` would make on one stage; makes none.
+    """The rules of the parameters that `build_model` would make on one stage; makes none. A rank of expert parallelism
+    has some of the experts' (`Rule.held_by`).
 
     Args:
         architecture: the opened configuration.

@@ -73,10 +73,12 @@ class CalibratedRun(PassRun):
 
     @model_validator(mode="after")
     def _in_one_piece(self) -> CalibratedRun:
-        """No virtual_pipeline_model_parallel_size and no model.fp8. ce: bf16_reference needs a whole head, so a
-        tensor_model_parallel_size of 1."""
+        """No virtual_pipeline_model_parallel_size, no expert_model_parallel_size and no model.fp8. ce: bf16_reference
+        needs a whole head, so a tensor_model_parallel_size of 1."""
         if self.parallel.virtual_pipeline_model_parallel_size is not None:
             raise ValueError("parallel.virtual_pipeline_model_parallel_size: not supported here; leave it out")
+        if self.parallel.expert_model_parallel_size > 1:  # its ranks compute in step, and those of a search do not
+            raise ValueError("parallel.expert_model_parallel_size: not supported here; leave it out")
         if self.model.fp8 is not None:
             raise ValueError("model.fp8: not supported here: blocks are run one by one; leave it out")
         if self.ce == "bf16_reference" and self.parallel.tensor_model_parallel_size > 1:

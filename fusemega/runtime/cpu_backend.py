@@ -16,6 +16,9 @@ What stops a CPU run, and what is done about it:
 | `t.type() == "torch.cuda.FloatTensor"` | distrib_optimizer.py:361,420,582; optimizer.py:671,690; clip_grads.py:167 | function mode, for callers in `megatron.core.optimizer` |
 | CUDA random state | tensor_parallel/random.py:235,237,238,240,422,447,457 | the CPU generator |
 | gradients reduced and weights gathered over one rank: gloo copies the whole buffer three times a step | distributed/param_and_grad_buffer.py:285,443 | left out |
+| events on streams | transformer/moe/token_dispatcher.py:895 | done when they are recorded |
+| how many tokens go to which rank, read from the device as an array | transformer/moe/moe_utils.py:1093 | an array also of tensors that are on the CPU |
+| tokens of several ranks gathered, and their gradients scattered, in parts of unequal size, which gloo does not know | tensor_parallel/mappings.py:150,193 | parts are padded |
 | weight gradients: made whole, then added to the main gradients; the fused form is apex's | tensor_parallel/layers.py:569 | `fuse_gradient_accumulation` |
 
 Shape suffixes: T tokens, H input size of a linear layer, F its output size.
@@ -59,6 +62,8 @@ def enable() -> None:
     _keep_mode_in_backward()
     _patch_random()
     _patch_lone_collectives()
+    _patch_token_counts()
+    _patch_unequal_parts()
     keep_freed_memory()
 
 
@@ -107,6 +112,9 @@ class _Stream(torch.cpu.Stream):
 
     def synchronize(self) -> None:
         pass
+
+    def record_event(self) -> Any:
+        return self  # which is as done as any event
 
 
 def _patch_torch_cuda() -> None:
@@ -182,6 +190,46 @@ def _patch_lone_collectives() -> None:
     patched: Any = param_and_grad_buffer
     patched.dist_all_gather_func = _without_lone_rank(patched.dist_all_gather_func)
     patched.dist_reduce_scatter_func = _without_lone_rank(patched.dist_reduce_scatter_func)
+
+
+def _patch_token_counts() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and torch.is_tensor(tensor) and tensor.is_cpu:
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    patched: Any = token_dispatcher
+    patched.maybe_move_tensor_to_cpu = counts_on_host
+
+
+def _patch_unequal_parts() -> None:
+    from megatron.core.tensor_parallel import mappings
+
+    patched: Any = mappings
+    gather, reduce_scatter = patched._gather_along_first_dim, patched._reduce_scatter_along_first_dim
+
+    def padded(part: torch.Tensor, size: int) -> torch.Tensor:
+        out = part.new_zeros(size, *part.shape[1:])
+        out[: len(part)] = part
+        return out
+
+    def gather_parts(part: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or len(set(sizes)) == 1:
+            return gather(part, group, sizes, use_global_buffer)
+        found = gather(padded(part, max(sizes)), group).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    def scatter_parts(whole: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or len(set(sizes)) == 1:
+            return reduce_scatter(whole, group, sizes, use_global_buffer)
+        parts = torch.cat([padded(part, max(sizes)) for part in whole.split(list(sizes))])
+        return reduce_scatter(parts, group)[: sizes[group.rank()]]
+
+    patched._gather_along_first_dim, patched._reduce_scatter_along_first_dim = gather_parts, scatter_parts
 
 
 def fuse_gradient_accumulation(model: torch.nn.Module) -> None:

@@ -88,13 +88,14 @@ class _SwiGLU(torch.autograd.Function):
             torch.ops.aten.silu.out(gate_BF, out=out_RF[rows])
             out_RF[rows].mul_(up_BF)
         ctx.save_for_backward(both_R2F)
-        return out_RF.view(*gate_up.shape[:-1], -1)
+        return out_RF.view(*gate_up.shape[:-1], out_RF.size(1))  # an expert may have no tokens, and -1 no meaning
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> Tensor:
         (both_R2F,) = ctx.saved_tensors
-        d_out_RF, d_both_R2F = d_out.reshape(len(both_R2F), -1), torch.empty_like(both_R2F)
+        d_both_R2F = torch.empty_like(both_R2F)
+        d_out_RF = d_out.reshape(len(both_R2F), both_R2F.size(1) // 2)
         for rows in _blocks(len(d_out_RF), d_out_RF[:1]):
             d_out_BF = d_out_RF[rows]
             gate_BF, up_BF = both_R2F[rows].chunk(2, dim=1)
@@ -102,7 +103,7 @@ class _SwiGLU(torch.autograd.Function):
             torch.ops.aten.silu.out(gate_BF, out=d_up_BF)
             d_up_BF.mul_(d_out_BF)
             torch.ops.aten.silu_backward.grad_input(d_out_BF * up_BF, gate_BF, grad_input=d_gate_BF)
-        return d_both_R2F.view(*d_out.shape[:-1], -1)
+        return d_both_R2F.view(*d_out.shape[:-1], both_R2F.size(1))
 
 
 class _Rotate(torch.autograd.Function):

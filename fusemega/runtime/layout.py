@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +20,18 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(False, description="also split norms and residuals over the tensor-parallel ranks")
     context_parallel_size: int = Field(
         1, ge=1, description="number of ranks over which the tokens of each row are split"
+    )
+    expert_model_parallel_size: int = Field(
+        1, ge=1, description="number of ranks over which the experts of each layer are dealt out"
+    )
+    expert_tensor_parallel_size: int | None = Field(
+        None,
+        ge=1,
+        description="number of ranks over which the matrices of each expert are split; "
+        "default: tensor_model_parallel_size",
+    )
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = Field(
+        "alltoall", description="how tokens reach the ranks of their experts; with allgather, all reach each"
     )
     pipeline_model_parallel_size: int = Field(1, ge=1, description="number of pipeline stages")
     virtual_pipeline_model_parallel_size: int | None = Field(
@@ -71,9 +84,23 @@ class ParallelConfig(Section):
         return self
 
     @property
-    def model_parallel_size(self) -> int:
-        """Processes of one replica."""
+    def expert_tp_size(self) -> int:
+        """`expert_tensor_parallel_size`, or what it is by default."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def replica_size(self) -> int:
+        """Processes of one replica of all weights but experts."""
         return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def model_parallel_size(self) -> int:
+        """The least number of processes that hold the whole model; the world is a multiple of it.
+
+        The ranks of expert parallelism are taken from those of tensor, context and data parallelism.
+        """
+        stages = self.pipeline_model_parallel_size
+        return stages * math.lcm(self.replica_size // stages, self.expert_model_parallel_size * self.expert_tp_size)
 
     @property
     def segment_multiple(self) -> int:
@@ -84,6 +111,11 @@ class ParallelConfig(Section):
     def micro_batch_multiple(self) -> int:
         """A step's micro-batches are a multiple of this: the interleaved schedule takes whole groups of PP."""
         return 1 if self.virtual_pipeline_model_parallel_size is None else self.pipeline_model_parallel_size
+
+    @property
+    def rows_alike(self) -> bool:
+        """Whether the micro-batches that data-parallel ranks run at one time must have equally many tokens."""
+        return self.expert_model_parallel_size > 1 and self.moe_token_dispatcher_type == "allgather"
 
     @property
     def activation_split(self) -> int:
@@ -125,23 +157,33 @@ class ParallelConfig(Section):
         Raises:
             UserError: the world does not divide.
         """
-        if world_size % self.model_parallel_size:
-            factors = {
+        for product in (
+            {
                 name: getattr(self, name)
                 for name in ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
-            }
-            product = " x ".join(f"{name} {size}" for name, size in factors.items())
-            raise UserError(
-                f"parallel: {product} = {self.model_parallel_size} "
-                f"does not divide the {world_size} process(es) of this run; start a multiple of "
-                f"{self.model_parallel_size} (--nproc)"
-            )
-        return world_size // self.model_parallel_size
+            },
+            {
+                "expert_model_parallel_size": self.expert_model_parallel_size,
+                "expert_tensor_parallel_size": self.expert_tp_size,
+                "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+            },
+        ):
+            size = math.prod(product.values())
+            if world_size % size:
+                raise UserError(
+                    f"parallel: {' x '.join(f'{name} {factor}' for name, factor in product.items())} = {size} "
+                    f"does not divide the {world_size} process(es) of this run; start a multiple of "
+                    f"{self.model_parallel_size} (--nproc)"
+                )
+        return world_size // self.replica_size
 
     def __str__(self) -> str:
-        """Such as "TP 2 SP x CP 2 x PP 2 (x 2 virtual)"."""
+        """Such as "TP 2 SP x CP 2 x EP 2 x PP 2 (x 2 virtual)"; an expert TP of its own follows EP."""
         tp = f"TP {self.tensor_model_parallel_size}{' SP' if self.sequence_parallel else ''}"
         cp = f" x CP {self.context_parallel_size}" if self.context_parallel_size > 1 else ""
         virtual = self.virtual_pipeline_model_parallel_size
         pp = f" x PP {self.pipeline_model_parallel_size}" + (f" (x {virtual} virtual)" if virtual else "")
-        return tp + cp + pp
+        ep = f" x EP {self.expert_model_parallel_size}" if self.expert_model_parallel_size > 1 else ""
+        if self.expert_tp_size != self.tensor_model_parallel_size:
+            ep += f" x ETP {self.expert_tp_size}"
+        return tp + cp + ep + pp

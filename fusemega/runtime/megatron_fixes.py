@@ -6,6 +6,7 @@
 | That gathering holds several copies of the state, and its slices are copied once more to be written: 36 to 52 bytes a parameter. | optimizer/distrib_optimizer.py:1055, dist_checkpointing/strategies/filesystem_async.py:165 | one kind of state is gathered after the other, and each parameter's is a tensor of its own |
 | A resumed run has the whole optimizer state in host memory on *every* data-parallel rank, 12 bytes a parameter, and reads all of it. | optimizer/distrib_optimizer.py:1452, :2097 | each rank asks for the parameters of which it holds a part |
 | A model under DistributedDataParallel is never freed, nor are its buffers, process groups and their threads: it keeps the gradient accumulators, whose hooks keep it, and Python's collector does not see through those nodes. | distributed/distributed_data_parallel.py:344 | the hooks hold it weakly |
+| A router without Transformer Engine fails: it looks for a function of it that is not there. | transformer/moe/moe_utils.py:1192 | the name is there, and is None |
 
 Shape suffixes: N elements of a whole buffer, n of one rank's share of a bucket.
 """
@@ -25,6 +26,7 @@ def apply() -> None:
     """Mend megatron-core in this process. Idempotent."""
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.moe import moe_utils
 
     if DistributedOptimizer.get_parameter_state_dp_zero is not _parameter_state_at_buffer_positions:
         DistributedOptimizer.get_parameter_state_dp_zero = _parameter_state_at_buffer_positions
@@ -35,6 +37,8 @@ def apply() -> None:
         global _backward_post_hook
         _backward_post_hook = DistributedDataParallel._make_backward_post_hook
         DistributedDataParallel._make_backward_post_hook = _weak_backward_post_hook
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")

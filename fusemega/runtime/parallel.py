@@ -42,6 +42,8 @@ class World:
     """This process's place: ranks, sizes, groups and device.
 
     Data-parallel ranks have different samples; `dp_cp_group` joins them with the ranks that share their tokens.
+    The ranks of a pipeline stage are divided a second time for the experts of its layers: EP x expert TP, the rest
+    replicas.
     `host_group` joins all ranks over gloo, for all but computation: there they wait for one another as long as it takes
     to tokenize a data set or to write a model, and no Python object goes through a GPU.
     """
@@ -58,6 +60,10 @@ class World:
     cp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
+    expert_tp_rank: int
+    expert_tp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
@@ -165,6 +171,8 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         config.pipeline_model_parallel_size,
         config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tp_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     world = World(
@@ -180,6 +188,10 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tp_size=parallel_state.get_expert_tensor_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
@@ -191,7 +203,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
     debug(
         f"rank {rank} of {world_size} on {own_device}: tensor {world.tp_rank} of {world.tp_size}, "
         f"stage {world.pp_rank} of {world.pp_size}, context {world.cp_rank} of {world.cp_size}, "
-        f"data {world.dp_rank} of {world.dp_size}"
+        f"data {world.dp_rank} of {world.dp_size}, experts {world.ep_rank} of {world.ep_size}"
     )
     return world
 

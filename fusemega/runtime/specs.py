@@ -30,6 +30,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from fusemega.runtime.context_parallel import gather_row
 from fusemega.runtime.cpu_ops import rms_norm, swiglu
+from fusemega.runtime.experts import MLPKind, experts_spec
 from fusemega.runtime.segments import Segments, segments_of
 from fusemega.runtime.shared_prompts import attend_with_prefixes
 
@@ -54,16 +55,25 @@ class RMSNorm(torch.nn.RMSNorm):
         return super().forward(x)
 
 
-class SwiGLUMLP(MLP):
-    """megatron-core's MLP without biases, with one operation between its products."""
+class LocalMLP(MLP):
+    """megatron-core's MLP of megatron-core's own linear layers."""
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), **kwargs)
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        """[S, B, H] -> [S, B, H] and, as Megatron expects, no bias."""
+
+class SwiGLUMLP(LocalMLP):
+    """The same without biases, with one operation between its products."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """[S, B, H] -> [S, B, H] and, as Megatron expects, no bias. Of an expert, [T, H] and a factor for each [T]."""
         gate_up, _ = self.linear_fc1(hidden_states)
-        out, _ = self.linear_fc2(swiglu(gate_up))
+        inner = swiglu(gate_up)
+        if per_token_scale is not None:
+            inner = (inner * per_token_scale[:, None]).to(inner.dtype)
+        out, _ = self.linear_fc2(inner)
         return out, None
 
 
@@ -213,39 +223,48 @@ class SDPAttention(MegatronModule):
         )
 
 
-def layer_spec(config: TransformerConfig, has_attention: bool = True, has_mlp: bool = True) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, has_attention: bool = True, mlp: MLPKind | None = "mlp") -> ModuleSpec:
     """One decoder layer: megatron-core's local spec with the modules above.
 
     Args:
-        has_attention, has_mlp: whether the layer has them. Identities replace a missing block, its norm and its sum.
+        has_attention, mlp: what the layer has. Identities replace a missing block, its norm and its sum.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
-    if gated and not torch.cuda.is_available():
-        spec.submodules.mlp = SwiGLUMLP  # `cpu_ops.swiglu` is written for CPUs
+    on_cpu = gated and not torch.cuda.is_available()  # `cpu_ops.swiglu` is written for CPUs
+    if mlp == "experts":
+        spec.submodules.mlp = experts_spec(SwiGLUMLP if on_cpu else LocalMLP)
+        # No module has the norm's weight inside it, so it keeps its own name in a checkpoint.
+        spec.submodules.sharded_state_dict_keys_map = {
+            name: key
+            for name, key in spec.submodules.sharded_state_dict_keys_map.items()
+            if name != "pre_mlp_layernorm."
+        }
+    elif on_cpu:
+        spec.submodules.mlp = SwiGLUMLP
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return _with_blocks(spec, has_attention, has_mlp)
+    return _with_blocks(spec, has_attention, mlp)
 
 
-def _with_blocks(spec: ModuleSpec, has_attention: bool, has_mlp: bool) -> ModuleSpec:
+def _with_blocks(spec: ModuleSpec, has_attention: bool, mlp: MLPKind | None) -> ModuleSpec:
     """The layer with some of its blocks: the residual stream passes the others by, as in megatron-core's heterogeneous
     specs (models/gpt/heterogeneous/heterogeneous_layer_specs.py).
     """
     modules = spec.submodules
     if not has_attention:
         modules.input_layernorm, modules.self_attention, modules.self_attn_bda = IdentityOp, IdentityOp, IdentityFuncOp
-    if not has_mlp:
+    if mlp is None:
         modules.pre_mlp_layernorm, modules.mlp, modules.mlp_bda = IdentityOp, IdentityOp, IdentityFuncOp
     return spec
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None = None, blocks: Sequence[tuple[bool, bool]] | None = None
+    config: TransformerConfig, vp_stage: int | None = None, blocks: Sequence[tuple[bool, MLPKind | None]] | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of one piece of it, and the final norm (a bare layer spec would bring
     Megatron's own norm back). `config.transformer_impl` chooses the implementation.
@@ -253,17 +272,18 @@ def block_spec(
     Args:
         config: of the whole model.
         vp_stage: number of the piece; None without the interleaved schedule.
-        blocks: for each layer of the whole model, whether it has attention, and an MLP; None: all have both.
+        blocks: for each layer of the whole model, whether it has attention, and which kind of MLP; None: all have
+            attention and an MLP.
     """
     start = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
-    kinds = (blocks or [(True, True)] * config.num_layers)[start : start + count]
+    kinds = (blocks or [(True, "mlp")] * config.num_layers)[start : start + count]
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
         from fusemega.runtime.te_attention import PrefixDotProductAttention
 
-        def te_spec(kind: tuple[bool, bool]) -> ModuleSpec:
+        def te_spec(kind: tuple[bool, MLPKind | None]) -> ModuleSpec:
             spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
             spec.submodules.self_attention.submodules.core_attention = PrefixDotProductAttention
             return _with_blocks(spec, *kind)

@@ -62,8 +62,11 @@ def describe(run: TrainRun, nproc: int | None) -> str:
         "output": run.output_dir,
     }
     summary = "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+    # With expert parallelism, some data-parallel ranks hold one copy of the model together.
+    copies = dp * parallel.replica_size // parallel.model_parallel_size
     reads = "\n\n".join(
-        f"weights of {source.config.load}, read by each of {dp} data-parallel replica(s):\n{table(source.plan_reads())}"
+        f"weights of {source.config.load}, read by each of {copies} data-parallel replica(s):\n"
+        f"{table(source.plan_reads())}"
         for source in (checked.source, *checked.frozen.values())
     )
     return f"{summary}\n\n{reads}\n{NOTHING_DONE} but the cache of tokenized data"

@@ -120,11 +120,12 @@ def is_same_layout(folder: Path, saved: Any, run: TrainRun, world: World) -> boo
     Raises:
         UserError: the layout is not one that a run writes.
     """
-    if saved == layout_of(run, world):
+    usual, own = ParallelConfig().model_dump(), layout_of(run, world)
+    parallel = saved.get("parallel") if isinstance(saved, dict) else None
+    # Older checkpoints lack newer keys.
+    if saved == own or (isinstance(parallel, dict) and {**saved, "parallel": usual | parallel} == own):
         return True
     if world.is_main:
-        usual = ParallelConfig().model_dump()
-        parallel = saved.get("parallel") if isinstance(saved, dict) else None
         if not isinstance(saved, dict) or not isinstance(parallel, dict):
             raise UserError(f"{folder / STATE}: its layout is {saved!r}, which is not a value that a run writes")
         told = {key: size for key, size in parallel.items() if size != usual.get(key)}

@@ -53,7 +53,7 @@ def test_ranks_share_the_bytes_except_norms_and_a_tied_head(tmp_path: Path) -> N
     embedding = 101 * 32 * 4
     for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (4, 4)):
         reads = plan_reads(folder, layout(tp, pp))
-        assert [(r.pp_rank, r.tp_rank) for r in reads] == [(p, t) for p in range(pp) for t in range(tp)]
+        assert [(r.pp_rank, r.rank) for r in reads] == [(p, t) for p in range(pp) for t in range(tp)]
         assert sum(r.nbytes for r in reads) == whole + (tp - 1) * norms + (pp > 1) * embedding
     assert len({folder.file(name) for name in folder}) >= max(r.files for r in plan_reads(folder, layout(1, 4))) > 1
     with pytest.raises(UserError, match="does not divide this model's 4 layers"):

@@ -31,12 +31,15 @@ from tests.checkpoint.conftest import SETTINGS
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
 def test_keys_shapes_and_objects_are_those_of_megatron_core(
     world: World, tmp_path: Path, model_type: str, tied: bool
 ) -> None:
     source = tmp_path / "source"
-    config = AutoConfig.for_model(model_type, **SETTINGS, tie_word_embeddings=tied)
+    # Layers that are alike are stacked, so a model with a dense layer among those with experts has other keys.
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    others = {"mixtral": {"num_local_experts": 4}, "qwen3_moe": experts | {"mlp_only_layers": [0] * tied}}
+    config = AutoConfig.for_model(model_type, **SETTINGS, tie_word_embeddings=tied, **others.get(model_type, {}))
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(source)
     import_hf(source, tmp_path / "megatron")
     ours = FileSystemReader(tmp_path / "megatron" / "weights").read_metadata().state_dict_metadata

@@ -56,8 +56,13 @@ class Reference(NamedTuple):
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Reference]]:
     work = tmp_path_factory.mktemp("families")
+    return work, written(work, MODELS)
+
+
+def written(work: Path, models: dict[str, dict[str, Any]]) -> dict[str, Reference]:
+    """Writes the models and their texts to `work`; what transformers makes of them."""
     references, texts = {}, {}
-    for number, (name, settings) in enumerate(MODELS.items()):
+    for number, (name, settings) in enumerate(models.items()):
         torch.manual_seed(number)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(SHAPE | settings))).float()
         with torch.no_grad():  # no weight that a mistake could leave unseen: biases not 0, norms not 1, sharp attention
@@ -85,7 +90,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
         norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm()
         references[name] = Reference(logits_SV.detach(), gradients, sequences, groups, float(norm))
     (work / "texts.json").write_text(json.dumps(texts))
-    return work, references
+    return references
 
 
 @pytest.fixture(scope="module")

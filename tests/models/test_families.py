@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -61,8 +62,19 @@ def windows(config: HFConfig) -> list[int | None]:
         ("qwen3", {"head_dim": None}, ["head_dim is missing"]),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, ["max_position_embeddings is missing"]),
         ("qwen3", {"num_experts": 128}, ["unknown key 'num_experts'"]),
-        ("qwen3_moe", {}, ["model_type", "'qwen3_moe'", "did you mean 'qwen3'"]),
-        ("mixtral", {}, ["model_type", "'mixtral'", "did you mean 'mistral'"]),
+        ("mixtral", {"num_local_experts": 0}, ["num_local_experts = 0", "positive integer"]),
+        ("mixtral", {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "has 8 experts"]),
+        ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise = 0.1", "allowed: 0"]),
+        ("mixtral", {"output_router_logits": True}, ["output_router_logits = True", "allowed: False"]),
+        ("mixtral", {"moe_intermediate_size": 8}, ["unknown key 'moe_intermediate_size'"]),
+        ("mixtral", {"expert_capacity_factor": 1.0}, ["unknown key 'expert_capacity_factor'"]),
+        ("qwen3_moe", {"num_experts": 4, "num_local_experts": 8}, ["num_experts = 4 and num_local_experts = 8"]),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, ["no layer has experts"]),
+        ("qwen3_moe", {"mlp_only_layers": "0"}, ["mlp_only_layers = '0'", "a list of layers"]),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, ["decoder_sparse_step = 0"]),
+        ("qwen3_moe", {"norm_topk_prob": 1}, ["norm_topk_prob = 1", "true or false"]),
+        ("qwen3_moe", {"head_dim": None}, ["head_dim is missing"]),
+        ("qwen3_moe", {"layer_types": [FULL] * 4}, ["unknown key 'layer_types'"]),
     ],
 )
 def test_refuses_what_it_would_compute_wrongly(model_type: str, change: dict[str, Any], words: list[str]) -> None:
@@ -110,6 +122,40 @@ def test_what_is_left_out_means_what_it_means_to_transformers(
     assert {name: shape for rule in rules for name, shape in rule.hf_shapes().items()} == wanted
     assert opened.transformer_config["layernorm_epsilon"] == hf.config.rms_norm_eps
     assert torch.equal(opened.inv_freq(), MistralRotaryEmbedding(hf.config).inv_freq)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "mixtral"},
+        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1, "rope_theta": 5e5},
+        {"model_type": "qwen3_moe"},
+        {"model_type": "qwen3_moe", "num_experts": 16, "norm_topk_prob": True, "mlp_only_layers": [1]},
+        {"model_type": "qwen3_moe", "num_experts": 16, "decoder_sparse_step": 2, "moe_intermediate_size": 8},
+        {"model_type": "qwen3_moe", "num_local_experts": 12, "head_dim": 24, "num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_experts_as_transformers_reads_them(change: dict[str, Any]) -> None:
+    config = {key: value for key, value in (TINY | change).items() if key not in ("rms_norm_eps",)}
+    hf = AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf)
+    opened = architecture_of(config)
+    settings = opened.transformer_config
+    assert settings["num_moe_experts"] == hf.num_experts and settings["moe_router_topk"] == hf.num_experts_per_tok
+    assert settings["moe_router_pre_softmax"] == (not getattr(hf, "norm_topk_prob", True))
+    assert settings["layernorm_epsilon"] == hf.rms_norm_eps
+    assert torch.equal(opened.inv_freq(), MistralRotaryEmbedding(hf).inv_freq)
+    shapes = opened.hf_shapes()
+    for layer, part in enumerate(model.model.layers):
+        own = {name: shape for name, shape in shapes.items() if f"layers.{layer}." in name}
+        wanted = dict(part.named_parameters())
+        assert sum(map(math.prod, own.values())) == sum(value.numel() for value in wanted.values())
+        assert (opened.layers[layer].blocks[1] == "experts") == ("mlp.experts.down_proj" in wanted)
+    kept = architecture_of(keep_layers(config, [1, 3]))
+    assert [layer.blocks for layer in kept.layers] == [opened.layers[layer].blocks for layer in (1, 3)]
+    assert architecture_of(opened.hf_config).layers == opened.layers
 
 
 @pytest.mark.parametrize(

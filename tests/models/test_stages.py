@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -143,3 +144,35 @@ def test_every_parameter_is_on_the_stage_of_its_layer() -> None:
     assert layers == [{0, 3}, {1, 2, 4, 5}]
     assert "embedding.word_embeddings.weight" in held[0] - held[1]
     assert {"decoder.final_layernorm.weight", "output_layer.weight"} <= held[1] - held[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "parallel", "words"),
+    [
+        ({}, {"expert_model_parallel_size": 3}, "3 does not divide this model's 8 experts; allowed: 1, 2, 4, 8"),
+        ({}, {"expert_tensor_parallel_size": 5}, "5 does not divide this model's 48 as the feed-forward size"),
+        ({}, {"tensor_model_parallel_size": 2}, "parallel.sequence_parallel: a model with experts needs it"),
+        ({"model_type": "mistral"}, {"expert_model_parallel_size": 2}, "this model has no experts; allowed: 1"),
+        (
+            {"model_type": "qwen3_moe", "mlp_only_layers": [0, 1], "moe_intermediate_size": 8, "num_experts": 8},
+            {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 2},
+            "stage 0 of 2 would have no layer with experts",
+        ),
+    ],
+)
+def test_layouts_that_do_not_fit_experts(change: dict[str, Any], parallel: dict[str, Any], words: str) -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    config = {"model_type": "mixtral", "num_attention_heads": 4, **sizes, **change}
+    if config["model_type"] == "mistral":
+        config["num_key_value_heads"] = 4
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_layout(architecture_of(config | {"num_key_value_heads": 4}), ParallelConfig(**parallel))
+
+
+def test_worlds_that_experts_do_not_divide() -> None:
+    layout = ParallelConfig(expert_model_parallel_size=4, pipeline_model_parallel_size=2)
+    assert layout.model_parallel_size == 8 and layout.data_parallel_size(8) == 4
+    with pytest.raises(UserError, match="expert_model_parallel_size 4 x .* = 8 does not divide the 4 process"):
+        layout.data_parallel_size(4)
+    split = ParallelConfig(tensor_model_parallel_size=4, expert_model_parallel_size=2, expert_tensor_parallel_size=2)
+    assert split.model_parallel_size == 4 and str(split) == "TP 4 x EP 2 x ETP 2 x PP 1"

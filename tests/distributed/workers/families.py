@@ -1,6 +1,7 @@
 """Logits, gradients and exported weights of several small models under every layout of four ranks.
 
-    families.py WORK    with folders WORK/<name>/ and texts in WORK/texts.json: token ids of segments packed in one row
+    families.py WORK [LAYOUTS]    with folders WORK/<name>/ and texts in WORK/texts.json: token ids of segments packed
+        in one row; LAYOUTS: a key of `MATRICES`
 
 Leaves WORK/<name>.<layout>/ (the weights as they came back), WORK/<name>.<layout>.gradients/ (in the weights' place,
 the gradients of the mean next-token cross-entropy), for the models of SEQUENCES also WORK/<name>.<layout>.sequences/
@@ -53,7 +54,26 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2SPCP2": TP2 | SP | CP2,
     "CP2PP2VPP2": CP2 | PP2 | {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True},
 }
-SEQUENCES = ("qwen2-windowed-tied", "qwen3-windowed")
+EP2, EP4 = ({"expert_model_parallel_size": size} for size in (2, 4))
+ETP1, ETP2 = ({"expert_tensor_parallel_size": size} for size in (1, 2))
+EXPERTS: dict[str, dict[str, Any]] = {
+    "EP2 allgather": EP2 | {"moe_token_dispatcher_type": "allgather"},
+    "EP4": EP4,
+    "TP2SPEP2": TP2 | SP | EP2,
+    "TP4SPETP1": TP4 | SP | ETP1,
+    "PP2EP2": PP2 | EP2,
+    "CP2EP4": CP2 | EP4,
+}
+MORE_EXPERTS: dict[str, dict[str, Any]] = {
+    "EP1": {},
+    "EP2": EP2,
+    "TP2SP": TP2 | SP,
+    "TP2SPEP4ETP1": TP2 | SP | EP4 | ETP1,
+    "EP2ETP2": EP2 | ETP2,
+    "PP2VPP2EP2": PP2 | EP2 | {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True},
+}
+MATRICES = {"dense": LAYOUTS, "experts": EXPERTS, "more experts": MORE_EXPERTS}
+SEQUENCES = ("qwen2-windowed-tied", "qwen3-windowed", "mixtral")
 
 
 def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
@@ -179,7 +199,7 @@ def one_model(folder: Path, label: str, texts: list[list[int]], world: World) ->
 def main() -> None:
     work = Path(sys.argv[1])
     results: dict[str, Any] = {}
-    for label, layout in LAYOUTS.items():
+    for label, layout in MATRICES[(*sys.argv, "dense")[2]].items():
         world = initialize(ParallelConfig(**layout))
         for name, texts in json.loads((work / "texts.json").read_text()).items():
             results[f"{name} {label}"] = one_model(work / name, label, texts, world)
