@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ import yaml
 from fusemega import cli
 from fusemega.config import validate
 from fusemega.errors import UserError
-from fusemega.sampling.engine import Response
+from fusemega.sampling.engine import Missing, Response
 from fusemega.sampling.engines import TransformersSettings, open_engine
 from fusemega.sampling.transformers_engine import TransformersEngine
 from fusemega.tasks import lm_eval
 from fusemega.tasks.run import run_tasks
 from fusemega.tasks.run_file import TasksRun
+from tests.sampling import server
 
 QUESTIONS = [{"question": f"What is {n} and {n}?", "answer": f"#### {2 * n}"} for n in range(7)]
 
@@ -126,6 +128,31 @@ def test_results_have_figures_counts_and_settings(
     assert [each["generator"] for each in outputs] == ["tiny-1"] * 3
     judged = [json.loads(line) for line in (tmp_path / "out" / "several" / "judged.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in judged] == [0, 1, 2] * 2 and all(row["text"] for row in judged)
+
+
+def test_answers_of_a_server(run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows sums of even numbers. What it fails to answer is asked for by the next command."""
+
+    def knows(text: str, seed: int) -> str:
+        number = int(re.findall(r"\d+", text)[0])
+        return f"#### {2 * number}" if number % 2 == 0 else "I do not know."
+
+    monkeypatch.setattr(server, "answer", knows)
+    with server.serve() as served:
+        run["engine"] = {"name": "openai", "base_url": served.url, "model": server.MODEL, "max_retries": 0}
+        run |= {"generator": "served", "tasks": {"maths": run["tasks"]["maths"]}}
+        parsed = validate(TasksRun, run, "run.yaml")
+        served.always = "500"
+        with pytest.raises(Missing, match="7 of 7 requests have no response"):
+            run_tasks(parsed)
+        served.always = ""
+        served.asked.clear()
+        content = run_tasks(parsed)
+        assert run_tasks(parsed) == content and sum(served.asked.values()) == 7
+        assert {body["model"] for body in served.bodies} == {server.MODEL}
+        assert {body["temperature"] for body in served.bodies} == {0.0}
+    figures = content["tasks"]["maths"]["figures"]
+    assert figures["exact_match_strict"] == pytest.approx(4 / 7) and content["generator"] == "served"
 
 
 @pytest.mark.parametrize(
