@@ -54,7 +54,7 @@ def quickstart(options: argparse.Namespace, scale: Scale) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    arguments = parser("fusemega.recipes.quickstart", __doc__, "runs/quickstart", lr=1e-4, lambda_=0.1)
+    arguments = parser("fusemega.recipes.quickstart", __doc__, "runs/quickstart", lr=1e-4, lambda_=0.5)
     arguments.add_argument("--teacher", help="HF folder or hub id (default: SmolLM2-135M-Instruct)")
     target = arguments.add_mutually_exclusive_group()
     target.add_argument("--target", help="HF folder or hub id with the teacher's tokenizer (default: teacher, pruned)")
