@@ -64,7 +64,7 @@ class ModelSource:
     Raises:
         UserError: the folder is damaged, of an unknown architecture, or with another head; the layout does not divide
             it or the world; no tokenizer; FP8 or Transformer Engine is requested and not available; sliding windows
-            under context parallelism and Transformer Engine.
+            or capped attention scores under context parallelism and Transformer Engine.
     """
 
     def __init__(
@@ -99,12 +99,15 @@ class ModelSource:
                 f"model.transformer_impl: {config.transformer_impl} is Transformer Engine here, which has not been "
                 "tried with layers of experts; allowed: local"
             )
-        if parallel.context_parallel_size > 1 and self.kernels.transformer_engine and layers.get("window_size"):
-            raise UserError(
-                f"parallel.context_parallel_size: {parallel.context_parallel_size} is not supported here: this "
-                "model has sliding windows, and Transformer Engine's ring attention has none; allowed: 1, or "
-                "model.transformer_impl: local"
-            )
+        if parallel.context_parallel_size > 1 and self.kernels.transformer_engine:
+            capped = self.architecture.attention_softcap is not None
+            if capped or layers.get("window_size"):
+                found = "capped attention scores" if capped else "sliding windows"
+                raise UserError(
+                    f"parallel.context_parallel_size: {parallel.context_parallel_size} is not supported here: this "
+                    f"model has {found}, and Transformer Engine's ring attention has none; allowed: 1, or "
+                    "model.transformer_impl: local"
+                )
         self.tokenizer = (tokenizer or self._tokenizer()).with_template(chat_template)
         self.vocab_size = self.architecture.vocab_size
         # A pad token added to the tokenizer alone is common, and the model has no row for it.
@@ -139,6 +142,8 @@ class ModelSource:
         Raises:
             UserError: says why, and what is allowed.
         """
+        if self.architecture.attention_softcap is not None:
+            return  # such scores are computed in one way on every machine
         head_size = self.architecture.transformer_config["kv_channels"]
         problem = sharing_problem(self._parallel, bool(self.kernels.fp8), head_size)
         if problem is not None:

@@ -24,6 +24,7 @@ from fusemega.merge.sources import TensorSource
 from fusemega.merge.statistics import CELL
 from fusemega.merge.template import plan_template
 from fusemega.merge.vocabulary import MergedVocabulary, plan_vocabulary
+from fusemega.models.architecture import Architecture
 from fusemega.models.registry import architecture_of
 from fusemega.models.rules import VocabRows
 
@@ -169,7 +170,7 @@ def _place(name: str, names: Sequence[str], source: str) -> int:
 def _check_architecture(folders: Sequence[HFFolder]) -> None:
     """Checks that all compute the same function of their weights; vocabularies and tied heads are checked elsewhere."""
     first = folders[0]
-    ours, frequencies = first.architecture.transformer_config, first.architecture.inv_freq()
+    ours = first.architecture.transformer_config
     for folder in folders[1:]:
         other = folder.architecture
         if other.family is not first.architecture.family:
@@ -190,7 +191,20 @@ def _check_architecture(folders: Sequence[HFFolder]) -> None:
                     f"{folder.path}: {key} is {theirs.get(key)}, and {ours.get(key)} in {first.path}: only models of "
                     f"one architecture can be merged"
                 )
-        if not torch.equal(frequencies, other.inv_freq()) or other.text_rope() != first.architecture.text_rope():
+        for what in ("softcap", "attention_softcap"):
+            if getattr(other, what) != getattr(first.architecture, what):
+                raise UserError(
+                    f"{folder.path}: {what} is {getattr(other, what)}, and {getattr(first.architecture, what)} in "
+                    f"{first.path}: only models of one architecture can be merged"
+                )
+        same_rope = other.text_rope() == first.architecture.text_rope()
+        for of in (Architecture.inv_freq, Architecture.local_inv_freq):
+            frequencies, others = of(first.architecture), of(other)
+            if frequencies is None or others is None:
+                same_rope &= frequencies is others
+            else:
+                same_rope &= torch.equal(frequencies, others)
+        if not same_rope:
             raise UserError(f"{folder.path}: its rotary positions differ from those of {first.path}")
 
 
@@ -217,7 +231,7 @@ def _tensors(
     for folder in folders:
         check_copies(folder)
     del config["tie_word_embeddings"]
-    if all(tied) or "tie_word_embeddings" in folders[0].config:
+    if any(tied) or "tie_word_embeddings" in folders[0].config:  # a family's default may be either
         config["tie_word_embeddings"] = all(tied)
     config = {key: value for key, value in config.items() if key != "torch_dtype"}
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")

@@ -30,6 +30,8 @@ class Architecture:
         transformer_config: keyword arguments of Megatron's TransformerConfig that the architecture decides.
         tied: whether the head is the embedding.
         softcap: the head's logits become softcap * tanh(logits / softcap); None: they stay.
+        attention_softcap: the scores of attention become softcap * tanh(scores / softcap); None: they stay.
+        embedding_scale: what the embeddings are multiplied by, once it is rounded to their type; None: they stay.
         gating: of a gated head, its sizes.
     """
 
@@ -40,6 +42,8 @@ class Architecture:
     transformer_config: Mapping[str, Any]
     tied: bool
     softcap: float | None
+    attention_softcap: float | None = None
+    embedding_scale: float | None = None
     gating: Gating | None = None
 
     @property
@@ -90,6 +94,16 @@ class Architecture:
     def text_rope(self) -> TextRope | None:
         """What the rotation of a text has besides; None: nothing."""
         return self.family.text_rope(self.hf_config)
+
+    def local_inv_freq(self) -> torch.Tensor | None:
+        """Those of the layers with a sliding window, float32 [D/2]; None: `inv_freq`."""
+        return self.family.local_inv_freq(self.hf_config)
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether each block ends in a norm of what it adds to the stream."""
+        blocks = (block for layer in self.layers for block in (layer.attention, layer.mlp) if block is not None)
+        return any(len(block.norms) > 1 for block in blocks)
 
     def rules(self, spec: LayerSpec = "local") -> list[Rule]:
         """One rule for every parameter of the whole model, in the order of Hugging Face's tensors.
@@ -164,5 +178,7 @@ def open_architecture(hf_config: HFConfig, family: Family) -> Architecture:
         # Only a vocabulary can be the embedding, whatever tie_word_embeddings says of another head.
         tied=head == "vocabulary" and family.tied(hf_config),
         softcap=family.softcap(hf_config),
+        attention_softcap=family.attention_softcap(hf_config),
+        embedding_scale=family.embedding_scale(hf_config),
         gating=Gating.of(hf_config) if gated else None,
     )

@@ -22,9 +22,10 @@ from fusemega.models.rules import Piece, Rule, WeightRanks, padded_vocab_size
 from fusemega.models.stages import LAYER_NAME, balances, check_layout, layers_of_stages, megatron_stages
 from fusemega.runtime.parallel import World
 from fusemega.runtime.precision import LOCAL, Kernels
-from fusemega.runtime.specs import block_spec
+from fusemega.runtime.specs import LayerSettings, block_spec
 from fusemega.runtime.text_rope import with_rope
 
+from megatron.core.models.common.embeddings import RotaryEmbedding  # isort: skip
 from megatron.core.models.common.language_module.language_module import LanguageModule  # isort: skip  (after
 from megatron.core.models.gpt import GPTModel  # isort: skip  runtime.parallel has enabled the CPU backend)
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  # isort: skip
@@ -49,7 +50,9 @@ class Chunk(GPTModel):
         layers = architecture.layers
         super().__init__(
             config,
-            block_spec(config, vp_stage, [layer.blocks for layer in layers]),
+            block_spec(
+                config, vp_stage, [layer.blocks for layer in layers], _layer_settings(architecture, config, world)
+            ),
             padded_vocab_size(architecture.vocab_size, world.tp_size),
             architecture.hf_config.get("max_position_embeddings", 2048),
             # `vp_stage` counts the pieces of a stage under the interleaved schedule, and is None without it.
@@ -61,6 +64,9 @@ class Chunk(GPTModel):
         )
         # These frequencies equal transformers' bit for bit (`rope.py`).
         self.rotary_pos_emb.inv_freq = architecture.inv_freq()
+        if self.pre_process and architecture.embedding_scale is not None:
+            scale = float(torch.tensor(architecture.embedding_scale, device="cpu").to(config.params_dtype))
+            self.embedding.register_forward_hook(lambda _, __, embeddings: embeddings * scale)
         self._has_vocabulary = architecture.head == "vocabulary"
         if self.post_process and not self._has_vocabulary:
             del self.output_layer
@@ -94,6 +100,14 @@ class Chunk(GPTModel):
             metadata = ensure_metadata_has_dp_cp_group(metadata)
             state = super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
         return state
+
+
+def _layer_settings(architecture: Architecture, config: TransformerConfig, world: World) -> LayerSettings:
+    local_rope = None
+    if (frequencies := architecture.local_inv_freq()) is not None:
+        local_rope = RotaryEmbedding(config.kv_channels, 1.0, use_cpu_initialization=True, cp_group=world.cp_group)
+        local_rope.inv_freq = frequencies
+    return LayerSettings(architecture.norms_after, architecture.attention_softcap, local_rope)
 
 
 class GPT(torch.nn.Module):
@@ -298,10 +312,11 @@ def fill(model: GPT, world: World, read: Callable[[str, Box], torch.Tensor]) -> 
 def init_random(model: GPT, world: World, seed: int) -> None:
     """Draw the weights a model starts with when it is trained from scratch; the same under every layout.
 
-    Matrices are normal(0, `initializer_range`, 0.02 where the configuration has none), norms 1 and biases 0, as
-    transformers initialises them. Each HF tensor is drawn whole in float32 from a generator seeded by `seed` and its
-    name.
+    Matrices are normal(0, `initializer_range`, 0.02 where the configuration has none), norms scale by 1 and biases are
+    0, as transformers initialises them. Each HF tensor is drawn whole in float32 from a generator seeded by `seed` and
+    its name.
     """
+    norms = torch.zeros if model.config.layernorm_zero_centered_gamma else torch.ones
     std = model.hf_config.get("initializer_range", 0.02)
     shapes = model.architecture.hf_shapes()
     last: dict[str, torch.Tensor] = {}
@@ -311,7 +326,7 @@ def init_random(model: GPT, world: World, seed: int) -> None:
             if len(last) == 3:
                 last.clear()
             if len(shapes[name]) == 1:
-                last[name] = (torch.zeros if name.endswith(".bias") else torch.ones)(shapes[name])
+                last[name] = (torch.zeros if name.endswith(".bias") else norms)(shapes[name])
             else:
                 # crc32, because Python's own hash of a string differs from process to process.
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

@@ -64,7 +64,7 @@ class DenseDecoder:
         require_int(hf_config, "max_position_embeddings", 2048)
         require_number(hf_config, "rms_norm_eps", below=1.0)
         check_token_ids(hf_config)
-        tied = hf_config.get("tie_word_embeddings", False)
+        tied = {**self.defaults, **hf_config}.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             raise UserError(f"config.json: tie_word_embeddings = {tied!r}, expected true or false")
         heads, groups, head_dim = self._heads(hf_config)
@@ -74,18 +74,21 @@ class DenseDecoder:
             )
         if head_dim % 2:
             raise UserError(f"config.json: head_dim {head_dim} is odd; rotary positions need pairs")
-        with torch.device("cpu"):  # a model is also built on the device "meta", where tensors have no values
-            frequencies = self.inv_freq(hf_config)
+        for local in (False, True):
+            parameters = self.rope(hf_config, local=local)
+            with torch.device("cpu"):  # a model is also built on the device "meta", where tensors have no values
+                frequencies = inverse_frequencies(parameters, head_dim)
+            if not (frequencies.isfinite() & (frequencies > 0)).all():
+                raise UserError(
+                    f"config.json: the rotary positions of {parameters} have frequencies that are no positive numbers "
+                    "of 32 bits"
+                )
+        with torch.device("cpu"):
             self.text_rope(hf_config)
-        if not (frequencies.isfinite() & (frequencies > 0)).all():
-            raise UserError(
-                f"config.json: the rotary positions of {self.rope(hf_config)} have frequencies that are no "
-                "positive numbers of 32 bits"
-            )
         self.windows(hf_config)
 
-    def rope(self, hf_config: HFConfig) -> dict[str, Any]:
-        """Rope settings as `rope_parameters` gives them."""
+    def rope(self, hf_config: HFConfig, *, local: bool = False) -> dict[str, Any]:
+        """Rope settings as `rope_parameters` gives them; `local`: of the layers with a sliding window."""
         return rope_parameters(hf_config)
 
     def transformer_config(self, hf_config: HFConfig) -> dict[str, Any]:
@@ -118,16 +121,29 @@ class DenseDecoder:
         """See `Family.text_rope`."""
         return text_rope(self.rope(hf_config), self._heads(hf_config)[2])
 
+    def local_inv_freq(self, hf_config: HFConfig) -> torch.Tensor | None:
+        """See `Family.local_inv_freq`."""
+        local = self.rope(hf_config, local=True)
+        return None if local == self.rope(hf_config) else inverse_frequencies(local, self._heads(hf_config)[2])
+
     def longest_text(self, hf_config: HFConfig) -> int:
         """See `Family.longest_text`."""
         return longest_text(hf_config)
 
     def tied(self, hf_config: HFConfig) -> bool:
         """See `Family.tied`."""
-        return bool(hf_config.get("tie_word_embeddings", False))
+        return bool({**self.defaults, **hf_config}.get("tie_word_embeddings", False))
 
     def softcap(self, hf_config: HFConfig) -> float | None:
         """See `Family.softcap`."""
+        return None
+
+    def attention_softcap(self, hf_config: HFConfig) -> float | None:
+        """See `Family.attention_softcap`."""
+        return None
+
+    def embedding_scale(self, hf_config: HFConfig) -> float | None:
+        """See `Family.embedding_scale`."""
         return None
 
     def ignorable(self, hf_name: str) -> bool:
@@ -138,13 +154,18 @@ class DenseDecoder:
         """See `Family.layers`."""
         hidden = hf_config["hidden_size"]
         heads, groups, head_dim = self._heads(hf_config)
-        before_attention = Norm("input_layernorm", "input_layernorm", "self_attention.linear_qkv", hidden)
-        before_mlp = Norm("post_attention_layernorm", "pre_mlp_layernorm", "mlp.linear_fc1", hidden)
+        attention_norms, mlp_norms = self.norms(hidden)
         layer = Layer(
-            Attention(hidden, heads, groups, head_dim, self.qkv_bias, self.qk_norm, (before_attention,)),
-            GatedMLP(hidden, hf_config["intermediate_size"], (before_mlp,)),
+            Attention(hidden, heads, groups, head_dim, self.qkv_bias, self.qk_norm, attention_norms),
+            GatedMLP(hidden, hf_config["intermediate_size"], mlp_norms),
         )
         return [layer] * int(hf_config["num_hidden_layers"])
+
+    def norms(self, hidden: int) -> tuple[tuple[Norm, ...], tuple[Norm, ...]]:
+        """The norms of an attention block, and of an MLP block."""
+        before_attention = Norm("input_layernorm", "input_layernorm", "self_attention.linear_qkv", hidden)
+        before_mlp = Norm("post_attention_layernorm", "pre_mlp_layernorm", "mlp.linear_fc1", hidden)
+        return (before_attention,), (before_mlp,)
 
     def _heads(self, hf_config: HFConfig) -> tuple[int, int, int]:
         """(query heads, key/value groups, head size)."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fusemega.errors import UserError, nearest
+from fusemega.errors import UserError, choose, nearest
 from fusemega.models.parts import Layer
 from fusemega.runtime.text_rope import TextRope
 
@@ -41,6 +41,9 @@ class Family(Protocol):
     def inv_freq(self, hf_config: HFConfig) -> torch.Tensor:
         """Rotary inverse frequencies, float32 [D/2]."""
 
+    def local_inv_freq(self, hf_config: HFConfig) -> torch.Tensor | None:
+        """Those of the layers with a sliding window; None: `inv_freq`."""
+
     def longest_text(self, hf_config: HFConfig) -> int:
         """The longest text, in positions, for which the rope is meant, its scaling included."""
 
@@ -55,6 +58,12 @@ class Family(Protocol):
 
     def softcap(self, hf_config: HFConfig) -> float | None:
         """The cap of the head's logits, which become softcap * tanh(logits / softcap); None: they stay."""
+
+    def attention_softcap(self, hf_config: HFConfig) -> float | None:
+        """The cap of attention's scores, which become softcap * tanh(scores / softcap); None: they stay."""
+
+    def embedding_scale(self, hf_config: HFConfig) -> float | None:
+        """What the embeddings are multiplied by, once it is rounded to their type; None: they stay."""
 
     def ignorable(self, hf_name: str) -> bool:
         """Whether a tensor that no rule names may be left unread (buffers of old checkpoints)."""
@@ -87,6 +96,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
 }
 
+
+# Of `model_type`s whose every n-th layer sees the whole text and the others a window, where no `layer_types` say so: n,
+# unless `sliding_window_pattern` gives it.
+_WINDOW_PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+PRUNED = "pruned_"
+"""How the `model_type` of models without some of their blocks begins (`pruned.py`)."""
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 # No model is larger. Without these limits a mistaken size would cost memory and time before a missing tensor shows it.
 _LARGEST = 1 << 31
@@ -157,6 +173,27 @@ def require_int(hf_config: HFConfig, key: str, default: int | None = None, *, mi
     return value
 
 
+def layer_types(hf_config: HFConfig) -> list[str] | None:
+    """For each layer, whether it sees the whole text or a window, as the configuration says; None: it does not.
+
+    Raises:
+        UserError: not a list of such names, one for each layer.
+    """
+    layers = require_int(hf_config, "num_hidden_layers")
+    types = hf_config.get("layer_types")
+    if types is None:
+        every = _WINDOW_PATTERNS.get(str(hf_config.get("model_type")).removeprefix(PRUNED))
+        if every is None:
+            return None
+        every = require_int(hf_config, "sliding_window_pattern", every)
+        return [SLIDING if layer % every else FULL for layer in range(1, layers + 1)]
+    if not isinstance(types, list) or len(types) != layers:
+        raise UserError(f"config.json: layer_types = {types!r}, expected a list of {layers} names, one for each layer")
+    for kind in types:
+        choose("config.json: layer_types", str(kind), (FULL, SLIDING))
+    return list(types)
+
+
 def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The configuration of a model with only these layers, numbered from 0, in this order.
 
@@ -166,6 +203,8 @@ def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
     out = {**hf_config, "num_hidden_layers": len(kept)}
     if isinstance(hf_config.get("mlp_only_layers"), list) or hf_config.get("decoder_sparse_step", 1) != 1:
         out |= _dense_layers(hf_config, kept)
+    if "layer_types" not in hf_config and (pattern := layer_types(hf_config)) is not None:
+        hf_config = {**hf_config, "layer_types": pattern}  # what is left does not follow it any more
     for key in ("layer_types", "block_configs"):
         if isinstance(hf_config.get(key), list):
             out[key] = [hf_config[key][layer] for layer in kept]

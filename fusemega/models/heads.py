@@ -36,6 +36,8 @@ def class_name(hf_class: str, kind: HeadKind) -> str:
         >>> class_name("Llama", "scalar")
         'LlamaForSequenceClassification'
     """
+    if (hf_class, kind) == ("Gemma3Text", "vocabulary"):
+        return "Gemma3ForCausalLM"
     return hf_class + next(ending for ending, found in _KINDS.items() if found == kind)
 
 

@@ -1,8 +1,8 @@
-"""Llama, Mistral, Qwen2 and Qwen3 without some of their attention and MLP blocks, for transformers.
+"""Llama, Mistral, Qwen2, Qwen3 and Gemma without some of their attention and MLP blocks, for transformers.
 
 fusemega writes this file into folders of such models; transformers uses it with `trust_remote_code=True`. The key
 `block_configs` of config.json says which blocks each layer has, one entry a layer: `{"attention": {"no_op": true},
-"ffn": {}}` is a layer without attention. A layer without a block lacks its norm, too. All else is transformers' code.
+"ffn": {}}` is a layer without attention. A layer without a block lacks its norms, too. All else is transformers' code.
 
 The attention blocks that are left share the cache in order: the first has slot 0, whichever layer it is in. So a cache
 has no slot that stays empty, and its length, which transformers reads in slot 0, is right without attention in layer 0.
@@ -14,7 +14,9 @@ import copy
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
@@ -67,6 +69,8 @@ class PrunedConfig:
 class PrunedLayer:
     """A decoder layer that passes the residual stream by the blocks that it does not have."""
 
+    norms: dict[str, tuple[str, ...]] = {"self_attn": ("input_layernorm",), "mlp": ("post_attention_layernorm",)}
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The layer's output, of the shape of its input."""
         layer: Any = self
@@ -78,12 +82,32 @@ class PrunedLayer:
         return hidden_states
 
 
+class PrunedSandwichLayer:
+    """The same where a norm follows each block, too, as in Gemma-2 and Gemma-3."""
+
+    norms: dict[str, tuple[str, ...]] = {
+        "self_attn": ("input_layernorm", "post_attention_layernorm"),
+        "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    }
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """The layer's output, of the shape of its input."""
+        layer: Any = self
+        if layer.self_attn is not None:
+            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + layer.post_attention_layernorm(attended)
+        if layer.mlp is not None:
+            computed = layer.mlp(layer.pre_feedforward_layernorm(hidden_states))
+            hidden_states = hidden_states + layer.post_feedforward_layernorm(computed)
+        return hidden_states
+
+
 class PrunedDecoder:
     """A language model of which the blocks that its configuration leaves out are taken away as soon as it is made."""
 
     config: Any
     model: Any
-    layer_class: type
+    layer_class: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -97,10 +121,10 @@ class PrunedDecoder:
                     for name in ("q_proj", "k_proj", "v_proj"):
                         old = getattr(layer.self_attn, name)
                         setattr(layer.self_attn, name, torch.nn.Linear(old.in_features, old.out_features, bias=bias))
-            else:
-                layer.self_attn = layer.input_layernorm = None
-            if not config.has_block(number, "ffn"):
-                layer.mlp = layer.post_attention_layernorm = None
+            for block, name in (("self_attn", "attention"), ("mlp", "ffn")):
+                if not config.has_block(number, name):
+                    for module in (block, *self.layer_class.norms[block]):
+                        setattr(layer, module, None)
 
 
 class PrunedLlamaConfig(PrunedConfig, LlamaConfig):
@@ -173,6 +197,42 @@ class PrunedQwen3ForCausalLM(PrunedDecoder, modeling_qwen3.Qwen3ForCausalLM):
     config_class = PrunedQwen3Config
     layer_class = PrunedQwen3DecoderLayer
     _no_split_modules = ["PrunedQwen3DecoderLayer"]
+
+
+class PrunedGemma2Config(PrunedConfig, Gemma2Config):
+    """A Gemma-2's configuration with `block_configs`."""
+
+    model_type = "pruned_gemma2"
+
+
+class PrunedGemma2DecoderLayer(PrunedSandwichLayer, modeling_gemma2.Gemma2DecoderLayer):
+    """A Gemma-2's layer without some blocks."""
+
+
+class PrunedGemma2ForCausalLM(PrunedDecoder, modeling_gemma2.Gemma2ForCausalLM):
+    """A Gemma-2 without some blocks."""
+
+    config_class = PrunedGemma2Config
+    layer_class = PrunedGemma2DecoderLayer
+    _no_split_modules = ["PrunedGemma2DecoderLayer"]
+
+
+class PrunedGemma3TextConfig(PrunedConfig, Gemma3TextConfig):
+    """The configuration of a Gemma-3's text model with `block_configs`."""
+
+    model_type = "pruned_gemma3_text"
+
+
+class PrunedGemma3TextDecoderLayer(PrunedSandwichLayer, modeling_gemma3.Gemma3DecoderLayer):
+    """A layer of a Gemma-3's text model without some blocks."""
+
+
+class PrunedGemma3TextForCausalLM(PrunedDecoder, modeling_gemma3.Gemma3ForCausalLM):
+    """A Gemma-3's text model without some blocks."""
+
+    config_class = PrunedGemma3TextConfig
+    layer_class = PrunedGemma3TextDecoderLayer
+    _no_split_modules = ["PrunedGemma3TextDecoderLayer"]
 
 
 class DeciLMConfig(PrunedConfig, LlamaConfig):

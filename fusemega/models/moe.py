@@ -112,9 +112,9 @@ class Mixtral(_Experts, Mistral):
     expert_names = ExpertNames("block_sparse_moe", "w1", "w3", "w2")
     expert_ffn = "intermediate_size"
 
-    def rope(self, hf_config: HFConfig) -> dict[str, Any]:
+    def rope(self, hf_config: HFConfig, *, local: bool = False) -> dict[str, Any]:
         """See `DenseDecoder.rope`. Where no key gives the base, it is a million."""
-        return super().rope({"rope_theta": 1e6, **hf_config})
+        return super().rope({"rope_theta": 1e6, **hf_config}, local=local)
 
 
 class Qwen3Moe(_Experts, Qwen3):

@@ -178,7 +178,10 @@ class Experts(Part):
 
 @dataclass(frozen=True)
 class Layer:
-    """x <- x + attention(norm(x)), then x <- x + mlp(norm(x)); a part that is None is left out with its norms."""
+    """x <- x + attention(norm(x)), then x <- x + mlp(norm(x)); a part that is None is left out with its norms.
+
+    A block with two norms ends in the second: x <- x + norm(attention(norm(x))).
+    """
 
     attention: Attention | None
     mlp: GatedMLP | Experts | None

@@ -12,7 +12,7 @@ from typing import Any
 
 from fusemega.errors import UserError
 from fusemega.models.architecture import Architecture
-from fusemega.models.family import HARMLESS_KEYS, Family
+from fusemega.models.family import HARMLESS_KEYS, PRUNED, Family
 from fusemega.models.heads import class_name
 from fusemega.models.left_out import block_configs_of, sized_block_configs
 from fusemega.models.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
@@ -20,7 +20,7 @@ from fusemega.models.parts import Experts
 from fusemega.models.rope import rope_parameters
 from fusemega.models.travelling_code import auto_map
 
-_TYPE, _CLASS = "pruned_", "Pruned"
+_TYPE, _CLASS = PRUNED, "Pruned"
 
 
 def pruned(family: Family) -> Family:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusemega.errors import UserError, choose
+from fusemega.errors import UserError
 from fusemega.models.dense import DenseDecoder
-from fusemega.models.family import HFConfig, require_int
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+from fusemega.models.family import SLIDING, HFConfig, layer_types, require_int
 
 
 class Qwen2(DenseDecoder):
@@ -31,22 +29,16 @@ class Qwen2(DenseDecoder):
         window = None
         if used and hf_config["sliding_window"] is not None:
             window = require_int(hf_config, "sliding_window")
-        types = hf_config.get("layer_types")
+        types = layer_types(hf_config)
         if types is None:
             full = layers if window is None else require_int(hf_config, "max_window_layers", minimum=0)
             return [None if layer < full else window for layer in range(layers)]
-        if not isinstance(types, list) or len(types) != layers:
+        if window is None and SLIDING in types:
             raise UserError(
-                f"config.json: layer_types = {types!r}, expected a list of {layers} names, one for each layer"
-            )
-        for kind in types:
-            choose("config.json: layer_types", str(kind), (_FULL, _SLIDING))
-        if window is None and _SLIDING in types:
-            raise UserError(
-                f"config.json: layer_types asks for {_SLIDING}, and use_sliding_window = {used!r} with sliding_window "
+                f"config.json: layer_types asks for {SLIDING}, and use_sliding_window = {used!r} with sliding_window "
                 f"= {hf_config['sliding_window']!r} gives no window"
             )
-        return [window if kind == _SLIDING else None for kind in types]
+        return [window if kind == SLIDING else None for kind in types]
 
 
 class Qwen3(Qwen2):

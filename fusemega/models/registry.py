@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fusemega.errors import UserError, choose
 from fusemega.models.architecture import Architecture, open_architecture
 from fusemega.models.family import Family, HFConfig
+from fusemega.models.gemma import Gemma2, Gemma3Text
 from fusemega.models.heads import is_gated
 from fusemega.models.llama import Llama
 from fusemega.models.mistral import Mistral
@@ -15,8 +16,12 @@ from fusemega.models.nemotron_nas import NemotronNas
 from fusemega.models.pruned import pruned
 from fusemega.models.qwen import Qwen2, Qwen3
 
-_DENSE: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
+_DENSE: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3(), Gemma2(), Gemma3Text())
 _EXPERTS: tuple[Family, ...] = (Mixtral(), Qwen3Moe())
+_NOT_READ = {
+    "gemma3": "it is the model of images and text; allowed: its text model alone, a Gemma3ForCausalLM of model_type "
+    "gemma3_text, in a folder of its own",
+}
 FAMILIES: tuple[Family, ...] = (*_DENSE, *_EXPERTS, NemotronNas(), *(pruned(family) for family in _DENSE))
 
 
@@ -35,6 +40,8 @@ def architecture_of(hf_config: HFConfig) -> Architecture:
     model_type = hf_config.get("model_type")
     if model_type is None:
         raise UserError(f"config.json: model_type is missing; supported: {', '.join(sorted(by_type))}")
+    if (reason := _NOT_READ.get(str(model_type))) is not None:
+        raise UserError(f"config.json: model_type {model_type!r} is not read: {reason}")
     family = by_type[choose("config.json: model_type", str(model_type), by_type)]
     if hf_config.get("auto_map") and not is_gated(hf_config) and not family.auto_map:
         raise UserError("config.json: auto_map asks for the folder's own Python code, which is never run")

@@ -5,8 +5,10 @@ Who and where
     device.py             which device; precision.py: whose layers, and FP8; kernel_packages.py: the GPU packages
     environment.py        what this machine has, for `fusemega env`; memory.py: how much was needed
 Layers
-    specs.py              layer specs; cpu_ops.py: norms and SwiGLU on a CPU; experts.py: layers of experts
+    specs.py              layer specs; local_layers.py: their modules; cpu_ops.py: norms and gated units on a CPU
+    experts.py            layers of experts
     rope.py               rotary positions of packed rows; text_rope.py: what they have besides frequencies
+    capped_attention.py   attention with capped scores; te_norm.py: a norm after Transformer Engine's last product
     segments.py           the segments of a packed row; context_parallel.py: rows split over ranks
     shared_prompts.py     attention of rows with shared prompts on a GPU; te_attention.py: beside Transformer Engine's
     fused_adam.py         Adam where no GPU package brings one; gradient_norm.py: norm and clipping there

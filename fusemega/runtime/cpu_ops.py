@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary positions on a CPU, each in one pass over memory for forward and one for backward.
+"""RMSNorm, SwiGLU, GeGLU and rotary positions on a CPU, each in one pass over memory for forward and one for backward.
 
 Between the matrix products, memory bandwidth limits a layer: torch reads whole tensors once for each operation, and
 autograd keeps every result. Here a block of rows goes through all operations while it is in the cache, and backward
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -29,8 +30,19 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., gate F | up F] -> [..., F]."""
-    out: Tensor = _SwiGLU.apply(gate_up)
+    out: Tensor = _GatedUnit.apply(gate_up, False)
     return out
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up of [..., gate F | up F] -> [..., F]."""
+    out: Tensor = _GatedUnit.apply(gate_up, True)
+    return out
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh formula, on any device; one function, so that a configuration can be asked whether it has it."""
+    return F.gelu(x, approximate="tanh")
 
 
 def rotate(t_TND: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
@@ -78,21 +90,23 @@ class _RMSNorm(torch.autograd.Function):
         return d_x_RH.view(d_out.shape), d_weight_H, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class _GatedUnit(torch.autograd.Function):
+    """SiLU of the gate, or GELU by its tanh formula."""
+
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, gelu: bool) -> Tensor:
         both_R2F = gate_up.reshape(-1, gate_up.size(-1))
         out_RF = both_R2F.new_empty(len(both_R2F), both_R2F.size(1) // 2)
         for rows in _blocks(len(out_RF), out_RF[:1]):
             gate_BF, up_BF = both_R2F[rows].chunk(2, dim=1)
-            torch.ops.aten.silu.out(gate_BF, out=out_RF[rows])
-            out_RF[rows].mul_(up_BF)
+            _activated(gate_BF, gelu, out_RF[rows]).mul_(up_BF)
         ctx.save_for_backward(both_R2F)
+        ctx.gelu = gelu
         return out_RF.view(*gate_up.shape[:-1], out_RF.size(1))  # an expert may have no tokens, and -1 no meaning
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
         (both_R2F,) = ctx.saved_tensors
         d_both_R2F = torch.empty_like(both_R2F)
         d_out_RF = d_out.reshape(len(both_R2F), both_R2F.size(1) // 2)
@@ -100,10 +114,22 @@ class _SwiGLU(torch.autograd.Function):
             d_out_BF = d_out_RF[rows]
             gate_BF, up_BF = both_R2F[rows].chunk(2, dim=1)
             d_gate_BF, d_up_BF = d_both_R2F[rows].chunk(2, dim=1)
-            torch.ops.aten.silu.out(gate_BF, out=d_up_BF)
-            d_up_BF.mul_(d_out_BF)
-            torch.ops.aten.silu_backward.grad_input(d_out_BF * up_BF, gate_BF, grad_input=d_gate_BF)
-        return d_both_R2F.view(*d_out.shape[:-1], both_R2F.size(1))
+            _activated(gate_BF, ctx.gelu, d_up_BF).mul_(d_out_BF)
+            d_activated = d_out_BF * up_BF
+            if ctx.gelu:
+                torch.ops.aten.gelu_backward.grad_input(d_activated, gate_BF, approximate="tanh", grad_input=d_gate_BF)
+            else:
+                torch.ops.aten.silu_backward.grad_input(d_activated, gate_BF, grad_input=d_gate_BF)
+        return d_both_R2F.view(*d_out.shape[:-1], both_R2F.size(1)), None
+
+
+def _activated(gate_BF: Tensor, gelu: bool, out_BF: Tensor) -> Tensor:
+    """The activation of the gate, written to `out_BF`."""
+    if gelu:
+        torch.ops.aten.gelu.out(gate_BF, approximate="tanh", out=out_BF)
+    else:
+        torch.ops.aten.silu.out(gate_BF, out=out_BF)
+    return out_BF
 
 
 class _Rotate(torch.autograd.Function):

@@ -31,8 +31,7 @@ class PackedRope:
 
     def __init__(self, plain: Callable[..., Tensor]) -> None:
         self._plain = plain
-        self._row: tuple[Any, ...] = ()
-        self._angles: tuple[Tensor, Tensor]
+        self._kept: list[tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = []
 
     def __call__(
         self,
@@ -50,16 +49,18 @@ class PackedRope:
             return self._plain(t, freqs, config, cu_seqlens, mscale * rope.scale, cp_group)
         # Compared by identity, because comparing values would wait for the device.
         row = (cu_seqlens, freqs, t.dtype)
-        if not (self._row and all(a is b for a, b in zip(self._row, row, strict=True))):
+        angles = next((kept for of, kept in self._kept if all(a is b for a, b in zip(of, row, strict=True))), None)
+        if angles is None:
             rank, size = (0, 1) if cp_group is None else (cp_group.rank(), cp_group.size())
             angles_T1R = _angles(freqs, segments_of(cu_seqlens), rank, size, rope)
-            self._angles = (angles_T1R.cos() * rope.scale).to(t.dtype), (angles_T1R.sin() * rope.scale).to(t.dtype)
-            self._row = row
+            angles = (angles_T1R.cos() * rope.scale).to(t.dtype), (angles_T1R.sin() * rope.scale).to(t.dtype)
+            # Layers with windows may have frequencies of their own: two entries serve both kinds in turn.
+            self._kept = [(row, angles), *(entry for entry in self._kept[:1] if entry[0][0] is cu_seqlens)]
         rotate = cpu_ops.rotate if t.is_cpu else _rotate
         size = freqs.size(-1)
         if size == t.size(-1):
-            return rotate(t, *self._angles)
-        return torch.cat((rotate(t[..., :size].contiguous(), *self._angles), t[..., size:]), dim=-1)
+            return rotate(t, *angles)
+        return torch.cat((rotate(t[..., :size].contiguous(), *angles), t[..., size:]), dim=-1)
 
 
 def install() -> None:

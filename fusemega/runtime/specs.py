@@ -6,75 +6,45 @@ heads, G key/value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from fusemega.runtime.capped_attention import capped_attention
 from fusemega.runtime.context_parallel import gather_row
-from fusemega.runtime.cpu_ops import rms_norm, swiglu
+from fusemega.runtime.cpu_ops import gelu_tanh
 from fusemega.runtime.experts import MLPKind, experts_spec
+from fusemega.runtime.local_layers import (
+    GatedCPUMLP,
+    LocalMLP,
+    LocalRopeSelfAttention,
+    NormedGatedCPUMLP,
+    NormedRowParallelLinear,
+    RMSNorm,
+)
 from fusemega.runtime.segments import Segments, segments_of
 from fusemega.runtime.shared_prompts import attend_with_prefixes
 
 _BLOCK = 256  # queries that share one mask, [block, the keys they see] bits
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked so that Megatron sums its gradient over sequence-parallel ranks.
-
-    megatron-core's own WrappedTorchNorm refuses sequence parallelism (transformer/torch_norm.py:32).
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Over the last dimension, of the same shape and dtype."""
-        if x.is_cpu and x.dtype is not torch.bfloat16:  # `rms_norm` takes fp32 and float64
-            assert self.eps is not None
-            return rms_norm(x, self.weight, self.eps)
-        return super().forward(x)
-
-
-class LocalMLP(MLP):
-    """megatron-core's MLP of megatron-core's own linear layers."""
-
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
-        super().__init__(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear), **kwargs)
-
-
-class SwiGLUMLP(LocalMLP):
-    """The same without biases, with one operation between its products."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
-    ) -> tuple[torch.Tensor, None]:
-        """[S, B, H] -> [S, B, H] and, as Megatron expects, no bias. Of an expert, [T, H] and a factor for each [T]."""
-        gate_up, _ = self.linear_fc1(hidden_states)
-        inner = swiglu(gate_up)
-        if per_token_scale is not None:
-            inner = (inner * per_token_scale[:, None]).to(inner.dtype)
-        out, _ = self.linear_fc2(inner)
-        return out, None
 
 
 class SDPAttention(MegatronModule):
@@ -85,6 +55,8 @@ class SDPAttention(MegatronModule):
     sees W tokens before itself), a segment longer than the window goes block of queries by block, each against the keys
     it can see. The responses to a shared prompt attend to its keys and their own; on a GPU such a row is one call of
     `shared_prompts`.
+
+    With a `softcap` every row goes block by block, on any device (`capped_attention`).
 
     Under context parallelism, which takes packed rows only, keys and values of the whole row are gathered, and each of
     the two pieces of a segment that this rank holds attends to those up to its end.
@@ -99,9 +71,11 @@ class SDPAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        softcap: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config)
+        self.softcap = softcap
         self.cp_group = None
         if config.context_parallel_size > 1:
             if pg_collection is None:
@@ -116,6 +90,8 @@ class SDPAttention(MegatronModule):
             if self.window < 0 or ahead != 0:
                 raise ValueError(f"SDPAttention: window_size {config.window_size} is not (tokens before the query, 0)")
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if softcap is not None and self.dropout:
+            raise ValueError("SDPAttention: capped scores have no dropout")
 
     def forward(
         self,
@@ -142,7 +118,7 @@ class SDPAttention(MegatronModule):
         segments = segments_of(packed_seq_params.cu_seqlens_q)
         if self.cp_group is not None:
             return self._shared_row(query, key, value, segments)
-        if segments.has_prefixes and query.is_cuda:
+        if segments.has_prefixes and query.is_cuda and self.softcap is None:
             return attend_with_prefixes(query, key, value, segments, self.window, self.softmax_scale)
         sizes = [run.length * run.number for run in segments.runs]
         queries, keys, values = (
@@ -189,7 +165,7 @@ class SDPAttention(MegatronModule):
         length, keys = query_BNSD.size(2), key_BGSD.size(2)
         window = keys if self.window is None else self.window
         # Where the window cuts no key off, attention is plainly causal and needs no mask.
-        if length == keys and keys <= window + 1:
+        if length == keys and keys <= window + 1 and self.softcap is None:
             return self._sdpa(query_BNSD, key_BGSD, value_BGSD)
         # Else a mask: with fewer queries than keys, `is_causal` would take the queries for the first tokens.
         before = keys - length
@@ -211,6 +187,10 @@ class SDPAttention(MegatronModule):
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal without a mask; else each query sees the keys where the mask [queries, keys] is true."""
+        if self.softcap is not None:
+            assert mask is not None
+            scale = query_BNSD.size(3) ** -0.5 if self.softmax_scale is None else self.softmax_scale
+            return capped_attention(query_BNSD, key_BGSD, value_BGSD, mask, scale, self.softcap)
         return F.scaled_dot_product_attention(
             query_BNSD,
             key_BGSD,
@@ -223,7 +203,30 @@ class SDPAttention(MegatronModule):
         )
 
 
-def layer_spec(config: TransformerConfig, has_attention: bool = True, mlp: MLPKind | None = "mlp") -> ModuleSpec:
+@dataclass(frozen=True)
+class LayerSettings:
+    """What TransformerConfig has no place for, of all layers of a model.
+
+    Attributes:
+        norms_after: whether each block ends in a norm of what it adds to the stream; not of experts.
+        softcap: scores of attention become softcap * tanh(scores / softcap); None: they stay.
+        local_rope: rotary frequencies of the layers with a sliding window; None: those of all layers.
+    """
+
+    norms_after: bool = False
+    softcap: float | None = None
+    local_rope: RotaryEmbedding | None = None
+
+
+PLAIN = LayerSettings()
+
+
+def layer_spec(
+    config: TransformerConfig,
+    has_attention: bool = True,
+    mlp: MLPKind | None = "mlp",
+    settings: LayerSettings = PLAIN,
+) -> ModuleSpec:
     """One decoder layer: megatron-core's local spec with the modules above.
 
     Args:
@@ -232,10 +235,15 @@ def layer_spec(config: TransformerConfig, has_attention: bool = True, mlp: MLPKi
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    gated = config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear
-    on_cpu = gated and not torch.cuda.is_available()  # `cpu_ops.swiglu` is written for CPUs
+    one_pass = config.gated_linear_unit and config.activation_func in (F.silu, gelu_tanh) and not config.add_bias_linear
+    on_cpu = one_pass and not torch.cuda.is_available()  # `cpu_ops` is written for CPUs
+    if settings.norms_after:
+        if mlp == "experts":
+            raise ValueError("a norm after a block of experts is in no family, and not made")
+        spec.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+        spec.submodules.self_attention.submodules.linear_proj = NormedRowParallelLinear
     if mlp == "experts":
-        spec.submodules.mlp = experts_spec(SwiGLUMLP if on_cpu else LocalMLP)
+        spec.submodules.mlp = experts_spec(GatedCPUMLP if on_cpu else LocalMLP)
         # No module has the norm's weight inside it, so it keeps its own name in a checkpoint.
         spec.submodules.sharded_state_dict_keys_map = {
             name: key
@@ -243,12 +251,40 @@ def layer_spec(config: TransformerConfig, has_attention: bool = True, mlp: MLPKi
             if name != "pre_mlp_layernorm."
         }
     elif on_cpu:
-        spec.submodules.mlp = SwiGLUMLP
+        spec.submodules.mlp = NormedGatedCPUMLP if settings.norms_after else GatedCPUMLP
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = SDPAttention
+    attention.core_attention = partial(SDPAttention, softcap=settings.softcap)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return _with_blocks(spec, has_attention, mlp)
+
+
+def _te_layer_spec(
+    config: TransformerConfig, has_attention: bool, mlp: MLPKind | None, settings: LayerSettings
+) -> ModuleSpec:
+    """One decoder layer of Transformer Engine's modules. Its attention has no cap: with one, it is that of here."""
+    from fusemega.runtime.te_attention import PrefixDotProductAttention
+    from fusemega.runtime.te_norm import NormedTERowParallelLinear
+
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    attention = spec.submodules.self_attention.submodules
+    if settings.softcap is None:
+        attention.core_attention = PrefixDotProductAttention
+    else:
+        attention.core_attention = partial(SDPAttention, softcap=settings.softcap)
+    if settings.norms_after:
+        attention.linear_proj = spec.submodules.mlp.submodules.linear_fc2 = NormedTERowParallelLinear
+    return _with_blocks(spec, has_attention, mlp)
+
+
+def _with_local_rope(config: TransformerConfig, number: int, spec: ModuleSpec, settings: LayerSettings) -> ModuleSpec:
+    """The layer `number`, counted from 0, with the frequencies of its window."""
+    attention = spec.submodules.self_attention
+    windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, number + 1)
+    if windowed and settings.local_rope is not None and attention is not IdentityOp:
+        attention.module = LocalRopeSelfAttention
+        attention.params = {**attention.params, "local_rope": settings.local_rope}
+    return spec
 
 
 def _with_blocks(spec: ModuleSpec, has_attention: bool, mlp: MLPKind | None) -> ModuleSpec:
@@ -264,7 +300,10 @@ def _with_blocks(spec: ModuleSpec, has_attention: bool, mlp: MLPKind | None) -> 
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None = None, blocks: Sequence[tuple[bool, MLPKind | None]] | None = None
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    blocks: Sequence[tuple[bool, MLPKind | None]] | None = None,
+    settings: LayerSettings = PLAIN,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of one piece of it, and the final norm (a bare layer spec would bring
     Megatron's own norm back). `config.transformer_impl` chooses the implementation.
@@ -274,19 +313,19 @@ def block_spec(
         vp_stage: number of the piece; None without the interleaved schedule.
         blocks: for each layer of the whole model, whether it has attention, and which kind of MLP; None: all have
             attention and an MLP.
+        settings: of all layers.
     """
     start = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage)
-    kinds = (blocks or [(True, "mlp")] * config.num_layers)[start : start + count]
+    kinds = blocks or [(True, "mlp")] * config.num_layers
+    make: Callable[..., ModuleSpec] = layer_spec
+    layer_norm: Any = RMSNorm
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        from fusemega.runtime.te_attention import PrefixDotProductAttention
-
-        def te_spec(kind: tuple[bool, MLPKind | None]) -> ModuleSpec:
-            spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-            spec.submodules.self_attention.submodules.core_attention = PrefixDotProductAttention
-            return _with_blocks(spec, *kind)
-
-        return TransformerBlockSubmodules(layer_specs=[te_spec(kind) for kind in kinds], layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config, *kind) for kind in kinds], layer_norm=RMSNorm)
+        make, layer_norm = _te_layer_spec, TENorm
+    specs = [
+        _with_local_rope(config, number, make(config, *kinds[number], settings), settings)
+        for number in range(start, start + count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm)

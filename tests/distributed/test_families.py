@@ -39,6 +39,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-tied": {"model_type": "qwen3", "vocab_size": 101, "head_dim": 16, "tie_word_embeddings": True}
     | {"num_key_value_heads": 2},
     "qwen3-windowed": {"model_type": "qwen3", "vocab_size": 99, "head_dim": 8, "max_window_layers": 3} | SLIDING,
+    # Both caps bite: scores and logits are several times as large.
+    "gemma2": {
+        "model_type": "gemma2",
+        "vocab_size": 101,
+        "head_dim": 12,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 7,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3-two-ropes": {
+        "model_type": "gemma3_text",
+        "vocab_size": 101,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 7,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
 }
 LENGTHS = (19, 1, 4, 8)  # both sides of every window; together a multiple of 4, for sequence parallelism
 
@@ -67,9 +86,13 @@ def written(work: Path, models: dict[str, dict[str, Any]]) -> dict[str, Referenc
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(SHAPE | settings))).float()
         with torch.no_grad():  # no weight that a mistake could leave unseen: biases not 0, norms not 1, sharp attention
             for key, parameter in model.named_parameters():
-                parameter.normal_(1.0 if key.endswith("norm.weight") else 0.0, 0.3)
+                centre = (
+                    1.0 if key.endswith("norm.weight") and "gemma" not in name else 0.0
+                )  # Gemma's scale by 1 + weight
+                parameter.normal_(centre, 0.3)
         model.save_pretrained(work / name, max_shard_size="20KB")
-        texts[name] = [torch.randint(0, settings["vocab_size"], (n,)).tolist() for n in LENGTHS]
+        texts[name] = [torch.randint(1, settings["vocab_size"], (n,)).tolist() for n in LENGTHS]
+        # (from 1: transformers gives the embedding of Gemma's pad token, 0, no gradient)
         logits_SV, hidden = logits_and_hidden(model, texts[name])
         torch.save(hidden, work / name / "hidden.pt")
         parts = logits_SV.split(LENGTHS)
@@ -119,7 +142,8 @@ def test_logits_gradients_and_bits(
 def logits_and_hidden(model: Any, texts: list[list[int]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of all tokens: the logits, and hidden states at the points that the worker asks for."""
     inside: list[torch.Tensor] = []
-    norm = model.model.layers[1].post_attention_layernorm
+    layer = model.model.layers[1]
+    norm = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
     hook = norm.register_forward_pre_hook(lambda _, args: inside.append(args[0][0].detach()))
     found = [model(torch.tensor([text]), output_hidden_states=True) for text in texts]
     hook.remove()
@@ -177,6 +201,6 @@ def test_the_exported_folder_gives_the_same_logits_in_transformers(
 def test_biases_and_norms_are_not_decayed(ranks: list[dict[str, Any]], layout: str) -> None:
     plain = {kind for name in MODELS for kind in ranks[0][f"{name} {layout}"]["plain"]}
     decayed = {kind for name in MODELS for kind in ranks[0][f"{name} {layout}"]["decayed"]}
-    norms = {f"{which}layernorm.weight" for which in ("input_", "pre_mlp_", "final_", "q_", "k_")}
+    norms = {f"{which}layernorm.weight" for which in ("input_", "pre_mlp_", "post_", "final_", "q_", "k_")}
     assert {"linear_qkv.bias"} | norms == plain
     assert not plain & decayed and "linear_qkv.weight" in decayed

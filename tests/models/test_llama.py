@@ -40,7 +40,7 @@ LLAMA3 = {
     ("change", "words"),
     [
         ({"model_type": "lama"}, ["model_type", "'lama'", "did you mean 'llama'"]),
-        ({"model_type": "gpt2"}, ["model_type", "'gpt2'", "allowed: llama"]),
+        ({"model_type": "gpt2"}, ["model_type", "'gpt2'", "allowed: gemma2"]),
         ({"model_type": None}, ["model_type is missing"]),
         ({"auto_map": {"AutoModel": "x.Y"}}, ["auto_map", "never run"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),

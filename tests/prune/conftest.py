@@ -25,6 +25,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": [FULL, WINDOWED, WINDOWED, FULL, WINDOWED],
     },
     "qwen3": {},
+    "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 7, "sliding_window_pattern": 2},
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
@@ -44,7 +46,7 @@ def save_model(folder: Path, model_type: str = "llama", **settings: Any) -> Path
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+            parameter.normal_(1.0 if "norm" in name and "gemma" not in model_type else 0.0, 0.2)
     model.save_pretrained(folder)
     return folder
 
@@ -54,7 +56,11 @@ def masked(folder: Path, removed: Sequence[ResidualBlock]) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for block in removed:
         layer = model.model.layers[block.layer]
-        if block.kind == "mha":
+        if hasattr(layer, "pre_feedforward_layernorm"):  # then a norm follows the block
+            (
+                layer.post_attention_layernorm if block.kind == "mha" else layer.post_feedforward_layernorm
+            ).forward = torch.zeros_like
+        elif block.kind == "mha":
             layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
         else:
             layer.mlp.forward = torch.zeros_like

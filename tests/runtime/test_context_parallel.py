@@ -32,10 +32,11 @@ def test_every_rank_has_two_pieces_of_every_segment() -> None:
         zigzag(bounds([8, 6]), 0, 2)
 
 
-def attention(rank: int, size: int, **changes: Any) -> SDPAttention:
+def attention(rank: int, size: int, softcap: float | None = None, **changes: Any) -> SDPAttention:
     group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
     settings = config(context_parallel_size=size, **changes)
-    return SDPAttention(settings, 1, AttnMaskType.causal, "self", pg_collection=SimpleNamespace(cp=group)).double()
+    groups = SimpleNamespace(cp=group)
+    return SDPAttention(settings, 1, AttnMaskType.causal, "self", pg_collection=groups, softcap=softcap).double()
 
 
 @pytest.mark.parametrize("before", [None, 0, 3, 50])

@@ -26,6 +26,11 @@ def plain_swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def plain_geglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return cpu_ops.gelu_tanh(gate) * up
+
+
 def plain_rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = t.chunk(2, -1)
     return t * cos + torch.cat((-second, first), -1) * sin
@@ -42,7 +47,7 @@ def inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
     torch.manual_seed(0)
     if name == "norm":
         return [torch.randn(11, 2, 24, dtype=dtype)[..., :16], torch.randn(16, dtype=dtype)]
-    if name == "swiglu":
+    if name in ("swiglu", "geglu"):
         return [torch.randn(11, 1, 12, dtype=dtype)]
     return [torch.randn(11, 3, 20, dtype=dtype)[..., 4:12], *angles(11, dtype)]
 
@@ -50,6 +55,7 @@ def inputs(name: str, dtype: torch.dtype) -> list[Tensor]:
 OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "norm": (lambda x, weight: cpu_ops.rms_norm(x, weight, EPS), plain_norm),
     "swiglu": (cpu_ops.swiglu, plain_swiglu),
+    "geglu": (cpu_ops.geglu, plain_geglu),
     "rotate": (cpu_ops.rotate, plain_rotate),
 }
 
@@ -81,9 +87,11 @@ def test_gradients_are_those_of_the_plain_formula(name: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_swiglu_in_bf16_rounds_as_autograd_does() -> None:
-    gate_up = inputs("swiglu", torch.float32)[0].bfloat16().requires_grad_()
-    out, expected = cpu_ops.swiglu(gate_up), plain_swiglu(gate_up)
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_gated_units_in_bf16_round_as_autograd_does(name: str) -> None:
+    ours_of, plain = OPS[name]
+    gate_up = inputs(name, torch.float32)[0].bfloat16().requires_grad_()
+    out, expected = ours_of(gate_up), plain(gate_up)
     assert torch.equal(out, expected)
     upstream = torch.randn(out.shape).bfloat16()
     ours, wanted = (torch.autograd.grad(o, gate_up, upstream)[0] for o in (out, expected))

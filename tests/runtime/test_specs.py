@@ -19,12 +19,16 @@ def config(**changes: object) -> TransformerConfig:
     return TransformerConfig(**{**base, "attention_dropout": 0.0, "use_cpu_initialization": True, **changes})
 
 
-def attention(layer: int = 1, **changes: object) -> SDPAttention:
-    return SDPAttention(config(**changes), layer, AttnMaskType.causal, "self").double()
+def attention(layer: int = 1, softcap: float | None = None, **changes: object) -> SDPAttention:
+    return SDPAttention(config(**changes), layer, AttnMaskType.causal, "self", softcap=softcap).double()
 
 
 def plain_attention(
-    q_TND: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, before: int | None = None
+    q_TND: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    before: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Loops over positions and heads; a query sees `before` tokens before itself, or all."""
     out = torch.zeros_like(q_TND)
@@ -33,6 +37,7 @@ def plain_attention(
             g = n // (q_TND.size(1) // k_TGD.size(1))
             first = 0 if before is None else max(0, t - before)
             scores = torch.stack([q_TND[t, n] @ k_TGD[s, g] for s in range(first, t + 1)]) / q_TND.size(2) ** 0.5
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             out[t, n] = scores.softmax(0) @ v_TGD[first : t + 1, g]
     return out.flatten(1)
 
@@ -100,6 +105,20 @@ def test_a_mask_is_refused_rather_than_ignored() -> None:
         attention()(q[:, None], k[:, None], v[:, None], torch.zeros(1, 1, T, T, dtype=torch.bool))
     with pytest.raises(ValueError, match="causal"):
         SDPAttention(config(), 1, AttnMaskType.no_mask, "self")
+
+
+def test_zero_centered_norms_scale_by_one_more_and_round_once() -> None:
+    settings = config(layernorm_zero_centered_gamma=True, params_dtype=torch.float64)
+    norm = RMSNorm(settings, 8, eps=1e-3)
+    torch.manual_seed(0)
+    norm.weight.data.normal_()
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * (1 + norm.weight)
+    assert_same_with_gradients(norm(x), expected, (x, norm.weight))
+    narrow = norm.bfloat16()(x.bfloat16())
+    wide = x.bfloat16().double()
+    exact = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * (1 + norm.weight.double())
+    assert torch.equal(narrow, exact.float().bfloat16())
 
 
 def test_rmsnorm_formula_and_sequence_parallel_mark() -> None:

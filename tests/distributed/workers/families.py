@@ -73,7 +73,7 @@ MORE_EXPERTS: dict[str, dict[str, Any]] = {
     "PP2VPP2EP2": PP2 | EP2 | {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True},
 }
 MATRICES = {"dense": LAYOUTS, "experts": EXPERTS, "more experts": MORE_EXPERTS}
-SEQUENCES = ("qwen2-windowed-tied", "qwen3-windowed", "mixtral")
+SEQUENCES = ("qwen2-windowed-tied", "qwen3-windowed", "mixtral", "gemma2")
 
 
 def row_of(texts: list[list[int]], multiple: int) -> MicroBatch:
