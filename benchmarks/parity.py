@@ -5,8 +5,9 @@
 Compares in fp32 the logits of two texts packed in one row with those transformers computes for each text alone.
 The real SmolLM2-135M-Instruct runs at TP 1 and 3, PP 1 and 2, with and without sequence parallelism; small random
 models of every family cover TP 2 and 4, tied and untied heads, Llama 3's rope scaling, sliding windows (in all layers
-and in some), QKV biases, q/k norms and odd vocabulary sizes. `--quick` leaves the real model out. The last line
-printed is one JSON object; exit status 1 when a check fails.
+and in some), QKV biases, q/k norms, odd vocabulary sizes, fewer key/value heads than ranks, and the rotary positions of
+yarn, dynamic and longrope. `--quick` leaves the real model out. The last line printed is one JSON object; exit status 1
+when a check fails.
 """
 
 from __future__ import annotations
@@ -57,6 +58,35 @@ _TINY: dict[str, dict[str, Any]] = {
         "max_window_layers": 2,
     },
     "tiny-qwen3": {"model_type": "qwen3", "vocab_size": 251, "num_attention_heads": 8, "head_dim": 24},
+    "tiny-one-kv-head": {"vocab_size": 263, "num_attention_heads": 8, "num_key_value_heads": 1},
+    "tiny-qwen2-yarn": {
+        "model_type": "qwen2",
+        "vocab_size": 257,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+    },
+    "tiny-dynamic-rope": {
+        "vocab_size": 251,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 24,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    },
+    "tiny-phi3": {
+        "model_type": "phi3",
+        "vocab_size": 258,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 16,
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 24,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 1.5, 2.0, 3.0, 6.0, 12.0],
+        },
+    },
 }
 # (TP, PP, sequence parallel); what is left of the world is data parallel.
 _TINY_LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (4, 1, True), (1, 2, False), (1, 4, False), (2, 2, True)]

@@ -37,7 +37,9 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 # Keys of the configuration that say where weights came from and how they are stored, not what the model computes.
-_STORAGE_KEYS = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"})
+_STORAGE_KEYS = frozenset(
+    {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fusemega.files.pickles import first_line
 from fusemega.hf.side_files import write_template
 from fusemega.models.architecture import Architecture
 from fusemega.models.registry import architecture_of
-from fusemega.models.travelling_code import CODE
+from fusemega.models.travelling_code import code_files
 from fusemega.text.chat import ChatRenderer
 from fusemega.text.document import BadRow
 from fusemega.text.templates import OverBudget
@@ -53,7 +53,12 @@ def settle(folder: Path, trained_with: Tokenizer | Path, *, chats: bool, ends: I
     notes: list[str] = []
     architecture = architecture_of(read_json(folder / "config.json"))
     if architecture.family.auto_map:
-        notes.append(f"transformers reads it with trust_remote_code=True, which runs {CODE.name} of the folder")
+        files = [name for name in code_files(architecture.family.auto_map) if not (folder / name).is_file()]
+        lacking = (
+            f"; copy {' and '.join(files)} into it from the published folder: fusemega copies no code" if files else ""
+        )
+        runs = " and ".join(code_files(architecture.family.auto_map))
+        notes.append(f"transformers reads it with trust_remote_code=True, which runs {runs} of the folder{lacking}")
     elif not architecture.complete:
         notes.append(
             "block_configs of config.json leaves out blocks, which transformers would fill at random: it reads "

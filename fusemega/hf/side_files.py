@@ -13,7 +13,7 @@ import torch
 from fusemega.files.json_files import read_json
 from fusemega.files.opening import read_text
 from fusemega.models.registry import auto_map_of
-from fusemega.models.travelling_code import CODE
+from fusemega.models.travelling_code import CODE, code_files
 
 TEMPLATE = "chat_template.jinja"
 # What a user of the folder needs beside the weights. Never Python code that came with a folder.
@@ -33,11 +33,19 @@ _SIDE_FOLDERS = ("additional_chat_templates",)
 
 
 def write_config(folder: Path, hf_config: Mapping[str, Any], *, sort_keys: bool = False) -> None:
-    """Write config.json, and the code that belongs to its `model_type` if transformers has no class for it."""
+    """Write config.json, and the code that belongs to its `model_type` if transformers has no class for it.
+
+    Code that published folders bring is not copied. `auto_map` names it only if transformers has no class.
+    """
     names = auto_map_of(hf_config)
-    if names:
-        hf_config = {**hf_config, "auto_map": dict(names)}
-        shutil.copyfile(CODE, folder / CODE.name)
+    if names is not None:
+        given = hf_config.get("auto_map")
+        hf_config = {key: value for key, value in hf_config.items() if key != "auto_map"}
+        ours = code_files(names) == [CODE.name]
+        if ours:
+            shutil.copyfile(CODE, folder / CODE.name)
+        if names:
+            hf_config["auto_map"] = dict(names) if ours or not given else given
     text = json.dumps(dict(hf_config), indent=2, sort_keys=sort_keys)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

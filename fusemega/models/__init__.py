@@ -5,7 +5,8 @@ Only this room names architectures. It reads no file of weights: others ask it w
 * `registry.py`: the families by `model_type`, and `architecture_of`, which opens a configuration
 * `architecture.py`: an opened configuration: family, head, layers, and the rules of all weights
 * `family.py`: what a family answers, and the checks of keys that families share
-* `dense.py`, `llama.py`, `mistral.py`, `qwen.py`, `moe.py`, `gemma.py`, `nemotron_nas.py`: the families
+* `dense.py`, `llama.py`, `mistral.py`, `qwen.py`, `moe.py`, `gemma.py`, `phi3.py`, `internlm2.py`, `nemotron_nas.py`:
+  the families
 * `left_out.py`: `block_configs`, blocks that layers lack; `pruned.py`: the forms in which others read such models
 * `travelling_code.py`, `modeling_pruned.py`: the Python file that goes with such folders, which is never run here
 * `parts.py`: attention, MLP, experts and norms of a layer, with their names and rules

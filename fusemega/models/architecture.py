@@ -121,14 +121,15 @@ class Architecture:
             [(8, 8), (8, 8), (8, 8)]
         """
         hidden, body = self.transformer_config["hidden_size"], self._body
-        embedding = f"{body}embed_tokens.weight"
+        names = self.family.names
+        embedding = f"{body}{names.embedding}.weight"
         rules: list[Rule] = [VocabRows(EMBEDDING, embedding, (self.vocab_size, hidden))]
         for number, layer in enumerate(self.layers):
             rules += layer.rules(Names(f"{self.layers_name}{number}.", f"decoder.layers.{number}.", spec))
-        rules.append(Replicated("decoder.final_layernorm.weight", f"{body}norm.weight", (hidden,)))
+        rules.append(Replicated("decoder.final_layernorm.weight", f"{body}{names.norm}.weight", (hidden,)))
         if self.gating is not None:
             return rules + self.gating.rules(hidden)
-        return rules + head_rules(self.head, self.vocab_size, hidden, embedding, self.tied)
+        return rules + head_rules(self.head, self.vocab_size, hidden, embedding, names.head, self.tied)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every Hugging Face tensor, by name. A tied head has no tensor of its own."""
@@ -136,7 +137,8 @@ class Architecture:
 
     def copies(self) -> dict[str, str]:
         """HF tensors that may be present as an exact copy of another: copy -> original (the head of a tied model)."""
-        return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {}
+        names = self.family.names
+        return {f"{names.head}.weight": f"{self._body}{names.embedding}.weight"} if self.tied else {}
 
     def ignorable(self, hf_name: str) -> bool:
         """Whether a tensor that no rule names may be left unread (buffers of old checkpoints)."""

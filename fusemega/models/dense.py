@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fusemega.errors import UserError
-from fusemega.models.family import HFConfig, check_keys, check_token_ids, require_int, require_number
+from fusemega.models.family import HFConfig, ModelNames, check_keys, check_token_ids, require_int, require_number
 from fusemega.models.parts import Attention, GatedMLP, Layer, Norm
 from fusemega.models.rope import inverse_frequencies, longest_text, rope_parameters, text_rope
 from fusemega.runtime.text_rope import TextRope
@@ -31,22 +31,27 @@ class DenseDecoder:
     """A `Family`, of which subclasses set the attributes below.
 
     Attributes:
-        model_types, hf_class, auto_map: see `Family`.
+        model_types, hf_class, auto_map, brings_code, names: see `Family`.
         known: keys that the family reads besides those of every dense decoder.
         required_values: for some keys, the only values for which its mathematics is right.
         defaults: transformers' defaults of keys that config.json leaves out; a null in config.json stays a null.
         qkv_bias: whether query, key and value have a bias.
         qk_norm: whether queries and keys pass an RMSNorm over the head size before rotation.
+        attention_part, mlp_part: the blocks of a layer, with Hugging Face's names and form of their weights.
     """
 
     model_types: tuple[str, ...]
     hf_class: str
     auto_map: Mapping[str, str] = MappingProxyType({})
+    brings_code: bool = False
+    names: ModelNames = ModelNames()
     known: ClassVar[frozenset[str]] = frozenset()
     required_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
+    attention_part: ClassVar[type[Attention]] = Attention
+    mlp_part: ClassVar[type[GatedMLP]] = GatedMLP
 
     def windows(self, hf_config: HFConfig) -> Sequence[int | None]:
         """For each layer, how many tokens a query sees, its own included; None: all up to its own.
@@ -83,8 +88,7 @@ class DenseDecoder:
                     f"config.json: the rotary positions of {parameters} have frequencies that are no positive numbers "
                     "of 32 bits"
                 )
-        with torch.device("cpu"):
-            self.text_rope(hf_config)
+        self.text_rope(hf_config)  # for its errors
         self.windows(hf_config)
 
     def rope(self, hf_config: HFConfig, *, local: bool = False) -> dict[str, Any]:
@@ -156,8 +160,8 @@ class DenseDecoder:
         heads, groups, head_dim = self._heads(hf_config)
         attention_norms, mlp_norms = self.norms(hidden)
         layer = Layer(
-            Attention(hidden, heads, groups, head_dim, self.qkv_bias, self.qk_norm, attention_norms),
-            GatedMLP(hidden, hf_config["intermediate_size"], mlp_norms),
+            self.attention_part(hidden, heads, groups, head_dim, self.qkv_bias, self.qk_norm, attention_norms),
+            self.mlp_part(hidden, hf_config["intermediate_size"], mlp_norms),
         )
         return [layer] * int(hf_config["num_hidden_layers"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,15 @@ from fusemega.runtime.text_rope import TextRope
 HFConfig = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class ModelNames:
+    """Hugging Face's names of the tensors outside layers, without ".weight"; the first two in the model's body."""
+
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    head: str = "lm_head"
+
+
 class Family(Protocol):
     """One model family. Each method takes the whole `config.json` as a mapping and may raise UserError.
 
@@ -22,11 +32,16 @@ class Family(Protocol):
         hf_class: how transformers' names of its classes begin ("Llama").
         auto_map: where transformers finds classes that it does not have itself, in code that travels with the folder
             and that fusemega never runs; empty: it has them.
+        brings_code: whether published folders bring their own code, which `auto_map` of config.json names and nobody
+            here runs.
+        names: of the tensors outside layers.
     """
 
     model_types: tuple[str, ...]
     hf_class: str
     auto_map: Mapping[str, str]
+    brings_code: bool
+    names: ModelNames
 
     def check(self, hf_config: HFConfig) -> None:
         """Refuses a configuration this family would compute wrongly.

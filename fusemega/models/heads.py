@@ -23,7 +23,8 @@ _KINDS: dict[str, HeadKind] = {
     "Model": "none",
 }
 _GATED = "LlamaForRewardModelWithGating"
-_LANGUAGE_ONLY = ("Pruned", "DeciLM")  # how the names of classes begin that `modeling_pruned.py` has
+# How the names of classes begin of which there are only language models here.
+_LANGUAGE_ONLY = ("Pruned", "DeciLM", "InternLM2")
 # Names of the parameter in a Megatron model: Megatron's own for logits, transformers' for scores.
 _LOGITS, _SCORE = "output_layer.weight", "score.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -107,14 +108,15 @@ def _labels(hf_config: Any) -> Any:
     return hf_config.get("num_labels", 2)
 
 
-def head_rules(kind: HeadKind, vocab_size: int, hidden: int, embedding: str, tied: bool) -> list[Rule]:
+def head_rules(kind: HeadKind, vocab_size: int, hidden: int, embedding: str, head: str, tied: bool) -> list[Rule]:
     """The rules of the head: one, or none.
 
     Args:
         embedding: Hugging Face's name of the embedding, which a tied head copies.
+        head: Hugging Face's name of the vocabulary's module.
     """
     if kind == "vocabulary":
-        return [VocabRows(_LOGITS, embedding if tied else "lm_head.weight", (vocab_size, hidden), is_duplicate=tied)]
+        return [VocabRows(_LOGITS, embedding if tied else f"{head}.weight", (vocab_size, hidden), is_duplicate=tied)]
     return [Replicated(_SCORE, "score.weight", (1, hidden))] if kind == "scalar" else []
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fusemega.models.rules import QKV, GateUp, OfExpert, Replicated, RowParallel, Rule
 
@@ -74,7 +74,11 @@ class Attention(Part):
         bias: whether query, key and value have a bias.
         qk_norm: whether queries and keys pass an RMSNorm over D.
         norms: the norms that belong to this block.
+        module, output: Hugging Face's names of the block in its layer, and of the output matrix in the block.
     """
+
+    module: ClassVar[str] = "self_attn"
+    output: ClassVar[str] = "o_proj"
 
     hidden: int
     heads: int
@@ -86,23 +90,30 @@ class Attention(Part):
 
     def rules(self, names: Names) -> list[Rule]:
         """See `Part.rules`; without those of its norms."""
-        hf, megatron = f"{names.hf}self_attn.", f"{names.megatron}self_attention."
-
-        def qkv(kind: str, columns: tuple[int, ...]) -> QKV:
-            q, k, v = (f"{hf}{name}_proj.{kind}" for name in "qkv")
-            return QKV(f"{megatron}linear_qkv.{kind}", q, k, v, self.heads, self.groups, self.head_dim, columns)
-
-        rules: list[Rule] = [qkv("weight", (self.hidden,))]
+        hf, megatron = f"{names.hf}{self.module}.", f"{names.megatron}self_attention."
+        rules = [self.qkv(f"{megatron}linear_qkv.weight", hf, "weight")]
         if self.bias:
-            rules.append(qkv("bias", ()))
+            rules.append(self.qkv(f"{megatron}linear_qkv.bias", hf, "bias"))
         out_shape = (self.hidden, self.heads * self.head_dim)
-        rules.append(RowParallel(f"{megatron}linear_proj.weight", f"{hf}o_proj.weight", out_shape))
+        rules.append(RowParallel(f"{megatron}linear_proj.weight", f"{hf}{self.output}.weight", out_shape))
         if self.qk_norm:
             rules += [
                 Replicated(f"{megatron}{name}_layernorm.weight", f"{hf}{name}_norm.weight", (self.head_dim,))
                 for name in "qk"
             ]
         return rules
+
+    def qkv(self, megatron: str, hf: str, kind: str) -> Rule:
+        """The rule of query, key and value.
+
+        Args:
+            megatron: the parameter.
+            hf: how the names of the block's tensors begin.
+            kind: "weight" or "bias".
+        """
+        q, k, v = (f"{hf}{name}_proj.{kind}" for name in "qkv")
+        columns = (self.hidden,) if kind == "weight" else ()
+        return QKV(megatron, q, k, v, self.heads, self.groups, self.head_dim, columns)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,13 @@ class GatedMLP(Part):
     Attributes:
         hidden, ffn: H, F.
         norms: the norms that belong to this block.
+        module, gate, up, down: Hugging Face's names of the block and its matrices; gate and up may be one.
     """
+
+    module: ClassVar[str] = "mlp"
+    gate: ClassVar[str] = "gate_proj"
+    up: ClassVar[str] = "up_proj"
+    down: ClassVar[str] = "down_proj"
 
     hidden: int
     ffn: int
@@ -120,11 +137,11 @@ class GatedMLP(Part):
 
     def rules(self, names: Names) -> list[Rule]:
         """See `Part.rules`; without those of its norms."""
-        hf, megatron = f"{names.hf}mlp.", f"{names.megatron}mlp."
+        hf, megatron = f"{names.hf}{self.module}.", f"{names.megatron}mlp."
         shape = (self.ffn, self.hidden)
         return [
-            GateUp(f"{megatron}linear_fc1.weight", f"{hf}gate_proj.weight", f"{hf}up_proj.weight", shape),
-            RowParallel(f"{megatron}linear_fc2.weight", f"{hf}down_proj.weight", shape[::-1]),
+            GateUp(f"{megatron}linear_fc1.weight", f"{hf}{self.gate}.weight", f"{hf}{self.up}.weight", shape),
+            RowParallel(f"{megatron}linear_fc2.weight", f"{hf}{self.down}.weight", shape[::-1]),
         ]
 
 

@@ -16,7 +16,7 @@ from fusemega.models.family import HARMLESS_KEYS, PRUNED, Family
 from fusemega.models.heads import class_name
 from fusemega.models.left_out import block_configs_of, sized_block_configs
 from fusemega.models.nemotron_nas import MODEL_TYPE as NEMOTRON_NAS
-from fusemega.models.parts import Experts
+from fusemega.models.parts import Attention, Experts
 from fusemega.models.rope import rope_parameters
 from fusemega.models.travelling_code import auto_map
 
@@ -64,6 +64,11 @@ def remote_code_config(architecture: Architecture) -> dict[str, Any]:
         UserError: the model has no language model's head.
     """
     _require_vocabulary(architecture, "remote-code")
+    if architecture.family.brings_code:
+        raise UserError(
+            f"config.json: the form remote-code has no class for model_type {architecture.hf_config['model_type']!r}; "
+            "allowed: plain"
+        )
     config, hf_class = architecture.hf_config, _CLASS + architecture.family.hf_class
     if any(isinstance(layer.mlp, Experts) for layer in architecture.layers):
         raise UserError(
@@ -92,6 +97,7 @@ def nemotron_nas_config(architecture: Architecture) -> dict[str, Any]:
     norms_of_blocks = [*(block.norms for block in attentions), *(block.norms for block in mlps)]
     lacks = {
         "experts": any(isinstance(mlp, Experts) for mlp in mlps),
+        "weights in the form of this family": any(type(part) is not Attention for part in attentions),
         "norms on queries and keys": any(attention.qk_norm for attention in attentions),
         "a second norm around a block": any(len(norms) != 1 for norms in norms_of_blocks),
         "sliding windows": "window_size" in sizes,

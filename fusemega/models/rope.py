@@ -20,18 +20,18 @@ from fusemega.runtime.text_rope import TextRope
 
 _DEFAULT_THETA = 10000.0
 _LARGEST = 1e18
-_ORIGINAL = "original_max_position_embeddings"
+ORIGINAL = "original_max_position_embeddings"
 # Keys of each type: those that it needs, and those that it may have.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (_ORIGINAL,)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (ORIGINAL,)),
     "yarn": (
         ("factor",),
-        (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        (ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
-    "longrope": (("short_factor", "long_factor"), (_ORIGINAL, "factor", "attention_factor")),
+    "longrope": (("short_factor", "long_factor"), (ORIGINAL, "factor", "attention_factor")),
 }
 _WITH_ORIGINAL = ("llama3", "yarn", "longrope")
 PARTIAL = "partial_rotary_factor"
@@ -80,12 +80,12 @@ def rope_parameters(hf_config: Mapping[str, Any], *, partial: bool = False) -> d
             out[name] = given[name]
         given.pop(name, None)
     longest = "max_position_embeddings"
-    if rope_type in ("dynamic", "longrope") or (rope_type in _WITH_ORIGINAL and _ORIGINAL not in out):
+    if rope_type in ("dynamic", "longrope") or (rope_type in _WITH_ORIGINAL and ORIGINAL not in out):
         if hf_config.get(longest) is None:
             raise UserError(f"config.json: {longest} is missing (rope_type {rope_type!r} needs it)")
         out |= {longest: hf_config[longest]} if rope_type in ("dynamic", "longrope") else {}
-        out |= {_ORIGINAL: out.get(_ORIGINAL, hf_config[longest])} if rope_type in _WITH_ORIGINAL else {}
-    given.pop(_ORIGINAL, None)  # of the other types, for which it means nothing
+        out |= {ORIGINAL: out.get(ORIGINAL, hf_config[longest])} if rope_type in _WITH_ORIGINAL else {}
+    given.pop(ORIGINAL, None)  # of the other types, for which it means nothing
     if given:
         raise UserError(f"config.json: {key}: unknown key(s) {', '.join(map(repr, given))} for rope_type {rope_type!r}")
     for name, value in out.items():
@@ -95,9 +95,9 @@ def rope_parameters(hf_config: Mapping[str, Any], *, partial: bool = False) -> d
             f"config.json: {key}.low_freq_factor = {out['low_freq_factor']} is not below high_freq_factor = "
             f"{out['high_freq_factor']}"
         )
-    if rope_type == "longrope" and (out[_ORIGINAL] <= 1 or len(out["short_factor"]) != len(out["long_factor"])):
+    if rope_type == "longrope" and (out[ORIGINAL] <= 1 or len(out["short_factor"]) != len(out["long_factor"])):
         raise UserError(
-            f"config.json: {key}: expected an {_ORIGINAL} above 1 (found {out[_ORIGINAL]}) and as many long_factor "
+            f"config.json: {key}: expected an {ORIGINAL} above 1 (found {out[ORIGINAL]}) and as many long_factor "
             f"({len(out['long_factor'])}) as short_factor ({len(out['short_factor'])})"
         )
     if rope_type in ("yarn", "dynamic", "longrope") and out.get("factor", 1.0) < 1.0:
@@ -125,18 +125,18 @@ def _check_value(place: str, name: str, value: Any) -> None:
             raise UserError(f"{place} = {found!r}, expected a positive number below {most:g}")
 
 
-def longest_text(hf_config: Mapping[str, Any], *, partial: bool = False) -> int:
+def longest_text(hf_config: Mapping[str, Any]) -> int:
     """The longest text, in positions, for which a model's rope is meant, its scaling included.
 
     Configurations with llama3's scaling and LongRoPE give the scaled length, those with linear and dynamic scaling the
     length before it. With YaRN either is published.
     """
     longest = int(hf_config.get("max_position_embeddings") or 2048)
-    parameters = rope_parameters(hf_config, partial=partial)
+    parameters = rope_parameters(hf_config)
     if parameters["rope_type"] in ("linear", "dynamic"):
         return math.floor(longest * max(1.0, parameters["factor"]))
     if parameters["rope_type"] == "yarn":
-        return max(longest, math.floor(parameters[_ORIGINAL] * parameters["factor"]))
+        return max(longest, math.floor(parameters[ORIGINAL] * parameters["factor"]))
     return longest
 
 
@@ -180,7 +180,7 @@ def inverse_frequencies(parameters: Mapping[str, Any], head_dim: int) -> torch.T
         return inv_freq / parameters["factor"]
     if kind == "llama3":
         factor, low, high = (parameters[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
-        length = parameters[_ORIGINAL]
+        length = parameters[ORIGINAL]
         wavelength = 2 * math.pi / inv_freq
         keep = (length / wavelength - low) / (high - low)
         between = (1 - keep) * inv_freq / factor + keep * inv_freq
@@ -202,7 +202,7 @@ def text_rope(parameters: Mapping[str, Any], head_dim: int) -> TextRope | None:
         return DynamicRope(1.0, longest, theta, factor, size)
     if kind == "longrope":
         factors = tuple(parameters["long_factor"])
-        return LongRope(_longrope_scale(parameters), parameters[_ORIGINAL], parameters["rope_theta"], factors)
+        return LongRope(_longrope_scale(parameters), parameters[ORIGINAL], parameters["rope_theta"], factors)
     return None
 
 
@@ -259,7 +259,7 @@ def _stretched(theta: float, factors: Sequence[float], size: int) -> torch.Tenso
 
 
 def _yarn(parameters: Mapping[str, Any], size: int) -> torch.Tensor:
-    theta, factor, original = (parameters[k] for k in ("rope_theta", "factor", _ORIGINAL))
+    theta, factor, original = (parameters[k] for k in ("rope_theta", "factor", ORIGINAL))
 
     def pair(turns: float) -> float:
         """The pair, counted from 0, that turns so often in `original` positions."""
@@ -288,7 +288,7 @@ def _yarn_scale(parameters: Mapping[str, Any]) -> float:
 
 
 def _longrope_scale(parameters: Mapping[str, Any]) -> float:
-    original = parameters[_ORIGINAL]
+    original = parameters[ORIGINAL]
     factor = parameters.get("factor", parameters["max_position_embeddings"] / original)
     given = parameters.get("attention_factor")
     if given is not None:

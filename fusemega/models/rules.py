@@ -154,6 +154,34 @@ class Replicated(Rule):
 
 
 @dataclass(frozen=True)
+class ColumnParallel(Rule):
+    """A matrix whose output dimension (dim 0) is split, with its rows in Megatron's order: ColumnParallelLinear.
+
+    Example:
+        >>> ColumnParallel("fc1", "up", (12, 5)).pieces(WeightRanks(tp_size=2, tp_rank=1))
+        [Piece(hf='up', hf_box=((6, 12), (0, 5)), local_box=((0, 6), (0, 5)))]
+    """
+
+    hf: str
+    shape: tuple[int, int]
+
+    @property
+    def partition_dim(self) -> int:
+        return 0
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.hf: self.shape}
+
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
+        return (self.shape[0] // ranks.tp_size, self.shape[1])
+
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
+        rows, columns = self.local_shape(ranks)
+        start = ranks.tp_rank * rows
+        return [Piece(self.hf, ((start, start + rows), (0, columns)), whole((rows, columns)))]
+
+
+@dataclass(frozen=True)
 class RowParallel(Rule):
     """A matrix whose input dimension (dim 1) is split: Megatron's RowParallelLinear.
 
@@ -183,7 +211,10 @@ class RowParallel(Rule):
 
 @dataclass(frozen=True)
 class GateUp(Rule):
-    """`linear_fc1` [2F/TP, H] of a gated MLP: this rank's rows of the gate, then the same rows of the up matrix."""
+    """`linear_fc1` [2F/TP, H] of a gated MLP: this rank's rows of the gate, then the same rows of the up matrix.
+
+    HF keeps two matrices [F, H]; or, where both names are the same, one [2F, H] with the gate's rows first.
+    """
 
     gate: str
     up: str
@@ -194,6 +225,8 @@ class GateUp(Rule):
         return 0
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.gate == self.up:
+            return {self.gate: (2 * self.shape[0], self.shape[1])}
         return {self.gate: self.shape, self.up: self.shape}
 
     def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
@@ -201,10 +234,11 @@ class GateUp(Rule):
 
     def pieces(self, ranks: WeightRanks) -> list[Piece]:
         rows, columns = self.shape[0] // ranks.tp_size, self.shape[1]
-        hf_box = ((ranks.tp_rank * rows, (ranks.tp_rank + 1) * rows), (0, columns))
+        start = ranks.tp_rank * rows
+        up = start + (self.shape[0] if self.gate == self.up else 0)
         return [
-            Piece(self.gate, hf_box, ((0, rows), (0, columns))),
-            Piece(self.up, hf_box, ((rows, 2 * rows), (0, columns))),
+            Piece(self.gate, ((start, start + rows), (0, columns)), ((0, rows), (0, columns))),
+            Piece(self.up, ((up, up + rows), (0, columns)), ((rows, 2 * rows), (0, columns))),
         ]
 
 
@@ -255,7 +289,8 @@ class OfExpert(Rule):
 class QKV(Rule):
     """`linear_qkv` [(N + 2G) * D / TP, H]: for each group its query heads, then its key, then its value.
 
-    HF keeps three matrices: q [N*D, H], k and v [G*D, H]; query head h belongs to group h // (N/G) in both.
+    HF keeps three matrices: q [N*D, H], k and v [G*D, H]; or, where the three names are the same, one with the rows of
+    q, then k, then v. Query head h belongs to group h // (N/G) everywhere.
     `columns` is (H,) for the weight and () for the bias, whose entries have the order of the weight's rows.
 
     Where TP is larger than G, Megatron cuts these rows wherever the ranks' shares end, and gathers what they give
@@ -274,8 +309,14 @@ class QKV(Rule):
     def partition_dim(self) -> int:
         return 0
 
+    @property
+    def _is_one(self) -> bool:
+        return self.q == self.k == self.v
+
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         narrow = (self.groups * self.head_dim, *self.columns)
+        if self._is_one:
+            return {self.q: ((self.heads + 2 * self.groups) * self.head_dim, *self.columns)}
         return {self.q: (self.heads * self.head_dim, *self.columns), self.k: narrow, self.v: narrow}
 
     def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
@@ -287,13 +328,18 @@ class QKV(Rule):
         rows, *_ = self.local_shape(ranks)
         first, end = ranks.tp_rank * rows, (ranks.tp_rank + 1) * rows
         columns = whole(self.columns)
+        keys, values = ((self.heads + n * self.groups) * self.head_dim if self._is_one else 0 for n in (0, 1))
         out = []
         for group in range(first // group_rows, -(-end // group_rows)):
             at = group * group_rows
-            for name, size in ((self.q, query_rows), (self.k, self.head_dim), (self.v, self.head_dim)):
+            for name, before, size in (
+                (self.q, 0, query_rows),
+                (self.k, keys, self.head_dim),
+                (self.v, values, self.head_dim),
+            ):
                 start, stop = max(at, first), min(at + size, end)
                 if start < stop:
-                    in_hf = group * size - at  # from a row of Megatron's whole matrix to one of the tensor
+                    in_hf = before + group * size - at  # from a row of Megatron's whole matrix to one of the tensor
                     hf_rows, local_rows = (start + in_hf, stop + in_hf), (start - first, stop - first)
                     out.append(Piece(name, (hf_rows, *columns), (local_rows, *columns)))
                 at += size

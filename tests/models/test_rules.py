@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from fusemega.files.boxes import slices
-from fusemega.models.rules import QKV, GateUp, Replicated, RowParallel, Rule, VocabRows, WeightRanks, padded_vocab_size
+from fusemega.models.rules import (
+    QKV,
+    ColumnParallel,
+    GateUp,
+    Replicated,
+    RowParallel,
+    Rule,
+    VocabRows,
+    WeightRanks,
+    padded_vocab_size,
+)
 
 HIDDEN = 6
 
@@ -77,6 +87,28 @@ def test_qkv(heads: int, groups: int, head_dim: int, tp_size: int, columns: tupl
         rows += [q[head] for head in range(heads) if head // (heads // groups) == group]
         rows += [k[group], v[group]]
     check(rule, tp_size, np.split(np.concatenate(rows), tp_size))
+
+
+@pytest.mark.parametrize(("heads", "groups", "tp_size"), [(8, 8, 4), (8, 2, 1), (8, 2, 2), (8, 2, 4), (12, 1, 3)])
+def test_query_key_and_value_in_one_matrix(heads: int, groups: int, tp_size: int) -> None:
+    """As Phi-3 has them: all queries, all keys, all values; the parameter is the same as of three matrices."""
+    one, apart = (QKV("qkv", *names, heads, groups, 6, (HIDDEN,)) for names in (("o", "o", "o"), ("q", "k", "v")))
+    whole = numbered(one.hf_shapes())["o"]
+    q, k, v = np.split(whole, [heads * 6, (heads + groups) * 6])
+    check(one, tp_size, [import_rank(apart, {"q": q, "k": k, "v": v}, tp_size, rank) for rank in range(tp_size)])
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_gate_and_up_in_one_matrix(tp_size: int) -> None:
+    rule = GateUp("fc1", "both", "both", (12, HIDDEN))
+    gate, up = np.split(numbered(rule.hf_shapes())["both"], 2)
+    check(rule, tp_size, [np.concatenate(p) for p in zip(np.split(gate, tp_size), np.split(up, tp_size), strict=True)])
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+def test_columns_are_split_in_order(tp_size: int) -> None:
+    rule = ColumnParallel("wqkv", "wqkv", (12, HIDDEN))
+    check(rule, tp_size, np.split(numbered(rule.hf_shapes())["wqkv"], tp_size))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 6])
