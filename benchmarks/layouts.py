@@ -1,6 +1,7 @@
 """The same loss curve in every layout: 20 steps of each, relative to one process.
 
-    python benchmarks/layouts.py [--all] [--quick] [--objective fuse | wrpo | fuse_po] [--worlds 1 2 4 8] [--steps 20]
+    python benchmarks/layouts.py [--all] [--quick] [--experts] [--objective fuse | wrpo | fuse_po] [--worlds 1 2 4 8]
+        [--steps 20]
 
 Trains a tiny random Llama (8 layers, tied embeddings, an odd vocabulary that needs padding) on real chat text in fp32,
 through the same code as `fusemega train`. A star around the run of one process, in which one thing changes at a time,
@@ -97,6 +98,7 @@ PAIRS = {
     "CP2xPP2xVPP2xDP2, overlapped, recompute": Case(8, CP2 | PP2 | VPP2 | P2P, SELECTIVE, OVERLAP),
 }
 SHARED = {"share_prefix": True}
+BALANCED = {"router_aux_loss_coef": 0.02}
 # The layouts that preference losses are asked for, and shared prompts in those that allow them.
 PREFERENCE = {
     name: (STAR | PAIRS)[name]
@@ -110,7 +112,18 @@ PREFERENCE = {
     "shared prompts, PP2xVPP2": Case(2, PP2 | VPP2 | P2P, SHARED),
     "shared prompts, DP2, micro-batch 2": Case(2, {}, SHARED | {"micro_batch_size": 2}),
 }
-CASES = STAR | PAIRS | PREFERENCE
+EP2, ETP1 = {"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 1}
+EXPERTS = {
+    "reference": STAR["reference"],
+    "micro-batch 2": STAR["micro-batch 2"],
+    "EP2": Case(2, EP2),
+    "EP2, allgather": Case(2, EP2 | {"moe_token_dispatcher_type": "allgather"}),
+    "TP2+SPxEP2, expert TP 1": Case(2, TP2 | SP | EP2 | ETP1),
+    "EP2xTP2+SP": Case(4, TP2 | SP | EP2),
+    "EP2xDP2, overlapped": Case(4, EP2, optimizer=OVERLAP),
+    "EP2xPP2": Case(4, PP2 | EP2),
+}
+CASES = STAR | PAIRS | PREFERENCE | EXPERTS
 QUICK = ("reference", "unpacked", "TP2+SP", "PP2xVPP2, overlapped", "CP2", "DP2, micro-batch 2", "TP2xPP2xDP2")
 
 
@@ -123,6 +136,7 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
 
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
     objective = json.loads((work / "objective.json").read_text())
+    experts = json.loads((work / "model" / "config.json").read_text())["model_type"] == "mixtral"
     found = {}
     for name in names:
         case = CASES[name]
@@ -141,7 +155,13 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
                     "lr_warmup_fraction": 0.1,
                     **case.optimizer,
                 },
-                "training": {"train_iters": steps, "global_batch_size": 16, "export_hf": False, **case.training},
+                "training": {
+                    "train_iters": steps,
+                    "global_batch_size": 16,
+                    "export_hf": False,
+                    **(BALANCED if experts else {}),
+                    **case.training,
+                },
             },
             name,
         )
@@ -214,6 +234,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--all", action="store_true", help="also the combinations")
     parser.add_argument("--quick", action="store_true", help="seven cases only")
+    parser.add_argument("--experts", action="store_true", help="a model with experts, under expert parallelism")
     parser.add_argument("--objective", choices=SEQ_LENGTH, default="sft")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="launches of so many processes")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
@@ -228,12 +249,23 @@ def main() -> None:
     import tiny
 
     compares = args.objective in ("wrpo", "fuse_po")
-    chosen = PREFERENCE if compares else QUICK if args.quick else STAR | PAIRS if args.all else STAR
+    chosen = (
+        EXPERTS
+        if args.experts
+        else PREFERENCE
+        if compares
+        else QUICK
+        if args.quick
+        else STAR | PAIRS
+        if args.all
+        else STAR
+    )
     names = [name for name in chosen if name == "reference" or CASES[name].world in args.worlds]
     with tempfile.TemporaryDirectory(prefix="fusemega-layouts-") as folder:
         work = Path(folder)
         chat = tiny.write_chat(work / "chat.jsonl", rows=96, characters=300)
-        tiny.write_model(work / "model", chat, num_hidden_layers=8)
+        shape = {"model_type": "mixtral", "num_local_experts": 8, "num_hidden_layers": 4, "intermediate_size": 64}
+        tiny.write_model(work / "model", chat, **(shape if args.experts else {"num_hidden_layers": 8}))
         if compares:
             write_groups(work, chat)
             objective = preference(work, args.objective)
@@ -265,7 +297,12 @@ def main() -> None:
         and case["grad_norm"] <= NORM_TOLERANCE
         for case in report.values()
     )
-    curve = {"objective": args.objective, "first_loss": reference[0][0], "last_loss": reference[-1][0]}
+    curve = {
+        "objective": args.objective,
+        "experts": args.experts,
+        "first_loss": reference[0][0],
+        "last_loss": reference[-1][0],
+    }
     print(json.dumps({"benchmark": "layouts", "ok": ok, "steps": args.steps, **curve, "relative_difference": report}))
     sys.exit(not ok)
 

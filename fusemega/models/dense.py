@@ -150,6 +150,10 @@ class DenseDecoder:
         """See `Family.embedding_scale`."""
         return None
 
+    def balancing(self, hf_config: HFConfig) -> float:
+        """See `Family.balancing`."""
+        return 0.0
+
     def ignorable(self, hf_name: str) -> bool:
         """Old folders may hold each layer's rotary frequencies, which the configuration decides."""
         return hf_name.endswith("rotary_emb.inv_freq")

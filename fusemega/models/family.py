@@ -80,6 +80,9 @@ class Family(Protocol):
     def embedding_scale(self, hf_config: HFConfig) -> float | None:
         """What the embeddings are multiplied by, once it is rounded to their type; None: they stay."""
 
+    def balancing(self, hf_config: HFConfig) -> float:
+        """The coefficient of the loss by which transformers balances experts in training; 0: there is none."""
+
     def ignorable(self, hf_name: str) -> bool:
         """Whether a tensor that no rule names may be left unread (buffers of old checkpoints)."""
 

@@ -17,9 +17,8 @@ from fusemega.models.mistral import Mistral
 from fusemega.models.parts import ExpertNames, Experts, GatedMLP, Layer
 from fusemega.models.qwen import Qwen3
 
-# The loss that balances the load of experts is transformers' only where the router's logits are put out too.
-_KNOWN = frozenset({"num_experts_per_tok", "num_local_experts", "router_aux_loss_coef"})
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {"output_router_logits": (False,)}
+_KNOWN = frozenset({"num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef"})
+_LARGEST_COEFFICIENT = 1e3
 
 
 class _Experts(DenseDecoder):
@@ -62,10 +61,21 @@ class _Experts(DenseDecoder):
         """See `Family.check`."""
         super().check(hf_config)
         self.experts(hf_config)
+        self.balancing(hf_config)
         if not any(self.has_experts(hf_config)):
             raise UserError("config.json: no layer has experts; allowed: a model of the dense family")
         if not isinstance(hf_config.get("norm_topk_prob", False), bool):
             raise UserError(f"config.json: norm_topk_prob = {hf_config['norm_topk_prob']!r}, expected true or false")
+
+    def balancing(self, hf_config: HFConfig) -> float:
+        """See `Family.balancing`. transformers adds it to the loss where the router's logits are put out."""
+        used, coefficient = hf_config.get("output_router_logits", False), hf_config.get("router_aux_loss_coef", 0.001)
+        if not isinstance(used, bool):
+            raise UserError(f"config.json: output_router_logits = {used!r}, expected true or false")
+        number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+        if not number or not 0 <= coefficient < _LARGEST_COEFFICIENT:
+            raise UserError(f"config.json: router_aux_loss_coef = {coefficient!r}, expected a number of at least 0")
+        return float(coefficient) if used else 0.0
 
     def transformer_config(self, hf_config: HFConfig) -> dict[str, Any]:
         """See `Family.transformer_config`."""
@@ -101,7 +111,7 @@ class Mixtral(_Experts, Mistral):
     model_types: tuple[str, ...] = ("mixtral",)
     hf_class = "Mixtral"
     known = Mistral.known | _KNOWN
-    required_values = {"router_jitter_noise": (0, None), **_REQUIRED_VALUES}
+    required_values = {"router_jitter_noise": (0, None)}
     defaults = {
         "num_key_value_heads": 8,
         "sliding_window": None,

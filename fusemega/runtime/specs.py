@@ -32,7 +32,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from fusemega.runtime.capped_attention import capped_attention
 from fusemega.runtime.context_parallel import gather_row
 from fusemega.runtime.cpu_ops import gelu_tanh
-from fusemega.runtime.experts import MLPKind, experts_spec
+from fusemega.runtime.experts import ExpertsLayer, MLPKind, experts_spec
 from fusemega.runtime.local_layers import (
     GatedCPUMLP,
     LocalMLP,
@@ -243,6 +243,7 @@ def layer_spec(
         spec.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
         spec.submodules.self_attention.submodules.linear_proj = NormedRowParallelLinear
     if mlp == "experts":
+        spec.module = ExpertsLayer
         spec.submodules.mlp = experts_spec(GatedCPUMLP if on_cpu else LocalMLP)
         # No module has the norm's weight inside it, so it keeps its own name in a checkpoint.
         spec.submodules.sharded_state_dict_keys_map = {

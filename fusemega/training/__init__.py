@@ -6,6 +6,7 @@ The room knows no single method: an objective brings its loss, and what happens 
     assembly.py     `fusemega train`: what a run names, opened, checked and put together; what a finished run leaves
     dry_run.py      `fusemega train --dry-run`: what a run would do
     trainer.py      the step and the loop
+    balancing.py    the loss that balances experts
     callbacks.py    the interface of callbacks
     checkpoints.py  callback: when a checkpoint is written, and how a run resumes
     held_out.py     callback: held-out text, the best checkpoint, patience

@@ -29,6 +29,7 @@ from fusemega.runtime.together import on_main
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
+from fusemega.training.balancing import coefficient
 from fusemega.training.checkpoints import Checkpoints
 from fusemega.training.export import check_export, remove_other_export, update_export
 from fusemega.training.held_out import HeldOut
@@ -71,6 +72,7 @@ class Checked:
         source = ModelSource(run.model, run.parallel, world_size, run.data.chat_template, heads, seed)
         source.note_length(run.data.seq_length)
         run.training.check_recompute(source.chunk_sizes)
+        coefficient(run, source.architecture)  # called for its errors
         if run.training.share_prefix:
             source.check_sharing("training.share_prefix", run.data.seq_length)
         objective = build_objective(run.objective, source.tokenizer, source.vocab_size)

@@ -75,7 +75,7 @@ def run_identity(run: TrainRun, content: Mapping[str, Any], consumed: int, train
         "data": content["data"],
         "objective": run.objective.model_dump(mode="json") | content["objective"],
         "optimizer": run.optimizer.model_dump(exclude=set(FREE_OPTIMIZER_FIELDS)),
-        "training": run.training.model_dump(include=set(IDENTITY_FIELDS)),
+        "training": run.training.model_dump(include=set(IDENTITY_FIELDS), exclude_none=True),
     }
 
 

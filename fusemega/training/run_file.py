@@ -22,7 +22,7 @@ from fusemega.text.dataset import TokenizedDataset
 from fusemega.training.optimizer import OptimizerSection
 
 # The fields of `training` that decide the loss curve: a resumed run must not change them.
-IDENTITY_FIELDS = ("global_batch_size", "seed")
+IDENTITY_FIELDS = ("global_batch_size", "seed", "router_aux_loss_coef")
 # The fields of `optimizer` that do not decide it.
 FREE_OPTIMIZER_FIELDS = ("overlap_grad_reduce", "overlap_param_gather")
 
@@ -81,6 +81,13 @@ class TrainingSection(Section):
         False,
         description="lay the tokens that all responses of a group begin with (the prompt) into a row once; loss and "
         "gradient stay the same",
+    )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="coefficient of the loss that balances experts, in transformers' scale; 0: none; default: that of "
+        "the model's configuration if output_router_logits is true there, else 0",
     )
     seed: int = Field(1234, ge=0, description="seed of the order of the data and of the random state")
     log_interval: int = Field(1, ge=1, description="iterations between console lines; files get every iteration")

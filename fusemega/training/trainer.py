@@ -32,6 +32,7 @@ from fusemega.passes.micro_batch import MicroBatch
 from fusemega.passes.prefetch import Prefetch
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
+from fusemega.training.balancing import TERM, Balancing
 from fusemega.training.callbacks import Callback
 from fusemega.training.optimizer import schedule, wrap
 from fusemega.training.run_file import TrainRun
@@ -45,6 +46,7 @@ class Trainer:
 
     Attributes:
         train_iters: updates of the whole run.
+        balancing: the loss that balances experts; None: there is none.
         iteration: updates done.
         callbacks: told of each step's events, in this order.
         batches: gives the batches of the steps to come.
@@ -60,6 +62,7 @@ class Trainer:
     data: TrainingData
     train_iters: int
     frozen: Mapping[str, FrozenModel] = field(default_factory=dict)
+    balancing: Balancing | None = None
     iteration: int = 0
     callbacks: list[Callback] = field(default_factory=list)
     batches: Prefetch[GlobalBatch] = field(init=False, repr=False)
@@ -82,7 +85,8 @@ class Trainer:
         train_iters = run.training.iterations(data.dataset.num_units)
         ddp, optimizer = wrap(gpt, run.optimizer)
         scheduler = schedule(optimizer, run.optimizer, train_iters)
-        return cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, frozen)
+        balancing = Balancing.of(run, gpt, world)
+        return cls(run, world, gpt, ddp, optimizer, scheduler, objective, data, train_iters, frozen, balancing)
 
     def fit(self) -> int:
         """Train to the last iteration, or until a callback ends the run, with checkpoints on the way and at the end.
@@ -134,6 +138,8 @@ class Trainer:
         summed = (*self.objective.terms, *self.objective.statistics)
         # Counted before the batches go to the device, where the host would wait for the counts.
         denominators, measured = self._counted(taken.micro_batches)
+        if self.balancing is not None:
+            self.balancing.begin(taken.micro_batches)
         batches = taken.on(self.world.device)
         for chunk in self.ddp:
             chunk.train()  # an evaluation leaves the model in evaluation mode
@@ -154,8 +160,9 @@ class Trainer:
             rows=rows_read(self.objective),
         )
         totals = total_over_ranks(collected, 1 + len(summed), self.world, self._adding_ranks)
+        balanced = totals[:0] if self.balancing is None else self.balancing.mean()[None]
         # The one place where the host waits for the numbers of a step, before the update.
-        loss, *read = torch.cat([totals, torch.stack(list(denominators.values())), measured]).tolist()
+        loss, *read = torch.cat([totals, torch.stack(list(denominators.values())), measured, balanced]).tolist()
         terms, both = len(self.objective.terms), len(summed) + len(self.objective.terms)
         sums, counts, told = read[: len(summed)], read[len(summed) : both], read[both:]
         if not math.isfinite(loss):
@@ -173,6 +180,9 @@ class Trainer:
             f"{term} loss": value / count
             for term, value, count in zip(self.objective.terms, sums[:terms], counts, strict=True)
         }
+        if self.balancing is not None:
+            means[f"{TERM} loss"] = told.pop()
+            loss += self.balancing.coefficient * means[f"{TERM} loss"]
         return {
             **means,
             **({"loss": loss} if len(means) > 1 else {}),

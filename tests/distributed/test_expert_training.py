@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from benchmarks import tiny
 from fusemega.config import validate
 from fusemega.convert.convert import export_megatron
 from fusemega.fixtures import data as assets
 from fusemega.hf.folder import HFFolder
+from fusemega.passes.batches import TrainingData
 from fusemega.scoring.evaluation import evaluate_model
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store
@@ -32,6 +37,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "PP2": ({"pipeline_model_parallel_size": 2}, {}),
     "EP2, overlapped": (EP2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
 }
+COEFFICIENT = 0.3
 SHAPE = {
     "model_type": "mixtral",
     "hidden_size": 32,
@@ -60,7 +66,12 @@ def section(work: Path, name: str, objective: dict[str, Any], parallel: Any, opt
         "data": {"path": str(work / f"{file}.jsonl"), "seq_length": 256},
         "objective": objective,
         "optimizer": {"lr": 2e-3, "weight_decay": 0.1, "adam_eps": 1e-4, **optimizer},
-        "training": {"train_iters": 4, "global_batch_size": 4, "export_hf": False},
+        "training": {
+            "train_iters": 4,
+            "global_batch_size": 4,
+            "export_hf": False,
+            **({} if objective["name"] == "simpo" else {"router_aux_loss_coef": COEFFICIENT}),
+        },
     }
 
 
@@ -89,10 +100,12 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         trainer, _ = open_trainer(run)
         alone = [trainer.step() for _ in range(4)]
         losses = [name for name in alone[0] if name.endswith("loss")]
+        assert ("load balancing loss" in losses) == (objective != "simpo")
         for layout in tried[objective]:
             near(first[f"{objective}, {layout}"], alone, losses, f"{objective}, {layout}")
         if objective == "sft":
             data = trainer.data
+            check_balance(work / "model", data, alone[0])
             scored = evaluate_model(trainer.gpt, data.dataset, data.shape, trainer.world).model_dump()
             for layout in LAYOUTS:
                 assert first[f"sft, {layout}, scored"] == pytest.approx(scored, rel=1e-5)
@@ -115,6 +128,27 @@ def test_curves_and_resumed_curves(work: Path) -> None:
         assert (row.ids_PK == wanted.ids_PK).mean() > 0.99
         assert np.median(np.abs(row.logp_PK - wanted.logp_PK)) < 1e-5
         assert row.sum_logp == pytest.approx(wanted.sum_logp, rel=1e-5)
+
+
+def check_balance(model: Path, data: TrainingData, row: dict[str, float]) -> None:
+    """The first step's loss and gradient as transformers computes them, sample by sample and layer by layer."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    hf.model.embed_tokens.padding_idx = None  # that token, which also ends turns, would get no gradient
+    samples = [sample for part in data.step(0).samples for sample in part]
+    nll, balances = [], []
+    for sample in samples:
+        ids = torch.from_numpy(sample.ids.astype(np.int64))
+        out = hf(ids[None], output_router_logits=True)
+        positions = torch.from_numpy(sample.positions)
+        nll.append(cross_entropy(out.logits[0, positions], ids[positions + 1], reduction="none"))
+        balances += [load_balancing_loss_func((layer,), 4, 2) for layer in out.router_logits]
+    lm, balance = torch.cat(nll).mean(), torch.stack(balances).mean()
+    (lm + COEFFICIENT * balance).backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in hf.parameters()]).norm()
+    assert row["load balancing loss"] == pytest.approx(float(balance), rel=1e-5)
+    assert row["loss"] == pytest.approx(float(lm + COEFFICIENT * balance), rel=1e-5)
+    assert row["grad-norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert balance > 2.002  # 2 where each expert of a layer gets as many tokens, and as much weight
 
 
 def near(rows: list[dict[str, float]], wanted: list[dict[str, float]], losses: list[str], what: str) -> None:

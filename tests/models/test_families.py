@@ -65,7 +65,8 @@ def windows(config: HFConfig) -> list[int | None]:
         ("mixtral", {"num_local_experts": 0}, ["num_local_experts = 0", "positive integer"]),
         ("mixtral", {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "has 8 experts"]),
         ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise = 0.1", "allowed: 0"]),
-        ("mixtral", {"output_router_logits": True}, ["output_router_logits = True", "allowed: False"]),
+        ("mixtral", {"output_router_logits": 1}, ["output_router_logits = 1", "true or false"]),
+        ("mixtral", {"router_aux_loss_coef": -0.1}, ["router_aux_loss_coef = -0.1", "at least 0"]),
         ("mixtral", {"moe_intermediate_size": 8}, ["unknown key 'moe_intermediate_size'"]),
         ("mixtral", {"expert_capacity_factor": 1.0}, ["unknown key 'expert_capacity_factor'"]),
         ("qwen3_moe", {"num_experts": 4, "num_local_experts": 8}, ["num_experts = 4 and num_local_experts = 8"]),
@@ -153,6 +154,10 @@ def test_experts_as_transformers_reads_them(change: dict[str, Any]) -> None:
         wanted = dict(part.named_parameters())
         assert sum(map(math.prod, own.values())) == sum(value.numel() for value in wanted.values())
         assert (opened.layers[layer].blocks[1] == "experts") == ("mlp.experts.down_proj" in wanted)
+    wanted = {False: 0.0, True: 0.02}
+    for used, coefficient in wanted.items():
+        set_so = {"output_router_logits": used, "router_aux_loss_coef": 0.02}
+        assert opened.family.balancing(config | set_so) == coefficient
     kept = architecture_of(keep_layers(config, [1, 3]))
     assert [layer.blocks for layer in kept.layers] == [opened.layers[layer].blocks for layer in (1, 3)]
     assert architecture_of(opened.hf_config).layers == opened.layers
