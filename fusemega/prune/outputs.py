@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,10 +59,14 @@ def write_outputs(
         facts={
             "model": f"{order.model.family}, {order.model.layers} layers" if order.model else "",
             "measure": order.measure or "",
-            **{name: json.dumps(value) for name, value in order.settings.items() if value is not None},
+            **{name: _shown(value) for name, value in order.settings.items() if value is not None},
         },
         tokens=tokens,
     )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def steps_of(order: Order, architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> list[PruneStep]:
