@@ -87,6 +87,25 @@ _TINY: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 1.5, 2.0, 3.0, 6.0, 12.0],
         },
     },
+    "tiny-gemma2": {
+        "model_type": "gemma2",
+        "vocab_size": 257,
+        "num_attention_heads": 8,
+        "head_dim": 24,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "tiny-gemma3": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262,
+        "num_attention_heads": 8,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "sliding_window_pattern": 3,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
 }
 # (TP, PP, sequence parallel); what is left of the world is data parallel.
 _TINY_LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (4, 1, True), (1, 2, False), (1, 4, False), (2, 2, True)]
@@ -109,7 +128,9 @@ def prepare(work: Path, quick: bool) -> dict[str, int]:
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():  # norms other than 1, biases other than 0, logits of a trained model's size
             for key, parameter in model.named_parameters():
-                vector = 0.2 * torch.randn_like(parameter) + key.endswith("norm.weight")
+                # Gemma's norms scale by 1 + weight.
+                centre = key.endswith("norm.weight") and "gemma" not in name
+                vector = 0.2 * torch.randn_like(parameter) + centre
                 parameter.copy_(vector if parameter.dim() == 1 else 6 * parameter)
         model.save_pretrained(work / name, max_shard_size="100KB")
         texts = [torch.randint(0, config.vocab_size, (n,)).tolist() for n in (45, 19)]

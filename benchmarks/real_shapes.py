@@ -87,6 +87,12 @@ MODELS: dict[str, tuple[dict[str, Any], int, list[tuple[int, int]]]] = {
         13_960_238_080,
         [(5, 4), (10, 2)],
     ),
+    "gemma-2-27b": (
+        _sizes(4608, 36864, 46, 32, 16, 256000)
+        | {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "head_dim": 128, "query_pre_attn_scalar": 144},
+        27_227_128_320,
+        [(8, 2), (16, 2)],
+    ),
 }
 
 

@@ -133,6 +133,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 5},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     "qwen3": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2},
 }
 
 
