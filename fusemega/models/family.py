@@ -220,7 +220,7 @@ def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
     """
     out = {**hf_config, "num_hidden_layers": len(kept)}
     if isinstance(hf_config.get("mlp_only_layers"), list) or hf_config.get("decoder_sparse_step", 1) != 1:
-        out |= _dense_layers(hf_config, kept)
+        out |= dense_layers(hf_config, kept)
     if "layer_types" not in hf_config and (pattern := layer_types(hf_config)) is not None:
         hf_config = {**hf_config, "layer_types": pattern}  # what is left does not follow it any more
     for key in ("layer_types", "block_configs"):
@@ -231,8 +231,8 @@ def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
     return out
 
 
-def _dense_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The keys that say which layers of a model with experts have none, for these of its layers."""
+def dense_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The keys that say which layers of a model with experts have none, for layers with the MLPs of these."""
     step, dense = hf_config.get("decoder_sparse_step") or 1, hf_config.get("mlp_only_layers") or []
     without = [layer in dense or (layer + 1) % step != 0 for layer in kept]
     return {

@@ -19,7 +19,7 @@ from fusemega.hf.cut_layers import Halves, open_sound, write_layers
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.hub import resolve
 from fusemega.models.architecture import Architecture
-from fusemega.models.family import keep_layers
+from fusemega.models.family import dense_layers, keep_layers
 from fusemega.models.pruned import nemotron_nas_config, ordinary_config, remote_code_config
 from fusemega.models.registry import architecture_of
 from fusemega.prune.order import Order, ResidualBlock, blocks_of, read_order
@@ -104,6 +104,8 @@ def planned(
         if problem is None:
             layers = [Halves(a.layer, m.layer) for a, m in zip(kept[::2], kept[1::2], strict=True)]
             config = keep_layers(ordinary, [block.layer for block in kept[::2]])
+            if "mlp_only_layers" in config:
+                config |= dense_layers(ordinary, [block.layer for block in kept[1::2]])
             config.pop("block_configs", None)
             return layers, config
         others = " or ".join(f"--export {form}" for form in _FORMS if _can(form, ordinary, kept))

@@ -28,6 +28,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0},
     "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 7, "sliding_window_pattern": 2},
 }
+WITH_EXPERTS: dict[str, dict[str, Any]] = {  # which are written as plain alone
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0, 2]},
+}
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -42,7 +46,7 @@ SIZES: dict[str, Any] = {
 def save_model(folder: Path, model_type: str = "llama", **settings: Any) -> Path:
     """A random model in `folder`, whose blocks all matter."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES | FAMILIES[model_type] | settings)
+    config = AutoConfig.for_model(model_type, **SIZES | (FAMILIES | WITH_EXPERTS)[model_type] | settings)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

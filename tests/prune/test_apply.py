@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fusemega.convert.convert import export_megatron, import_hf
@@ -25,13 +26,14 @@ from fusemega.models.registry import architecture_of
 from fusemega.prune.apply import RECORD, apply_order
 from fusemega.prune.order import ModelIdentity, Order
 from fusemega.runtime.parallel import ParallelConfig, World, initialize
-from tests.prune.conftest import FAMILIES, FULL, SIZES, WINDOWED, blocks, masked, order_of, save_model
+from tests.merge.conftest import entries, run_merge
+from tests.prune.conftest import FAMILIES, FULL, SIZES, WINDOWED, WITH_EXPERTS, blocks, masked, order_of, save_model
 
 PAIRED = "mlp 1, mha 2, mha 4, mlp 4"
 SINGLE = "mha 0, mlp 2, mha 3, mlp 3"
 IDS = torch.tensor([[5, 17, 3, 99, 42, 42, 7, 60, 11, 23, 4, 88]])
 CASES = [
-    *((family, "plain", PAIRED) for family in FAMILIES),
+    *((family, "plain", PAIRED) for family in FAMILIES | WITH_EXPERTS),
     *((family, "remote-code", SINGLE) for family in FAMILIES),
     ("llama", "nemotron-nas", SINGLE),
     ("qwen2 without windows", "nemotron-nas", SINGLE),
@@ -214,3 +216,23 @@ def test_its_code_is_never_run_here(world: World, tmp_path: Path) -> None:
         architecture_of(SIZES | {"model_type": "llama", "auto_map": {"AutoModel": "modeling_pruned.X"}})
     with pytest.raises(UserError, match="PrunedLlamaModel"):
         architecture_of(HFFolder(folder).config | {"architectures": ["PrunedLlamaModel"]})
+
+
+@pytest.mark.parametrize("export", ["remote-code", "nemotron-nas"])
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_forms_without_a_place_for_experts_are_refused(world: World, tmp_path: Path, family: str, export: str) -> None:
+    with pytest.raises(UserError, match=f"the form {export} has no experts, which .*{family}.*; allowed"):
+        made(world, tmp_path, family, export, SINGLE)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_models_with_experts_are_merged_expert_by_expert(tmp_path: Path) -> None:
+    one = save_model(tmp_path / "one", "mixtral")
+    other = save_model(tmp_path / "other", "mixtral", hidden_act="silu", vocab_size=SIZES["vocab_size"])
+    halves = load_file(other / "model.safetensors")
+    save_file({name: tensor * 3 for name, tensor in halves.items()}, other / "model.safetensors")
+    out = run_merge(tmp_path / "out", merge_method="linear", models=entries([one, other], weight=[0.5, 0.5]))
+    merged = HFFolder(out)
+    assert set(merged) == set(halves) and len(halves) > 60
+    for name, tensor in halves.items():
+        torch.testing.assert_close(merged.read(name, whole(tuple(tensor.shape))), 2 * tensor)
