@@ -54,8 +54,8 @@ def _sizes(hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: i
     }
 
 
-# name -> (configuration, parameters as published, layouts as (TP, PP))
-MODELS: dict[str, tuple[dict[str, Any], int, list[tuple[int, int]]]] = {
+# name -> (configuration, parameters as published, layouts as (TP, PP) or (TP, PP, EP))
+MODELS: dict[str, tuple[dict[str, Any], int, list[tuple[int, ...]]]] = {
     "mistral-large": (  # Mistral-Large-Instruct-2407
         _sizes(12288, 28672, 88, 96, 8, 32768)
         | {"model_type": "mistral", "sliding_window": None, "head_dim": 128, "max_position_embeddings": 131072},
@@ -93,6 +93,19 @@ MODELS: dict[str, tuple[dict[str, Any], int, list[tuple[int, int]]]] = {
         27_227_128_320,
         [(8, 2), (16, 2)],
     ),
+    "mixtral-8x7b": (
+        _sizes(4096, 14336, 32, 32, 8, 32000)
+        | {"model_type": "mixtral", "num_local_experts": 8, "rope_theta": 1e6, "max_position_embeddings": 32768},
+        46_702_792_704,
+        [(1, 1, 8), (4, 2, 8)],
+    ),
+    "qwen3-235b-a22b": (
+        _sizes(4096, 12288, 94, 64, 4, 151936)
+        | {"model_type": "qwen3_moe", "num_experts": 128, "moe_intermediate_size": 1536, "head_dim": 128}
+        | {"norm_topk_prob": True, "rope_theta": 1e6, "max_position_embeddings": 40960},
+        235_093_634_560,
+        [(1, 1, 8), (4, 2, 8)],
+    ),
 }
 
 
@@ -110,10 +123,11 @@ def write_sparse(folder: Path, config: dict[str, Any]) -> int:
     return sum(info.nbytes for shard in shards.values() for info in shard)
 
 
-def plan(folder: Path, tp: int, pp: int) -> dict[str, Any]:
+def plan(folder: Path, tp: int, pp: int, ep: int = 1) -> dict[str, Any]:
     """The command, its seconds and the most memory that it had."""
     command = [sys.executable, "-m", "fusemega", "convert", "import", str(folder), str(folder.with_suffix(".out"))]
     command += ["--dry-run", "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    command += ["--expert-model-parallel-size", str(ep)]
     begun, peak = time.monotonic(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -133,19 +147,25 @@ def plan(folder: Path, tp: int, pp: int) -> dict[str, Any]:
     }
 
 
-def holds(config: dict[str, Any], tp: int, pp: int) -> bool:
-    """Whether each element of each tensor is on one rank (a replicated one: on each tensor-parallel rank), and each
-    element of each parameter, but padding of the vocabulary, has one source."""
+def holds(config: dict[str, Any], tp: int, pp: int, ep: int = 1) -> bool:
+    """Whether each element of each tensor is on one rank (a replicated one: on each tensor-parallel rank; all but
+    experts: in each replica), and each element of each parameter, but padding of the vocabulary, has one source."""
     architecture = architecture_of(config)
-    layout = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    layout = ParallelConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep
+    )
+    places = WeightRanks.all_of(layout)
     held: dict[str, list[Box]] = defaultdict(list)
     for pp_rank in range(pp):
         for rule in stage_rules(architecture, layout, pp_rank):
-            for tp_rank in range(tp):
-                pieces = rule.pieces(WeightRanks(tp, tp_rank))
+            parts: set[tuple[int, int]] = set()
+            for place in (place for place in places if rule.held_by(place)):
+                pieces = rule.pieces(place)
                 if not _disjoint([piece.local_box for piece in pieces]):
                     return False
-                if not rule.duplicate and (rule.partition_dim is not None or tp_rank == 0):
+                part = rule.split(place)
+                if not rule.duplicate and part not in parts:
+                    parts.add(part)
                     for piece in pieces:
                         held[piece.hf].append(piece.hf_box)
     shapes = architecture.hf_shapes()
@@ -177,9 +197,10 @@ def main() -> int:
         for name in args.models:
             config, parameters, layouts = MODELS[name]
             nbytes = write_sparse(Path(work) / name, config)
-            for tp, pp in layouts:
-                row = {"model": name, "layout": f"TP{tp} PP{pp}", "gb": round(nbytes / 1e9, 1)}
-                row |= plan(Path(work) / name, tp, pp) | {"holds": holds(config, tp, pp)}
+            for layout in layouts:
+                label = " ".join(f"{kind}{size}" for kind, size in zip(("TP", "PP", "EP"), layout, strict=False))
+                row = {"model": name, "layout": label, "gb": round(nbytes / 1e9, 1)}
+                row |= plan(Path(work) / name, *layout) | {"holds": holds(config, *layout)}
                 row["parameters_as_published"] = nbytes == 2 * parameters
                 rows.append(row)
                 print(json.dumps(row), flush=True)
