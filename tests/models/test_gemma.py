@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
+)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
+from fusemega.convert.verify import transformers_logits
 from fusemega.errors import UserError
+from fusemega.hf.folder import HFFolder
+from fusemega.hf.load import load_hf
 from fusemega.models.build import build_model, init_random
+from fusemega.models.dense_logits import dense_logits
 from fusemega.models.family import FULL, SLIDING, keep_layers
 from fusemega.models.registry import architecture_of
 from fusemega.runtime.parallel import World
@@ -156,3 +168,19 @@ def test_embeddings_are_scaled_by_what_bf16_can_hold(world: World) -> None:
     ids = torch.arange(4)[None]
     scale = torch.tensor(48**0.5).bfloat16()  # 6.9375; 6.9282 else
     assert torch.equal(embedding(ids, ids)[:, 0], embedding.word_embeddings.weight[:4] * scale)
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [(Gemma2Config, Gemma2ForSequenceClassification), (Gemma3TextConfig, Gemma3TextForSequenceClassification)],
+)
+def test_a_score_in_the_heads_place(config: Any, model: Any, world: World, tmp_path: Path) -> None:
+    model(config(**TINY, num_labels=1, pad_token_id=0)).save_pretrained(tmp_path)
+    opened = HFFolder(tmp_path).architecture
+    assert opened.head == "scalar" and not opened.tied
+    ours = build_model(opened, world, torch.float32)
+    load_hf(ours, tmp_path, world)
+    found = dense_logits(ours, world, [[2, 7, 1, 5]])
+    wanted = transformers_logits(tmp_path, [2, 7, 1, 5], opened)
+    assert found is not None and wanted.abs().max() > 1e-3
+    torch.testing.assert_close(found[-1:], wanted, atol=1e-5, rtol=0)
