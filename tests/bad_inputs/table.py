@@ -171,7 +171,7 @@ TABLE: list[Bad] = [
     _m("no layers", TRAIN, "num_hidden_layers = 0, expected a positive", key(CONFIG, "num_hidden_layers", 0)),
     _m("heads in no groups", TRAIN, "not a multiple of num_key_value_heads 3", key(CONFIG, "num_key_value_heads", 3)),
     _m("an odd head", TRAIN, "head_dim 7 is odd", key(CONFIG, "head_dim", 7)),
-    _m("an unknown rope", TRAIN, "rope_type: unknown name 'yarn'", key(CONFIG, "rope_scaling", {"rope_type": "yarn"})),
+    _m("an unknown rope", TRAIN, "rope_type: unknown name 'yarm' (did you mean 'yarn'?)", key(CONFIG, "rope_scaling", {"rope_type": "yarm"})),
     _m("rope without factor", TRAIN, "rope_scaling.factor is missing", key(CONFIG, "rope_scaling", {"type": "linear"})),
     _m("rope of words", TRAIN, "rope_scaling = 'x', expected a mapping", key(CONFIG, "rope_scaling", "x")),
     _m("an epsilon that is text", TRAIN, "rms_norm_eps = 'x'", key(CONFIG, "rms_norm_eps", "x")),

@@ -105,7 +105,7 @@ def test_who_needs_whom_and_what_reruns(place: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["parallel.tensor_model_parallel_size=4", "nproc=4"], "tensor_model_parallel_size: 4 does not divide"),
+        (["parallel.tensor_model_parallel_size=3", "nproc=3"], "tensor_model_parallel_size: 3 does not divide"),
         (["parallel.tensor_model_parallel_size=2", "nproc=3"], "does not divide the 3 process"),
     ],
 )

@@ -17,6 +17,7 @@ from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.rope import _angles
 from fusemega.runtime.segments import Prefix, Segments, known
 from fusemega.runtime.shared_prompts import attend_with_prefixes, sharing_problem
+from fusemega.runtime.text_rope import NOTHING
 from tests.runtime import test_context_parallel
 from tests.runtime.test_specs import D, G, N, assert_same_with_gradients, attention, plain_attention
 
@@ -98,7 +99,9 @@ def test_context_parallel_ranks_share_such_a_row(
     assert_same_with_gradients(out, by_loops(q, k, v, bounds, prefixes, before), (q, k, v))
     positions = torch.arange(bounds[-1])[:, None, None, None]
     segments = Segments(bounds, prefixes)
-    angles = torch.cat([_angles(positions, segments, rank, size) for rank in range(size)])[torch.cat(mine).argsort()]
+    angles = torch.cat([_angles(positions, segments, rank, size, NOTHING) for rank in range(size)])[
+        torch.cat(mine).argsort()
+    ]
     wanted = [*range(m), *range(2 * m), *range(2 * m - 1, 3 * m - 1), *range(2 * m - 1, 4 * m - 1)]
     assert angles.flatten().tolist() == wanted
 

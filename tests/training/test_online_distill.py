@@ -149,9 +149,9 @@ def test_dry_run_names_the_teacher_and_its_layouts(online: MakeRun, work: Path, 
     assert "wide: llama, 0.1M parameters, fp32" in text
     for shape, parallel, message in (
         (
-            {"num_key_value_heads": 1},
+            {"intermediate_size": 99},
             {"tensor_model_parallel_size": 2},
-            r"tensor_model_parallel_size: 2 does not .* 1 key",
+            "tensor_model_parallel_size: 2 does not divide",
         ),
         ({"num_hidden_layers": 3}, {"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size: 2 .* 3 layers"),
     ):
