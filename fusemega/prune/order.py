@@ -46,6 +46,11 @@ class ResidualBlock:
         return f"{self.kind} {self.layer}"
 
     @property
+    def words(self) -> list[str | int]:
+        """As files have it: ["mha", 5]."""
+        return [self.kind, self.layer]
+
+    @property
     def place(self) -> int:
         """Its place among the blocks of a complete model, in the order in which a token passes through them."""
         return 2 * self.layer + KINDS.index(self.kind)
@@ -195,14 +200,14 @@ class Order:
             "measure": self.measure,
             "settings": dict(self.settings),
             "dense_perplexity": self.dense_perplexity,
-            "steps": [{"block": [s.block.kind, s.block.layer], "perplexity": s.perplexity} for s in self.steps],
+            "steps": [{"block": s.block.words, "perplexity": s.perplexity} for s in self.steps],
         }
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
     def to_authors_json(self) -> str:
         """The authors' form, as the text of a JSON file."""
         entries = {
-            str(n): [[block.kind, block.layer] for block in sorted(self.blocks[:n], key=lambda block: block.layer)]
+            str(n): [block.words for block in sorted(self.blocks[:n], key=lambda block: block.layer)]
             for n in range(1, len(self) + 1)
         }
         return json.dumps(entries) + "\n"

@@ -37,11 +37,11 @@ def write_outputs(
     order.write_authors(folder / "authors.json")
     lines = [
         {
-            "removed": [[block.kind, block.layer] for block in each.removed],
+            "removed": [block.words for block in each.removed],
             "costs": each.costs,
             "candidates": [
                 {
-                    "blocks": [[block.kind, block.layer] for block in removal],
+                    "blocks": [block.words for block in removal],
                     "cost": found.cost,
                     "rows": found.rows,
                 }

@@ -101,7 +101,9 @@ class PruneRun(CalibratedRun):
     type: OrderType = Field("mix", description="blocks that may be removed: attention (mha), MLP (mlp), or both (mix)")
     blocks: int = Field(ge=1, description="how many are removed")
     constraint: Constraint = Field(
-        "none", description="plain: what is left at the end can be paired to ordinary layers, attention then MLP"
+        "none",
+        description="plain: what is left at the end can be paired to ordinary layers, attention then MLP; each round "
+        "removes two neighbouring blocks",
     )
     measure: MeasureName = Field(
         "perplexity",

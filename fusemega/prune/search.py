@@ -31,6 +31,8 @@ from fusemega.runtime.console import say
 from fusemega.runtime.parallel import World, initialize
 from fusemega.runtime.together import on_main
 
+_JOURNAL = 2  # the form of a round's record; 1 had a single block
+
 
 class Compared(BaseModel):
     """How an order differs from another one.
@@ -118,7 +120,13 @@ def search(run: PruneRun) -> tuple[Pruned, World]:
     data = calibration(run.data, run.windows, run.samples, run.seed, source, shape, world, cache)
     settings = _settings(run, data)
     precision = run.model.model_dump(mode="json", exclude={"load", "trust_remote_code"})
-    identity = {"weights": weights, "tokenizer": source.tokenizer.content_hash, "precision": precision, **settings}
+    identity = {
+        "journal": _JOURNAL,
+        "weights": weights,
+        "tokenizer": source.tokenizer.content_hash,
+        "precision": precision,
+        **settings,
+    }
     with ExitStack() as held:
         journals: list[ResultsJournal] = []
         on_main(world, lambda: journals.append(held.enter_context(results_journal(output, identity))))
@@ -269,9 +277,9 @@ class _Call:
 
     def _ranked(self) -> list[ResidualBlock]:
         if "ranking" in self._known:
-            return [ResidualBlock(kind, layer) for kind, layer in self._known["ranking"]]
+            return list(_removal(self._known["ranking"]))
         order = ranked(self._run, self._stage, self._rows)
-        self._record("ranking", [[block.kind, block.layer] for block in order])
+        self._record("ranking", [block.words for block in order])
         return order
 
     def _costs(self, order: Sequence[ResidualBlock], runs: MaskedRuns) -> tuple[float, list[float]]:
@@ -312,18 +320,16 @@ def _order_of(rounds: Sequence[Round]) -> list[ResidualBlock]:
 
 
 def _record_of(found: Round) -> list[Any]:
-    candidates = [[_words(removal), each.cost, each.rows] for removal, each in found.candidates.items()]
-    return [_words(found.removed), list(found.costs), candidates]
+    candidates = [
+        [[block.words for block in removal], each.cost, each.rows] for removal, each in found.candidates.items()
+    ]
+    return [[block.words for block in found.removed], list(found.costs), candidates]
 
 
 def _round_of(record: Sequence[Any]) -> Round:
     removed, costs, candidates = record
     found = {_removal(words): Found(cost, rows) for words, cost, rows in candidates}
     return Round(_removal(removed), tuple(costs), found)
-
-
-def _words(removal: Removal) -> list[list[Any]]:
-    return [[block.kind, block.layer] for block in removal]
 
 
 def _removal(words: Sequence[Sequence[Any]]) -> Removal:

@@ -203,7 +203,9 @@ search(load(PruneRun, sys.argv[1]))
 """
 
 
-def test_killed_and_resumed(make_run: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_killed_and_resumed(
+    make_run: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = make_run(blocks=4)
     wanted = found(whole)
     run = make_run(blocks=4)
@@ -214,6 +216,9 @@ def test_killed_and_resumed(make_run: Make, tmp_path: Path, capfd: pytest.Captur
     assert not Path(run.output).exists()
     with pytest.raises(UserError, match=r"begun with another model or settings \(seed differ"):
         search(run.model_copy(update={"seed": 7}))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"begun with .* \(journal differ"):
+        patch.setattr("fusemega.prune.search._JOURNAL", 1)
+        search(run)
     capfd.readouterr()
     result = found(run)
     assert "2 of 4 blocks are removed already" in capfd.readouterr().err
