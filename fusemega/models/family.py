@@ -212,6 +212,13 @@ def layer_types(hf_config: HFConfig) -> list[str] | None:
     return list(types)
 
 
+def one_window(hf_config: HFConfig) -> list[int | None]:
+    """For each layer, `sliding_window`; None where that is null or absent."""
+    unlimited = hf_config.get("sliding_window") is None
+    window = None if unlimited else require_int(hf_config, "sliding_window")
+    return [window] * require_int(hf_config, "num_hidden_layers")
+
+
 def keep_layers(hf_config: HFConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The configuration of a model with only these layers, numbered from 0, in this order.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusemega.models.dense import DenseDecoder
-from fusemega.models.family import HFConfig, require_int
+from fusemega.models.family import HFConfig, one_window
 
 
 class Mistral(DenseDecoder):
@@ -18,7 +18,4 @@ class Mistral(DenseDecoder):
 
     def windows(self, hf_config: HFConfig) -> Sequence[int | None]:
         """See `DenseDecoder.windows`."""
-        hf_config = {**self.defaults, **hf_config}
-        unlimited = hf_config["sliding_window"] is None
-        window = None if unlimited else require_int(hf_config, "sliding_window")
-        return [window] * require_int(hf_config, "num_hidden_layers")
+        return one_window({**self.defaults, **hf_config})

@@ -153,8 +153,7 @@ class Qwen3Moe(_Experts, Qwen3):
 
     def windows(self, hf_config: HFConfig) -> Sequence[int | None]:
         """See `DenseDecoder.windows`: of all layers or of none, whatever `max_window_layers` says."""
-        found = super().windows({**hf_config, "max_window_layers": 0})
-        return list(found)
+        return super().windows({**hf_config, "max_window_layers": 0})
 
     def normalised(self, hf_config: HFConfig) -> bool:
         """See `_Experts.normalised`."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fusemega.errors import choose
 from fusemega.models.dense import DenseDecoder
-from fusemega.models.family import HFConfig, require_int
+from fusemega.models.family import HFConfig, one_window
 from fusemega.models.parts import Attention, GatedMLP
 from fusemega.models.rope import ORIGINAL, PARTIAL, rope_parameters
 from fusemega.models.rules import QKV, Rule
@@ -62,9 +62,7 @@ class Phi3(DenseDecoder):
 
     def windows(self, hf_config: HFConfig) -> Sequence[int | None]:
         """See `DenseDecoder.windows`."""
-        unlimited = hf_config.get("sliding_window") is None
-        window = None if unlimited else require_int(hf_config, "sliding_window")
-        return [window] * require_int(hf_config, "num_hidden_layers")
+        return one_window(hf_config)
 
     def rope(self, hf_config: HFConfig, *, local: bool = False) -> dict[str, Any]:
         """See `DenseDecoder.rope`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fusemega.files.boxes import Box, whole
 
@@ -154,7 +154,33 @@ class Replicated(Rule):
 
 
 @dataclass(frozen=True)
-class ColumnParallel(Rule):
+class _Split(Rule):
+    """A matrix that is split into equal parts along one dimension, `dim`."""
+
+    dim: ClassVar[int]
+
+    hf: str
+    shape: tuple[int, int]
+
+    @property
+    def partition_dim(self) -> int:
+        return self.dim
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.hf: self.shape}
+
+    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
+        return tuple(size // ranks.tp_size if n == self.dim else size for n, size in enumerate(self.shape))
+
+    def pieces(self, ranks: WeightRanks) -> list[Piece]:
+        local = self.local_shape(ranks)
+        start = ranks.tp_rank * local[self.dim]
+        box = tuple((start, start + size) if n == self.dim else (0, size) for n, size in enumerate(local))
+        return [Piece(self.hf, box, whole(local))]
+
+
+@dataclass(frozen=True)
+class ColumnParallel(_Split):
     """A matrix whose output dimension (dim 0) is split, with its rows in Megatron's order: ColumnParallelLinear.
 
     Example:
@@ -162,27 +188,11 @@ class ColumnParallel(Rule):
         [Piece(hf='up', hf_box=((6, 12), (0, 5)), local_box=((0, 6), (0, 5)))]
     """
 
-    hf: str
-    shape: tuple[int, int]
-
-    @property
-    def partition_dim(self) -> int:
-        return 0
-
-    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {self.hf: self.shape}
-
-    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
-        return (self.shape[0] // ranks.tp_size, self.shape[1])
-
-    def pieces(self, ranks: WeightRanks) -> list[Piece]:
-        rows, columns = self.local_shape(ranks)
-        start = ranks.tp_rank * rows
-        return [Piece(self.hf, ((start, start + rows), (0, columns)), whole((rows, columns)))]
+    dim: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
-class RowParallel(Rule):
+class RowParallel(_Split):
     """A matrix whose input dimension (dim 1) is split: Megatron's RowParallelLinear.
 
     Example:
@@ -190,23 +200,7 @@ class RowParallel(Rule):
         [Piece(hf='down', hf_box=((0, 5), (6, 12)), local_box=((0, 5), (0, 6)))]
     """
 
-    hf: str
-    shape: tuple[int, int]
-
-    @property
-    def partition_dim(self) -> int:
-        return 1
-
-    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {self.hf: self.shape}
-
-    def local_shape(self, ranks: WeightRanks) -> tuple[int, ...]:
-        return (self.shape[0], self.shape[1] // ranks.tp_size)
-
-    def pieces(self, ranks: WeightRanks) -> list[Piece]:
-        rows, columns = self.local_shape(ranks)
-        start = ranks.tp_rank * columns
-        return [Piece(self.hf, ((0, rows), (start, start + columns)), whole((rows, columns)))]
+    dim: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,10 @@ def global_batch(
     micro_batches, samples = [], []
     # A micro-batch without samples needs the fields' shapes too; any of the groups has them.
     like = FieldShapes.of(fields, [dataset[int(i)] for i in groups[0]])
-    tokens_of = [micro_batch_tokens(hand, places, shape.unit, world.pp_size > 1) for hand in hands]
-    if world.layout.rows_alike:
-        tokens_of = [[max(tokens) for tokens in zip(*tokens_of, strict=True)]] * len(hands)
-    for bins, tokens in zip(hands[world.dp_rank], tokens_of[world.dp_rank], strict=True):
+    hand = hands[world.dp_rank]
+    alike = hands if world.layout.rows_alike else [hand]
+    tokens_of = [micro_batch_tokens(each, places, shape.unit, world.pp_size > 1) for each in alike]
+    for bins, tokens in zip(hand, map(max, zip(*tokens_of, strict=True)), strict=True):
         held = [[dataset[int(i)] for i in groups[number]] for row in bins for number in row]
         batch = collate(held, fields, tokens, shape.pad_id, like, multiple, shape.unscored_id, shape.share_prefix)
         if world.cp_size > 1:
