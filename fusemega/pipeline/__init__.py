@@ -9,5 +9,6 @@ another thing: the layers of one pipeline-parallel rank.)
 * `record.py`: what is written down of a stage, its identity, and what has changed since
 * `scope.py`: what is asked of a graph: up to a stage, from a stage on again
 * `verdict.py`: which stages would run, and why
+* `alone.py`: one stage by itself, for a batch job
 * `run.py`: runs a graph on this machine: resumes, stops, goes on where a failure does no harm
 """

@@ -49,6 +49,10 @@ class Graph:
         """The folder of records."""
         return self.folder / "stages"
 
+    def needs_in_order(self) -> dict[str, list[str]]:
+        """`needs`, with the names in the order of `stages`."""
+        return {stage.name: self.needs[stage.name] for stage in self.stages}
+
     def maker(self, path: str | Path) -> str | None:
         """The name of the stage that makes `path`, or a folder above it; None if no stage does."""
         whole = Path(os.path.abspath(path))

@@ -20,7 +20,7 @@ from fusemega.files.remembered import content_hash
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.stage import Stage
 
-_FORMAT = "fusemega-stage-1"
+_FORMAT, _SHAPE_FORMAT = "fusemega-stage-1", "fusemega-graph-1"
 _KINDS: dict[str, type] = {
     "format": str,
     "state": str,
@@ -71,7 +71,11 @@ def read_record(graph: Graph, stage: Stage) -> StageRecord | None:
     Raises:
         UserError: the file is no record, or one of another version of fusemega.
     """
-    path = record_file(graph, stage)
+    return record_at(record_file(graph, stage))
+
+
+def record_at(path: Path) -> StageRecord | None:
+    """The record in a file; None if there is none. Raises as `read_record`."""
     if not path.exists():
         if path.with_suffix(".begun").exists():  # written by another version of fusemega
             raise _of_another_version(path.with_suffix(".begun"))
@@ -87,6 +91,40 @@ def write_record(graph: Graph, stage: Stage, record: StageRecord) -> None:
     """Replaces the stage's record atomically."""
     graph.records.mkdir(parents=True, exist_ok=True)
     write_durably(record_file(graph, stage), json.dumps({"format": _FORMAT, **asdict(record)}, indent=1) + "\n")
+
+
+def lock_of(graph: Graph, stage: Stage) -> Path:
+    """What a process locks to run the stage."""
+    return graph.records / stage.name
+
+
+def write_shape(graph: Graph) -> None:
+    """Writes down which stages there are and who needs whom, for those who look at the folder without the recipe."""
+    graph.records.mkdir(parents=True, exist_ok=True)
+    write_durably(
+        shape_file(graph.folder), json.dumps({"format": _SHAPE_FORMAT, "needs": graph.needs_in_order()}) + "\n"
+    )
+
+
+def shape_file(folder: Path) -> Path:
+    """The file of `write_shape`. No stage's name begins with a dot."""
+    return folder / "stages" / ".graph.json"
+
+
+def read_shape(folder: Path) -> dict[str, list[str]]:
+    """Stage -> stages that it needs, in the graph's order; empty where nothing is written down.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    path = shape_file(folder)
+    if not path.exists():
+        return {}
+    said = read_json(path)
+    needs = said.get("needs")
+    if said.get("format") != _SHAPE_FORMAT or not isinstance(needs, dict):
+        raise UserError(f"{path}: not a list of stages of this version of fusemega")
+    return {str(name): [str(one) for one in of] for name, of in needs.items() if isinstance(of, list)}
 
 
 def strangers(graph: Graph, stage: Stage) -> list[Path]:

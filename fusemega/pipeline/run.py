@@ -1,7 +1,7 @@
 """Runs a graph on this machine: skips finished stages, continues interrupted ones, and obeys stops.
 
 After a stage fails, those that need it do not run. The others still do, since their work is kept; then the failure is
-raised. A signal ends everything at once.
+raised. A signal ends everything at once. Each stage is also locked by itself, against a job that runs it alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,16 @@ from fusemega.launch.local import launch_ranks
 from fusemega.pipeline.call import write_call
 from fusemega.pipeline.functions import find_function
 from fusemega.pipeline.graph import Graph
-from fusemega.pipeline.record import Contents, StageRecord, made_from, read_record, strangers, write_record
+from fusemega.pipeline.record import (
+    Contents,
+    StageRecord,
+    lock_of,
+    made_from,
+    read_record,
+    strangers,
+    write_record,
+    write_shape,
+)
 from fusemega.pipeline.scope import ALL, Scope
 from fusemega.pipeline.stage import Stage, Stop
 from fusemega.pipeline.verdict import StageVerdict, verdict
@@ -85,8 +94,9 @@ def run(graph: Graph, scope: Scope = ALL) -> Outcome:
     """
     outcome, contents = Outcome(), Contents(graph)
     with locked(graph.folder):
-        _refuse_strangers(graph)
+        refuse_strangers(graph, graph.stages)
         graph.folder.mkdir(parents=True, exist_ok=True)
+        write_shape(graph)
         for stage in graph.stages:
             if stage.name in scope.again and (record := read_record(graph, stage)) is not None:
                 write_record(graph, stage, replace(record, state="again"))
@@ -102,7 +112,7 @@ def run(graph: Graph, scope: Scope = ALL) -> Outcome:
                 say(f"[{stage.name}] not run: it needs {cause}" if cause != everything else f"[{stage.name}] not run")
                 continue
             try:
-                outcome.results[stage.name] = _done(graph, stage, contents)
+                outcome.results[stage.name] = result_of(graph, stage, contents)
             except Stop as stop:
                 outcome.stopped[stage.name] = stop.reason
                 everything = stage.name if stop.everything else ""
@@ -120,12 +130,26 @@ def run(graph: Graph, scope: Scope = ALL) -> Outcome:
     return outcome
 
 
-def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
-    """The result of the stage, which is run if necessary.
+def result_of(graph: Graph, stage: Stage, contents: Contents) -> Any:
+    """The result of the stage, which is run if necessary, under its own lock. What it needs is finished.
 
     Raises:
         Stop: the stage stopped, now or in an earlier run.
-        UserError: it failed.
+        Interrupted: a signal ended its command.
+        UserError: it failed, or another process runs it.
+    """
+    with locked(lock_of(graph, stage)):
+        if (record := begun(graph, stage, contents)).state == "finished":
+            return record.result
+        return _worked(graph, stage, contents, record)
+
+
+def begun(graph: Graph, stage: Stage, contents: Contents) -> StageRecord:
+    """The record of a stage that has begun just now, or that is finished. Removes what an earlier run left, if need be.
+
+    Raises:
+        Stop: the stage stopped in an earlier run.
+        UserError: a record or an input cannot be read.
     """
     found = verdict(graph, stage, contents)
     if found.action == "stop":
@@ -135,20 +159,42 @@ def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
     if found.action == "skip":
         assert found.record is not None
         say(f"[{stage.name}] finished before, skipped")
-        return found.record.result
+        return found.record
     inputs = {name: contents.of(path) for name, path in stage.inputs.items()}
     owns = [os.path.relpath(path, graph.folder) for path in stage.owned()]
     record = StageRecord("begun", made_from(stage), inputs, owns)
     _begin(graph, stage, found)  # before the record: after an interruption in between, it is done again
     write_record(graph, stage, record)
     say(f"[{stage.name}]" if found.reason == "new" else f"[{stage.name}] {found.reason}")
+    return record
+
+
+def ended(graph: Graph, stage: Stage, contents: Contents, record: StageRecord, result: Any = None) -> None:
+    """Writes down that the stage is finished.
+
+    Args:
+        graph: its graph.
+        stage: the stage.
+        contents: hashes of the files.
+        record: from `begun`.
+        result: of its function.
+
+    Raises:
+        UserError: an output is missing.
+    """
+    contents.forget()
+    for name, path in stage.outputs.items():
+        if not os.path.exists(path):
+            raise UserError(f"stage {stage.name}: ended without its output {name}: {path}")
+    outputs = {name: contents.of(path) for name, path in stage.outputs.items()}
+    write_record(graph, stage, replace(record, state="finished", outputs=outputs, result=result))
+
+
+def _worked(graph: Graph, stage: Stage, contents: Contents, record: StageRecord) -> Any:
     started = time.monotonic()
     try:
         result = _work(graph, stage)
-        contents.forget()
-        for name, path in stage.outputs.items():
-            if not os.path.exists(path):
-                raise UserError(f"stage {stage.name}: ended without its output {name}: {path}")
+        ended(graph, stage, contents, record, result)
     except Stop as stop:
         say(f"[{stage.name}] stopped: {stop.reason}")
         write_record(graph, stage, replace(record, state="stopped", reason=stop.reason, everything=stop.everything))
@@ -159,18 +205,16 @@ def _done(graph: Graph, stage: Stage, contents: Contents) -> Any:
         write_record(graph, stage, replace(record, state="failed", reason=str(error)))
         raise
     say(f"[{stage.name}] done in {time.monotonic() - started:.0f} s")
-    outputs = {name: contents.of(path) for name, path in stage.outputs.items()}
-    write_record(graph, stage, replace(record, state="finished", outputs=outputs, result=result))
     return result
 
 
-def _refuse_strangers(graph: Graph) -> None:
-    """Refuses a graph with an output path where something exists that its stage did not make. Called before any write.
+def refuse_strangers(graph: Graph, stages: Iterable[Stage]) -> None:
+    """Refuses stages with an output path where something exists that they did not make. Called before any write.
 
     Raises:
         UserError: there is one; or a record cannot be read.
     """
-    for stage in graph.stages:
+    for stage in stages:
         for path in strangers(graph, stage):
             what = f"exists, and stage {stage.name} did not make it"
             raise UserError(f"{os.path.relpath(path)}: {what}; choose another output folder")

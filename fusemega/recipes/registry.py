@@ -10,6 +10,16 @@ from typing import Any, Generic, TypeVar
 
 from fusemega.config import Section, read_yaml, validate
 from fusemega.errors import UserError, choose
+from fusemega.files.output import write_output
+from fusemega.pipeline.alone import (
+    Alone,
+    begin_alone,
+    end_alone,
+    finish_last,
+    run_alone,
+    stage_named,
+    steps_for_a_script,
+)
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.run import Outcome, run_then
 from fusemega.pipeline.scope import ALL, Scope
@@ -87,3 +97,32 @@ def run_recipe(recipe: Recipe[Any], settings: Any, graph: Graph | None = None, s
         return lines
 
     return run_then(recipe.graph(settings) if graph is None else graph, finish, scope)
+
+
+def run_stage(recipe: Recipe[Any], settings: Any, name: str, begin: Path | None = None, end: bool = False) -> list[str]:
+    """Runs one stage of a recipe, as a batch job does; returns lines for the terminal.
+
+    The job that ends last writes the recipe's summary, as `run_recipe` does at its end.
+
+    Args:
+        recipe: the kind of recipe.
+        settings: of its file.
+        name: the stage.
+        begin: only begin it, and write there what a job script has to do then (`steps_for_a_script`).
+        end: only write down that it is finished.
+
+    Raises:
+        UserError: as `run_alone`, `begin_alone` and `end_alone`.
+    """
+    graph = recipe.graph(settings)
+    if begin is not None:
+        stage = stage_named(graph, name)
+        done = begin_alone(graph, name) if stage.launched else Alone("begun")
+        write_output(begin, "".join(f"{line}\n" for line in steps_for_a_script(stage) if done.state == "begun"))
+    elif end:
+        end_alone(graph, name)
+        done = Alone("finished")
+    else:
+        done = run_alone(graph, name)
+    lines = [f"{name} {done.state}: {done.reason}"] if done.reason else []
+    return lines + (finish_last(graph, lambda outcome: recipe.finish(settings, outcome)) or [])

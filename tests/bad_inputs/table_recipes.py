@@ -21,5 +21,10 @@ TABLE: list[Bad] = [
     _c("held-out text that is not there", RUN + " held_out=nowhere.jsonl --dry-run", "stage eval-target: input data: nowhere.jsonl: no such file"),
     _c("a source's name for two stages", RUN + " sources.a=model sources.merged=model", "'merged' names folders"),
     _c("nothing exported", RUN + " training.export_hf=false", "training.export_hf: false, and the folder hf is what the recipe makes"),
+    _c("a stage alone before what it needs", RUN + " --only merge", "stage merge: it needs split, which is not finished (new)"),
+    _c("a stage alone that is not there", RUN + " --only splitt", "--only: there is no stage 'splitt' (did you mean 'split'?)"),
+    _c("a stage alone, and others", RUN + " --only split --until merge", "--only: it names the one stage that runs; leave --until, --from and --dry-run out"),
+    _c("begun without a stage", RUN + " --begin words", "--begin: it is for one stage; give --only as well"),
+    _c("ended before it began", RUN + " --only split --end", "stage split: it has not begun"),
     _c("a stage's output is there", RUN, "new/data.jsonl: exists, and stage split did not make it", put("new/data.jsonl", "")),
 ]
