@@ -21,6 +21,7 @@ FLOORS = (
     ("run_values",),
     ("config",),
     ("runtime",),
+    ("monitoring",),
     ("fixtures", "text", "models"),
     ("hf", "store"),
     ("checkpoint",),

@@ -18,6 +18,7 @@ Megatron-core
     megatron_fixes.py     its faults on any machine
 Processes
     console.py            what a run says; signals.py: how it is stopped; meter.py: how far a conversion is
+    activity.py           what this process is doing, for those who watch it
     workers.py            a few processes that share a list of work; lifeline.py: none outlives its parent
     meeting.py            where ranks and launcher meet; together.py: files that all ranks write as one
 """

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from fusemega.errors import UserError, nearest, printable
+from fusemega.runtime.activity import doing
 
 SETTING = "FUSEMEGA_LOG"
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -71,6 +72,12 @@ def warn(text: str) -> None:
     logger().warning(f"warning: {text}")
 
 
+def warn_from_here(text: str) -> None:
+    """Prints a warning from whichever rank this is, where warnings are shown: only this rank can know of it."""
+    if logger().isEnabledFor(logging.WARNING):
+        _on_stderr().print(printable(f"warning: {text}"), markup=False)
+
+
 def debug(text: str) -> None:
     """Prints what only helps to find out what is going on: which layout, what is read, what a cache had."""
     logger().debug(f"debug: {text}")
@@ -78,7 +85,7 @@ def debug(text: str) -> None:
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """Says, at level debug, how long the block took, even if it fails.
+    """Says, at level debug, how long the block took, even if it fails; and that this process is in it (`activity`).
 
     Example:
         >>> with phase("weights are read"):
@@ -86,7 +93,8 @@ def phase(what: str) -> Iterator[None]:
     """
     started = time.monotonic()
     try:
-        yield
+        with doing(what, is_phase=False):
+            yield
     finally:
         debug(f"{what}: {time.monotonic() - started:.2f} s")
 

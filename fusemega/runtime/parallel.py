@@ -45,7 +45,8 @@ class World:
     The ranks of a pipeline stage are divided a second time for the experts of its layers: EP x expert TP, the rest
     replicas.
     `host_group` joins all ranks over gloo, for all but computation: there they wait for one another as long as it takes
-    to tokenize a data set or to write a model, and no Python object goes through a GPU.
+    to tokenize a data set or to write a model, and no Python object goes through a GPU. `timeout` is of ranks that
+    compute in step.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class World:
     dp_cp_group: dist.ProcessGroup
     host_group: dist.ProcessGroup
     layout: ParallelConfig
+    timeout: timedelta = GROUP_TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -107,12 +109,12 @@ class World:
     def largest(self, value: int) -> int:
         """The largest of all ranks' values, on every rank. Collective; the device is not waited for.
 
-        For ranks that compute in step: it gives a rank that does not come `GROUP_TIMEOUT`.
+        For ranks that compute in step: it gives a rank that does not come `timeout`.
         """
         if self.world_size == 1:
             return value
         found = torch.tensor(value, dtype=torch.int64, device="cpu")
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True).wait(GROUP_TIMEOUT)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True).wait(self.timeout)
         return int(found)
 
 
@@ -138,7 +140,7 @@ def environment_rank() -> tuple[int, int, int]:
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
 
 
-def initialize(config: ParallelConfig, seed: int = 1234) -> World:
+def initialize(config: ParallelConfig, seed: int = 1234, timeout: timedelta = GROUP_TIMEOUT) -> World:
     """Join the process group and build Megatron's groups. One process needs no launcher.
 
     May be called again in the same process with another layout.
@@ -146,6 +148,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
     Args:
         config: the layout.
         seed: seed of Megatron's random states (dropout); TP and PP ranks draw differently, others alike.
+        timeout: how long ranks that compute in step wait for one that does not come.
 
     Raises:
         UserError: TP x CP x PP does not divide the world; this process has no device, or another kind than its peers.
@@ -159,12 +162,12 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
             store: dist.Store = dist.HashStore()
         else:
             store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
-            store.set_timeout(GROUP_TIMEOUT)  # as a process group would
+            store.set_timeout(max(timeout, GROUP_TIMEOUT))  # ranks may start at different times
         own_device = device.agreed_device(local_rank, store, rank, world_size)
         backend = "nccl" if own_device.type == "cuda" else "gloo"
         if own_device.type == "cuda":
             torch.cuda.set_device(own_device)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     _free_groups()
     parallel_state.initialize_model_parallel(
         config.tensor_model_parallel_size,
@@ -173,6 +176,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tp_size,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     world = World(
@@ -199,6 +203,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> World:
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         host_group=host_group(),
         layout=config,
+        timeout=timeout,
     )
     debug(
         f"rank {rank} of {world_size} on {own_device}: tensor {world.tp_rank} of {world.tp_size}, "

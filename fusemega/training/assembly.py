@@ -20,8 +20,10 @@ from fusemega.files.output import check_writable, write_durably
 from fusemega.hf.loadable import closing_id, settle
 from fusemega.losses.registry import Objective, build_objective, check_data, objective_named
 from fusemega.models.heads import HeadKind
+from fusemega.monitoring.session import holds_more, note_stop, watched
 from fusemega.passes.batches import check_groups, prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
+from fusemega.runtime.activity import EXPORT, LOADING, doing
 from fusemega.runtime.console import phase, say
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
@@ -141,9 +143,12 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     """
     _, world_size, _ = environment_rank()
     checked = Checked.of(run, world_size)
-    world = initialize(run.parallel, run.training.seed)
+    world = initialize(run.parallel, run.training.seed, run.monitoring.collective_timeout)
     output = Path(run.output_dir)
     on_main(world, lambda: _claim(output, held))
+    if held is not None:
+        held.enter_context(watched(output, run.monitoring, world, is_kept=(output / RUN_RECORD).exists))
+        held.enter_context(doing(LOADING))
     if run.training.export_hf:
         on_main(world, lambda: check_export(output))
     tokenizer = checked.source.tokenizer
@@ -218,10 +223,12 @@ def _train(run: TrainRun, held: ExitStack) -> int:
     if trainer.world.is_main:
         say(_summary(trainer, checked.source.kernels))
     if stopped := trainer.fit():
+        note_stop()
         say(f"stopped after iteration {trainer.iteration}, with a checkpoint; the same command resumes from there")
         return stopped
     output = Path(run.output_dir)
-    on_main(trainer.world, lambda: _finish(output, trainer, checked))
+    with doing(EXPORT):
+        on_main(trainer.world, lambda: _finish(output, trainer, checked))
     return 0
 
 
@@ -270,7 +277,7 @@ def check_output(output: Path) -> None:
     Raises:
         UserError: says what is in the way.
     """
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / RUN_RECORD).is_file())):
+    if output.exists() and (not output.is_dir() or (holds_more(output) and not (output / RUN_RECORD).is_file())):
         raise UserError(f"{output}: exists and is not the folder of a training run; choose another output_dir")
     if (output / RUN_RECORD).exists() and not {"fusemega", "run"} <= read_json(output / RUN_RECORD).keys():
         raise UserError(f"{output / RUN_RECORD}: not the record of a training run; choose another output_dir")

@@ -14,6 +14,7 @@ from typing import Any
 from fusemega.checkpoint.series import STATE
 from fusemega.errors import UserError
 from fusemega.losses.registry import Objective
+from fusemega.runtime.activity import EVALUATION, doing
 from fusemega.runtime.console import phase, warn
 from fusemega.scoring.evaluation import Evaluation, EvaluationSection, evaluate_model
 from fusemega.scoring.preferences import GroupEvaluation, evaluate_groups
@@ -108,7 +109,7 @@ class HeldOut(Callback):
         complete_parameters(trainer.ddp)
         shape = replace(trainer.data.shape, seq_length=self._section.data.seq_length, packing=True)
         found: Evaluation | GroupEvaluation
-        with phase(f"the held-out data are scored after iteration {trainer.iteration}"):
+        with doing(EVALUATION), phase(f"the held-out data are scored after iteration {trainer.iteration}"):
             if self._objective is None:
                 found = evaluate_model(trainer.gpt, self._dataset, shape, trainer.world)
             else:

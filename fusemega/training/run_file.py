@@ -12,6 +12,7 @@ from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section
 from fusemega.errors import UserError
 from fusemega.losses.registry import ObjectiveSettings, objective_named, parse_objective
+from fusemega.monitoring.settings import MonitoringSection
 from fusemega.passes.batches import RowShape, TrainingData
 from fusemega.passes.micro_batch import Fields
 from fusemega.runtime.layout import ParallelConfig
@@ -193,6 +194,7 @@ class TrainRun(Section):
     optimizer: OptimizerSection
     training: TrainingSection
     evaluation: EvaluationSection | None = Field(None, description="held-out text to score during training")
+    monitoring: MonitoringSection = MonitoringSection()
 
     def batches(
         self, dataset: TokenizedDataset, fields: Fields, pad_id: int, world: World, unscored_id: int | None = None

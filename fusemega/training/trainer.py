@@ -30,6 +30,7 @@ from fusemega.passes.forward import run_schedule, total_over_ranks
 from fusemega.passes.frozen import FrozenModel, ask_all
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.passes.prefetch import Prefetch
+from fusemega.runtime.activity import COMPUTE, DATA, OPTIMIZER, SAVE, STEP, doing, reached
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
 from fusemega.training.balancing import TERM, Balancing
@@ -97,7 +98,14 @@ class Trainer:
         Raises:
             UserError: a loss or gradient that is not finite (names the step and the rows of data); a full disk.
         """
-        with disk_errors(Path(self.run.output_dir)), StopSignals(self.world) as signals, self._started(), self.batches:
+        reached(self.iteration, self.train_iters)
+        with (
+            doing(STEP),
+            disk_errors(Path(self.run.output_dir)),
+            StopSignals(self.world) as signals,
+            self._started(),
+            self.batches,
+        ):
             while not self.finished:
                 for callback in self.callbacks:
                     callback.on_step_begin(self)
@@ -118,8 +126,9 @@ class Trainer:
 
     def save(self, last: bool = False) -> None:
         """Lets the callbacks save this iteration. Collective."""
-        for callback in self.callbacks:
-            callback.on_save(self, last)
+        with doing(SAVE):
+            for callback in self.callbacks:
+                callback.on_save(self, last)
 
     def is_due(self, interval: int | None) -> bool:
         """Whether something done every `interval` iterations, and after the last, is due after this one."""
@@ -133,7 +142,18 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One update. Returns its metrics under Megatron's names, the same on every rank."""
         started = time.monotonic()
-        taken = self.batches.take(self.iteration)
+        with doing(DATA):
+            taken = self.batches.take(self.iteration)
+        with doing(COMPUTE):
+            return self._update(taken, started)
+
+    def _update(self, taken: GlobalBatch, started: float) -> dict[str, float]:
+        """The rest of `step`.
+
+        Args:
+            taken: the batch, in host memory.
+            started: when the step began (`time.monotonic`).
+        """
         self.objective.begin_step(self.iteration, self.train_iters)
         summed = (*self.objective.terms, *self.objective.statistics)
         # Counted before the batches go to the device, where the host would wait for the counts.
@@ -168,7 +188,8 @@ class Trainer:
         if not math.isfinite(loss):
             self._refuse_unsound(micro_batches, collected)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        _, grad_norm, _ = self.optimizer.step()
+        with doing(OPTIMIZER):
+            _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise UserError(
                 f"iteration {self.iteration + 1}: the gradient norm is {grad_norm}, though the loss is {loss:.4g}; "
@@ -176,6 +197,7 @@ class Trainer:
             )
         self.scheduler.step(increment=1)
         self.iteration += 1
+        reached(self.iteration, self.train_iters)
         means = {
             f"{term} loss": value / count
             for term, value, count in zip(self.objective.terms, sums[:terms], counts, strict=True)

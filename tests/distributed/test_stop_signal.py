@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks import tiny
 from fusemega.fixtures import data as assets
+from fusemega.monitoring.ranks import read_ranks
 from fusemega.training.records import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,5 +50,8 @@ def test_stops_with_a_checkpoint_and_goes_on(tmp_path: Path, chat_files: assets.
     done = len(read_metrics(output))
     assert f"stopped after iteration {done}, with a checkpoint" in said and not (output / "done").exists()
     assert [path.name for path in (output / "checkpoints").glob("iter_*")] == [f"iter_{done:07d}"]
+    assert [(state.rank, state.iteration, state.ended) for state in read_ranks(output)] == [
+        (rank, done, "stopped") for rank in (0, 1)
+    ]
     plan = subprocess.run([*command, "--dry-run"], env=environment, capture_output=True, text=True, check=True)
     assert f"resumes after iteration {done}" in plan.stdout
