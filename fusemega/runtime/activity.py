@@ -64,7 +64,7 @@ class Activity:
 
 
 @dataclass(frozen=True)
-class Place:
+class CodePlace:
     """Where a thread is in the code.
 
     Attributes:
@@ -128,7 +128,7 @@ def current() -> Activity:
     return Activity(levels[at].name, levels[at].since, detail, _moves, *_progress)
 
 
-def place() -> Place:
+def place() -> CodePlace:
     """Where the main thread is; for other threads. Takes some tens of microseconds."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
     frames = []
@@ -138,7 +138,7 @@ def place() -> Place:
     return _place(frames)
 
 
-def place_of(error: BaseException) -> Place:
+def place_of(error: BaseException) -> CodePlace:
     """Where an error was raised."""
     frames, trace = [], error.__traceback__
     while trace is not None:
@@ -154,7 +154,7 @@ def _short(file: str) -> str:
     return f"megatron/core/{file.rpartition(_MEGATRON)[2]}" if _MEGATRON in file else ""
 
 
-def _place(frames: Sequence[tuple[CodeType, int]]) -> Place:
+def _place(frames: Sequence[tuple[CodeType, int]]) -> CodePlace:
     """`frames`: the innermost first."""
     collective, code, waits = "", "", False
     for of, line in frames:
@@ -164,4 +164,4 @@ def _place(frames: Sequence[tuple[CodeType, int]]) -> Place:
             code, waits = f"{file}:{line} ({of.co_name})", file in _WAITS
             break
     signature = hash(tuple((id(of), line) for of, line in frames))
-    return Place(collective or ("a wait for other ranks" if waits else ""), code, signature)
+    return CodePlace(collective or ("a wait for other ranks" if waits else ""), code, signature)

@@ -147,7 +147,7 @@ def test_a_heartbeat_says_where_its_rank_stands(tmp_path: Path) -> None:
 
 def test_where_a_collective_is_called_is_seen() -> None:
     """A stand-in for torch's file, with the same end of its name."""
-    found: list[activity.Place] = []
+    found: list[activity.CodePlace] = []
     names: dict[str, Any] = {"look": lambda: found.append(activity.place())}
     torchs = "def wrapper():\n    look()\ndef all_reduce():\n    wrapper()\n"
     exec(compile(torchs, "/x/torch/distributed/distributed_c10d.py", "exec"), names)
