@@ -6,12 +6,14 @@
 Trains a tiny random Llama (8 layers, tied embeddings, an odd vocabulary that needs padding) on real chat text in fp32,
 through the same code as `fusemega train`. A star around the run of one process, in which one thing changes at a time,
 and with `--all` named combinations on four and eight processes. Gradient buckets are made small, so that overlapped
-communication has something to overlap. `--objective fuse`: two teachers beside the labels, one of them with a tokenizer
-of its own, mixed; their stores are written by four processes, PP2 x DP2. `--objective wrpo` and `fuse_po`: groups of
-four responses of unequal length from two sources, with the reference's log-probabilities in a store, and cases in which
-the responses of a group share their prompt (`PREFERENCE`). Several layouts share a launch; `--worlds` picks launches
-(the reference is always run). The last line is one JSON object; `ok` says whether every case is within 1e-5 (loss, all
-steps), 1e-5 (gradient norm, step 1) and 1e-4 (gradient norm, all steps) of the reference.
+communication has something to overlap. `--experts`: a Mixtral, each case twice: with its own choices of experts, and
+with the reference's (`routing.py`); `differ` counts the choices that are not the reference's. `--objective fuse`: two
+teachers beside the labels, one of them with a tokenizer of its own, mixed; their stores are written by four processes,
+PP2 x DP2. `--objective wrpo` and `fuse_po`: groups of four responses of unequal length from two sources, with the
+reference's log-probabilities in a store, and cases in which the responses of a group share their prompt (`PREFERENCE`).
+Several layouts share a launch; `--worlds` picks launches (the reference is always run). The last line is one JSON
+object; `ok` says whether every case is within 1e-5 (loss, all steps), 1e-5 (gradient norm, step 1) and 1e-4 (gradient
+norm, all steps) of the reference; with experts, see `within`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Any
 SEQ_LENGTH = {"sft": 128, "fuse": 512, "wrpo": 1024, "fuse_po": 1024}
 BUCKET = 20_000  # elements; a layer has 36,992
 LOSS_TOLERANCE, FIRST_NORM_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-5, 1e-4
+CHOICE_TOLERANCE = 1e-4  # of logits that may change places, as a part of the largest one
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
@@ -127,8 +130,8 @@ CASES = STAR | PAIRS | PREFERENCE | EXPERTS
 QUICK = ("reference", "unpacked", "TP2+SP", "PP2xVPP2, overlapped", "CP2", "DP2, micro-batch 2", "TP2xPP2xDP2")
 
 
-def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[float, float]]]:
-    """In a rank: (loss, gradient norm) of each step, for each case."""
+def curves(work: Path, steps: int, names: list[str]) -> dict[str, dict[str, Any]]:
+    """In a rank: (loss, gradient norm) of each step for each case, and what `routed` says of the experts' choices."""
     from fusemega.config import validate
     from fusemega.training import optimizer
     from fusemega.training.assembly import open_trainer
@@ -138,7 +141,8 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
     objective = json.loads((work / "objective.json").read_text())
     experts = json.loads((work / "model" / "config.json").read_text())["model_type"] == "mixtral"
     found = {}
-    for name in names:
+    twice = [name for name in names for _ in range(2 if experts and name != "reference" else 1)]
+    for name in twice:  # the second time with the reference's choices of experts
         case = CASES[name]
         run = validate(
             TrainRun,
@@ -166,10 +170,43 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, list[tuple[flo
             name,
         )
         trainer, _ = open_trainer(run)
-        rows = [trainer.step() for _ in range(steps)]
+        follow = name in found
+        routing = listen(work, trainer, follow) if experts else None
+        rows = []
+        for step in range(steps):
+            if routing is not None:
+                routing.step = step
+            rows.append(trainer.step())
         total = "loss" if "loss" in rows[0] else f"{trainer.objective.terms[0]} loss"
-        found[name] = [(row[total], row["grad-norm"]) for row in rows]
+        curve = [(row[total], row["grad-norm"]) for row in rows]
+        found[name] = found.get(name, {}) | ({"followed": curve} if follow else {"curve": curve})
+        if routing is not None:
+            found[name]["routed, followed" if follow else "routed"] = routed(work, name, routing, trainer.world)
     return found
+
+
+def listen(work: Path, trainer: Any, follow: bool) -> Any:
+    """Writes down the reference's choices of experts, and compares the others' with them."""
+    import routing
+
+    path = work / "choices.npz"
+    return routing.Routing(trainer.gpt, trainer.world, routing.load(path) if path.exists() else None, follow)
+
+
+def routed(work: Path, name: str, listened: Any, world: Any) -> dict[str, Any]:
+    """Choices of all ranks that differ from the reference's. Collective."""
+    import routing
+
+    if name == "reference":
+        routing.save(listened.choices, work / "choices.npz")
+    told = world.from_all((len(listened.choices), listened.differing, listened.first))
+    differing = [distance for _, some, _ in told for distance in some]
+    return {
+        "choices": sum(count for count, _, _ in told),
+        "differ": len(differing),
+        "first_step": min((first for _, _, first in told if first >= 0), default=-1) + 1,
+        "largest_distance": max(differing, default=0.0),
+    }
 
 
 def write_teachers(work: Path, chat: Path) -> dict[str, Any]:
@@ -273,7 +310,7 @@ def main() -> None:
             (work / "rows.jsonl").symlink_to(chat)
             objective = write_teachers(work, chat) if args.objective == "fuse" else {"name": "sft"}
         (work / "objective.json").write_text(json.dumps(objective))
-        found: dict[str, list[tuple[float, float]]] = {}
+        found: dict[str, dict[str, Any]] = {}
         for world in sorted({CASES[name].world for name in names}):
             cases = [name for name in names if CASES[name].world == world]
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
@@ -282,21 +319,11 @@ def main() -> None:
             subprocess.run([*command, *cases], check=True, env=environment)
             found |= json.loads((work / f"curves-{world}.json").read_text())
 
-    reference = found["reference"]
-    report = {}
-    for name in names:
-        report[name] = {
-            "loss": max(relative(a[0], b[0]) for a, b in zip(found[name], reference, strict=True)),
-            "grad_norm_step_1": relative(found[name][0][1], reference[0][1]),
-            "grad_norm": max(relative(a[1], b[1]) for a, b in zip(found[name], reference, strict=True)),
-        }
-        print(f"{name:<40} " + "  ".join(f"{key} {value:.1e}" for key, value in report[name].items()))
-    ok = all(
-        case["loss"] <= LOSS_TOLERANCE
-        and case["grad_norm_step_1"] <= FIRST_NORM_TOLERANCE
-        and case["grad_norm"] <= NORM_TOLERANCE
-        for case in report.values()
-    )
+    reference = found["reference"]["curve"]
+    report = {name: compared(found[name], reference) for name in names}
+    for name, case in report.items():
+        print(f"{name:<40} " + "  ".join(f"{key} {shown(value)}" for key, value in case.items()))
+    ok = all(within(case) for case in report.values())
     curve = {
         "objective": args.objective,
         "experts": args.experts,
@@ -305,6 +332,50 @@ def main() -> None:
     }
     print(json.dumps({"benchmark": "layouts", "ok": ok, "steps": args.steps, **curve, "relative_difference": report}))
     sys.exit(not ok)
+
+
+def differences(curve: list[list[float]], reference: list[list[float]]) -> dict[str, float]:
+    """The largest ones, relative to the reference."""
+    return {
+        "loss": max(relative(a[0], b[0]) for a, b in zip(curve, reference, strict=True)),
+        "grad_norm_step_1": relative(curve[0][1], reference[0][1]),
+        "grad_norm": max(relative(a[1], b[1]) for a, b in zip(curve, reference, strict=True)),
+    }
+
+
+def compared(case: dict[str, Any], reference: list[list[float]]) -> dict[str, Any]:
+    """Of one case: see `differences`; with experts, also of the steps before the first other choice of experts, and of
+    its run with the reference's choices."""
+    out: dict[str, Any] = differences(case["curve"], reference)
+    if "followed" in case:
+        alike = case["routed"]["first_step"] - 1 if case["routed"]["differ"] else len(reference)
+        alike = max(alike, 1)
+        out["grad_norm, choices alike"] = differences(case["curve"][:alike], reference[:alike])["grad_norm"]
+        out |= {f"{key}, followed": value for key, value in differences(case["followed"], reference).items()}
+        out |= {key: case[key] for key in ("routed", "routed, followed")}
+    return out
+
+
+def within(case: dict[str, Any]) -> bool:
+    """Whether a case is near enough.
+
+    With experts: the loss of all steps; the gradient norm of the steps before the first other choice; and everything in
+    the run with the reference's choices, whose own choices may differ only where two logits are equal to rounding.
+    """
+    limits = {"loss": LOSS_TOLERANCE, "grad_norm_step_1": FIRST_NORM_TOLERANCE, "grad_norm": NORM_TOLERANCE}
+    if "routed" in case:
+        limits["grad_norm, choices alike"] = limits.pop("grad_norm")
+        limits |= {"loss, followed": LOSS_TOLERANCE, "grad_norm, followed": NORM_TOLERANCE}
+        if case["routed, followed"]["largest_distance"] > CHOICE_TOLERANCE:
+            return False
+    return all(case[key] <= limit for key, limit in limits.items())
+
+
+def shown(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"{value:.1e}"
+    where = f" (from step {value['first_step']}, by {value['largest_distance']:.1e})" if value["differ"] else ""
+    return f"{value['differ']} of {value['choices']}{where}"
 
 
 if __name__ == "__main__":

@@ -94,11 +94,6 @@ class ModelSource:
         config.check_layers(layers, parallel)
         self.chunk_sizes = {len(chunk) for stage in layers_of_stages(self.architecture, parallel) for chunk in stage}
         self.kernels = config.kernels()
-        if self.kernels.transformer_engine and "num_moe_experts" in layers:
-            raise UserError(
-                f"model.transformer_impl: {config.transformer_impl} is Transformer Engine here, which has not been "
-                "tried with layers of experts; allowed: local"
-            )
         if parallel.context_parallel_size > 1 and self.kernels.transformer_engine:
             capped = self.architecture.attention_softcap is not None
             if capped or layers.get("window_size"):

@@ -107,7 +107,7 @@ def fill_from_state(model: GPT, state: dict[str, Any]) -> None:
 
 
 def _is_extra(name: str) -> bool:
-    return name.endswith("._extra_state")
+    return name.rpartition(".")[2].startswith("_extra_state")  # grouped products number theirs
 
 
 def check_files(path: Path) -> None:

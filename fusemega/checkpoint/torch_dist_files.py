@@ -37,7 +37,7 @@ from fusemega.models.architecture import Architecture
 from fusemega.models.rules import WHOLE, Rule, VocabRows
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-_EXPERT = re.compile(r"mlp\.experts\.local_experts\.\d+\.")
+_EXPERT = re.compile(r"mlp\.experts\.(.*\.weight)\d+")
 # Where the optimizers of megatron-core 0.16.1 keep fp32 main parameters: the distributed one, and the one of bf16 runs.
 _MAIN = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 FORMAT = {
@@ -91,7 +91,7 @@ def places(architecture: Architecture) -> list[Place]:
             key = f"decoder.layers.{match[2]}"
             stacked.append((int(match[1]), len(architecture.layers)))
         if rule.expert is not None:
-            key = _EXPERT.sub("mlp.experts.experts.", key)
+            key = _EXPERT.sub(r"mlp.experts.experts.\1", key)
             stacked.append(rule.expert)
         leading, sizes = (tuple(each[i] for each in stacked) for i in (0, 1))
         out.append(Place(rule, key, (*sizes, *rule.local_shape(WHOLE)), leading))

@@ -32,7 +32,8 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes  
 from megatron.core.transformer import TransformerConfig  # isort: skip
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group  # isort: skip
 
-_EXPERT_NAME = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
+# Of local experts, and of grouped products.
+_EXPERT_NAME = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
 
 
 class Chunk(GPTModel):

@@ -182,12 +182,15 @@ class Experts(Part):
         hf, megatron, of = f"{names.hf}{self.names.block}.", f"{names.megatron}mlp.", self.names
         shape = (self.ffn, self.hidden)
         rules: list[Rule] = [Replicated(f"{megatron}router.weight", f"{hf}gate.weight", (self.experts, self.hidden))]
+        local = names.spec == "local"
         for number in range(self.experts):
-            expert, parameter = f"{hf}experts.{number}.", f"{megatron}experts.local_experts.{number}."
-            gate, up, down = (f"{expert}{name}.weight" for name in (of.gate, of.up, of.down))
+            # Local experts are modules; Transformer Engine's grouped products have the weights of all in one.
+            before = f"{megatron}experts.local_experts.{number}." if local else f"{megatron}experts."
+            last = "weight" if local else f"weight{number}"
+            gate, up, down = (f"{hf}experts.{number}.{name}.weight" for name in (of.gate, of.up, of.down))
             for rule in (
-                GateUp(f"{parameter}linear_fc1.weight", gate, up, shape),
-                RowParallel(f"{parameter}linear_fc2.weight", down, shape[::-1]),
+                GateUp(f"{before}linear_fc1.{last}", gate, up, shape),
+                RowParallel(f"{before}linear_fc2.{last}", down, shape[::-1]),
             ):
                 rules.append(OfExpert.of(rule, number, self.experts))
         return rules

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from fusemega.files.boxes import Box, whole
@@ -66,7 +67,7 @@ class WeightRanks:
         """The same groups, seen by another rank of the group that splits a matrix: TP, inside an expert expert TP."""
         return replace(self, tp_rank=rank, expert_tp_rank=rank)
 
-    @property
+    @cached_property  # asked for by each of tens of thousands of rules
     def of_an_expert(self) -> WeightRanks:
         """What splits the matrices of an expert in the place of tensor parallelism."""
         return WeightRanks(tp_size=self.expert_tp_size, tp_rank=self.expert_tp_rank)

@@ -32,7 +32,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from fusemega.runtime.capped_attention import capped_attention
 from fusemega.runtime.context_parallel import gather_row
 from fusemega.runtime.cpu_ops import gelu_tanh
-from fusemega.runtime.experts import ExpertsLayer, MLPKind, experts_spec
+from fusemega.runtime.experts import ExpertsLayer, MLPKind, Router, experts_spec
 from fusemega.runtime.local_layers import (
     GatedCPUMLP,
     LocalMLP,
@@ -44,6 +44,7 @@ from fusemega.runtime.local_layers import (
 from fusemega.runtime.segments import Segments, segments_of
 from fusemega.runtime.shared_prompts import attend_with_prefixes
 
+_NO_NORM = "a norm after a block of experts is in no family, and not made"
 _BLOCK = 256  # queries that share one mask, [block, the keys they see] bits
 
 
@@ -239,7 +240,7 @@ def layer_spec(
     on_cpu = one_pass and not torch.cuda.is_available()  # `cpu_ops` is written for CPUs
     if settings.norms_after:
         if mlp == "experts":
-            raise ValueError("a norm after a block of experts is in no family, and not made")
+            raise ValueError(_NO_NORM)
         spec.submodules.mlp.submodules.linear_fc2 = NormedRowParallelLinear
         spec.submodules.self_attention.submodules.linear_proj = NormedRowParallelLinear
     if mlp == "experts":
@@ -267,13 +268,21 @@ def _te_layer_spec(
     from fusemega.runtime.te_attention import PrefixDotProductAttention
     from fusemega.runtime.te_norm import NormedTERowParallelLinear
 
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    experts = config.num_moe_experts if mlp == "experts" else None
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=experts, moe_grouped_gemm=True, qk_layernorm=config.qk_layernorm
+    )
     attention = spec.submodules.self_attention.submodules
     if settings.softcap is None:
         attention.core_attention = PrefixDotProductAttention
     else:
         attention.core_attention = partial(SDPAttention, softcap=settings.softcap)
-    if settings.norms_after:
+    if mlp == "experts":
+        if settings.norms_after:
+            raise ValueError(_NO_NORM)
+        spec.module = ExpertsLayer
+        spec.submodules.mlp.submodules.router = Router
+    elif settings.norms_after:
         attention.linear_proj = spec.submodules.mlp.submodules.linear_fc2 = NormedTERowParallelLinear
     return _with_blocks(spec, has_attention, mlp)
 

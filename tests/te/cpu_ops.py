@@ -19,10 +19,12 @@ __all__ = [
     "generic_gemm",
     "get_cudnn_version",
     "get_fused_attn_backend",
+    "get_num_cublas_streams",
     "multi_tensor_l2norm",
     "multi_tensor_scale",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
+    "te_general_grouped_gemm",
 ]
 
 
@@ -43,6 +45,11 @@ def get_fused_attn_backend(*_: Any) -> NVTE_Fused_Attn_Backend:
 def get_cudnn_version() -> int:
     """That of cuDNN 9.24, as the library encodes it."""
     return 92400
+
+
+def get_num_cublas_streams() -> int:
+    """One workspace is asked for, and none is used."""
+    return 1
 
 
 def rmsnorm_fwd(
@@ -96,6 +103,29 @@ def generic_gemm(
         product += bias
     bias_grad = b2.sum(0) if bias is not None and backward else None
     return (product if out is None else out.copy_(product)), bias_grad, None, None
+
+
+def te_general_grouped_gemm(
+    a: Sequence[torch.Tensor],
+    transpose_a: bool,
+    b: Sequence[torch.Tensor],
+    transpose_b: bool,
+    out: Sequence[torch.Tensor],
+    out_dtype: object,
+    rows: Sequence[int],
+    bias: Sequence[torch.Tensor],
+    bias_dtype: object,
+    single_output: bool,
+    *rest: Any,
+) -> Sequence[torch.Tensor]:
+    """`generic_gemm` of each pair, into `out`; where that is one tensor, below each other. No bias."""
+    grad, accumulate = rest[1], rest[4]
+    if accumulate or any(part.numel() for part in bias):
+        raise RuntimeError("this grouped product needs the compiled extension")
+    outs = out[0].split(list(rows)) if single_output else out
+    for left, right, into in zip(a, b, outs, strict=True):
+        generic_gemm(left, transpose_a, right, transpose_b, into, None, None, None, None, False, None, grad)
+    return bias
 
 
 def convert_thd_to_bshd(

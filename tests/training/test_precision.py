@@ -9,8 +9,12 @@ import pytest
 import yaml
 
 from fusemega import cli
+from fusemega.config import validate
 from fusemega.errors import UserError
+from fusemega.models.registry import architecture_of
 from fusemega.runtime import precision
+from fusemega.runtime.layout import ParallelConfig
+from fusemega.runtime.precision import Precision
 from fusemega.training.dry_run import describe
 from fusemega.training.run_file import TrainRun
 
@@ -45,6 +49,14 @@ def test_sizes_are_checked_with_the_files(make_run: Callable[..., TrainRun]) -> 
     parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     with pytest.raises(UserError, match="blockwise needs multiples of 128 here, and the hidden size is 64"):
         describe(make_run(**blockwise, parallel=parallel), 2)
+
+
+def test_experts_are_refused() -> None:
+    sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = architecture_of({"model_type": "mixtral", "num_attention_heads": 4, **sizes}).transformer_config
+    validate(Precision, {}, "model").check_layers(config, ParallelConfig())
+    with pytest.raises(UserError, match=r"model\.fp8: hybrid, and this model has experts.*allowed: leave it out"):
+        validate(Precision, {"fp8": "hybrid"}, "model").check_layers(config, ParallelConfig())
 
 
 def test_dry_run_says_whose_layers(make_run: Callable[..., TrainRun]) -> None:

@@ -1,6 +1,6 @@
-"""Trains a tiny model with experts on two ranks; saves in the middle and goes on, also in the next layout.
+"""Trains a tiny model, with experts or not, on several ranks; saves in the middle and goes on, also in the next layout.
 
-    expert_training.py CASES    JSON: "cases", name -> run file of a training; the run file of a `teach`
+    expert_training.py CASES    JSON: "cases", name -> run file of a training; perhaps "teach", that of a `teach`
 
 Reports each curve, what an evaluation finds after that of `sft`, and the curve that goes on from the checkpoint of the
 case before.
@@ -41,7 +41,8 @@ def main() -> None:
         trainer, _ = open_trainer(moved)
         assert trainer.iteration == 2
         found[f"{name}, then {other}"] = take(trainer, 2)
-    teach(validate(TeachRun, asked["teach"], "teach"))
+    if "teach" in asked:
+        teach(validate(TeachRun, asked["teach"], "teach"))
     report(found)
 
 

@@ -29,6 +29,11 @@ from tests.checkpoint.conftest import SETTINGS
 from tests.te import stand_in
 
 FP8 = Kernels(transformer_engine=True, fp8=stand_in.REFERENCE_FP8)
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 16, "attn_logit_softcapping": 2.0},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4},
+}
 CONFIG: dict[str, Any] = {"model_type": "llama", **SETTINGS, "hidden_size": 64, "intermediate_size": 96}
 
 
@@ -121,16 +126,19 @@ def test_importable_but_without_a_gpu_it_is_not_used() -> None:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fp8")
     chat = tiny.write_chat(folder / "chat.jsonl", rows=6, characters=100)
-    tiny.write_model(folder / "model", chat, num_hidden_layers=2)
+    for name, settings in MODELS.items():
+        tiny.write_model(folder / name, chat, num_hidden_layers=2, **settings)
     return folder
 
 
-def opened(work: Path, output: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch, **training: Any) -> Trainer:
+def opened(
+    work: Path, output: Path, kernels: Kernels, monkeypatch: pytest.MonkeyPatch, model: str = "llama", **training: Any
+) -> Trainer:
     run = validate(
         TrainRun,
         {
             "output_dir": str(output),
-            "model": {"load": str(work / "model")},
+            "model": {"load": str(work / model)},
             "data": {"path": str(work / "chat.jsonl"), "seq_length": 64},
             "objective": {"name": "sft"},
             "optimizer": {"lr": 1e-2, "lr_decay_style": "constant"},
@@ -148,9 +156,13 @@ def losses(trainer: Trainer) -> list[float]:
     return [trainer.step()["lm loss"] for _ in range(3)]
 
 
-def test_fp8_follows_bf16_and_is_not_it(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bf16 = losses(opened(work, tmp_path / "bf16", Kernels(transformer_engine=True), monkeypatch))
-    fp8 = losses(opened(work, tmp_path / "fp8", FP8, monkeypatch))
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+def test_fp8_follows_bf16_and_is_not_it(
+    model: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Capped attention is not among the products that run in FP8, and lies between them."""
+    bf16 = losses(opened(work, tmp_path / "bf16", Kernels(transformer_engine=True), monkeypatch, model))
+    fp8 = losses(opened(work, tmp_path / "fp8", FP8, monkeypatch, model))
     assert fp8 != bf16 and fp8 == pytest.approx(bf16, rel=2e-2)
 
 
@@ -176,18 +188,19 @@ def test_a_pass_after_a_step_sees_the_new_weights(work: Path, tmp_path: Path, mo
     assert not torch.equal(after, before)
 
 
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
 @pytest.mark.parametrize("resumed", [LOCAL, Kernels(transformer_engine=True)])
 def test_a_run_resumes_with_other_layers(
-    resumed: Kernels, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resumed: Kernels, model: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights and optimizer state come back bit for bit, whichever layers wrote them."""
     first = Kernels(transformer_engine=True) if resumed is LOCAL else LOCAL
-    trainer = opened(work, tmp_path / "run", first, monkeypatch)
+    trainer = opened(work, tmp_path / "run", first, monkeypatch, model)
     trainer.step()
     trainer.save()
     saved = state_of(trainer)
     wanted = trainer.step()["lm loss"]  # before the next world replaces this one's groups
-    again = opened(work, tmp_path / "run", resumed, monkeypatch)
+    again = opened(work, tmp_path / "run", resumed, monkeypatch, model)
     assert again.iteration == 1
     found = state_of(again)
     assert found.keys() == saved.keys() and len(found) > 10
@@ -198,9 +211,10 @@ def test_a_run_resumes_with_other_layers(
 
 def state_of(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     """HF name -> weight, fp32 main weight and both moments (flat, whole: there is one rank)."""
-    optimizer = trainer.optimizer.chained_optimizers[0]
+    usual, *of_experts = trainer.optimizer.chained_optimizers
     found = {}
     for placement in placements(trainer.gpt, trainer.world):
+        optimizer = usual if placement.rule.expert is None else of_experts[0]
         state = optimizer._get_main_param_and_optimizer_states(placement.parameter)
         tensors = [placement.parameter, *(state[name] for name in ("param", "exp_avg", "exp_avg_sq"))]
         found[next(iter(placement.rule.hf_shapes()))] = [tensor.detach().clone() for tensor in tensors]
