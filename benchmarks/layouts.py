@@ -140,7 +140,7 @@ def curves(work: Path, steps: int, names: list[str]) -> dict[str, dict[str, Any]
     optimizer.DistributedDataParallelConfig = partial(optimizer.DistributedDataParallelConfig, bucket_size=BUCKET)
     objective = json.loads((work / "objective.json").read_text())
     experts = json.loads((work / "model" / "config.json").read_text())["model_type"] == "mixtral"
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     twice = [name for name in names for _ in range(2 if experts and name != "reference" else 1)]
     for name in twice:  # the second time with the reference's choices of experts
         case = CASES[name]

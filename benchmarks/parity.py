@@ -204,7 +204,8 @@ def gradient_folders(
         for chunk in ddp:
             chunk.zero_grad_buffer()
         run_schedule(ddp, [batch] * world.layout.micro_batch_multiple, loss_function, world, forward_only=False)
-        kept[kind] = [placement.parameter.main_grad.clone() for placement in placements(model, world)]
+        parameters: list[Any] = [placement.parameter for placement in placements(model, world)]
+        kept[kind] = [parameter.main_grad.clone() for parameter in parameters]
     folders = {}
     for kind, gradients in kept.items():
         for placement, gradient in zip(placements(model, world), gradients, strict=True):

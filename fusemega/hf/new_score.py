@@ -13,7 +13,7 @@ from fusemega.errors import UserError
 from fusemega.files.boxes import Box, slices
 from fusemega.files.moves import Stored
 from fusemega.hf.folder import HFFolder
-from fusemega.models.heads import scored_config
+from fusemega.models.heads import has_head, scored_config
 from fusemega.models.registry import architecture_of
 from fusemega.text.tokenizer import Tokenizer
 
@@ -39,6 +39,10 @@ class NewScore(HFFolder):
     def __init__(self, path: str | Path, seed: int, tokenizer: Tokenizer) -> None:
         super().__init__(path)
         before = architecture_of(self.config)
+        if not has_head(before.family.hf_class, "scalar"):
+            raise UserError(
+                f"{path}: a reward model cannot be made of it: {self.config['model_type']} has no class with a score"
+            )
         # transformers has no embedding for an id beyond the model's rows, and no batches without a padding id.
         padding = (tokenizer.hf.pad_token_id, tokenizer.eos_id)
         pad_id = next((i for i in padding if i is not None and i < before.vocab_size), None)

@@ -99,16 +99,17 @@ def nemotron_nas_config(architecture: Architecture) -> dict[str, Any]:
         "experts": any(isinstance(mlp, Experts) for mlp in mlps),
         "weights in the form of this family": any(type(part) is not Attention for part in attentions),
         "norms on queries and keys": any(attention.qk_norm for attention in attentions),
-        "a second norm around a block": any(len(norms) != 1 for norms in norms_of_blocks),
+        "second norm around a block": any(len(norms) != 1 for norms in norms_of_blocks),
         "sliding windows": "window_size" in sizes,
         "a softcap of the logits": architecture.softcap is not None,
         "rotary positions of the types yarn, dynamic and longrope": architecture.text_rope() is not None,
     }
     for part, present in lacks.items():
         if present:
+            remote = not (lacks["experts"] or architecture.family.brings_code)
             raise UserError(
                 f"config.json: the form nemotron-nas has no {part}, which this {config['model_type']} model has; "
-                "allowed: remote-code"
+                f"allowed: {'remote-code' if remote else 'plain'}"
             )
     rope = rope_parameters(config)
     theta = rope.pop("rope_theta")
