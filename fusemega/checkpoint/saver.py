@@ -15,6 +15,7 @@ import os
 import pickle
 import secrets
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,7 @@ class _Save:
     iteration: int
     place: Path
     final: Path
+    began: float
 
     @property
     def temporary(self) -> Path:
@@ -78,13 +80,23 @@ class CheckpointSaver:
         world: this process's place.
         in_background: return from `save` as soon as the copy is taken.
         keep: how many of the newest checkpoints to keep; None: all.
+        published: called by the main process with a checkpoint's iteration, and the seconds from the call of `save`
+            until the checkpoint had its name.
 
     Attributes:
         writers_bytes: the most memory that the processes which wrote this rank's part of a save held besides its own.
     """
 
-    def __init__(self, root: Path, world: World, in_background: bool, keep: int | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        world: World,
+        in_background: bool,
+        keep: int | None,
+        published: Callable[[int, float], None] = lambda iteration, seconds: None,
+    ) -> None:
         self._root, self._world, self._in_background, self._keep = root, world, in_background, keep
+        self._published = published
         # Of this process alone: the writers of a killed run may live on, and write into folders of that run's name.
         self._own = world.from_main(secrets.token_hex(4))
         self.writers_bytes = 0
@@ -122,10 +134,11 @@ class CheckpointSaver:
         Raises:
             UserError: this save, or the one before it in the background, failed; a full disk, for example.
         """
+        began = time.monotonic()
         self.wait()
         filesystem_async._results_queue = _WriteResults()
         final = checkpoint_folder(self._root, iteration)
-        saving = _Save(iteration, final.with_name(f"{final.name}.{self._own}.tmp"), final)
+        saving = _Save(iteration, final.with_name(f"{final.name}.{self._own}.tmp"), final, began)
         on_main(self._world, partial(self._prepare, saving))
         with self._failures(saving):
             request = dist_checkpointing.save(
@@ -217,6 +230,7 @@ class CheckpointSaver:
             write_durably(self._root / TRACKER, str(saving.iteration))
             if self._keep is not None:
                 prune_checkpoints(self._root, self._keep, saving.iteration, also_keep)
+            self._published(saving.iteration, time.monotonic() - saving.began)
 
     @contextlib.contextmanager
     def _failures(self, saving: _Save) -> Iterator[None]:

@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             print(f"error: {echo}", file=sys.stderr)
             sys.exit(1)
+        meeting.note_refusal(line)
         if not meeting.record_error(line):
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

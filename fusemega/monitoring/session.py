@@ -106,6 +106,7 @@ def _remove_older(output_dir: Path) -> None:
             rank_file(output_dir, state.rank).unlink()
 
 
-def holds_more(output_dir: Path) -> bool:
-    """Whether a folder holds anything but what ranks write about themselves before there is a run."""
-    return any(path.name != MONITOR or not is_monitor_folder(path) for path in output_dir.iterdir())
+def holds_more(output_dir: Path, besides: str) -> bool:
+    """Whether a folder holds anything but `besides` and what ranks write about themselves before there is a run."""
+    found = (path for path in output_dir.iterdir() if path.name != besides)
+    return any(path.name != MONITOR or not is_monitor_folder(path) for path in found)

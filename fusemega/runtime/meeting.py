@@ -31,6 +31,7 @@ from types import FrameType
 from fusemega.errors import UserError
 
 LAUNCH_FOLDER = "FUSEMEGA_LAUNCH"
+REFUSED = "FUSEMEGA_REFUSED"  # a file of the batch script (slurm/lib.sh), to which torchrun passes on no exit status
 # What gloo, the store and NCCL say when a peer is gone, or has not come for too long.
 _ECHO = re.compile(
     r"onnection (closed|reset|refused)|Broken pipe|failed to recv|recvBytes|sendBytes|Connection was likely closed|"
@@ -115,6 +116,13 @@ def record_error(error: UserError) -> bool:
     with contextlib.suppress(FileExistsError):
         os.link(own, folder / "error")
     return True
+
+
+def note_refusal(error: UserError) -> None:
+    """Leaves the line of a user's error for the batch script, which then does not try the same again."""
+    if path := os.environ.get(REFUSED):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(f"{error}\n", encoding="utf-8")
 
 
 def record_traceback(error: BaseException) -> bool:

@@ -38,7 +38,7 @@ from fusemega.training.held_out import HeldOut
 from fusemega.training.identity import content_of
 from fusemega.training.metrics import Costs, Metrics
 from fusemega.training.profile import Profile
-from fusemega.training.records import DONE_MARKER, RUN_RECORD, read_evaluations, read_metrics
+from fusemega.training.records import DONE_MARKER, JOB_FOLDER, RUN_RECORD, read_evaluations, read_metrics
 from fusemega.training.reference_check import check_reference
 from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
@@ -277,7 +277,7 @@ def check_output(output: Path) -> None:
     Raises:
         UserError: says what is in the way.
     """
-    if output.exists() and (not output.is_dir() or (holds_more(output) and not (output / RUN_RECORD).is_file())):
+    if output.exists() and (not output.is_dir() or (holds_more(output, JOB_FOLDER) and not (output / RUN_RECORD).is_file())):
         raise UserError(f"{output}: exists and is not the folder of a training run; choose another output_dir")
     if (output / RUN_RECORD).exists() and not {"fusemega", "run"} <= read_json(output / RUN_RECORD).keys():
         raise UserError(f"{output / RUN_RECORD}: not the record of a training run; choose another output_dir")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fusemega.training.callbacks import Callback
 from fusemega.training.held_out import HeldOut
 from fusemega.training.identity import check_identity, is_same_layout, layout_of, run_identity
 from fusemega.training.optimizer import complete_parameters
+from fusemega.training.records import SAVE_TIME, SAVES_FILE, TIME
 from fusemega.training.run_file import TrainRun
 from fusemega.training.trainer import Trainer
 
@@ -45,7 +47,10 @@ class Checkpoints(Callback):
     ) -> None:
         self._root = Path(run.output_dir) / CHECKPOINTS
         self._held_out, self.content, self._describe = held_out, content, describe
-        self.saver = CheckpointSaver(self._root, world, run.training.async_save, run.training.keep_checkpoints)
+        self.saver = CheckpointSaver(
+            self._root, world, run.training.async_save, run.training.keep_checkpoints, self._note
+        )
+        self._notes, self._slowest = Path(run.output_dir) / SAVES_FILE, 0.0
 
     def resume(self, trainer: Trainer) -> None:
         """Go on from the newest checkpoint, if there is one. Collective.
@@ -67,6 +72,7 @@ class Checkpoints(Callback):
         trainer.scheduler.step(increment=trainer.iteration)
 
     def on_step_end(self, trainer: Trainer, values: MutableMapping[str, float]) -> None:
+        self._slowest = max(self._slowest, values[TIME])
         self.saver.poll()
 
     def wants_save(self, trainer: Trainer) -> bool:
@@ -107,6 +113,13 @@ class Checkpoints(Callback):
         if self._held_out.keeps_best and self._held_out.best.loss is not None:
             return self.best()
         return checkpoint_folder(self._root, iteration)
+
+    def _note(self, iteration: int, seconds: float) -> None:
+        """Notes how long a save took and the slowest update before it: a signal is followed by one of each."""
+        row = {"iteration": iteration, SAVE_TIME: round(seconds, 3), TIME: round(self._slowest, 3)}
+        with open(self._notes, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._slowest = 0.0
 
     def _identity(self, trainer: Trainer) -> dict[str, object]:
         consumed = trainer.data.consumed_samples(trainer.iteration)

@@ -12,10 +12,13 @@ _NAME = re.compile(r"[\w ()./%:-]{1,200}")
 RUN_RECORD = "run.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+SAVES_FILE = "saves.jsonl"  # how long each save took: a job script leaves that much time before its limit
 DONE_MARKER = "done"  # a job script looks for it before it requeues
+JOB_FOLDER = "slurm"  # made by a job script, before the run
 
 # What an iteration cost, not what it computed: these differ even between runs that compute the same.
 TIME, THROUGHPUT = "iteration-time", "tokens-per-second"
+SAVE_TIME = "save-time"  # seconds from the begin of a save until its checkpoint has its name
 # The most any rank has held so far, bytes: of a GPU (Megatron's name), or the resident set of a process.
 GPU_MEMORY, CPU_MEMORY = "mem-max-allocated-bytes", "mem-max-rss-bytes"
 COSTS = (TIME, THROUGHPUT, GPU_MEMORY, CPU_MEMORY)
