@@ -25,6 +25,10 @@ class UserError(Exception):
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
+class GoesOnDifferently(UserError):
+    """An error after which the same command goes another way: a batch script may try it again."""
+
+
 def of_the_system(error: Exception) -> UserError | None:
     """The error for a path that the operating system refuses: a name too long, no permission, a full disk.
 

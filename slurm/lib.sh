@@ -14,21 +14,26 @@
 #                                     refused; or the job is requeued. KIND: ranks (NPROC_PER_NODE processes on each
 #                                     node, by torchrun or as a task each) or single (one process on the first node)
 # and defines, before run_until_done:
-#   is_done                           a function: status 0 when nothing is left to do
+#   is_done                           a function: status 0 when nothing is left to do. Default: the command's own status
+#                                     ($status) is 0
 #   progress                          a function: prints what changes when work was made durable
+#   when_done                         a function, if something else is to do then; its status 1: the job has failed
 #   stop_signal=USR1                  what makes the command save and stop. TERM (the default) for commands that keep
 #                                     what is written whenever they end
 #   saves=FILE                        where the command notes how long its saves take (train: OUTPUT_DIR/saves.jsonl)
-# Also there: say TEXT, refuse TEXT (one line on stderr, exit 2), site_words NAME (a variable, split into `words`).
+#   started_again OUT                 a function for commands that refuse to write OUT again: ends the script where a start
+#                                     before this one has made it
+# Also there: run_file_value FILE KEY WORDS... (a top-level value of a run file, or of a word KEY=VALUE), say TEXT, refuse TEXT (one line on stderr, exit 2), site_words NAME (a variable, split into `words`).
 
 site_variables=(
     PYTHON NPROC_PER_NODE LAUNCHER TORCHRUN SRUN_ARGS CONTAINER_IMAGE CONTAINER_MOUNTS CONTAINER_WORKDIR
-    MAX_RESTARTS MAX_STALLS STOP_MARGIN PREFLIGHT
+    MAX_RESTARTS MAX_STALLS STOP_MARGIN PREFLIGHT SERVE_COMMAND SERVE_PORT
 )
 stop_signal=TERM
 saves=
 steps=0
 step=
+status=
 near_end=0
 decided=0
 
@@ -78,7 +83,7 @@ _check_settings() {
     local name found
     PYTHON=${PYTHON:-python3} LAUNCHER=${LAUNCHER:-torchrun}
     MAX_RESTARTS=${MAX_RESTARTS:-20} MAX_STALLS=${MAX_STALLS:-3}
-    for name in NPROC_PER_NODE MAX_RESTARTS MAX_STALLS STOP_MARGIN; do
+    for name in NPROC_PER_NODE MAX_RESTARTS MAX_STALLS STOP_MARGIN SERVE_PORT; do
         [[ ${!name:-0} =~ ^[0-9]{1,9}$ ]] || refuse "$name: found '${!name}'; expected a number"
     done
     [[ $LAUNCHER == torchrun || $LAUNCHER == srun ]] ||
@@ -94,6 +99,15 @@ _check_settings() {
 
 require_file() {
     [[ -f $2 && -r $2 ]] || refuse "$1: $2 is not a file that can be read (from $PWD)"
+}
+
+run_file_value() {
+    local found word
+    found=$(sed -nE "s/^$2:[[:space:]]*[\"']?([^\"'#]*[^\"'#[:space:]]).*/\1/p" "$1" | head -n 1)
+    for word in "${@:3}"; do
+        [[ $word != "$2="* ]] || found=${word#*=}
+    done
+    echo "$found"
 }
 
 open_job() {
@@ -190,11 +204,9 @@ _on_term() {
     say "TERM: Slurm has decided what comes next"
 }
 
-# Runs `fusemega WORDS...` on the job's nodes and waits for its end, whatever signals this shell gets. Sets `status`.
-_step() {
-    local kind=$1 nproc
-    local -a words launch=() srun=(srun --kill-on-bad-exit=1)
-    shift
+# Starts a step in the background: srun's options, then -- and a command. Sets `step`, its process.
+_start() {
+    local -a words srun=(srun --kill-on-bad-exit=1)
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         srun+=("--container-image=$CONTAINER_IMAGE")
         [[ -z ${CONTAINER_MOUNTS:-} ]] || srun+=("--container-mounts=$CONTAINER_MOUNTS")
@@ -202,10 +214,26 @@ _step() {
     fi
     site_words SRUN_ARGS
     srun+=("${words[@]}")
-    nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    while [[ $1 != -- ]]; do
+        srun+=("$1")
+        shift
+    done
+    shift
+    # USR1 is for the command alone, which installs a handler of its own: until then, and in torchrun, it is ignored.
+    # torchrun's rendezvous is static: PET_NODE_RANK is its --node-rank, which differs from node to node.
+    # shellcheck disable=SC2016  # SLURM_NODEID is read on the node
+    "${srun[@]}" bash -c 'trap "" USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"' step "$@" &
+    step=$!
+    steps=$((steps + 1))
+}
+
+# Runs `fusemega WORDS...` on the job's nodes and waits for its end, whatever signals this shell gets. Sets `status`.
+_step() {
+    local kind=$1 nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    local -a words launch=("$PYTHON") srun=()
+    shift
     if [[ $kind == single ]]; then
-        srun+=(--nodes=1 --ntasks=1)
-        launch=("$PYTHON")
+        srun=(--nodes=1 --ntasks=1)
     else
         MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
         MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
@@ -213,7 +241,6 @@ _step() {
         if [[ $LAUNCHER == srun ]]; then
             srun+=("--ntasks-per-node=$nproc" "--ntasks=$((nproc * SLURM_JOB_NUM_NODES))")
             [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun+=("--cpus-per-task=$((SLURM_CPUS_PER_TASK > nproc ? SLURM_CPUS_PER_TASK / nproc : 1))")
-            launch=("$PYTHON")
         else
             srun+=(--ntasks-per-node=1 "--ntasks=$SLURM_JOB_NUM_NODES")
             site_words TORCHRUN
@@ -222,13 +249,7 @@ _step() {
                 "--master-addr=$MASTER_ADDR" "--master-port=$MASTER_PORT")
         fi
     fi
-    # USR1 is for the command alone, which installs a handler of its own: until then, and in torchrun, it is ignored.
-    # torchrun's rendezvous is static: PET_NODE_RANK is its --node-rank, which differs from node to node.
-    # shellcheck disable=SC2016  # SLURM_NODEID is read on the node
-    "${srun[@]}" bash -c 'trap "" USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"' step \
-        "${launch[@]}" -m fusemega "$@" &
-    step=$!
-    steps=$((steps + 1))
+    _start "${srun[@]}" -- "${launch[@]}" -m fusemega "$@"
     # bash runs traps only between commands, and a trap ends the wait early: wait until the step is really gone.
     while :; do
         wait "$step"
@@ -236,6 +257,18 @@ _step() {
         kill -0 "$step" 2>/dev/null || break
     done
     step=
+}
+
+is_done() { ((status == 0)); }
+when_done() { :; }
+
+started_again() {
+    local hidden
+    hidden=$(dirname "$1")/.$(basename "$1").incomplete
+    if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 && -e $1 && ! -e $hidden ]]; then
+        say "$1 was finished before this start"
+        exit 0
+    fi
 }
 
 _end() {
@@ -261,7 +294,10 @@ run_until_done() {
     kill "$watch" 2>/dev/null
     after=$(progress)
     say "the step ended with status $status, progress: $after"
-    is_done && _end 0 "done"
+    if is_done; then
+        when_done || _end 1 "failed after the command had ended well"
+        _end 0 "done"
+    fi
     ((decided)) && _end $((status ? status : 1)) "ended by Slurm"
     # A user's error is the same at the next start.
     [[ -s $FUSEMEGA_REFUSED ]] && _end 2 "refused: $(head -n 1 "$FUSEMEGA_REFUSED")"

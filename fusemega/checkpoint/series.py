@@ -4,6 +4,7 @@
       iter_0000020/                          appears by a rename, complete: its integrity.json lists all of it
       iter_0000030.1f0a6c2e.tmp/             being written, or what a killed process left; the next save removes it
       latest_checkpointed_iteration.txt      replaced atomically, after the rename
+      loading.json                           while a checkpoint is loaded, and after a load that did not end well
 
 What is removed is provably ours: a temporary folder has a marker in it, and a checkpoint a list of its files. A process
 that is killed at any point leaves the previous checkpoint whole. Damage that comes later (a lost file, a
@@ -18,6 +19,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusemega.checkpoint.loading import without_failed
 from fusemega.errors import UserError
 from fusemega.files.integrity import FILE, check_sizes, damaged_files, unlisted
 from fusemega.files.json_files import read_json
@@ -98,12 +100,12 @@ def latest_checkpoint(root: Path) -> Path | None:
 def find_checkpoint(root: Path, world: World) -> Path | None:
     """`latest_checkpoint`, with every byte compared to its recorded hash; ranks share the files. Collective.
 
-    The main process says which checkpoints were passed over, and why.
+    One that does not load is passed over too (`loading`). The main process says which were passed over, and why.
 
     Raises:
-        UserError: as `latest_checkpoint`, on every rank.
+        UserError: as `latest_checkpoint`, on every rank; neither the newest nor the one before it can be loaded.
     """
-    complaints, folders = world.from_main(_in_order(root) if world.is_main else ([], []))
+    complaints, folders = world.from_main(_loadable(root) if world.is_main else ([], []))
     for folder in folders:
         found = [world.from_main(_complaint(folder) if world.is_main else None)]
         if found[0] is None:
@@ -181,6 +183,16 @@ def _in_order(root: Path) -> tuple[list[str], list[Path]]:
     if tracked in folders:
         return [], [tracked, *(folder for folder in folders if folder != tracked)]
     return [f"{tracker}: names iteration {text!r}, which is not there"], folders
+
+
+def _loadable(root: Path) -> tuple[list[str], list[Path]]:
+    """`_in_order`, without a checkpoint that does not load."""
+    complaints, folders = _in_order(root)
+    try:
+        failed, folders = without_failed(root, folders)
+    except UserError as error:
+        failed, folders = str(error), []
+    return [*complaints, *([] if failed is None else [failed])], folders
 
 
 def _folders(root: Path, newest: int | None = None) -> list[Path]:

@@ -28,7 +28,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from fusemega.errors import UserError
+from fusemega.errors import GoesOnDifferently, UserError
 
 LAUNCH_FOLDER = "FUSEMEGA_LAUNCH"
 REFUSED = "FUSEMEGA_REFUSED"  # a file of the batch script (slurm/lib.sh), to which torchrun passes on no exit status
@@ -120,7 +120,7 @@ def record_error(error: UserError) -> bool:
 
 def note_refusal(error: UserError) -> None:
     """Leaves the line of a user's error for the batch script, which then does not try the same again."""
-    if path := os.environ.get(REFUSED):
+    if (path := os.environ.get(REFUSED)) and not isinstance(error, GoesOnDifferently):
         with contextlib.suppress(OSError):
             Path(path).write_text(f"{error}\n", encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -12,6 +13,7 @@ from fusemega.runtime.parallel import World
 
 # TERM: preemption, scancel, torchrun. USR1: the batch script's warning of the time limit. INT: Ctrl-C.
 # HUP: the terminal is gone.
+_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"}  # what their processes find in the environment
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -20,8 +22,8 @@ class StopSignals:
 
     A HUP or INT that is ignored on entry stays ignored: `nohup` does that to HUP, and a shell to INT of its background
     jobs. TERM and USR1 are always heard: a batch script may ignore USR1 to live on itself, and its trainers inherit
-    that (slurm/train.sbatch). Under a launcher of this package second signals only leave a note as well: it passes on
-    what the whole job gets, so they come in pairs, and it kills its ranks if somebody insists.
+    that (slurm/lib.sh). Under a launcher (this package's, torchrun, Slurm) second signals only leave a note as well: it
+    passes on what the whole job gets, so they come in pairs, and it kills its ranks if somebody insists.
 
     Args:
         world: this process's place.
@@ -45,7 +47,7 @@ class StopSignals:
         return self._world.largest(self._noted)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if launch_folder() is None:
+        if launch_folder() is None and not _LAUNCHERS & os.environ.keys():
             signal.signal(number, self._previous[number])
         elif self._noted:
             return

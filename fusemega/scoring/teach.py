@@ -53,6 +53,21 @@ class TeachRun(PassRun):
     seed: int = Field(0, ge=0, description="rows: sampled; seed of the draws, which are the same in every layout")
     temperature: float = Field(1.0, gt=0, description="rows hold softmax(logits / temperature); not with rows: none")
 
+    part: int = Field(0, ge=0, description="which of `parts` parts of the samples to teach, counted from 0")
+    parts: int = Field(
+        1,
+        ge=1,
+        le=1 << 16,
+        description="1: all samples; N: each sample is in one of N parts, taught by N runs into N stores, which "
+        "`fusemega store merge` joins to the store of one run",
+    )
+
+    @model_validator(mode="after")
+    def _part_is_one_of_them(self) -> TeachRun:
+        if self.part >= self.parts:
+            raise ValueError(f"part: {self.part} is none of parts: {self.parts}; allowed: 0 to {self.parts - 1}")
+        return self
+
     @model_validator(mode="after")
     def _settings_act(self) -> TeachRun:
         """Settings of other kinds of rows are refused, because they have no effect."""
@@ -102,11 +117,16 @@ def _teach(run: TeachRun, source: ModelSource, world: World) -> Path:
     with StoreWriter(folder, manifest, writer_id=world.dp_rank) as writer:
         # Only the first of equal samples: each data-parallel rank has its own writer, and would store its own copy.
         first = {key: i for i, key in reversed(list(enumerate(dataset.keys)))}
+        distinct = len(first)
+        first = dict(sorted(first.items(), key=lambda item: item[1])[run.part :: run.parts])
         missing = sorted(i for key, i in first.items() if key not in writer)
         world.barrier()  # no rank may write before every rank has looked
         if world.is_main:
-            repeated = f", {len(dataset) - len(first)} repeat others" if len(first) < len(dataset) else ""
-            say(f"teaching {len(missing)} samples; {len(first) - len(missing)} are in {folder} already{repeated}")
+            repeated = f", {len(dataset) - distinct} repeat others" if distinct < len(dataset) else ""
+            whole = f" of part {run.part} of {run.parts}" if run.parts > 1 else ""
+            say(
+                f"teaching {len(missing)} samples{whole}; {len(first) - len(missing)} are in {folder} already{repeated}"
+            )
         # The last stage's tensor- and context-parallel ranks all have the same rows, so one of them writes.
         writes = world.tp_rank == 0 and world.cp_rank == 0 and world.is_last_stage
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from fusemega.checkpoint.loading import loading
 from fusemega.checkpoint.saver import CheckpointSaver
-from fusemega.checkpoint.series import CHECKPOINTS, checkpoint_folder, find_checkpoint, read_state
+from fusemega.checkpoint.series import CHECKPOINTS, TRACKER, checkpoint_folder, find_checkpoint, read_state
 from fusemega.checkpoint.training_state import load_checkpoint, training_state
 from fusemega.runtime.console import phase
 from fusemega.runtime.parallel import World
@@ -66,7 +67,7 @@ class Checkpoints(Callback):
         self._held_out.resume(folder, saved.pop("best", None), trainer.world.is_main)
         check_identity(folder, saved, self._identity(trainer))
         same_layout = is_same_layout(folder, saved.get("layout"), trainer.run, trainer.world)
-        with phase(f"{folder} is loaded"):
+        with phase(f"{folder} is loaded"), loading(folder, TRACKER, trainer.world):
             load_checkpoint(folder, trainer.gpt, trainer.optimizer, trainer.world, same_layout)
         # The schedule depends on the number of updates alone, so checkpoints do not store it.
         trainer.scheduler.step(increment=trainer.iteration)
