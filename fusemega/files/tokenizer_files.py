@@ -6,6 +6,7 @@ also panics, which is not an Exception, and it allocates arrays as large as an i
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -35,10 +36,16 @@ def load_pretrained(source: str | Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    logging.getLogger("transformers.configuration_utils").addFilter(_not_of_types)
     with tokenizer_errors(f"{source}: cannot load a tokenizer", quietly=True):
         if Path(source).is_dir():
             read_tokenizer_json(Path(source))
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+
+
+def _not_of_types(record: logging.LogRecord) -> bool:
+    """Keeps back what transformers says of each `model_type` that it does not know: a tokenizer does not need it."""
+    return not record.getMessage().startswith("You are using a model of type")
 
 
 @contextmanager
