@@ -4,6 +4,7 @@
 #   make test [WORKERS=2]             ruff, mypy and the whole test suite, that many test files at a time
 #   make test-fast [ARGS=-x]          the fast tests of one process; CONTRIBUTING.md says what is left out
 #   make test-full [ARGS=-x]          long matrices that `make test` leaves out, such as kill -9 in every stage of every recipe
+#   make test-slurm [ARGS=-x]         runs and events of a cluster on a real Slurm of two pretend nodes, about half an hour
 #   make gpu-check [ARGS=--quick]     checks and measures everything on one GPU in ten minutes; without one, what can be
 #   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
@@ -14,7 +15,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart quickstart-xtok gpu-check test test-fast test-full test-te lint assets setup
+.PHONY: quickstart quickstart-xtok gpu-check test test-fast test-full test-slurm test-te lint assets setup
 
 quickstart: setup
 	$(BIN)/python -m fusemega.recipes.quickstart $(ARGS)
@@ -45,6 +46,11 @@ test-fast: setup
 test-full: setup
 	-$(BIN)/python -m fusemega.fixtures
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+# Needs root, and apt-get install slurmctld slurmd slurm-client munge.
+test-slurm: setup
+	-$(BIN)/python -m fusemega.fixtures
+	$(BIN)/python -m pytest -m "slurm_full or not slurm_full" tests/slurm $(ARGS)
 
 test-te: setup
 	$(BIN)/python -m tests.te.environment

@@ -7,8 +7,8 @@
 #                                     of the table that is set in the environment wins.
 #   require_file WHAT PATH            refuses a file that cannot be read
 #   open_job FOLDER                   what the job remembers between its starts lies in FOLDER (made here):
-#                                       jobs.tsv   a line for each start and each end: start|end, time, job id, restart
-#                                                  count, progress, nodes or verdict
+#                                       jobs.tsv   a line for each start and each end: start|end, time, job (ID, or
+#                                                  ID_TASK of an array), restart count, progress, nodes or verdict
 #                                       refused    the line of a user's error; such an end is not tried again
 #   run_until_done KIND WORDS...      runs `fusemega WORDS...`, and ends the script: exit 0 when done, 1 given up, 2
 #                                     refused; or the job is requeued. KIND: ranks (NPROC_PER_NODE processes on each
@@ -17,6 +17,7 @@
 #   is_done                           a function: status 0 when nothing is left to do. Default: the command's own status
 #                                     ($status) is 0
 #   progress                          a function: prints what changes when work was made durable
+#   preflight=(WORDS...)              arguments of `fusemega preflight`, which then checks the nodes before each start
 #   when_done                         a function, if something else is to do then; its status 1: the job has failed
 #   stop_signal=USR1                  what makes the command save and stop. TERM (the default) for commands that keep
 #                                     what is written whenever they end
@@ -31,6 +32,7 @@ site_variables=(
 )
 stop_signal=TERM
 saves=
+preflight=()
 steps=0
 step=
 status=
@@ -54,9 +56,10 @@ read_site() {
         [[ -v $name ]] && given[$name]=${!name}
     done
     if [[ -r $file ]]; then
+        name=$(bash -n "$file" 2>&1) || refuse "${name//$'\n'/ }"
         set -a
         # shellcheck disable=SC1090  # the site's own file
-        . "$file" || refuse "$file: is not a file of NAME=VALUE lines that bash reads"
+        . "$file" || refuse "$file: its last command failed"
         set +a
         while IFS= read -r name; do
             [[ -n ${!name} ]] || refuse "$file: $name has no value; fill it in, or take the line out"
@@ -82,12 +85,14 @@ read_site() {
 _check_settings() {
     local name found
     PYTHON=${PYTHON:-python3} LAUNCHER=${LAUNCHER:-torchrun}
-    MAX_RESTARTS=${MAX_RESTARTS:-20} MAX_STALLS=${MAX_STALLS:-3}
+    MAX_RESTARTS=${MAX_RESTARTS:-20} MAX_STALLS=${MAX_STALLS:-3} PREFLIGHT=${PREFLIGHT:-0}
     for name in NPROC_PER_NODE MAX_RESTARTS MAX_STALLS STOP_MARGIN SERVE_PORT; do
         [[ ${!name:-0} =~ ^[0-9]{1,9}$ ]] || refuse "$name: found '${!name}'; expected a number"
     done
     [[ $LAUNCHER == torchrun || $LAUNCHER == srun ]] ||
         refuse "LAUNCHER: found '$LAUNCHER'; allowed: torchrun (one task a node), srun (one task a process)"
+    [[ $PREFLIGHT == 0 || $PREFLIGHT == 1 || $PREFLIGHT == exclude ]] ||
+        refuse "PREFLIGHT: found '$PREFLIGHT'; allowed: 0 (none), 1 (check the nodes), exclude (and leave bad ones out)"
     if [[ -n ${CONTAINER_MOUNTS:-}${CONTAINER_WORKDIR:-} && -z ${CONTAINER_IMAGE:-} ]]; then
         refuse "CONTAINER_IMAGE is not set, but CONTAINER_MOUNTS or CONTAINER_WORKDIR is; set it, or neither"
     fi
@@ -119,13 +124,13 @@ open_job() {
 
 # Lines of this job alone: a job that is submitted again by hand has all its tries before it.
 _note() {
-    printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$1" "$(date +%FT%T)" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$2" "$3" \
+    printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$1" "$(date +%FT%T)" "$(_job_name)" "${SLURM_RESTART_COUNT:-0}" "$2" "$3" \
         >>"$job_folder/jobs.tsv"
 }
 
 # How many of this job's last starts in a row began at this progress.
 _stalls() {
-    awk -F '\t' -v job="$SLURM_JOB_ID" -v at="$1" \
+    awk -F '\t' -v job="$(_job_name)" -v at="$1" \
         '$1 == "start" && $3 == job { n = $5 == at ? n + 1 : 0 } END { print n + 0 }' "$job_folder/jobs.tsv"
 }
 
@@ -271,6 +276,30 @@ started_again() {
     fi
 }
 
+# Checks the nodes. Bad ones end the job by name, or are left out of its next start.
+_check_nodes() {
+    local bad name
+    rm -f "$job_folder/bad_nodes"
+    _step ranks preflight "${preflight[@]}" --exclude-file "$job_folder/bad_nodes"
+    ((status == 0)) && return
+    [[ -s $job_folder/bad_nodes ]] || return # ended from outside, or wrong without a node's fault
+    bad=$(paste -sd, "$job_folder/bad_nodes")
+    [[ $PREFLIGHT == exclude ]] || _end 1 "bad nodes: $bad; leave them out (sbatch --exclude=$bad), or set PREFLIGHT=exclude"
+    ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)) || _end 1 "restarted $MAX_RESTARTS times (MAX_RESTARTS): giving up"
+    # Slurm takes the nodes of a job that waits alone, and ends this script before the job waits: a small job does it.
+    name=$(_job_name)
+    # shellcheck disable=SC2016  # the small job's own arguments
+    env -u SLURM_JOB_ID sbatch --parsable --job-name=fusemega-exclude --nodes=1 --ntasks=1 --time=5 --exclude="$bad" \
+        --output="$job_folder/exclude-%j.out" "$FUSEMEGA_SLURM/exclude.sbatch" "$name" "$bad" >/dev/null ||
+        _end 1 "bad nodes: $bad; they could not be left out, because sbatch failed"
+    _note end "$(progress)" "requeue without $bad"
+    say "bad nodes: $bad; requeueing without them"
+    trap 'exit 0' TERM
+    scontrol requeuehold "$name" || _end 1 "the job cannot be requeued; submit it again without $bad"
+    sleep 120
+    _end 1 "requeued, but not ended by Slurm"
+}
+
 _end() {
     _note end "$(progress)" "$2"
     say "$2"
@@ -278,7 +307,7 @@ _end() {
 }
 
 run_until_done() {
-    local before after watch stalls
+    local before after watch stalls ran=0
     if [[ $1 == ranks && -z ${NPROC_PER_NODE:-}${SLURM_GPUS_ON_NODE:-} ]]; then
         refuse "this job has no GPUs (SLURM_GPUS_ON_NODE is not set); ask for them with --gpus-per-node, or set NPROC_PER_NODE"
     fi
@@ -290,11 +319,16 @@ run_until_done() {
     say "start ${SLURM_RESTART_COUNT:-0} of job $(_job_name) on $SLURM_JOB_NODELIST, progress: $before"
     _watch_time &
     watch=$!
-    _step "$@"
+    status=0
+    [[ $PREFLIGHT == 0 || ${#preflight[@]} == 0 ]] || _check_nodes
+    if ((status == 0 && !near_end && !decided)); then
+        ran=1
+        _step "$@"
+    fi
     kill "$watch" 2>/dev/null
     after=$(progress)
     say "the step ended with status $status, progress: $after"
-    if is_done; then
+    if ((ran)) && is_done; then
         when_done || _end 1 "failed after the command had ended well"
         _end 0 "done"
     fi

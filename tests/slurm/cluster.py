@@ -52,6 +52,7 @@ ReturnToService=2
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,requeue_setup_env_fail
 MinJobAge=600
+FirstJobId={first}
 KillWait={kill_wait}
 BatchStartTimeout=20
 SlurmctldTimeout=30
@@ -183,7 +184,10 @@ class Cluster:
         (self.root / "etc" / "hosts").write_text(Path("/etc/hosts").read_text() + names)
         ports = _free_ports(1 + len(NODES))
         user, host = "root" if os.getuid() == 0 else os.environ["USER"], socket.gethostname().split(".")[0]
-        conf = _CONF.format(host=host, port=ports[0], user=user, root=self.root, kill_wait=self._kill_wait)
+        # Jobs of two clusters on one machine must not have one number: their ports come from it.
+        conf = _CONF.format(
+            host=host, port=ports[0], user=user, root=self.root, kill_wait=self._kill_wait, first=ports[0]
+        )
         for i, node in enumerate(NODES):
             conf += (
                 f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.{11 + i} Port={ports[1 + i]} CPUs=64 "
