@@ -1,4 +1,7 @@
-"""Transformer Engine's layers and FP8 beside bf16: speed and loss curves of the 1B shape on a few rows."""
+"""Transformer Engine's layers and FP8 beside bf16: speed and loss curves of the 1B shape on a few rows.
+
+The part `experts` has the shape with experts instead, in bf16: grouped products beside experts one after the other.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ CURVE = 0.1  # nats: how far a curve may be from that of bf16 local layers at it
 BASE = "bf16, local layers"
 
 
-def arms(report: Report) -> dict[str, dict[str, Any]]:
-    """Name -> settings of section `model`. Recipes that this card cannot run are told."""
+def arms(report: Report, experts: bool) -> dict[str, dict[str, Any]]:
+    """Name -> settings of section `model`. Recipes that this card cannot run are told; none has experts."""
     found: dict[str, dict[str, Any]] = {BASE: {"transformer_impl": "local"}}
     found["bf16, Transformer Engine"] = {"transformer_impl": "transformer_engine"}
-    for recipe in FP8_RECIPES:
+    for recipe in () if experts else FP8_RECIPES:
         if problem := recipe_problem(recipe):
             report.not_measured(f"fp8 hybrid, {recipe}", problem)
         else:
@@ -34,8 +37,9 @@ def arms(report: Report) -> dict[str, dict[str, Any]]:
 
 def measure(report: Report, job: Job) -> None:
     folder = job.folder()
-    task = replace(task_of(job, "1b", folder, micro=2, batch=2), steps=STEPS, lr=LEARNING_RATE)
-    compare(report, job, task, folder, arms(report))
+    experts = job.name == "experts"
+    task = replace(task_of(job, "moe" if experts else "1b", folder, micro=2, batch=2), steps=STEPS, lr=LEARNING_RATE)
+    compare(report, job, task, folder, arms(report, experts))
 
 
 def compare(report: Report, job: Job, task: Task, folder: Path, settings: dict[str, dict[str, Any]]) -> None:

@@ -36,6 +36,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "tie_word_embeddings": False,
     },
+    "moe": {  # Mixtral's form: 8 experts of 25 million parameters in each of 8 layers
+        "model_type": "mixtral",
+        "vocab_size": 32_000,
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 8,
+        "tie_word_embeddings": False,
+    },
     "tiny": {
         "vocab_size": 509,
         "hidden_size": 64,
@@ -116,14 +128,14 @@ def write_pairs(path: Path, rows: int, prompt_words: int, response_words: int) -
 
 
 def model_folder(work: Path, name: str, card: Card, seed: int = 0, **changes: Any) -> Path:
-    """A Hugging Face folder `work/NAME-SEED` of a Llama of that shape with random bf16 weights (tiny: fp32), made once.
+    """A Hugging Face folder `work/NAME-SEED` of a model of that shape with random bf16 weights (tiny: fp32), made once.
 
     Its tokenizer is a small one for `Words`; a large model has rows for more ids than that.
 
     Args:
         changes: of its `config.json`.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = work / "-".join([name, str(seed), *(f"{key}{value}" for key, value in changes.items())])
     if folder.is_dir():
@@ -133,8 +145,9 @@ def model_folder(work: Path, name: str, card: Card, seed: int = 0, **changes: An
     shape: Mapping[str, Any] = SHAPES[name] | changes
     tiny.write_model(made, chat, **SHAPES["tiny"])
     (made / "model.safetensors").unlink()
-    config = LlamaConfig.from_pretrained(made)
-    config.update({**shape, "max_position_embeddings": 8192})
+    written = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    ids = {key: value for key, value in written.items() if key.endswith("_token_id")}
+    config = AutoConfig.for_model(**{"model_type": "llama", **ids, **shape, "max_position_embeddings": 8192})
     torch.manual_seed(seed)
     dtype = torch.float32 if name == "tiny" else torch.bfloat16
     with torch.device("cpu" if name == "tiny" else card.device):

@@ -34,4 +34,5 @@ PARTS = (
     Part("shared-prompts", "gpu.shared_prompts", 120),
     Part("fusion", "gpu.real_fusion", 180),
     Part("fp8", "gpu.fp8", 120, ("gpu", "transformer_engine")),
+    Part("experts", "gpu.fp8", 90, ("gpu", "transformer_engine")),
 )

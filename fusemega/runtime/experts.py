@@ -1,6 +1,7 @@
 """Layers of experts: a router sends each token through a few of many MLPs.
 
-megatron-core's layer, router and dispatchers, over experts that are computed one after the other. No token is dropped.
+megatron-core's layer, router and dispatchers. `LocalExperts` are computed one after the other; Transformer Engine's
+spec has megatron-core's TEGroupedMLP in their place (`specs.py`). No token is dropped.
 
 The loss that balances experts is ours. megatron-core's is a function of all tokens of a micro-batch, so it depends on
 how samples are packed. Here it is one of each segment of a row (`Balance`), so it is the same in every layout.

@@ -264,7 +264,11 @@ def layer_spec(
 def _te_layer_spec(
     config: TransformerConfig, has_attention: bool, mlp: MLPKind | None, settings: LayerSettings
 ) -> ModuleSpec:
-    """One decoder layer of Transformer Engine's modules. Its attention has no cap: with one, it is that of here."""
+    """One decoder layer of Transformer Engine's modules. Its attention has no cap: with one, it is that of here.
+
+    The products of a rank's experts are grouped. (megatron-core's other grouped experts, of the package grouped_gemm,
+    have all experts in one transposed tensor, and are to be removed there.)
+    """
     from fusemega.runtime.te_attention import PrefixDotProductAttention
     from fusemega.runtime.te_norm import NormedTERowParallelLinear
 
