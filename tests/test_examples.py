@@ -53,7 +53,7 @@ def test_examples_are_valid(path: Path) -> None:
         load(PruneRun if path.stem == "search" else PruneEvalRun, path)
     elif path.parent.name == "tasks":
         load(TasksRun, path)
-    elif path.parent.name in ("fusechat3", "wrpo", "fuserl") or path.stem == "heal":
+    elif path.parent.name in ("fusechat3", "wrpo", "fuserl", "mutual_taught") or path.stem == "heal":
         recipe, settings = read_recipe(path)
         assert settings.recipe == path.parent.name and isinstance(settings, recipe.Settings)
     elif path.parent.name == "sampling":

@@ -36,6 +36,7 @@ FLOORS = (
     ("sampling",),
     ("reward",),
     ("selection",),
+    ("mutual",),
     ("tasks",),
     ("launch", "inspect"),
     ("pipeline",),

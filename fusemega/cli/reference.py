@@ -45,6 +45,7 @@ def config_page() -> str:
     from fusemega.recipes.fusechat3 import FuseChat3Recipe
     from fusemega.recipes.fuserl import FuseRLRecipe
     from fusemega.recipes.fusion import FusionRecipe
+    from fusemega.recipes.mutual_settings import MutualTaughtRecipe
     from fusemega.recipes.wrpo import WRPORecipe
     from fusemega.reward.judge import JudgeRun
     from fusemega.reward.rule_set import RULES
@@ -80,6 +81,7 @@ def config_page() -> str:
         "run` with `recipe: fusechat3": FuseChat3Recipe,
         "run` with `recipe: wrpo": WRPORecipe,
         "run` with `recipe: fuserl": FuseRLRecipe,
+        "run` with `recipe: mutual_taught": MutualTaughtRecipe,
     }
     lines = [
         "# Run files\n",

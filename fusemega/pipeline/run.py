@@ -70,6 +70,12 @@ class Outcome:
         """Whether every stage is finished."""
         return not self.not_run and not self.stopped and not self.left
 
+    def why_not_needed(self, name: str) -> str | None:
+        """The reason of the stop because of which the stage stopped or was not run; None: a failure is the cause."""
+        while name in self.not_run:
+            name = self.not_run[name]
+        return self.stopped.get(name)
+
 
 class Interrupted(UserError):
     """A signal ended a stage's command, and with it the graph's run."""
@@ -109,7 +115,8 @@ def run(graph: Graph, scope: Scope = ALL) -> Outcome:
             cause = next((name for name in graph.needs[stage.name] if name in ended), everything)
             if cause:
                 outcome.not_run[stage.name] = cause
-                say(f"[{stage.name}] not run: it needs {cause}" if cause != everything else f"[{stage.name}] not run")
+                why = outcome.why_not_needed(cause)
+                say(f"[{stage.name}] not run: it needs {cause}" if why is None else f"[{stage.name}] not needed: {why}")
                 continue
             try:
                 outcome.results[stage.name] = result_of(graph, stage, contents)

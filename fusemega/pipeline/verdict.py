@@ -20,7 +20,8 @@ class StageVerdict:
 
     Attributes:
         action: run: it runs. skip: it is finished. stop: it stopped in an earlier run, from the same inputs.
-            wait: a stage that it needs stopped. leave: it is not in the part that is asked for.
+            wait: it is not needed, because a stage stopped that it needs; `reason` is that stage's. leave: it is not in
+            the part that is asked for.
         reason: in a few words.
         anew: for `run`: whether what an earlier run left is removed first, because it cannot be continued.
         record: the record of the earlier run.
@@ -79,14 +80,14 @@ def plan(graph: Graph, scope: Scope = ALL) -> dict[str, StageVerdict]:
     """
     contents, found = Contents(graph), {}
     running: set[str] = set()
-    ended: set[str] = set()
-    everything = ""
+    ended: dict[str, str] = {}  # stage that stopped, or is not needed for that -> the reason
+    everything: str | None = None
     for stage in graph.stages:
-        blocking = [name for name in graph.needs[stage.name] if name in ended]
+        why = next((ended[name] for name in graph.needs[stage.name] if name in ended), everything)
         if scope.leaves(stage.name):
             found[stage.name] = StageVerdict("leave", "--until ends before it")
-        elif blocking or everything:
-            found[stage.name] = StageVerdict("wait", f"{(blocking or [everything])[0]} stopped")
+        elif why is not None:
+            found[stage.name] = StageVerdict("wait", why)
         elif stage.name in scope.again:
             record = read_record(graph, stage)
             found[stage.name] = StageVerdict("run", "new" if record is None else AGAIN, record=record)
@@ -96,15 +97,15 @@ def plan(graph: Graph, scope: Scope = ALL) -> dict[str, StageVerdict]:
         if one.action == "run":
             running.add(stage.name)
         elif one.action in ("stop", "wait"):
-            ended.add(stage.name)
+            ended[stage.name] = one.reason
         if one.action == "stop" and one.record is not None and one.record.everything:
-            everything = stage.name
+            everything = one.reason
     return found
 
 
 def plan_lines(graph: Graph, scope: Scope = ALL) -> list[str]:
     """The plan for a terminal: a line a stage; of each that would run, also what it needs and its command."""
-    words = {"run": "run", "skip": "skip", "stop": "stopped", "wait": "not run", "leave": "left out"}
+    words = {"run": "run", "skip": "skip", "stop": "stopped", "wait": "not needed", "leave": "left out"}
     lines, found = [], plan(graph, scope)
     width = max((len(name) for name in found), default=0)
     for stage in graph.stages:

@@ -5,6 +5,9 @@
 * `fusion.py`: FuseLLM and FuseChat; `blockpruner.py`: blocks removed from a model, which is then healed
 * `fusechat3.py`, `wrpo.py`, `fuserl.py`: from prompts to a trained model. `implicit.py`: the graph that they share;
   `implicit_settings.py`: its settings; `divide.py`: prompts by domain, and held-out rows
+* `mutual_taught.py`: policy and reward model teach each other; `mutual_settings.py`: its settings; `mutual_steps.py`,
+  `mutual_policy.py`, `mutual_reward.py`: its own stages; `mutual_checks.py`: what is refused before they run;
+  `mutual_summary.py`: its figures and its page
 * `quickstart.py`, `quickstart_xtok.py`: is fusion worth it? `arms.py`: their stages; `prepare.py`: models and text for
   them; `measures.py`: what is measured of their models
 """

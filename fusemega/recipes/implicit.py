@@ -24,9 +24,9 @@ from fusemega.recipes.implicit_settings import MODELS, ImplicitRecipe, TrainStag
 from fusemega.recipes.steps import Steps
 from fusemega.sampling.engines import EngineSettings
 
-_EXPORTED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # dtypes, as training.export_dtype spells them
+EXPORTED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # dtypes, as training.export_dtype spells them
 
-_WITH_REFERENCE = ("dpo", "rloo", "wrpo", "fuse_po")
+WITH_REFERENCE = ("dpo", "rloo", "wrpo", "fuse_po")
 
 
 class ImplicitWork:
@@ -130,7 +130,7 @@ class ImplicitWork:
         """
         stage = self.recipe.sft
         self.models[MODELS[1]] = self._train(
-            "sft", stage, str(data), self.recipe.target, _objective(objective, stage), "fp32"
+            "sft", stage, str(data), self.recipe.target, objective_of(objective, stage), "fp32"
         )
         return self.models[MODELS[1]]
 
@@ -151,9 +151,9 @@ class ImplicitWork:
             self.steps.call("held-out", hold_out, asked, {}, {"data": path}, files)
             path, held = files["kept"], files["held"]
             self._pairs["held-out"] = files["pairs"]
-        asked = _objective(objective, stage)
+        asked = objective_of(objective, stage)
         rows = self._rows(stage)
-        has_reference = asked["name"] in _WITH_REFERENCE and asked.get("loss_type") != "simpo"
+        has_reference = asked["name"] in WITH_REFERENCE and asked.get("loss_type") != "simpo"
         if has_reference and "reference" not in asked:
             seen = path if held is None or measured.training is None else [path, held]
             store = self.steps.teach("reference", before, {"path": seen, **rows}, rows="none")
@@ -164,7 +164,7 @@ class ImplicitWork:
                 "data": {"path": held, **rows},
                 **measured.training.model_dump(exclude_defaults=True),
             }
-        dtype = _EXPORTED.get(dtype_of(self.recipe.target), "fp32")
+        dtype = EXPORTED.get(dtype_of(self.recipe.target), "fp32")
         self.models[MODELS[2]] = self._train("preference", stage, path, before, asked, dtype, evaluation)
         return self.models[MODELS[2]]
 
@@ -219,7 +219,7 @@ class ImplicitWork:
         return {"seq_length": stage.seq_length} | stage.model_dump(include=given, exclude_unset=True, exclude_none=True)
 
 
-def _objective(recipes: Mapping[str, Any], stage: TrainStage) -> dict[str, Any]:
+def objective_of(recipes: Mapping[str, Any], stage: TrainStage) -> dict[str, Any]:
     """The objective of a stage: the recipe's settings under the file's, unless the file names another one."""
     own = stage.objective
     return {**own} if own.get("name", recipes["name"]) != recipes["name"] else {**recipes, **own}

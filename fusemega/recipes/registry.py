@@ -32,6 +32,7 @@ MODULES = {
     "fusechat3": "fusemega.recipes.fusechat3",
     "wrpo": "fusemega.recipes.wrpo",
     "fuserl": "fusemega.recipes.fuserl",
+    "mutual_taught": "fusemega.recipes.mutual_taught",
     "blockpruner": "fusemega.recipes.blockpruner",
 }
 """Name -> module with a `Recipe` named `RECIPE`, imported when a file asks for it."""
@@ -57,6 +58,10 @@ class Recipe(ABC, Generic[S]):
     @abstractmethod
     def finish(self, settings: S, outcome: Outcome) -> list[str]:
         """Writes a summary of the finished graph into the output folder. Returns lines for the terminal."""
+
+    def stopped(self, settings: S, outcome: Outcome) -> list[str]:
+        """Likewise, of a graph in which a stage has stopped by its own decision. Returns further lines."""
+        return []
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe[Any], Any]:
@@ -92,6 +97,7 @@ def run_recipe(recipe: Recipe[Any], settings: Any, graph: Graph | None = None, s
         lines = [f"{name} stopped: {reason}" for name, reason in outcome.stopped.items()]
         if lines:
             lines.append(f"not run: {', '.join(outcome.not_run) or 'nothing'}")
+            lines += recipe.stopped(settings, outcome)
         if outcome.left:
             lines.append(f"left out, as --until asks: {', '.join(outcome.left)}")
         return lines

@@ -92,8 +92,8 @@ def prompt_key(messages: Iterable[Mapping[str, Any]]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def read_prompts(config: PromptsConfig) -> Prompts:
-    """Reads all prompts; says once what was left out.
+def read_prompts(config: PromptsConfig, tell: bool = True) -> Prompts:
+    """Reads all prompts; says once what was left out, unless `tell` is false.
 
     Raises:
         UserError: a row without a usable prompt (its file and line), or no prompt at all.
@@ -125,8 +125,10 @@ def read_prompts(config: PromptsConfig) -> Prompts:
     if not by_key:
         found = f" ({_listed(skipped)})" if skipped else ""
         raise UserError(f"{names}: no prompts in {rows} rows{found}")
-    _tell(names, Prompts(by_key, rows, duplicates, tuple(differing), skipped), ignored)
-    return Prompts(by_key, rows, duplicates, tuple(differing), skipped)
+    everything = Prompts(by_key, rows, duplicates, tuple(differing), skipped)
+    if tell:
+        _tell(names, everything, ignored)
+    return everything
 
 
 def parse_prompt(row: object, ignored: Counter[str] | None, place: str) -> Prompt:

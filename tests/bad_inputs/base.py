@@ -7,6 +7,7 @@ train.yaml, distill.yaml, online.yaml, teach.yaml, eval.yaml        run files th
 fuse.yaml, project.yaml, map.npz                        the same tokenizer's store, taught through a map
 store/        what `teach` made                         run/        what `train` made: two iterations, a checkpoint
 prompts.jsonl, groups.jsonl, scored.jsonl               prompts; a prompt with responses; ten with rewards
+rewarding/, mutual.yaml       a reward model, and a recipe in which policy and reward model teach each other
 sample.yaml, verify.yaml, judge.yaml, rules.yaml, select.yaml, tasks.yaml, score.yaml       run files that name these
 order.json    two blocks to remove                      prune.yaml, prune_eval.yaml, prune_recipe.yaml
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from benchmarks import tiny
 from fusemega.align.make_map import exact_map
@@ -127,6 +128,19 @@ FILES |= {
         "training": {"train_iters": 2, "global_batch_size": 2},
     },
 }
+SHORT = {"optimizer": {"lr": 1e-3}, "training": {"train_iters": 1, "global_batch_size": 1}}
+FILES["mutual.yaml"] = {
+    "recipe": "mutual_taught",
+    "output_dir": "new",
+    "target": "model",
+    "model": {"dtype": "fp32"},
+    "reward_model": {"load": "rewarding", "dtype": "fp32"},
+    "prompts": "prompts.jsonl",
+    "splits": {"selection": 1},
+    "iterations": 1,
+    "policy": {**SHORT, "training": {**SHORT["training"], "save_interval": 1}},
+    "reward": SHORT,
+}
 ORDER = {"1": [["mha", 1]], "2": [["mha", 1], ["mlp", 1]]}  # in the form of BlockPruner's authors
 
 
@@ -149,6 +163,10 @@ def build() -> None:
     AutoModelForCausalLM.from_pretrained("model").save_pretrained("sharded", max_shard_size="30KB")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         Path("sharded", name).write_bytes(Path("model", name).read_bytes())
+    scored = LlamaForSequenceClassification(AutoConfig.from_pretrained("model", num_labels=1))
+    scored.save_pretrained("rewarding")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        Path("rewarding", name).write_bytes(Path("model", name).read_bytes())
     shutil.copytree("model", "padded")
     tiny.pad_vocabulary(Path("padded"), 307)
     import_hf("model", "megatron")

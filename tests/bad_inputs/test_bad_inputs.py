@@ -43,7 +43,7 @@ COMMANDS += ["teach teach.yaml", "teach more.yaml"]
 COMMANDS += [f"{name} {name}.yaml" for name in ("sample", "verify", "judge", "rules", "select", "tasks")]
 COMMANDS += ["train fuse.yaml", "project project.yaml", "align model model new.npz", "run recipe.yaml --dry-run"]
 COMMANDS += ["prune search prune.yaml", "prune eval prune_eval.yaml", "prune apply model order.json new"]
-COMMANDS += ["run prune_recipe.yaml --dry-run"]
+COMMANDS += ["run prune_recipe.yaml --dry-run", "run mutual.yaml --dry-run"]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "eval eval.yaml", "convert export megatron out"])

@@ -169,10 +169,11 @@ def test_a_stop_ends_its_branch_and_is_remembered(seven: Seven, capfd: pytest.Ca
     assert seven.run() == ["words", "upper", "count", "joined", "gate", "aside"]
     assert seven.outcome.stopped == {"gate": "48 characters, and 5 are allowed"}
     assert seven.outcome.not_run == {"end": "gate"} and not seven.outcome.complete
+    assert "[end] not needed: 48 characters, and 5 are allowed\n" in capfd.readouterr().err
     assert seven.run() == [] and "[gate] stopped before: 48 characters" in capfd.readouterr().err
     assert [line.split("  ")[-1].strip() for line in plan_lines(seven.graph())][-3:] == [
         "stopped: 48 characters, and 5 are allowed",
-        "not run: gate stopped",
+        "not needed: 48 characters, and 5 are allowed",
         "skip: finished",
     ]
     seven.settings["longest"] = 100

@@ -1,10 +1,11 @@
 """`fusemega` commands as forks of this process, which has imported everything once: real processes, to be killed.
 
-    python -m tests.recipes.forked FOLDER
+    python -m tests.recipes.forked FOLDER [MODELS]
 
-In FOLDER are recipe files and `todo.json`: a list of [recipe file, kills], and kills is a list of [stage, file, lines].
-The run is killed once the stage has begun and the file has so many lines (a null file: at once), and started again.
-Each run's output goes to `log`. `killed.json` tells, for each kill, what the file held.
+MODELS is a function of `tests/recipes/small.py`, which writes the models. In FOLDER are recipe files and `todo.json`: a
+list of [recipe file, kills], and kills is a list of [stage, file, lines]. The run is killed once the stage has begun
+and the file has so many lines (a null file: at once), and started again. Each run's output goes to `log`.
+`killed.json` tells, for each kill, what the file held.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ SECONDS = 300  # that a run may take
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, models: str = "write_models") -> None:
     import fusemega.launch.preloaded  # noqa: F401  (what ranks import)
     import fusemega.sampling.transformers_engine
     import fusemega.selection.run_file  # noqa: F401
-    from tests.recipes.small import write_models
+    from tests.recipes import small
 
     assert ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0  # orphans of a killed run become ours
     os.chdir(folder)
-    wait(forked(write_models))
+    wait(forked(getattr(small, models)))
     killed = []
     for recipe, kills in json.loads(Path("todo.json").read_text()):
         for stage, file, lines in kills:
@@ -125,4 +126,4 @@ def _lines(file: str) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,10 +4,11 @@ fusechat3.py   FuseChat-3.0: the best over all sources, pairs within one source,
 wrpo.py        WRPO: a third to SFT, then triples of source and target
 fuserl.py      FuseRL: groups for FuseSFT and FusePO
 simpo.py       SimPO's on-policy pairs: the best and the worst of one model's samples
+mutual_taught.py   Mutual-Taught's: the shortest one above the mean reward, and the worst
 """
 
 from __future__ import annotations
 
-from fusemega.selection.protocols import fusechat3, fuserl, simpo, wrpo
+from fusemega.selection.protocols import fusechat3, fuserl, mutual_taught, simpo, wrpo
 
-__all__ = ["fusechat3", "fuserl", "simpo", "wrpo"]
+__all__ = ["fusechat3", "fuserl", "mutual_taught", "simpo", "wrpo"]
