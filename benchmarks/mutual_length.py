@@ -112,7 +112,7 @@ class World:
 
     def _win_rate(self, new: np.ndarray, old: np.ndarray, weights: np.ndarray) -> float:
         won, lost = (self._rewards(self._drawn(each, self.prompts), weights).tolist() for each in (new, old))
-        return win_rate(won, lost, resamples=10).rate
+        return win_rate(won, lost).rate
 
     def _taught(
         self, new: np.ndarray, old: np.ndarray, weights: np.ndarray, ranked: dict[str, np.ndarray]

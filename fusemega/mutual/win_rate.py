@@ -24,14 +24,9 @@ class WinRate:
     """A share of wins.
 
     Attributes:
-        rate: (wins + ties / 2) / prompts.
-        low, high: the bootstrap's band.
         wins, ties, losses: prompts of each kind.
     """
 
-    rate: float
-    low: float
-    high: float
     wins: int
     ties: int
     losses: int
@@ -41,35 +36,44 @@ class WinRate:
         """How many were compared."""
         return self.wins + self.ties + self.losses
 
+    @property
+    def rate(self) -> float:
+        """(wins + ties / 2) / prompts."""
+        return (self.wins + self.ties / 2) / self.prompts
+
+    def band(self, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+        """Percentiles of the rate over prompts drawn again with replacement, the bootstrap's.
+
+        As a prompt counts 1, 1/2 or 0, such a draw is one of the multinomial distribution of the three counts.
+
+        Args:
+            resamples: draws.
+            level: share of the draws between the two.
+            seed: of the draws.
+        """
+        n = self.prompts
+        shares = [self.wins / n, self.ties / n, self.losses / n]
+        drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
+        low, high = np.quantile((drawn[:, 0] + drawn[:, 1] / 2) / n, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        return low, high
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {**asdict(self), "prompts": self.prompts}
+        return {"rate": self.rate, **asdict(self), "prompts": self.prompts}
 
 
-def win_rate(
-    new: Sequence[float | None],
-    old: Sequence[float | None],
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> WinRate:
+def win_rate(new: Sequence[float | None], old: Sequence[float | None]) -> WinRate:
     """The share of prompts at which the new policy's response has the higher reward.
-
-    The band has the percentiles of the rate over prompts drawn again with replacement. As a prompt counts 1, 1/2 or 0,
-    such a draw is one of the multinomial distribution of the three counts.
 
     Args:
         new, old: reward of each prompt's response, in the same order; None: there is no response.
-        resamples: draws of the bootstrap.
-        level: of the band.
-        seed: of the draws.
 
     Raises:
         UserError: a reward that is not finite; no prompts, or not equally many.
 
     >>> found = win_rate([0.3, 0.1, 0.2, None], [0.1, 0.1, 0.4, 0.0])
-    >>> found.rate, found.wins, found.ties, found.losses
-    (0.375, 1, 1, 2)
+    >>> found, found.rate
+    (WinRate(wins=1, ties=1, losses=2), 0.375)
     """
     if len(new) != len(old) or not new:
         raise UserError(f"rewards of {len(new)} and {len(old)} responses; they are compared prompt by prompt")
@@ -78,11 +82,7 @@ def win_rate(
     pairs = [(_place(a), _place(b)) for a, b in zip(new, old, strict=True)]
     wins = sum(a > b for a, b in pairs)
     ties = sum(a == b for a, b in pairs)
-    losses, n = len(pairs) - wins - ties, len(pairs)
-    drawn = np.random.default_rng(seed).multinomial(n, [wins / n, ties / n, losses / n], size=resamples)
-    rates = (drawn[:, 0] + drawn[:, 1] / 2) / n
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    return WinRate((wins + ties / 2) / n, low, high, wins, ties, losses)
+    return WinRate(wins, ties, len(pairs) - wins - ties)
 
 
 def _place(reward: float | None) -> float:

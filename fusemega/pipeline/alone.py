@@ -146,9 +146,9 @@ def _alone(graph: Graph, name: str, work: Callable[[Stage], Any]) -> Alone:
 
 
 def _everything_stopped(graph: Graph, stage: Stage) -> str:
-    """Which stage before this one, in the graph's order, has stopped everything, and why; "" for none."""
+    """Why a stage before this one, in the graph's order, has stopped everything; "" for none."""
     for other in graph.stages[: graph.stages.index(stage)]:
         record = read_record(graph, other)
         if record is not None and record.state == "stopped" and record.everything:
-            return f"{other.name} stopped: {record.reason}"
+            return record.reason
     return ""

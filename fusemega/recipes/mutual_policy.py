@@ -79,7 +79,6 @@ def compare(
     sampling: Mapping[str, Any],
     reward: Mapping[str, Any],
     dtype: str,
-    resamples: int,
     nproc: int,
     folder: str,
     wins: str,
@@ -97,7 +96,6 @@ def compare(
         engine, sampling: sections of the run files of `sample`, without the policy.
         reward: `load` and sections `model`, `parallel`, `rows` and `micro_batch_size` of the run file of `score`.
         dtype: of the exported checkpoints.
-        resamples: see `win_rate`.
         nproc: processes of `score`.
         folder: where everything is written.
         wins: JSON of the result.
@@ -133,7 +131,7 @@ def compare(
     candidates = [
         {
             "checkpoint": number,
-            **answers[source].against(answers[BEFORE], resamples, f"{folder}: {source}"),
+            **answers[source].against(answers[BEFORE], f"{folder}: {source}"),
             **answers[source].facts(),
         }
         for number, source in sources.items()
@@ -184,7 +182,7 @@ class Answers:
             sum(row["finish_reason"] == LENGTH for row in rows),
         )
 
-    def against(self, before: Answers, resamples: int, name: str) -> dict[str, Any]:
+    def against(self, before: Answers, name: str) -> dict[str, Any]:
         """The win rate over another policy, at the prompts that both have answered.
 
         Raises:
@@ -193,7 +191,8 @@ class Answers:
         both = [key for key in self.rewards if key in before.rewards]
         if not both:
             raise UserError(f"{name}: no prompt has a response of both policies, so they cannot be compared")
-        return win_rate([self.rewards[key] for key in both], [before.rewards[key] for key in both], resamples).as_dict()
+        found = win_rate([self.rewards[key] for key in both], [before.rewards[key] for key in both])
+        return found.as_dict()
 
     def facts(self) -> dict[str, Any]:
         """Means, and how many responses are empty or cut."""

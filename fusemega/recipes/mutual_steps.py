@@ -26,6 +26,7 @@ class MutualSteps(Steps):
         engine: Mapping[str, Any],
         sampling: Mapping[str, Any],
         after: str | None = None,
+        keeps: bool = False,
     ) -> str:
         """`fusemega sample` of a policy, as stage sample-`name`. Returns the responses, as `Steps.sample`.
 
@@ -37,12 +38,13 @@ class MutualSteps(Steps):
             engine: section `engine` of the run file without the policy.
             sampling: section `sampling`.
             after: a path that has to be there first, though it is not read; None: there is none.
+            keeps: whether the policy stays the same, so that responses stay where other things change.
         """
         key = "load" if engine["name"] == "transformers" else "model"
         made = self.sample(name, source, prompts, {**engine, key: policy}, sampling)
         # Behind a server it is a name only; yet it has to be there first, and of another one all responses are others.
         inputs = {**self.stages[-1].inputs, "model": self._located(policy)} | ({"after": after} if after else {})
-        self.stages[-1] = replace(self.stages[-1], inputs=inputs, keeps=not self._is_made(policy))
+        self.stages[-1] = replace(self.stages[-1], inputs=inputs, keeps=keeps)
         return made
 
     def export(self, name: str, checkpoint: Path, dtype: str) -> str:
@@ -78,7 +80,10 @@ class MutualSteps(Steps):
         outputs: Mapping[str, str],
         owns: Sequence[str] = (),
     ) -> None:
-        """As `call`, of a function that goes on where it was interrupted, in the folders `owns`, on `nproc` ranks."""
+        """As `call`, of a function that runs a graph of its own in the folders `owns`, on `nproc` ranks.
+
+        That graph knows what of it has to run again, after an interruption and where settings have changed.
+        """
         read = {key: self._located(load) for key, load in models.items()} | dict(inputs)
         self.stages.append(
             Stage(
@@ -90,6 +95,7 @@ class MutualSteps(Steps):
                 outputs=dict(outputs),
                 owns=tuple(owns),
                 resumes=True,
+                keeps=True,
                 resources=Resources(self.nproc),
             )
         )

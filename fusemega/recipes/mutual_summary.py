@@ -17,7 +17,7 @@ from fusemega.files.json_files import read_json
 from fusemega.files.output import write_durably
 from fusemega.mutual.page import write_mutual_page
 from fusemega.mutual.pseudo_pairs import kept_share
-from fusemega.mutual.win_rate import choose
+from fusemega.mutual.win_rate import WinRate, choose
 from fusemega.pipeline.run import Outcome
 from fusemega.recipes.mutual_policy import rows_of
 from fusemega.recipes.mutual_settings import MutualTaughtRecipe
@@ -41,6 +41,9 @@ def summarize(recipe: MutualTaughtRecipe, policies: Sequence[str], outcome: Outc
             break
         one: dict[str, Any] = {"iteration": t, "pairs": _pairs(folder, t)}
         one |= {"compared": read_json(folder / "compared" / str(t) / "wins.json")}
+        for each in one["compared"]["candidates"]:
+            counted = WinRate(each["wins"], each["ties"], each["losses"])
+            each["low"], each["high"] = counted.band(recipe.resamples)
         choice = choose({c["checkpoint"]: c["rate"] for c in one["compared"]["candidates"]}, recipe.tau)
         one["decision"] = {"checkpoint": choice.checkpoint, "win_rate": choice.win_rate, "tau": choice.tau}
         one["decision"]["kept"] = choice.is_kept

@@ -116,7 +116,8 @@ class MutualWork:
         recipe, stage, name = self.recipe, self.recipe.policy, f"policy-{t}"
         before, reward = self.policies[-1], self.rewards[-1]
         prompts = self._prompts[name]
-        said = self.steps.sample_policy(name, f"policy-{t - 1}", before, prompts, self._engine, self._sampling)
+        source, keeps = f"policy-{t - 1}", before == recipe.target
+        said = self.steps.sample_policy(name, source, before, prompts, self._engine, self._sampling, keeps=keeps)
         options = ["--keep-length"] if recipe.keep_length else []
         groups = self.steps.collect(name, prompts, [said], *options)
         rewarded = self._score(name, reward, groups)
@@ -172,7 +173,6 @@ class MutualWork:
             "sampling": {**self._sampling, "n": 1},
             "reward": judge,
             "dtype": dtype,
-            "resamples": recipe.resamples,
             "nproc": recipe.nproc,
             "folder": folder,
             "wins": wins,
@@ -195,7 +195,8 @@ class MutualWork:
             source, files = f"policy-{policy}", f"{name}-{part}"
             # If the E step keeps the policy before, no response of either is needed.
             last = self.policies[t]
-            said.append(self.steps.sample_policy(files, source, load, prompts, self._engine, sampling, after=last))
+            keeps = load == recipe.target
+            said.append(self.steps.sample_policy(files, source, load, prompts, self._engine, sampling, last, keeps))
         options = ["--keep-length"] if recipe.keep_length else []
         rewarded = self._score(name, judge, self.steps.collect(name, prompts, said, *options))
         share = recipe.evaluation.held_out

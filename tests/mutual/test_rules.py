@@ -93,11 +93,12 @@ def test_the_protocol_says_why_there_is_no_pair() -> None:
 def test_the_win_rate_by_hand() -> None:
     found = win_rate([0.3, 0.1, 0.2, None, None, 0.5], [0.1, 0.1, 0.4, 0.0, None, None])
     assert (found.wins, found.ties, found.losses, found.prompts) == (2, 2, 2, 6)
-    assert found.rate == 0.5 and 0 <= found.low < 0.5 < found.high <= 1
+    low, high = found.band()
+    assert found.rate == 0.5 and 0 <= low < 0.5 < high <= 1
     everywhere = win_rate([1.0, 2.0], [0.0, 0.0])
-    assert (everywhere.rate, everywhere.low, everywhere.high) == (1.0, 1.0, 1.0)
+    assert (everywhere.rate, *everywhere.band()) == (1.0, 1.0, 1.0)
     equal = win_rate([1.0], [1.0])
-    assert (equal.rate, equal.low, equal.high, equal.ties) == (0.5, 0.5, 0.5, 1)
+    assert (equal.rate, *equal.band(), equal.ties) == (0.5, 0.5, 0.5, 1)
     for wrong in ([], [1.0, 2.0]):
         with pytest.raises(UserError, match="are compared prompt by prompt"):
             win_rate(wrong, [1.0] if wrong else [])
@@ -107,12 +108,13 @@ def test_the_band_is_that_of_prompts_drawn_again() -> None:
     """Against a plain bootstrap, and the normal approximation: a share of 60 in 100 has a standard error of 0.049."""
     rng = random.Random(0)
     outcomes = [1.0] * 60 + [0.0] * 40
-    found = win_rate(outcomes, [0.5] * 100, resamples=4000)
+    found = win_rate(outcomes, [0.5] * 100)
+    low, high = found.band(resamples=4000)
     drawn = sorted(sum(rng.choices(outcomes, k=100)) / 100 for _ in range(4000))
     assert found.rate == 0.6
-    for edge, plain, normal in ((found.low, drawn[100], 0.6 - 0.096), (found.high, drawn[3900], 0.6 + 0.096)):
+    for edge, plain, normal in ((low, drawn[100], 0.6 - 0.096), (high, drawn[3900], 0.6 + 0.096)):
         assert abs(edge - plain) <= 0.0101 and abs(edge - normal) < 0.02
-    assert win_rate(outcomes, [0.5] * 100, resamples=4000) == found, "seeded"
+    assert found.band(resamples=4000) == (low, high), "seeded"
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ MUTUAL: dict[str, Any] = {
     "prompts": "prompts.jsonl",
     "splits": {"selection": 4},
     "reward_model": {"load": "rewarding", "dtype": "fp32", "seq_length": 256},
-    "engine": {"name": "transformers", "dtype": "fp32", "batch_size": 8},
-    "sampling": {"n": 3, "max_tokens": 6, "temperature": 0.8, "top_p": 0.95},
+    "engine": {"name": "transformers", "dtype": "fp32", "batch_size": 1},
+    "sampling": {"n": 3, "max_tokens": 12, "temperature": 0.8, "top_p": 0.95},
     "keep_length": True,  # a model of random weights seldom ends a response
     "tau": 0.0,
     "policy": {**TRAINED, "training": {**TRAINED["training"], "save_interval": 1}},
@@ -213,11 +213,11 @@ def test_every_checkpoint_is_wanted_and_a_missing_one_is_named(tmp_path: Path) -
 def test_empty_responses_lose_and_refused_prompts_do_not_count(tmp_path: Path) -> None:
     new = Answers({"a": 1.0, "b": None, "c": 0.5, "d": None}, [3, 0, 5, 0], 1)
     old = Answers({"a": 0.5, "b": 0.0, "d": None, "e": 1.0}, [2, 2, 0, 1], 0)
-    found = new.against(old, 100, "new")
+    found = new.against(old, "new")
     assert (found["wins"], found["ties"], found["losses"], found["rate"]) == (1, 1, 1, 0.5)
     assert new.facts() == {"mean_reward": 0.75, "mean_tokens": 2.0, "empty": 2, "cut": 1}
     with pytest.raises(UserError, match="new: no prompt has a response of both policies"):
-        new.against(Answers({"x": 1.0}, [1], 0), 100, "new")
+        new.against(Answers({"x": 1.0}, [1], 0), "new")
 
 
 def test_below_tau_the_policy_before_stays_and_the_rest_is_not_needed(place: Path) -> None:

@@ -33,22 +33,28 @@ WAITED = {
 }
 FIRST = ["policy-1", "compare-1"]
 EVERY = [*of_policy(1), *of_reward(1), *of_policy(2), "eval-drift-2-before"]
-ONE = {"output_dir": "broken", "iterations": 1, "evaluation": {}}  # what `make test` has time for
-BOTH = pytest.param((FIRST, ONE), id="an-e-step")
-ALL = pytest.param((EVERY, {"output_dir": "broken"}), id="everywhere", marks=pytest.mark.full)
 
 
-@pytest.fixture(scope="module", params=[BOTH, ALL])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(FIRST, id="killed-twice"),
+        pytest.param(EVERY, id="everywhere", marks=pytest.mark.full),
+    ],
+)
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
-    """A folder in which the recipe has run without a break (`whole`), and with kill -9 in stages (`broken`): two
-    iterations and one."""
-    kills, changes = request.param
+    """A folder in which the recipe has run with kill -9 in stages (`broken`), and the names of these. Of every stage it
+    has also run without a break (`whole`)."""
+    kills = request.param
     folder = tmp_path_factory.mktemp("ran")
     write(folder / "prompts.jsonl", prompts(None, *(f"What is {i}?" for i in range(16))))
-    for name, more in (("whole", {}), ("broken", changes)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**MUTUAL, "output_dir": name, **more}, sort_keys=False))
-    asked = [(stage, *WAITED.get(stage, (None, 0))) for stage in kills]
-    (folder / "todo.json").write_text(json.dumps([["whole.yaml", []], ["broken.yaml", asked]]))
+    runs = [["broken.yaml", [(stage, *WAITED.get(stage, (None, 0))) for stage in kills]]]
+    if kills == EVERY:
+        runs.insert(0, ["whole.yaml", []])
+    for file, _ in runs:
+        recipe = {**MUTUAL, "output_dir": Path(str(file)).stem}
+        (folder / str(file)).write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "todo.json").write_text(json.dumps(runs))
     told = subprocess.run(
         [sys.executable, "-m", "tests.recipes.forked", str(folder), "write_tiny_models"],
         cwd=ROOT,
@@ -61,9 +67,9 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_policy_and_reward_model_teach_each_other(ran: tuple[Path, list[str]]) -> None:
-    whole = ran[0] / "whole"
+    whole = ran[0] / "broken"
     summary = json.loads((whole / "summary.json").read_text())
-    assert summary["result"] == "whole/policies/2" and summary["policy"] == 2 and summary["stopped"] == {}
+    assert summary["result"] == "broken/policies/2" and summary["policy"] == 2 and summary["stopped"] == {}
     assert summary["splits"] == {"selection": 4, "policy-1": 4, "policy-2": 4, "reward-1": 4, "in no portion": 0}
     for t, one in enumerate(summary["iterations"], 1):
         rates = {each["checkpoint"]: each["rate"] for each in one["compared"]["candidates"]}
@@ -96,8 +102,12 @@ def test_killed_in_its_stages_it_decides_the_same(ran: tuple[Path, list[str]]) -
         if stage in kills and "responses" in file:
             known = begun[stage][: begun[stage].rfind("\n") + 1]
             assert known and (folder / "broken" / file).read_text().startswith(known)
+    # Nothing is trained twice: every update was recorded once.
+    for run in ("policy-1", "reward-1", "policy-2"):
+        rows = (folder / "broken" / run / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["iteration"] for row in rows] == [1, 2]
     if kills == FIRST:
-        return  # one iteration has other portions
+        return
     compared = ("prompts", "groups", "rewards", "sets", "compared", "policies")
     made = [path.relative_to(folder / "whole") for path in (folder / "whole").rglob("*") if path.is_file()]
     same = [p for p in made if "stages" not in p.parts and (p.parts[0] in compared or p.suffix == ".safetensors")]
@@ -110,10 +120,6 @@ def test_killed_in_its_stages_it_decides_the_same(ran: tuple[Path, list[str]]) -
     summaries = [json.loads((folder / name / "summary.json").read_text()) for name in ("whole", "broken")]
     assert [s.pop("result") for s in summaries] == ["whole/policies/2", "broken/policies/2"]
     assert summaries[0] == summaries[1]
-    # Nothing is trained twice: every update was recorded once.
-    for run in ("policy-1", "reward-1", "policy-2"):
-        rows = (folder / "broken" / run / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(row)["iteration"] for row in rows] == [1, 2]
 
 
 def test_no_response_is_asked_for_twice(ran: tuple[Path, list[str]]) -> None:
