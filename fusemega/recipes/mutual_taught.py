@@ -192,11 +192,11 @@ class MutualWork:
         for part, policy, further in (("new", t, 0), ("old", t - 1, 1)):
             sampling = {**one, "seed": recipe.sampling.seed + further}
             load = self.policies[policy]
-            source, files = f"policy-{policy}", f"{name}-{part}"
+            source, place = f"policy-{policy}", f"{name}-{part}"
             # If the E step keeps the policy before, no response of either is needed.
             last = self.policies[t]
             keeps = load == recipe.target
-            said.append(self.steps.sample_policy(files, source, load, prompts, self._engine, sampling, last, keeps))
+            said.append(self.steps.sample_policy(place, source, load, prompts, self._engine, sampling, last, keeps))
         options = ["--keep-length"] if recipe.keep_length else []
         rewarded = self._score(name, judge, self.steps.collect(name, prompts, said, *options))
         share = recipe.evaluation.held_out
