@@ -119,6 +119,7 @@ open_job() {
     job_folder=$1
     { mkdir -p "$job_folder" && : >>"$job_folder/jobs.tsv"; } 2>/dev/null ||
         refuse "$job_folder: cannot be written by $(id -un) on $(hostname)"
+    job_folder=$(cd "$job_folder" && pwd)
     export FUSEMEGA_REFUSED=$job_folder/refused
 }
 

@@ -26,6 +26,7 @@ from fusemega.scoring.evaluate import EvalRun, evaluate
 from fusemega.scoring.evaluation import Comparison, RowsComparison
 from fusemega.scoring.teach import TeachRun, teach
 from fusemega.store import Store, StoreWriter
+from fusemega.store.merge import merge, open_inputs
 from fusemega.text.data import DataConfig
 from fusemega.text.dataset import TokenizedDataset, prepare
 from fusemega.text.tokenizer import Tokenizer
@@ -133,6 +134,25 @@ def test_teaching_again_adds_only_what_is_missing(work: Path, tmp_path: Path, sa
     assert {path: path.stat().st_mtime_ns for path in before} == before
     teach(teach_run(work, store))
     assert len(Store.open(store)) == len(samples)
+
+
+def test_parts_join_to_the_store_of_one_run(work: Path, tmp_path: Path, samples: TokenizedDataset) -> None:
+    """A part may be empty; what a part has is not asked of the teacher again."""
+    whole = Store.open(teach(teach_run(work, tmp_path / "whole")))
+    parts = len(samples) + 1
+    few = [Store.open(teach(teach_run(work, tmp_path / f"few{i}", part=i, parts=3))) for i in range(3)]
+    assert sum(map(len, few)) == len(whole) and all(len(part) >= len(samples) // 3 for part in few)
+    empty = Store.open(teach(teach_run(work, tmp_path / "empty", part=parts - 1, parts=parts)))
+    assert len(empty) == 0
+    merge(open_inputs([store.path for store in [*few, empty]]), tmp_path / "joined")
+    joined = Store.open(tmp_path / "joined")
+    assert len(joined) == len(whole)
+    for sample in samples:
+        mine, theirs = joined.coded(sample.key), whole.coded(sample.key)
+        assert mine is not None and theirs is not None
+        assert (mine[0].tobytes(), mine[1]) == (theirs[0].tobytes(), theirs[1])
+    with pytest.raises(UserError, match="part: 3 is none of parts: 3; allowed: 0 to 2"):
+        teach_run(work, tmp_path / "none", part=3, parts=3)
 
 
 def test_only_sums_are_stored_where_asked(work: Path, tmp_path: Path, samples: TokenizedDataset) -> None:
