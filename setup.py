@@ -23,7 +23,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fusemega", "fusemega.*"]),
     include_package_data=True,
-    package_data={"fusemega.recipes": ["smollm2_order.json"]},
+    package_data={
+        "fusemega.recipes": ["smollm2_order.json"],
+        "fusemega.cluster": ["templates/*.sh", "templates/*.sbatch"],  # a link to slurm/
+    },
     install_requires=[
         "torch>=2.6",
         # The CPU backend works around this release line by line: it refuses any other.

@@ -41,6 +41,7 @@ FLOORS = (
     ("launch", "inspect"),
     ("pipeline",),
     ("recipes",),
+    ("cluster",),
     ("cli",),
     ("__init__", "__main__"),
 )

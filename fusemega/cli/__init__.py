@@ -29,6 +29,8 @@ COMMANDS = {
     "align": "Make a vocabulary map from one tokenizer's ids to another's.",
     "project": "Map a store to another vocabulary with FuseLLM's and FuseChat's rules.",
     "run": "Run a recipe: several commands in order, each only when it must.",
+    "launch": "Submit a training run, or a recipe as a chain of jobs, to Slurm.",
+    "status": "Show how far a run or a recipe is, with its jobs and what is stuck.",
     "merge": "Merge fine-tuned variants of one model without loading them into memory.",
     "transplant": "Move a model onto another tokenizer's vocabulary.",
     "split": "Split long dialogues and texts so that they fit several tokenizers' windows.",

@@ -65,6 +65,20 @@ def locked(path: str | Path) -> Iterator[None]:
                     break  # the output is in it
 
 
+def holder_of(path: str | Path) -> str:
+    """Who holds the output `path`, as its lock file says: "process N on HOST"; "" if nobody does, as far as is known.
+
+    Nothing is locked: a process that begins meanwhile is not disturbed. A holder on another machine may have ended.
+    """
+    real = Path(os.path.realpath(path))
+    try:
+        said = (real.parent / f".{real.name}.fusemega.lock").read_bytes()[:400].decode("utf-8", "replace")
+    except OSError:
+        return ""
+    words = said.split()
+    return "" if words[:1] != [_FIRST_WORD] or _has_ended(said) else printable(" ".join(words[1:]))
+
+
 def _place(path: str | Path) -> tuple[Path, list[Path]]:
     """The lock file; and the folders that had to be made for it, the innermost first."""
     real = Path(os.path.realpath(path))

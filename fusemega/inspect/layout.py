@@ -49,7 +49,8 @@ def show_layout(run: TrainRun, nproc: int | None) -> list[RenderableType]:
     for rank in range(world_size):
         place = place_of(layout, world_size, rank)
         if place.dp_rank not in shares:
-            shares[place.dp_rank] = _share(run, dataset, source, place_of(layout, world_size, rank, whole_rows=True))
+            whole = place_of(layout, world_size, rank, whole_rows=True)
+            shares[place.dp_rank] = first_share(run, dataset, source, whole)
         table.add_row(
             str(rank),
             *(f"{at} of {of}" for at, of in (
@@ -111,7 +112,7 @@ def place_of(layout: ParallelConfig, world_size: int, rank: int, whole_rows: boo
     )
 
 
-def _share(run: TrainRun, dataset: TokenizedDataset, source: ModelSource, place: World) -> str:
+def first_share(run: TrainRun, dataset: TokenizedDataset, source: ModelSource, place: World) -> str:
     """The share of the first update that a data-parallel rank gets, as text."""
     batches = run.batches(dataset, Fields(), source.pad_id, place).step(0)
     samples = sum(len(part) for part in batches.samples)

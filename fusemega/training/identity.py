@@ -40,14 +40,20 @@ def content_of(
     """
     found: dict[str, Any] = {}
 
-    def read() -> None:
-        found["model"] = source.weights_hash()
-        found["data"] = samples_hash(dataset)
-        found["held_out"] = None if held_out is None else samples_hash(held_out)
-        found["objective"] = objective.identity(dataset)
-
-    on_main(world, read)
+    on_main(world, lambda: found.update(read_content(source, objective, dataset, held_out)))
     return dict(world.from_main(found))
+
+
+def read_content(
+    source: ModelSource, objective: Objective[Any], dataset: TokenizedDataset, held_out: TokenizedDataset | None
+) -> dict[str, Any]:
+    """`content_of`, for one process."""
+    return {
+        "model": source.weights_hash(),
+        "data": samples_hash(dataset),
+        "held_out": None if held_out is None else samples_hash(held_out),
+        "objective": objective.identity(dataset),
+    }
 
 
 def samples_hash(dataset: TokenizedDataset) -> str:

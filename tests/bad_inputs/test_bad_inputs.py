@@ -44,6 +44,8 @@ COMMANDS += [f"{name} {name}.yaml" for name in ("sample", "verify", "judge", "ru
 COMMANDS += ["train fuse.yaml", "project project.yaml", "align model model new.npz", "run recipe.yaml --dry-run"]
 COMMANDS += ["prune search prune.yaml", "prune eval prune_eval.yaml", "prune apply model order.json new"]
 COMMANDS += ["run prune_recipe.yaml --dry-run", "run mutual.yaml --dry-run"]
+COMMANDS += ["launch train.yaml --gpus-per-node 2 --print", "status run"]
+COMMANDS += ["launch resume.yaml --gpus-per-node 1 --print", "launch recipe.yaml --gpus-per-node 2 --print"]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "eval eval.yaml", "convert export megatron out"])

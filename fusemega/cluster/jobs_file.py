@@ -1,0 +1,96 @@
+"""Which jobs were submitted for an output folder: `slurm/jobs.json` in it, one entry for each launch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fusemega.errors import UserError
+from fusemega.files.json_files import read_json
+from fusemega.files.output import write_output
+
+FOLDER = "slurm"
+"""Folder in a run's or recipe's output folder: scripts, logs, the settings of the jobs, and `jobs.json`."""
+
+_FORMAT = "fusemega-jobs-1"
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """One job, or one job array.
+
+    Attributes:
+        job: Slurm's id.
+        name: the name of the job.
+        stages: the recipe's stages that it runs: one, or one for each task of an array; none: a training run.
+        after: ids of the jobs that must have ended well before.
+        log: the file of its output, with Slurm's patterns in it.
+    """
+
+    job: str
+    name: str
+    stages: list[str]
+    after: list[str]
+    log: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One `fusemega launch`.
+
+    Attributes:
+        version: fusemega's.
+        command: the command line.
+        seconds: when, since 1970.
+        jobs: in the order in which they were submitted.
+    """
+
+    version: str
+    command: str
+    seconds: float
+    jobs: list[SlurmJob]
+
+    def ids(self) -> list[str]:
+        """The ids of the jobs."""
+        return [job.job for job in self.jobs]
+
+
+def jobs_file(output: Path) -> Path:
+    """Where the jobs of an output folder are written down."""
+    return output / FOLDER / "jobs.json"
+
+
+def read_launches(output: Path) -> list[Launch]:
+    """The launches of an output folder, oldest first; none where there is no file.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    path = jobs_file(output)
+    if not path.exists():
+        return []
+    said = read_json(path)
+    try:
+        if said["format"] != _FORMAT:
+            raise ValueError
+        launches = [Launch(**{**one, "jobs": [SlurmJob(**job) for job in one["jobs"]]}) for one in said["launches"]]
+        typed = all(
+            all(isinstance(word, str) for word in (job.job, job.name, job.log, *job.stages, *job.after))
+            for launch in launches
+            for job in launch.jobs
+        )
+        if not typed or not all(isinstance(one.seconds, (int, float)) for one in launches):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not a list of jobs of this version of fusemega; move it away") from None
+    return launches
+
+
+def add_launch(output: Path, launch: Launch) -> None:
+    """Adds a launch. Raises as `read_launches` and `write_output`."""
+    launches = [*read_launches(output), launch]
+    write_output(
+        jobs_file(output),
+        json.dumps({"format": _FORMAT, "launches": [asdict(one) for one in launches]}, indent=1) + "\n",
+    )
