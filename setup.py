@@ -62,6 +62,8 @@ setup(
         "gguf": ["gguf", "accelerate"],
         # Responses from an OpenAI-compatible server: sampling and judges.
         "sample": ["openai>=3"],
+        # The proxy of `fusemega switch serve`.
+        "serve": ["starlette", "uvicorn", "httpx2"],
         # math-verify works with three releases of antlr; 4.9 would be omegaconf's.
         "verify": ["math-verify>=0.9", "antlr4-python3-runtime==4.11.0", "latex2sympy2_extended"],
         "lm-eval": ["lm_eval"],
@@ -74,7 +76,9 @@ setup(
             # What the tests need of the extras, and a server for them (`transformers serve`).
             "openai",
             "fastapi",
+            "starlette",
             "uvicorn",
+            "httpx2",
             "math-verify",
             "antlr4-python3-runtime==4.11.0",
             "latex2sympy2_extended",

@@ -22,6 +22,8 @@ from fusemega.scoring.evaluate import EvalRun
 from fusemega.scoring.rewards import ScoreRun
 from fusemega.scoring.teach import TeachRun
 from fusemega.selection.run_file import SelectRun
+from fusemega.switch.run_file import SwitchRun
+from fusemega.switch.serve import SwitchServeRun
 from fusemega.tasks.run_file import TasksRun
 from fusemega.training.run_file import TrainRun
 
@@ -51,6 +53,8 @@ def test_examples_are_valid(path: Path) -> None:
         load(FusionRecipe, path)
     elif path.parent.name == "blockpruner" and path.stem in ("search", "eval"):
         load(PruneRun if path.stem == "search" else PruneEvalRun, path)
+    elif path.parent.name == "switch":
+        load(SwitchServeRun if path.stem == "serve" else SwitchRun, path)
     elif path.parent.name == "tasks":
         load(TasksRun, path)
     elif path.parent.name in ("fusechat3", "wrpo", "fuserl", "mutual_taught") or path.stem == "heal":

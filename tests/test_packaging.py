@@ -27,6 +27,9 @@ OPTIONAL = {"accelerate", "gguf", "transformer_engine", "wandb"} | {
     "math_verify",
     "latex2sympy2_extended",
     "lm_eval",
+    "starlette",
+    "uvicorn",
+    "httpx2",
 }
 
 

@@ -38,6 +38,7 @@ FLOORS = (
     ("selection",),
     ("mutual",),
     ("tasks",),
+    ("switch",),
     ("launch", "inspect"),
     ("pipeline",),
     ("recipes",),

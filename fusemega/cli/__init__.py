@@ -49,6 +49,7 @@ COMMANDS = {
 }
 GROUPS = {
     "prune": "Pruning: attention and MLP blocks removed from a trained model.",
+    "switch": "Short or long reasoning for each query: labels, a switcher, its threshold, and a proxy that uses it.",
     "convert": "Convert between Hugging Face folders and Megatron checkpoints: import, export, verify.",
     "store": "Sample stores: inspect, merge, verify.",
     "show": "A look inside what a run file names: data, layout, teachers' rows, keys, stages.",

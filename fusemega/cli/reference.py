@@ -18,7 +18,15 @@ from fusemega.config import Section
 
 _WRITTEN = "<!-- Written by tools/make_reference.py from the code: change it there. -->\n"
 _TABLE_HEAD = ("| key | type | default | |", "|---|---|---|---|")
-_BY_NAME = ("objective", "engine", "protocol", "rules", "tasks", "search")  # sections whose `name` picks their keys
+_BY_NAME = (
+    "objective",
+    "engine",
+    "protocol",
+    "rules",
+    "tasks",
+    "search",
+    "prefill",
+)  # sections whose `name` picks their keys
 _CONSTRAINTS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -58,6 +66,9 @@ def config_page() -> str:
     from fusemega.scoring.teach import TeachRun
     from fusemega.selection.protocol import protocol_named, protocol_names
     from fusemega.selection.run_file import SelectRun
+    from fusemega.switch.prefill import PREFILLS
+    from fusemega.switch.run_file import SwitchRun
+    from fusemega.switch.serve import SwitchServeRun
     from fusemega.tasks.run_file import TasksRun
     from fusemega.tasks.task import task_named, task_names
     from fusemega.training.run_file import TrainRun
@@ -74,6 +85,8 @@ def config_page() -> str:
         "rules": RulesRun,
         "select": SelectRun,
         "tasks": TasksRun,
+        "switch": SwitchRun,
+        "switch serve": SwitchServeRun,
         "prune search": PruneRun,
         "prune eval": PruneEvalRun,
         "merge": MergeRun,
@@ -125,6 +138,9 @@ def config_page() -> str:
     lines += ["## `search`\n", "`name` picks the search; the other keys are its own.\n"]
     for name, searching in SEARCHES.items():
         lines += [f"### `{name}`\n", f"{_first_paragraph(searching)}\n", *_table(searching, without="name")]
+    lines += ["## `prefill`\n", "`name` picks the source of hidden states; the other keys are its own.\n"]
+    for name, prefill in PREFILLS.items():
+        lines += [f"### `{name}`\n", f"{_first_paragraph(prefill)}\n", *_table(prefill, without="name")]
     lines += ["## `rules`\n", "`name` picks the rule; the other keys are its own.\n"]
     for name, each in sorted(RULES.items()):
         lines += [f"### `{name}`\n", f"{_first_paragraph(each)}\n", *_table(each, without="name")]

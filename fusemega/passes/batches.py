@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,23 @@ from fusemega.text.order import sample_ids
 from fusemega.text.packing import deal, micro_batch_tokens, pack, padded, room, shared_beginning
 from fusemega.text.sample import Sample
 from fusemega.text.tokenizer import Tokenizer
+
+
+class HeldSamples(Protocol):
+    """Samples by number: a `TokenizedDataset`, or what a pass of its own makes.
+
+    Attributes:
+        lengths: int64, tokens of each.
+    """
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    def __getitem__(self, i: int, /) -> Sample: ...
+
+    def ids(self, i: int, /) -> np.ndarray:
+        """int32, the tokens of one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class GlobalBatch:
 
 
 def global_batch(
-    dataset: TokenizedDataset, groups: Sequence[Sequence[int]], fields: Fields, shape: RowShape, world: World
+    dataset: HeldSamples, groups: Sequence[Sequence[int]], fields: Fields, shape: RowShape, world: World
 ) -> GlobalBatch:
     """Pack groups of samples, deal the rows over data parallelism and collate this rank's part.
 
@@ -136,7 +154,7 @@ class TrainingData:
         return iteration * self.global_batch_size
 
 
-def _shared(dataset: TokenizedDataset, group: Sequence[int]) -> int:
+def _shared(dataset: HeldSamples, group: Sequence[int]) -> int:
     """How many tokens the samples of a group begin with."""
     return shared_beginning([dataset.ids(int(i)) for i in group])
 

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from fusemega.models.build import GPT
-from fusemega.passes.batches import GlobalBatch, RowShape, global_batch
+from fusemega.passes.batches import GlobalBatch, HeldSamples, RowShape, global_batch
 from fusemega.passes.forward import run_schedule
 from fusemega.passes.frozen import FrozenModel, ask_all
 from fusemega.passes.layers import Point, handed_out
 from fusemega.passes.micro_batch import Fields, MicroBatch
 from fusemega.passes.prefetch import Prefetch
 from fusemega.runtime.parallel import World
-from fusemega.text.dataset import TokenizedDataset
 from fusemega.text.sample import Sample
 
 # Rows of a pass for each data-parallel rank: enough micro-batches to fill a pipeline, few enough to report often.
@@ -37,7 +36,7 @@ SeeFunction = Callable[[Point, torch.Tensor, MicroBatch, Sequence[Sample]], Any]
 @torch.no_grad()
 def score_samples(
     gpt: GPT,
-    dataset: TokenizedDataset,
+    dataset: HeldSamples,
     ids: Sequence[int],
     shape: RowShape,
     score: ScoreFunction,
@@ -83,7 +82,7 @@ def score_samples(
 @torch.no_grad()
 def layer_states(
     gpt: GPT,
-    dataset: TokenizedDataset,
+    dataset: HeldSamples,
     ids: Sequence[int],
     shape: RowShape,
     points: Sequence[Point],
@@ -125,7 +124,7 @@ def _nothing(hidden_NH: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, None
 
 
 def _passes(
-    dataset: TokenizedDataset, ids: Sequence[int], shape: RowShape, world: World, fields: Fields
+    dataset: HeldSamples, ids: Sequence[int], shape: RowShape, world: World, fields: Fields
 ) -> Iterator[tuple[int, list[int], GlobalBatch]]:
     """Yields for each pass (samples done at its end, numbers of its samples, its batch on the device)."""
     per_pass = ROWS_PER_PASS * shape.micro_batch_size * world.dp_size

@@ -34,6 +34,13 @@ class TransformersSettings(EngineSettings):
         16, ge=1, description="responses that are made together; halved where the memory of the device does not suffice"
     )
     chat_template: str | None = Field(None, description="file with a jinja chat template that replaces the tokenizer's")
+    template_variables: dict[str, Any] = Field(
+        {}, description="further variables of the chat template, such as enable_thinking: false"
+    )
+    opens_with: str | None = Field(
+        None,
+        description="what the answer's turn begins with, such as an empty thinking block; no part of the response",
+    )
     trust_remote_code: bool = Field(False, description="let the folder bring its own Python code")
 
 

@@ -38,7 +38,10 @@ class OpenAIEngine:
     def __init__(self, settings: OpenAISettings) -> None:
         self._settings = settings
         self._server = Server(settings)
-        self._prompts = None if settings.tokenizer is None else PromptIds(settings.tokenizer)
+        variables = dict(settings.extra_body.get("chat_template_kwargs") or {})
+        if "reasoning_effort" in settings.extra_body:
+            variables["reasoning_effort"] = settings.extra_body["reasoning_effort"]
+        self._prompts = None if settings.tokenizer is None else PromptIds(settings.tokenizer, variables=variables)
         self.identity: Mapping[str, Any] = {
             "name": "openai",
             "model": settings.model,

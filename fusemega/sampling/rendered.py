@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fusemega.errors import UserError
@@ -21,6 +22,8 @@ class PromptIds:
         source: folder or hub id with the tokenizer.
         template_file: in place of the tokenizer's chat template.
         trust_remote_code: let the folder bring its own Python code.
+        variables: further variables of the chat template, such as `enable_thinking`.
+        opens_with: what the answer's turn begins with; the model goes on from there.
 
     Attributes:
         tokenizer: the tokenizer.
@@ -31,7 +34,14 @@ class PromptIds:
         UserError: no tokenizer, or no chat template.
     """
 
-    def __init__(self, source: str | Path, template_file: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        template_file: str | None = None,
+        trust_remote_code: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        opens_with: str = "",
+    ) -> None:
         self.tokenizer = Tokenizer.load(resolve(source), trust_remote_code).with_template(template_file)
         template = self.tokenizer.chat_template
         if template is None:
@@ -40,7 +50,15 @@ class PromptIds:
                 "engine.chat_template: FILE"
             )
         self._template = ChatTemplate(template, self.tokenizer)
-        self.identity = {"tokenizer": self.tokenizer.content_hash, "template": self.tokenizer.template_hash}
+        self._variables, self._opens_with = dict(variables), opens_with
+        self.identity: dict[str, Any] = {
+            "tokenizer": self.tokenizer.content_hash,
+            "template": self.tokenizer.template_hash,
+        }
+        if variables:
+            self.identity["template_variables"] = dict(variables)
+        if opens_with:
+            self.identity["opens_with"] = opens_with
         self.closing_id = closing_id(self.tokenizer)
 
     def ids(self, messages: Sequence[Mapping[str, Any]], place: str) -> list[int]:
@@ -54,10 +72,10 @@ class PromptIds:
             UserError: the template refuses the conversation, or writes bos twice.
         """
         try:
-            text = self._template.render(messages, add_generation_prompt=True)
+            text = self._template.render(messages, add_generation_prompt=True, **self._variables)
         except BadRow as error:
             raise UserError(f"prompt {place}: {error.detail}") from None
-        found: list[int] = self.tokenizer.encode([text])[0].ids.tolist()
+        found: list[int] = self.tokenizer.encode([text + self._opens_with])[0].ids.tolist()
         if doubled := self.doubled_bos(found):
             raise UserError(f"prompt {place}: the chat template of {self.tokenizer.template_source} writes {doubled}")
         return found

@@ -45,7 +45,13 @@ class TransformersEngine:
         if not (path / "config.json").is_file() and (path / "hf" / "config.json").is_file():
             raise UserError(f"engine.load: {settings.load} is a run of fusemega; give {path / 'hf'}")
         self._folder = HFFolder(path)
-        self._prompts = PromptIds(path, settings.chat_template, settings.trust_remote_code)
+        self._prompts = PromptIds(
+            path,
+            settings.chat_template,
+            settings.trust_remote_code,
+            settings.template_variables,
+            settings.opens_with or "",
+        )
         self._batch_size = settings.batch_size
 
     @cached_property

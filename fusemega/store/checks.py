@@ -30,6 +30,9 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
     """
     if not np.isfinite(row.sum_logp):
         raise UserError(f"{where}: its summed log-prob is {row.sum_logp}")
+    if manifest.hidden is not None:
+        _check_hidden(row, manifest.hidden.size, where)
+        return
     if manifest.rows == "none":
         _check_sum(row, where)
         return
@@ -66,6 +69,13 @@ def check_row(row: Row, manifest: Manifest, where: str) -> None:
     sorted_PK = np.sort(row.ids_PK, axis=1)
     if ((sorted_PK[:, 1:] == sorted_PK[:, :-1]) & (sorted_PK[:, 1:] >= 0)).any():
         raise UserError(f"{where}: it lists an id twice at one position")
+
+
+def _check_hidden(row: Row, size: int, where: str) -> None:
+    if row.hidden_H is None or np.shape(row.hidden_H) != (size,) or row.num_tokens != 1:
+        raise ValueError(f"a row of a store of rows: hidden is one that `Row.of_hidden` makes, of {size} numbers")
+    if not np.isfinite(row.hidden_H).all():
+        raise UserError(f"{where}: its vector has numbers that are not finite")
 
 
 def _check_sum(row: Row, where: str) -> None:

@@ -10,6 +10,7 @@
   them), the ids of those that are none, and the labels' log-probs as half-precision floats.
 * Where positions end: a byte each, the difference to the last one that ended somewhere; 254 for "nowhere", and 255 for
   any other difference, which then stands in 4 bytes at the end of the row.
+* A `hidden` row is its vector, in fp32.
 
 What a log-prob's code guarantees. Let e be its error: |e| <= (32 / 254^2) (254 sqrt(-l / 32) + 1 / 4) <= 0.13. With p
 the row as given and q as read, KL(p || q) = log sum p exp(e) - sum p e <= 0.53 sum p e^2, since exp(e) - 1 - e is at
@@ -52,6 +53,8 @@ def encode(row: Row, manifest: Manifest) -> bytes:
     """The positions of `row`, one that `manifest` describes (see `StoreWriter.add`); b"" with rows: none."""
     if manifest.rows == "none":
         return b""
+    if row.hidden_H is not None:
+        return np.ascontiguousarray(row.hidden_H, dtype="<f4").tobytes()
     if manifest.rows == "top_k":
         logp_PK = np.column_stack([row.logp_PK, row.log_residual_P])
         body = _pack(row.ids_PK, _width(manifest.vocab_size)) + _encode_logp(logp_PK).tobytes()
@@ -153,6 +156,8 @@ def coded_bytes(positions: np.ndarray, manifest: Manifest) -> tuple[np.ndarray, 
     """int64, the fewest and the most bytes that rows of so many positions can be coded in."""
     if manifest.rows == "none":
         return 0 * positions, 0 * positions
+    if manifest.hidden is not None:
+        return 0 * positions + 4 * manifest.hidden.size, 0 * positions + 4 * manifest.hidden.size
     width, draws, entries = _width(manifest.vocab_size), _width(manifest.entries), manifest.entries
     if manifest.rows == "top_k":
         fewest = most = -(-positions * entries * width // 8) + positions * (entries + 1)

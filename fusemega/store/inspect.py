@@ -37,6 +37,6 @@ def describe(path: str | Path) -> dict[str, Any]:
         "bytes_per_position": round(size / positions, 2) if positions else None,
         "bytes_per_sample": round(size / len(index), 2) if len(index) else None,
         "text_bytes": text_bytes,
-        "cross_entropy_per_token": nats / scored if scored else None,
+        "cross_entropy_per_token": nats / scored if scored and store.manifest.rows != "hidden" else None,
         "cross_entropy_per_byte": nats / text_bytes if text_bytes else None,
     }

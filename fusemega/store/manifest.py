@@ -22,6 +22,24 @@ _FORMAT = 3
 _READABLE = (2, _FORMAT)  # rows of format 2 have no labels
 
 
+class HiddenRows(Section):
+    """What the vectors of a store of `rows: hidden` are.
+
+    Attributes:
+        size: numbers of a vector.
+        layer: `final`: after the final norm; a number: the stream after that layer, counted from 0.
+        pooling: `last`: at the prompt's last token; `mean`: the mean over its tokens.
+        prompt: how the prompt was rendered, in words of the command that wrote it.
+        dtype: in which the model ran.
+    """
+
+    size: int = Field(ge=1, le=1 << 20)
+    layer: str
+    pooling: Literal["last", "mean"]
+    prompt: str
+    dtype: str
+
+
 class Manifest(Section):
     """The manifest of a store.
 
@@ -32,8 +50,10 @@ class Manifest(Section):
         truncation: length in tokens of the windows that documents were cut into.
         temperature: temperature at which log-probs and residuals are stored, or of the distribution drawn from.
         rows: `top_k`: the most probable ids of each position; `sampled`: ids drawn from its distribution; `none`: only
-            each sample's summed log-probability and number of positions (`Row.of_sum`).
+            each sample's summed log-probability and number of positions (`Row.of_sum`); `hidden`: a vector of each
+            prompt (`Row.of_hidden`).
         top_k: for `top_k` rows: ids at each position.
+        hidden: for `hidden` rows: what the vectors are.
         num_samples, seed: for `sampled` rows: draws at each position, with replacement, and their seed.
         vocab_size: size of the scorer's vocabulary; ids are below it.
         projected: for a store that `fusemega project` brought into another vocabulary: how it was made. Then
@@ -48,34 +68,41 @@ class Manifest(Section):
     mask_policy: str
     truncation: int = Field(ge=1)
     temperature: float = Field(gt=0)
-    rows: Literal["top_k", "sampled", "none"] = "top_k"
+    rows: Literal["top_k", "sampled", "none", "hidden"] = "top_k"
     top_k: int | None = Field(None, ge=1)
     num_samples: int | None = Field(None, ge=1, le=1 << 25)
     seed: int | None = Field(None, ge=0, lt=1 << 63)
     vocab_size: int = Field(ge=1, le=1 << 25)  # the most that the coding of ids allows
     projected: dict[str, str] | None = None
+    hidden: HiddenRows | None = None
     versions: dict[str, str] = {}
     format: int = _FORMAT
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Manifest:
         """Checks that the keys of this kind of rows are there, and those of the other kind are not."""
-        for name, kind in (("top_k", "top_k"), ("num_samples", "sampled"), ("seed", "sampled")):
+        kinds = (("top_k", "top_k"), ("num_samples", "sampled"), ("seed", "sampled"), ("hidden", "hidden"))
+        for name, kind in kinds:
             if (getattr(self, name) is not None) != (kind == self.rows):
                 raise ValueError(f"{name}: {'missing' if kind == self.rows else 'not'} with rows: {self.rows}")
         if self.top_k is not None and self.top_k > self.vocab_size:
             raise ValueError(f"top_k: {self.top_k} is more than the vocabulary of {self.vocab_size}")
-        if self.rows == "none" and self.temperature != 1.0:
-            raise ValueError(f"temperature: found {self.temperature}; with rows: none it is 1")
+        if self.rows in ("none", "hidden") and self.temperature != 1.0:
+            raise ValueError(f"temperature: found {self.temperature}; with rows: {self.rows} it is 1")
         return self
 
     @property
     def entries(self) -> int:
-        """K, the number of entries at each position; 0 in a store of rows: none."""
+        """K, the number of entries at each position; 0 in a store of rows: none or hidden."""
         return self.top_k or self.num_samples or 0
 
     def require_rows(self, path: Path) -> None:
-        """Raises UserError for a store of rows: none, where positions are read."""
+        """Raises UserError for a store of rows: none or hidden, where positions are read."""
+        if self.rows == "hidden":
+            raise UserError(
+                f"{path}: the store has rows: hidden, the vectors of `fusemega switch features`; allowed here: rows: "
+                "top_k or sampled; run `fusemega teach` into another store"
+            )
         if self.rows == "none":
             raise UserError(
                 f"{path}: the store has rows: none, only a summed log-probability of each sample, for the reference of "
@@ -85,13 +112,16 @@ class Manifest(Section):
     @property
     def hash(self) -> bytes:
         """Hash, 8 bytes, of everything but `versions`; each shard records it."""
-        text = json.dumps(self.model_dump(exclude={"versions"}), sort_keys=True)
+        # Stores of before there were hidden rows keep their hash.
+        left_out = {"versions"} | ({"hidden"} if self.hidden is None else set())
+        text = json.dumps(self.model_dump(exclude=left_out), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
     def check(self, expected: Mapping[str, Any], path: Path) -> None:
         """Raises UserError naming the first field of `expected` that has another value here."""
         for name, value in expected.items():
             found = getattr(self, choose("store manifest", name, type(self).model_fields))
+            found = found.model_dump() if isinstance(found, Section) else found
             if found != value:
                 raise UserError(f"{path}: the store's {name} is {found!r}, expected {value!r}")
 

@@ -1,11 +1,11 @@
 """A row: what one scorer says about one sample.
 
-Shape suffixes: P positions, K entries of a position.
+Shape suffixes: P positions, K entries of a position, H numbers of a vector.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,8 @@ class Row:
 
     The K entries of a position come by falling probability. In a store of kind `top_k` they are the K most probable
     tokens; in one of kind `sampled` the distinct tokens among K draws, padded with id -1 and log-prob -inf. In one of
-    kind `none` K is 0, so all mass is outside, and no position has an end byte (`of_sum`).
+    kind `none` K is 0, so all mass is outside, and no position has an end byte (`of_sum`). One of kind `hidden` has one
+    position with no entry, and a vector (`of_hidden`).
 
     Attributes:
         ids_hash: 8 bytes, `Sample.ids_hash` of the scorer's own ids.
@@ -30,6 +31,7 @@ class Row:
         label_ids_P: int32, the supervised tokens themselves, in the scorer's vocabulary.
         label_logp_P: float32, their log-probs at temperature 1; read with 11 bits, each off by at most 2^-11 of itself.
             Both are None in stores of format 2, and where nobody knows them (`fusemega project`).
+        hidden_H: float32 [H], the vector of a row of kind `hidden`; else None.
     """
 
     ids_hash: bytes
@@ -42,6 +44,12 @@ class Row:
     num_scored: int | None = None
     label_ids_P: np.ndarray | None = None
     label_logp_P: np.ndarray | None = None
+    hidden_H: np.ndarray | None = None
+
+    @classmethod
+    def of_hidden(cls, ids_hash: bytes, hidden_H: np.ndarray) -> Row:
+        """A row of a store of kind `hidden`: a vector, read as it is given (fp32)."""
+        return replace(cls.of_sum(ids_hash, 1, 0.0, 0), hidden_H=np.asarray(hidden_H, dtype=np.float32))
 
     @classmethod
     def of_sum(cls, ids_hash: bytes, positions: int, sum_logp: float, num_bytes: int) -> Row:

@@ -181,6 +181,8 @@ class Shard:
         if self._manifest.rows == "none":
             sizes = int(entry["positions"]), float(entry["sum_logp"]), int(entry["num_bytes"])
             return Row.of_sum(entry["ids_hash"].tobytes(), *sizes)
+        if self._manifest.rows == "hidden":
+            return Row.of_hidden(entry["ids_hash"].tobytes(), np.frombuffer(codes, dtype="<f4"))
         try:
             columns = decode(codes, int(entry["positions"]), self._manifest)
         except ValueError as error:
