@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -160,9 +159,7 @@ def main() -> None:
             command = [sys.executable, "-m", "fusemega", "switch", "serve", str(folder / "serve.yaml")]
             with running(command, folder / "proxy.log") as proxy:
                 print((folder / "proxy.log").read_text().strip())
-                print(
-                    f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}"
-                )
+                print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}")
                 for concurrency in args.concurrency:
                     for what, url, asked in (
                         ("direct", direct, "m"),

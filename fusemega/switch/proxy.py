@@ -241,11 +241,14 @@ class Proxy:
         return Response(answer.content, answer.status_code, kept)
 
     async def _health(self, _: Request) -> Response:
-        """200 if the upstream answers anything to a question for its models; 503 otherwise."""
+        """200 if the upstream is healthy, by its /health or, where it has none, by its list of models; else 503."""
+        headers, found, healthy = self._request_headers([]), "", False
         try:
-            headers = self._request_headers([])
-            answer = await self._client.get(f"{self._base}/models", headers=headers, timeout=_HEALTH_SECONDS)
-            healthy, found = answer.status_code < 500, f"status {answer.status_code}"
+            for url in (f"{self._base.removesuffix('/v1')}/health", f"{self._base}/models"):
+                answer = await self._client.get(url, headers=headers, timeout=_HEALTH_SECONDS)
+                healthy, found = answer.status_code < 400, f"status {answer.status_code}"
+                if answer.status_code != 404:
+                    break
         except httpx2.HTTPError as error:
             healthy, found = False, type(error).__name__
         return JSONResponse({"status": "ok" if healthy else "upstream", "upstream": found}, 200 if healthy else 503)

@@ -101,7 +101,7 @@ class SwitchedModel:
                 cache, reused = outputs.past_key_values, len(prefill)
                 if len(ids) == reused:  # one token must be left to go on from
                     reused -= 1
-                    cache.crop(reused)
+                    cache.crop(-1)
         ids = self._modes.ids(messages, mode, "given")
         asked = self._tensor(ids)
         given = {} if cache is None else {"past_key_values": cache}

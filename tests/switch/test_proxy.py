@@ -47,6 +47,9 @@ class Upstream:
         if scope["path"] == "/v1/models":
             await _json(send, {"object": "list", "data": [{"id": MODEL}]})
             return
+        if scope["path"] == "/health":
+            await _json(send, {}, 404)
+            return
         content, more = b"", True
         while more:
             message = await receive()

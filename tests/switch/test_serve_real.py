@@ -118,7 +118,9 @@ def test_in_front_of_a_real_server(switch_model: Path, switcher_folder: Path, tm
             assert decided.headers["x-fusemega-mode"] in ("short", "long")
             scores = Switcher.load(switcher_folder).scores(own_features(switch_model))[0]
             assert float(decided.headers["x-fusemega-score"]) == pytest.approx(scores[1] - scores[0], abs=1e-4)
-            assert httpx2.get(f"{url}/models", timeout=SECONDS).status_code == 200
+            models = [httpx2.get(f"{each}/models", timeout=SECONDS) for each in (url, upstream)]
+            assert models[0].status_code == models[1].status_code and models[0].content == models[1].content
+            assert httpx2.get(url.replace("/v1", "/health"), timeout=SECONDS).json()["status"] == "ok"
             assert stream(url, "no/model").status_code >= 400
         said = (tmp_path / "proxy.log").read_text()
         assert (
