@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fusemega.errors import UserError
 from fusemega.runtime.console import say
-from fusemega.switch.curve import Curve, sweep
+from fusemega.switch.curve import SwitchCurve, sweep
 from fusemega.switch.features import read_features
 from fusemega.switch.labels import Labels, read_labels
 from fusemega.switch.run_file import CALIBRATION, TEST, TRAIN, SwitchRun
@@ -134,7 +134,7 @@ def calibrate(
     return found
 
 
-def _within(curve: Curve, budget: float) -> int:
+def _within(curve: SwitchCurve, budget: float) -> int:
     place = curve.best_within(budget)
     if place is None:
         nearest = curve.at(int(np.argmin(curve.tokens_T)))
@@ -146,7 +146,7 @@ def _within(curve: Curve, budget: float) -> int:
     return place
 
 
-def _losing(curve: Curve, labels: Labels, loss: float) -> int:
+def _losing(curve: SwitchCurve, labels: Labels, loss: float) -> int:
     wanted = float(labels.rates_NM[:, 1].mean()) - loss
     place = curve.cheapest_with(wanted)
     if place is None:

@@ -18,7 +18,7 @@ _TOGETHER = 1 << 24  # numbers of resampled weights in memory
 
 
 @dataclass(frozen=True)
-class Curve:
+class SwitchCurve:
     """What each threshold gives, by falling threshold: from no prompt in the long mode to all of them.
 
     Attributes:
@@ -77,7 +77,7 @@ def sweep(
     tokens_NM: np.ndarray,
     resamples: int = 1000,
     thresholds_T: np.ndarray | None = None,
-) -> Curve:
+) -> SwitchCurve:
     """The curve of a choice.
 
     Args:
@@ -93,7 +93,7 @@ def sweep(
     tokens_TN = np.where(long_TN, tokens_NM[:, 1], tokens_NM[:, 0])
     accuracy_RT, tokens_RT = _resampled(rates_TN, tokens_TN, resamples)
     quantiles = [0.025, 0.975]
-    return Curve(
+    return SwitchCurve(
         thresholds_T,
         rates_TN.mean(1),
         tokens_TN.mean(1),
@@ -128,7 +128,7 @@ def random_accuracy(tokens_T: np.ndarray, rates_NM: np.ndarray, tokens_NM: np.nd
     return short + (long - short) * np.clip((tokens_T - low) / (high - low), 0, 1)
 
 
-def gain_over_random(curve: Curve, rates_NM: np.ndarray, tokens_NM: np.ndarray, budgets: int = 200) -> float:
+def gain_over_random(curve: SwitchCurve, rates_NM: np.ndarray, tokens_NM: np.ndarray, budgets: int = 200) -> float:
     """The mean, over token budgets from all short to all long, of how much more accurate the lowest threshold within
     the budget is than choosing at random at the same cost. Of a choice at random it is 0 in expectation."""
     low, high = sorted(tokens_NM.mean(0))

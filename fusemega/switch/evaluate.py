@@ -21,7 +21,7 @@ from fusemega.runtime.console import say
 from fusemega.store import Store
 from fusemega.switch.baselines import encoder_scores, perplexity_choice, text_scores
 from fusemega.switch.calibrate import scored, test_set
-from fusemega.switch.curve import Curve, gain_over_random, random_accuracy, sweep
+from fusemega.switch.curve import SwitchCurve, gain_over_random, random_accuracy, sweep
 from fusemega.switch.labels import Labels, read_labels
 from fusemega.switch.run_file import TRAIN, SwitchRun
 from fusemega.switch.switcher import Switcher
@@ -126,7 +126,7 @@ def evaluate_switch(run: SwitchRun) -> SwitchEvaluated:
     return found
 
 
-def _others(run: SwitchRun, labels: Labels, resamples: int) -> dict[str, Curve]:
+def _others(run: SwitchRun, labels: Labels, resamples: int) -> dict[str, SwitchCurve]:
     """The curves of the other choices."""
     curves = {}
     train = read_labels(run.labels_file(TRAIN))
@@ -147,7 +147,9 @@ def _others(run: SwitchRun, labels: Labels, resamples: int) -> dict[str, Curve]:
     return curves
 
 
-def _found(curve: Curve, tokens: float, rates_NM: np.ndarray, tokens_NM: np.ndarray, oracle: float) -> ChoiceFound:
+def _found(
+    curve: SwitchCurve, tokens: float, rates_NM: np.ndarray, tokens_NM: np.ndarray, oracle: float
+) -> ChoiceFound:
     gain = gain_over_random(curve, rates_NM, tokens_NM)
     within = np.flatnonzero(curve.tokens_T <= tokens + 1e-9)
     # Not the most accurate one: that would reward curves for going up and down.

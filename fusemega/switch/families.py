@@ -34,7 +34,7 @@ class Mode:
 
 
 @dataclass(frozen=True)
-class Family:
+class ModeFamily:
     """A way to choose between two modes.
 
     Attributes:
@@ -58,7 +58,7 @@ def _template_switch(name: str) -> tuple[Mode, Mode]:
     return Mode(short, {"chat_template_kwargs": short}), Mode(long, {"chat_template_kwargs": long})
 
 
-def families(short_effort: str = "low", long_effort: str = "high") -> dict[str, Family]:
+def families(short_effort: str = "low", long_effort: str = "high") -> dict[str, ModeFamily]:
     """All families by name, in the order in which they are tried.
 
     Args:
@@ -67,17 +67,17 @@ def families(short_effort: str = "low", long_effort: str = "high") -> dict[str, 
     off, on = {"thinking": False}, {"thinking": True}
     low, high = {"reasoning_effort": short_effort}, {"reasoning_effort": long_effort}
     return {
-        "enable_thinking": Family(
+        "enable_thinking": ModeFamily(
             *_template_switch("enable_thinking"), "Qwen3, GLM-4.5, SmolLM3 and others", ("/no_think", "/think")
         ),
-        "thinking": Family(*_template_switch("thinking"), "DeepSeek-V3.1 and later, Granite-3.2 and later"),
-        "thinking_type": Family(
+        "thinking": ModeFamily(*_template_switch("thinking"), "DeepSeek-V3.1 and later, Granite-3.2 and later"),
+        "thinking_type": ModeFamily(
             Mode(off, {"thinking": {"type": "disabled"}}),
             Mode(on, {"thinking": {"type": "enabled"}}),
             "servers with DeepSeek's own interface",
         ),
-        "reasoning_effort": Family(Mode(low, low), Mode(high, high), "gpt-oss"),
-        "empty_think": Family(
+        "reasoning_effort": ModeFamily(Mode(low, low), Mode(high, high), "gpt-oss"),
+        "empty_think": ModeFamily(
             Mode(empty_block=True), Mode(), "DeepSeek-R1's distillates, and templates without a switch"
         ),
     }
@@ -89,7 +89,7 @@ TEMPLATE_CHOICES = ("enable_thinking", "thinking", "reasoning_effort")
 """The same inside `chat_template_kwargs`."""
 
 
-def users_choice(body: Mapping[str, Any], family: Family) -> str | None:
+def users_choice(body: Mapping[str, Any], family: ModeFamily) -> str | None:
     """The field or word with which a request chooses its mode itself; None where it leaves the choice open.
 
     >>> users_choice({"chat_template_kwargs": {"enable_thinking": True}}, families()["enable_thinking"])

@@ -10,7 +10,7 @@ UPSTREAM_KINDS = ("connect", "timeout", "broken", "cut")
 
 
 @dataclass
-class Metrics:
+class ProxyMetrics:
     """Counts since the start.
 
     Attributes:

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fusemega.switch.decision import BadRequest, Decider
-from fusemega.switch.metrics import Metrics
+from fusemega.switch.metrics import ProxyMetrics
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -73,7 +73,7 @@ class Proxy:
         self._base, self._decider, self._key, self._most = base_url.rstrip("/"), decider, api_key, most_bytes
         self._timeout = httpx2.Timeout(timeout, connect=connect_timeout, pool=None)
         self._closing = closing
-        self.metrics = Metrics()
+        self.metrics = ProxyMetrics()
         self._client = httpx2.AsyncClient()
 
     def application(self) -> Starlette:
