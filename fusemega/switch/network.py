@@ -106,8 +106,8 @@ def fit_calibration(logits_NM: Tensor, rates_NM: Tensor) -> tuple[Tensor, Tensor
 def calibration_error(scores_N: Tensor, rates_N: Tensor, bins: int = 10) -> float:
     """Expected calibration error: mean distance of score and pass rate over bins of equal numbers of prompts.
 
-    >>> calibration_error(torch.tensor([0.2, 0.4]), torch.tensor([0.0, 1.0]), bins=1)
-    0.2
+    >>> calibration_error(torch.tensor([0.25, 0.5]), torch.tensor([0.0, 1.0]), bins=1)
+    0.125
     """
     parts = torch.tensor_split(scores_N.double().argsort(), min(bins, len(scores_N)))
     distances = [
@@ -115,4 +115,4 @@ def calibration_error(scores_N: Tensor, rates_N: Tensor, bins: int = 10) -> floa
         for part in parts
         if len(part)
     ]
-    return round(float(sum(distances, torch.zeros((), dtype=torch.float64)) / len(scores_N)), 12)
+    return float(sum(distances, torch.zeros((), dtype=torch.float64))) / len(scores_N)
