@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from fusemega.training.records import COSTS, METRICS_FILE, read_metrics
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import ENDED, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 900.0  # seconds: machines that run tests may have little to spare
@@ -42,9 +42,10 @@ class Job:
     def wait(self, condition, what: str) -> None:  # type: ignore[no-untyped-def]
         """Waits until the condition holds; the log is in the message where it does not, or the job has ended."""
         try:
-            self.cluster.wait(condition, what, LONG)
+            self.cluster.wait(lambda: condition() or self.cluster.field(self.number, "JobState") in ENDED, what, LONG)
         except AssertionError as error:
             raise AssertionError(f"{self.log[-6000:]}\n{error}") from None
+        assert condition(), f"ended before: {what}\n{self.log[-6000:]}"
 
     def ended(self, state: str = "COMPLETED") -> None:
         """Waits for the job's end, which must be in this state."""
