@@ -119,8 +119,12 @@ def record_error(error: UserError) -> bool:
 
 
 def note_refusal(error: UserError) -> None:
-    """Leaves the line of a user's error for the batch script, which then does not try the same again."""
-    if (path := os.environ.get(REFUSED)) and not isinstance(error, GoesOnDifferently):
+    """Leaves the line of a user's error for the batch script, which then does not try the same again.
+
+    Not if it only says that another rank has gone, in the words of a save or a load that this has ended.
+    """
+    path = os.environ.get(REFUSED)
+    if path and not isinstance(error, GoesOnDifferently) and not is_echo(error):
         with contextlib.suppress(OSError):
             Path(path).write_text(f"{error}\n", encoding="utf-8")
 

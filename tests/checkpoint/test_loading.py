@@ -15,6 +15,7 @@ from fusemega.checkpoint.loading import LOADING, STARTS, Loading, loading
 from fusemega.checkpoint.series import STATE, TRACKER, find_checkpoint
 from fusemega.errors import GoesOnDifferently, UserError
 from fusemega.files.integrity import write_integrity
+from fusemega.runtime.meeting import note_refusal
 from fusemega.runtime.parallel import ParallelConfig, World, initialize
 
 
@@ -109,3 +110,15 @@ def test_a_refusal_is_left_for_the_batch_script(tmp_path: Path) -> None:
     run = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert run.returncode == 2
     assert (tmp_path / "refused").read_text() == run.stderr.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [GoesOnDifferently("again"), UserError("checkpoint not saved: Connection closed by peer [127.0.0.12]:3301")],
+)
+def test_what_may_go_well_the_next_time_is_no_refusal(
+    tmp_path: Path, error: UserError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSEMEGA_REFUSED", str(tmp_path / "refused"))
+    note_refusal(error)
+    assert not (tmp_path / "refused").exists()
