@@ -19,6 +19,7 @@ from fusemega.cluster.submit import Planned, Submission, check_accepted, check_p
 from fusemega.config import load, read_yaml, validate
 from fusemega.errors import UserError
 from fusemega.pipeline.graph import Graph
+from fusemega.pipeline.record import shape_file, shape_text
 from fusemega.pipeline.scope import Scope
 from fusemega.pipeline.stage import Stage
 from fusemega.pipeline.verdict import plan
@@ -155,7 +156,8 @@ def _of_recipe(
     if not planned:
         show(f"nothing to do: no stage of {output} has to run")
         return None, {}
-    return Submission(output, order.command, request, "stage", values, planned, _job_name(output)), chain
+    shape = (shape_file(Path(os.path.abspath(output))), shape_text(graph))
+    return Submission(output, order.command, request, "stage", values, planned, _job_name(output), shape), chain
 
 
 def _refuse_own_folder(graph: Graph, output: Path) -> None:

@@ -111,7 +111,7 @@ def states_of(jobs: Sequence[str]) -> dict[str, list[JobState]]:
             found[job] = states
     missing = [job for job in jobs if job not in found]
     if missing and shutil.which("sacct"):
-        fields = "JobID,State,Reason,Restarts,ElapsedRaw,TimelimitRaw,NodeList,WorkDir"
+        fields = "JobID,State,Reason,ElapsedRaw,TimelimitRaw,NodeList,WorkDir"
         done = _run(["sacct", "-n", "-P", "-X", "-j", ",".join(missing), "-o", fields])
         for line in done.stdout.splitlines() if done.returncode == 0 else []:
             if (state := _of_sacct(line)) is not None and (job := state.job.partition("_")[0]) in missing:
@@ -197,14 +197,14 @@ def _of_scontrol(line: str) -> JobState:
 
 def _of_sacct(line: str) -> JobState | None:
     words = line.split("|")
-    if len(words) != 8:
+    if len(words) != 7:
         return None
-    job, state, reason, restarts, seconds, limit, nodes, work_dir = words
+    job, state, reason, seconds, limit, nodes, work_dir = words
     return JobState(
         job,
         state.partition(" ")[0],  # "CANCELLED by 1000"
         "" if reason in ("None", "") else reason,
-        int(restarts) if restarts.isdecimal() else None,
+        None,
         int(seconds) if seconds.isdecimal() else None,
         int(limit) * 60 if limit.isdecimal() else None,
         "" if nodes == "None assigned" else nodes,

@@ -53,7 +53,7 @@ def stages_of(folder: Path, jobs: Mapping[str, JobState]) -> list[StageState]:
     needs = read_shape(folder)
     found: dict[str, StageState] = {}
     names = list(needs) or sorted(path.stem for path in (folder / "stages").glob("*.json") if path.stem[0] != ".")
-    records = {name: record_at(folder / "stages" / f"{name}.json") for name in [*names, *(set(jobs) - set(names))]}
+    records = {name: record_at(folder / "stages" / f"{name}.json") for name in dict.fromkeys([*names, *jobs])}
     everything = next((n for n, r in records.items() if r is not None and r.state == "stopped" and r.everything), "")
     for name, record in records.items():
         before = [found[need] for need in needs.get(name, []) if need in found]

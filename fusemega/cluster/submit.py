@@ -54,6 +54,7 @@ class Submission:
         settings: of the run or recipe, with overrides applied; the jobs read these.
         jobs: each after those that it needs.
         job_name: of a single job; chains name each.
+        shape: of a recipe: path and content of the file that says which stages there are.
     """
 
     output: Path
@@ -63,6 +64,7 @@ class Submission:
     settings: Mapping[str, object]
     jobs: Sequence[Planned]
     job_name: str
+    shape: tuple[Path, str] | None = None
 
     @property
     def folder(self) -> Path:
@@ -98,7 +100,8 @@ class Submission:
 
     def files(self) -> dict[Path, str]:
         """Everything that is written, beside `jobs.json`."""
-        return {**self._settings(), self.script_file: self.script()}
+        shape = {} if self.shape is None else dict([self.shape])
+        return {**self._settings(), self.script_file: self.script(), **shape}
 
     def _settings(self) -> dict[Path, str]:
         """What the jobs read: the settings, the site's, and the script that leaves bad nodes out."""
@@ -174,7 +177,7 @@ def submit_all(submission: Submission, dependency: Callable[[Planned, Mapping[st
     jobs: list[SlurmJob] = []
     ids: dict[str, str] = {}
     files = submission.files()
-    with locked(submission.folder), _as_before([*files, submission.folder / "jobs.json"], submission.folder):
+    with locked(submission.folder), _as_before([*files, submission.folder / "jobs.json"]):
         refuse_active(submission.output)
         for path, text in files.items():
             write_output(path, text)
@@ -194,10 +197,11 @@ def submit_all(submission: Submission, dependency: Callable[[Planned, Mapping[st
 
 
 @contextmanager
-def _as_before(paths: Sequence[Path], folder: Path) -> Iterator[None]:
+def _as_before(paths: Sequence[Path]) -> Iterator[None]:
     """If the block fails, these files are what they were, or gone, and folders that it made are gone too."""
     before = {path: path.read_text(encoding="utf-8") if path.is_file() else None for path in paths}
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    above = {place for path in paths for place in path.parents}
+    missing = sorted((place for place in above if not place.exists()), key=lambda place: -len(place.parts))
     try:
         yield
     except BaseException:

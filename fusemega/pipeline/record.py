@@ -101,9 +101,12 @@ def lock_of(graph: Graph, stage: Stage) -> Path:
 def write_shape(graph: Graph) -> None:
     """Writes down which stages there are and who needs whom, for those who look at the folder without the recipe."""
     graph.records.mkdir(parents=True, exist_ok=True)
-    write_durably(
-        shape_file(graph.folder), json.dumps({"format": _SHAPE_FORMAT, "needs": graph.needs_in_order()}) + "\n"
-    )
+    write_durably(shape_file(graph.folder), shape_text(graph))
+
+
+def shape_text(graph: Graph) -> str:
+    """The content of `shape_file`."""
+    return json.dumps({"format": _SHAPE_FORMAT, "needs": graph.needs_in_order()}) + "\n"
 
 
 def shape_file(folder: Path) -> Path:

@@ -218,6 +218,7 @@ def test_a_recipe_is_a_chain(place: Path, slurm: FakeSlurm, capsys: pytest.Captu
     assert submitted["--job-name=teach"][-4:] == [str(script), "teach-target", "teach-alike", "teach-other"]
     clean(script)
     assert yaml.safe_load((script.parent / "recipe.yaml").read_text()) == {**RECIPE, "nproc": 4}
+    assert "out: 0 of 14 stages finished\n" in said(capsys, "status", "out")
     # `fusemega run` on what the jobs read, or on the recipe itself, takes the same folder for its own.
     assert "run: new" in said(capsys, "run", "recipe.yaml", "--dry-run")
 

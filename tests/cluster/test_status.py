@@ -135,7 +135,7 @@ def test_its_jobs(here: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[st
         "  job 101: PENDING (Resources); restarted 1 time(s)",
     ]
     slurm.forgets("101")
-    (slurm.here / "accounts").write_text(f"101|TIMEOUT|None|2|3600|60|node1|{here}\n")
+    (slurm.here / "accounts").write_text(f"101|TIMEOUT|None|3600|60|node1|{here}\n")
     assert "  job 101: TIMEOUT; restarted 1 time(s)\n" in said(capsys, "status", "run")
     (slurm.here / "accounts").unlink()
     assert "  job 101: Slurm knows nothing of it (any more)\n" in said(capsys, "status", "run")
