@@ -181,7 +181,7 @@ def _iteration(one: Mapping[str, Any], examples: Mapping[str, list[dict[str, Any
     what = (
         f"it is pi_{t}"
         if decided["kept"]
-        else f"that is below tau {decided['tau']:g}, so pi_{t - 1} stays and work ends"
+        else f"that is below tau {decided['tau']:g}, so pi_{t - 1} stays and the work ends"
     )
     return {
         "number": t,

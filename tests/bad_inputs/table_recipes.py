@@ -29,7 +29,7 @@ TABLE: list[Bad] = [
     _c("ended before it began", RUN + " --only split --end", "stage split: it has not begun"),
     _c("too few prompts for the portions", MUTUAL + " splits.selection=2", "prompts.jsonl: splits: 2 prompts, and the portions need 3 or more (selection 2, policy-1 at least 1)"),
     _c("a prompt that is none", MUTUAL, "prompts.jsonl:1: the row has no prompt", put("prompts.jsonl", {"text": "a"})),
-    _c("a reward model of another template", MUTUAL, "reward_model.load: rewarding: its chat template writes 'user: Why?' where", put("rewarding/chat_template.jinja", "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")),
+    _c("a reward model of another template", MUTUAL, "reward_model.load: rewarding: its chat template writes 'user: Why?assistant: So.' where that of model writes", put("rewarding/chat_template.jinja", "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")),
     _c("a language model as a reward model", MUTUAL + " reward_model.load=model", "reward_model.load: model: the M step trains a model with one score"),
     _c("a win rate above 1", MUTUAL + " tau=1.1", "mutual.yaml: tau: "),
     _c("a win rate below 0", MUTUAL + " tau=-0.5", "mutual.yaml: tau: "),

@@ -5,6 +5,7 @@ Models of random weights and a vocabulary of bytes answer in this process. `make
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
@@ -50,9 +51,12 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     write(folder / "prompts.jsonl", prompts(None, *(f"What is {i}?" for i in range(16))))
     runs = [["broken.yaml", [(stage, *WAITED.get(stage, (None, 0))) for stage in kills]]]
     if kills == EVERY:
-        runs.insert(0, ["whole.yaml", []])
+        # In the last one every checkpoint would have to win at each of eight prompts.
+        runs = [["whole.yaml", []], *runs, ["ended.yaml", [("compare-1", None, 0)]]]
     for file, _ in runs:
         recipe = {**MUTUAL, "output_dir": Path(str(file)).stem}
+        if file == "ended.yaml":
+            recipe |= {"tau": 1.0, "splits": {"selection": 8}}
         (folder / str(file)).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / "todo.json").write_text(json.dumps(runs))
     told = subprocess.run(
@@ -120,6 +124,24 @@ def test_killed_in_its_stages_it_decides_the_same(ran: tuple[Path, list[str]]) -
     summaries = [json.loads((folder / name / "summary.json").read_text()) for name in ("whole", "broken")]
     assert [s.pop("result") for s in summaries] == ["whole/policies/2", "broken/policies/2"]
     assert summaries[0] == summaries[1]
+
+
+def test_below_tau_it_ends_with_the_policy_before(ran: tuple[Path, list[str]]) -> None:
+    folder, kills = ran
+    if kills == FIRST:
+        pytest.skip("of every stage")
+    summary = json.loads((folder / "ended" / "summary.json").read_text())
+    decision = summary["iterations"][0]["decision"]
+    why = f"stopped at 1, win rate {decision['win_rate']:.4f} < tau 1"
+    assert summary["result"] == "model" and summary["policy"] == 0 and summary["stopped"] == {"choose-1": why}
+    told = (folder / "log").read_text()
+    for stage in ("sample-reward-1-old", "reward-1", "policy-2", "eval-drift-2-before"):
+        assert f"[{stage}] not needed: {why}\n" in told
+        assert not (folder / "ended" / "stages" / f"{stage}.json").exists()
+    assert "the result is model;" in told
+    assert f"The result is pi_0, model: {why}." in html.unescape(
+        (folder / "ended" / "report" / "report.html").read_text()
+    )
 
 
 def test_no_response_is_asked_for_twice(ran: tuple[Path, list[str]]) -> None:
