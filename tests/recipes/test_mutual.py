@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fusemega.errors import UserError
+from fusemega.pipeline.call import main
 from fusemega.pipeline.record import Contents, StageRecord, made_from, write_record
 from fusemega.pipeline.run import Outcome
 from fusemega.pipeline.stage import Stop
@@ -208,6 +209,21 @@ def test_every_checkpoint_is_wanted_and_a_missing_one_is_named(tmp_path: Path) -
     (tmp_path / "checkpoints" / "iter_0000006").rmdir()
     with pytest.raises(UserError, match="no checkpoint of iteration 6; there are: 3, 7"):
         checkpoints_of(tmp_path, 3)
+
+
+def test_a_policy_checkpoint_that_is_missing_ends_with_status_2(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the stage is called by hand; before anything is sampled."""
+    stage = next(stage for stage in graph_of().stages if stage.name == "compare-1")
+    Path("out/policy-1/checkpoints/iter_0000001").mkdir(parents=True)
+    rows = "".join(json.dumps({"iteration": i}) + "\n" for i in (1, 2))
+    Path("out/policy-1/metrics.jsonl").write_text(rows)
+    Path("compare.yaml").write_text(yaml.safe_dump({"function": stage.function, "arguments": stage.settings}))
+    assert main(["compare.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: out/policy-1/checkpoints: no checkpoint of iteration 2; there are: 1\n"
+    assert not Path("out/compared").exists()
 
 
 def test_empty_responses_lose_and_refused_prompts_do_not_count(tmp_path: Path) -> None:
