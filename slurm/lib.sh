@@ -242,7 +242,8 @@ _step() {
         srun=(--nodes=1 --ntasks=1)
     else
         MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-        MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+        # Another one at each start: it may be taken on that node.
+        MASTER_PORT=$((20000 + (SLURM_JOB_ID + 997 * ${SLURM_RESTART_COUNT:-0} + 101 * steps) % 20000))
         export MASTER_ADDR MASTER_PORT
         if [[ $LAUNCHER == srun ]]; then
             srun+=("--ntasks-per-node=$nproc" "--ntasks=$((nproc * SLURM_JOB_NUM_NODES))")

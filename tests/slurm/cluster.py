@@ -186,7 +186,12 @@ class Cluster:
         user, host = "root" if os.getuid() == 0 else os.environ["USER"], socket.gethostname().split(".")[0]
         # Jobs of two clusters on one machine must not have one number: their ports come from it.
         conf = _CONF.format(
-            host=host, port=ports[0], user=user, root=self.root, kill_wait=self._kill_wait, first=ports[0]
+            host=host,
+            port=ports[0],
+            user=user,
+            root=self.root,
+            kill_wait=self._kill_wait,
+            first=5000 + ports[0] % 20000,
         )
         for i, node in enumerate(NODES):
             conf += (
