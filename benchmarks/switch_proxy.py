@@ -25,6 +25,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import psutil
 import torch
 import uvicorn
 
@@ -57,13 +58,13 @@ async def upstream(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def running(command: list[str], log: Path) -> Iterator[str]:
-    """The address that a process prints."""
+def running(command: list[str], log: Path) -> Iterator[tuple[str, int]]:
+    """The address that a process prints, and its id."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with log.open("wb") as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=environment)
         try:
-            while not (found := re.search(r"(http://127\.0\.0\.1:\d+/v1)", log.read_text())):
+            while not (found := re.search(r"(http://127\.0\.0\.1:\d+/v1) in front of", log.read_text())):
                 if process.poll() is not None:
                     raise SystemExit(log.read_text())
                 time.sleep(0.1)
@@ -73,7 +74,7 @@ def running(command: list[str], log: Path) -> Iterator[str]:
                     break
                 except httpx2.HTTPError:
                     time.sleep(0.1)
-            yield found[1]
+            yield found[1], process.pid
         finally:
             process.kill()
             process.wait()
@@ -140,13 +141,13 @@ def main() -> None:
     parser.add_argument("--upstream", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.upstream is not None:
-        print(f"http://127.0.0.1:{args.upstream}/v1", flush=True)
+        print(f"http://127.0.0.1:{args.upstream}/v1 in front of nothing", flush=True)
         uvicorn.run(upstream, port=args.upstream, log_level="critical")
         return
     with tempfile.TemporaryDirectory(prefix="fusemega-switch-") as name:
         folder = Path(name)
         model = prepared(folder, args.model)
-        with running([sys.executable, __file__, "--upstream", "18231"], folder / "upstream.log") as direct:
+        with running([sys.executable, __file__, "--upstream", "18231"], folder / "upstream.log") as (direct, _):
             run = {
                 "switcher": str(folder / "switcher"),
                 "tokenizer": str(model),
@@ -157,19 +158,35 @@ def main() -> None:
             }
             (folder / "serve.yaml").write_text(json.dumps(run))
             command = [sys.executable, "-m", "fusemega", "switch", "serve", str(folder / "serve.yaml")]
-            with running(command, folder / "proxy.log") as proxy:
+            with running(command, folder / "proxy.log") as (proxy, proxy_id):
                 print((folder / "proxy.log").read_text().strip())
                 print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}")
                 for concurrency in args.concurrency:
-                    for what, url, asked in (
-                        ("direct", direct, "m"),
-                        ("short", proxy, "m:short"),
-                        ("decided", proxy, "m"),
-                    ):
-                        asyncio.run(times(url, asked, 2 * concurrency, concurrency))
-                        found = 1e3 * asyncio.run(times(url, asked, args.requests, concurrency))
-                        p50, p99 = np.quantile(found, [0.5, 0.99])
-                        print(f"{concurrency:3d} at once, {what:8s} p50 {p50:8.1f} ms, p99 {p99:8.1f} ms", flush=True)
+                    measure(direct, proxy, args.requests, concurrency, proxy_id)
+
+
+def measure(direct: str, proxy: str, requests: int, concurrency: int, proxy_id: int) -> None:
+    """Rounds of each kind in turn, so that all see the same load of the machine."""
+    kinds = {"direct": (direct, "m"), "short": (proxy, "m:short"), "decided": (proxy, "m")}
+    found: dict[str, list[np.ndarray]] = {what: [] for what in kinds}
+    spent = dict.fromkeys(kinds, 0.0)
+    size, process = max(20, 2 * concurrency), psutil.Process(proxy_id)
+    for number in range(1 + max(1, requests // size)):
+        for what, (url, model) in kinds.items():
+            before = sum(process.cpu_times()[:2])
+            took = asyncio.run(times(url, model, size, concurrency))
+            if number:  # the first round warms up
+                found[what].append(took)
+                spent[what] += sum(process.cpu_times()[:2]) - before
+    for what, rounds in found.items():
+        took = 1e3 * np.concatenate(rounds)
+        p50, p99 = np.quantile(took, [0.5, 0.99])
+        cpu = 1e3 * spent[what] / len(took)
+        print(
+            f"{concurrency:3d} at once, {what:8s} p50 {p50:8.1f} ms, p99 {p99:8.1f} ms, {cpu:6.2f} ms of the proxy's "
+            f"processor time a request, {len(took)} requests",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def calibrate(
         assert max_accuracy_loss is not None
         place, how = _losing(curve, labels, max_accuracy_loss), {"max_accuracy_loss": max_accuracy_loss}
     point: dict[str, Any] = curve.at(place)
-    point["threshold"] = min(1.0, max(-1.0, point["threshold"]))
+    if threshold is None:
+        point["threshold"] = _between(point["threshold"], gain_N)
     rates, tokens = labels.rates_NM.mean(0), labels.tokens_NM.mean(0)
     found = Calibrated(
         prompts=len(labels),
@@ -132,6 +133,13 @@ def calibrate(
         f"{tokens[0]:.1f}"
     )
     return found
+
+
+def _between(threshold: float, gain_N: np.ndarray) -> float:
+    """A threshold with the same choices that is no prompt's own score, which rounds otherwise on another machine."""
+    below = gain_N[gain_N < threshold]
+    lower = float(below.max()) if len(below) else threshold - 0.01
+    return min(1.0, max(-1.0, (threshold + lower) / 2))
 
 
 def _within(curve: SwitchCurve, budget: float) -> int:

@@ -105,7 +105,10 @@ def engine_settings(run: SwitchRun, modes: Modes, mode: str) -> EngineSettings:
     Raises:
         UserError: the run file chooses a mode itself.
     """
-    settings = run.engine or TransformersSettings(load=run.model.load, trust_remote_code=run.model.trust_remote_code)
+    model = run.model
+    settings = run.engine or TransformersSettings(
+        load=model.load, dtype=model.dtype, trust_remote_code=model.trust_remote_code
+    )
     chosen = modes.mode(mode)
     if isinstance(settings, TransformersSettings):
         if settings.opens_with is not None or settings.template_variables.keys() & chosen.variables.keys():
@@ -143,7 +146,7 @@ def label(run: SwitchRun, opened: Callable[[EngineSettings], Engine] = open_engi
     modes = Modes(run.modes, run.model.load, run.model.trust_remote_code)
     if isinstance(run.engine, OpenAISettings):
         modes.check_server()
-    say(f"modes: {modes.name}; features are read at {modes.prefill_words.partition(', ')[2]}'s end")
+    say(f"modes: {modes.name}; features are read at the end of {modes.prefill_words.partition(', ')[2]}")
     read = {name: read_prompts(config) for name, config in run.sets.items()}
     _check_apart(read)
     prompts = {name: verifiable(each, run.labels, name) for name, each in read.items()}

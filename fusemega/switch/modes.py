@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fusemega.checkpoint.megatron_folder import is_megatron_folder, open_megatron
 from fusemega.config import Section
 from fusemega.errors import UserError
 from fusemega.hf.hub import resolve
@@ -58,7 +59,7 @@ class Modes:
 
     Args:
         config: which family; `auto` finds it.
-        source: folder or hub id with the tokenizer.
+        source: folder or hub id with the tokenizer, or a folder of `fusemega convert import` or a run.
         trust_remote_code: let the folder bring its own Python code.
 
     Attributes:
@@ -73,7 +74,10 @@ class Modes:
 
     def __init__(self, config: ModesConfig, source: str | Path, trust_remote_code: bool = False) -> None:
         self._config, self._source = config, source
-        self.tokenizer = Tokenizer.load(resolve(source), trust_remote_code).with_template(config.chat_template)
+        folder = resolve(source)
+        if is_megatron_folder(folder):
+            folder = open_megatron(folder).hf
+        self.tokenizer = Tokenizer.load(folder, trust_remote_code).with_template(config.chat_template)
         template = self.tokenizer.chat_template
         if template is None:
             raise UserError(

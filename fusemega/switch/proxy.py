@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx2
@@ -32,7 +33,7 @@ _HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
     b"upgrade".split()
 )
-_NOT_SENT = _HOP | {b"host", b"content-length"}
+_NOT_SENT = _HOP | {b"host", b"content-length", b"expect"}
 _HEALTH_SECONDS = 2.0
 _ERROR_EVENT = b'data: {"error"'
 
@@ -82,7 +83,9 @@ class Proxy:
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=256)
-            self._client = httpx2.AsyncClient(timeout=self._timeout, limits=limits, trust_env=False)
+            # One client's cookies are not another's: the upstream's are passed on, and none is kept.
+            none = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+            self._client = httpx2.AsyncClient(timeout=self._timeout, limits=limits, trust_env=False, cookies=none)
             try:
                 yield
             finally:

@@ -67,6 +67,11 @@ def train(run: SwitchRun) -> Trained:
     for name, value in (("tokenizer", manifest.tokenizer), ("template", manifest.template)):
         if labels.modes.get(name) != value:
             raise UserError(f"{labels.path}: labelled with another {name} than {run.features_store} was made with")
+    if not manifest.hidden.prompt.startswith(f"{labels.modes['family']},"):
+        raise UserError(
+            f"{labels.path}: labelled with the modes {labels.modes['family']}, and {run.features_store} was made with "
+            f"{manifest.hidden.prompt}"
+        )
     rest, held = split(labels, run.train.validation)
     network, found = fit(features_NH, labels, rest, held, run.train)
     config = SwitcherConfig(

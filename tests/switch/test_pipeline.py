@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from fusemega.cli import main
 from fusemega.errors import UserError
-from fusemega.switch.calibrate import calibrate
+from fusemega.switch.calibrate import calibrate, scored
 from fusemega.switch.curve import gain_over_random, sweep
 from fusemega.switch.evaluate import evaluate_switch, table
 from fusemega.switch.features import features, read_features
@@ -46,7 +48,7 @@ def test_a_trained_switcher_reaches_the_known_curve() -> None:
     settings = TrainSettings(hidden_sizes=[64, 32], lr=1e-3, seeds=[0], max_epochs=60, patience=15)
     network, found = fit(features_NH[seen], labels, *split(labels, 0.1), settings)
     assert found.losses[0] < 0.5 * found.constant_loss
-    scores = network(__import__("torch").from_numpy(features_NH[new]).float()).detach().numpy()
+    scores = network(torch.from_numpy(features_NH[new]).float()).detach().numpy()
     on = rates[new], tokens[new]
     right = sweep(true[new, 1] - true[new, 0], *on, resamples=400)
     trained = sweep(scores[:, 1] - scores[:, 0], *on, resamples=400)
@@ -116,7 +118,9 @@ def test_the_switcher_and_other_choices(finished: tuple[SwitchRun, dict]) -> Non
     said = json.loads((run.out / "eval" / "eval.json").read_text())
     assert said["choices"]["switcher"]["curve"][0]["long_share"] == 0
     assert "fewer tokens than long only" in table(found) and "random" in table(found)
-    evaluate_switch(run)  # replaces its own folder
+    encoder = run.baselines.model_copy(update={"sentence_encoder": run.model.load})
+    again = evaluate_switch(run.model_copy(update={"baselines": encoder}))  # replaces its own folder
+    assert again.choices["sentence encoder"].gain > 0.5 * oracle.gain
 
 
 def test_budgets_that_no_threshold_meets(finished: tuple[SwitchRun, dict]) -> None:
@@ -128,9 +132,17 @@ def test_budgets_that_no_threshold_meets(finished: tuple[SwitchRun, dict]) -> No
         calibrate(run, max_accuracy_loss=-0.9)
     with pytest.raises(UserError, match="give one of"):
         calibrate(run, token_budget=4, threshold=0.1)
+    (run.out / "run.yaml").write_text(run.model_dump_json(exclude={"engine"}))
+    with pytest.raises(SystemExit) as ended:
+        main(["switch", "calibrate", str(run.out / "run.yaml"), "--token-budget", "4"])
+    assert ended.value.code == 2
     assert Switcher.load(run.switcher).config == before, "nothing was changed"
     cheap = calibrate(run, token_budget=20)
     assert cheap.tokens <= 20 and cheap.accuracy > cheap.short_only[0] and cheap.prompts == 90
+    scores = scored(run, Switcher.load(run.switcher), read_labels(run.labels_file("calibration")))
+    gains = scores[:, 1] - scores[:, 0]
+    assert (gains >= cheap.threshold).mean() == pytest.approx(cheap.long_share), "between scores, the same choices"
+    assert np.abs(gains - cheap.threshold).min() > 0
     assert calibrate(run, threshold=1.0).tokens == 5 and calibrate(run, threshold=-1.0).long_share == 1
 
 

@@ -73,7 +73,8 @@ class Upstream:
                 pass
             self.left.set()
         elif not body.get("stream"):
-            await _json(send, {"choices": [{"message": {"content": what}}]}, headers=[(b"x-of-upstream", b"yes")])
+            told = [(b"x-of-upstream", b"yes"), (b"set-cookie", b"session=of-one-client; Path=/")]
+            await _json(send, {"choices": [{"message": {"content": what}}]}, headers=told)
         else:
             self.now += 1
             self.most = max(self.most, self.now)
@@ -199,6 +200,14 @@ def test_the_mode_is_chosen_and_told(pair: Pair) -> None:
     assert pair.upstream.headers[-1]["authorization"] == "Bearer of the client"
     body = pair.upstream.bodies[-1]
     assert body["temperature"] == 0.5 and body["tools"] == [{"a": "é"}], "what else was asked for stays"
+
+
+def test_no_client_gets_anothers_cookies(pair: Pair) -> None:
+    assert pair.ask("few").headers["set-cookie"].startswith("session=")
+    pair.ask("few")
+    assert "cookie" not in pair.upstream.headers[-1]
+    pair.ask("few", headers={"Cookie": "mine=1"})
+    assert pair.upstream.headers[-1]["cookie"] == "mine=1"
 
 
 def test_a_users_choice_wins(pair: Pair) -> None:
