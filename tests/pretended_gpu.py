@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import megatron.core
@@ -244,6 +245,21 @@ def _pinned(tensor: Tensor) -> Tensor:
     return copy
 
 
+class _Event:
+    """An event that has always been passed."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1.0
+
+
 @contextmanager
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1) -> Iterator[Watch]:
     """Inside, this process has one GPU, and is one of `ranks`. Models are built on it.
@@ -266,6 +282,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1
         monkeypatch.setattr(World, "from_main", lambda self, value: value)
         monkeypatch.setattr(World, "from_all", lambda self, value: [value] * ranks)
         monkeypatch.setattr(World, "largest", lambda self, value: value)
+        monkeypatch.setattr(World, "numbers_of_all", lambda self, values: [list(values)] * ranks)
     elif not dist.is_initialized():
         initialize(ParallelConfig())  # over gloo, before there is a GPU
     watch = Watch()
@@ -276,6 +293,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, rank: int = 0, ranks: int = 1
         "set_device": lambda device: None,
         "synchronize": lambda device=None: watch.wait(),
         "max_memory_allocated": lambda device=None: 0,
+        "get_device_properties": lambda device=None: SimpleNamespace(uuid="0"),
+        "Event": _Event,
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(torch.Tensor, "pin_memory", _pinned)

@@ -21,7 +21,7 @@ FLOORS = (
     ("run_values",),
     ("config",),
     ("runtime",),
-    ("monitoring",),
+    ("monitoring", "preflight"),
     ("fixtures", "text", "models"),
     ("hf", "store"),
     ("checkpoint",),

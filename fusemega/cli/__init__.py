@@ -45,6 +45,7 @@ COMMANDS = {
     "published": "Convert FuseChat-3.0's published sets to rows that train reads, and count them.",
     "tasks": "Measure a model on tasks: maths answers, programs, pairs; write outputs for other judges.",
     "report": "Write a page about one or several training runs, with their curves.",
+    "preflight": "Check the nodes of a job from inside it: versions, GPUs, folders, an all-reduce.",
     "env": "Show what this machine has, what is missing, and what that costs.",
 }
 GROUPS = {

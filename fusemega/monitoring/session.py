@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fusemega.monitoring.heartbeat import Heartbeat
-from fusemega.monitoring.ranks import MONITOR, find_hang, is_monitor_folder, rank_file, read_ranks
+from fusemega.monitoring.ranks import MONITOR, RankState, find_hang, is_monitor_folder, rank_file, read_ranks
 from fusemega.monitoring.settings import MonitoringSection
 from fusemega.monitoring.watch import Watch
 from fusemega.runtime.activity import current, place_of
@@ -19,7 +19,13 @@ from fusemega.runtime.parallel import World
 from fusemega.runtime.together import on_main
 
 _heartbeat: Heartbeat | None = None
+_watch: Watch | None = None
 _how = "finished"
+
+
+def all_states() -> list[RankState]:
+    """On the main rank: what all ranks have last written, as far as they were seen; else, or without heartbeats: []."""
+    return [] if _watch is None else _watch.states()
 
 
 def note_stop() -> None:
@@ -43,7 +49,7 @@ def watched(output_dir: Path, settings: MonitoringSection, world: World, is_kept
         world: this process's place.
         is_kept: asked where the block fails: whether the folder is a run's; if not, no trace is left in it.
     """
-    global _heartbeat, _how
+    global _heartbeat, _watch, _how
     if settings.heartbeat_seconds is None:
         yield
         return
@@ -58,11 +64,11 @@ def watched(output_dir: Path, settings: MonitoringSection, world: World, is_kept
     heartbeat.start()
     if world.rank < 2:
         watch.start()
-    _heartbeat, _how = heartbeat, "finished"
+    _heartbeat, _watch, _how = heartbeat, watch if world.is_main else None, "finished"
     try:
         yield
     except BaseException as error:
-        _heartbeat = None
+        _heartbeat = _watch = None
         if world.rank < 2:
             watch.end()
         if isinstance(error, Exception) and _is_timeout(error):
@@ -73,7 +79,7 @@ def watched(output_dir: Path, settings: MonitoringSection, world: World, is_kept
         else:
             heartbeat.remove()
         raise
-    _heartbeat = None
+    _heartbeat = _watch = None
     if world.rank < 2:
         watch.end()
     heartbeat.end(_how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +27,33 @@ class MonitoringSection(Section):
         HANG_SECONDS,
         gt=0,
         description="seconds without any movement of any rank after which a warning says where each of them is",
+    )
+    sample_seconds: float | None = Field(
+        10.0,
+        ge=0.1,
+        le=3600,
+        description="seconds between readings, for the metrics, of each rank's GPU by NVML, or of machine and process "
+        "where there is none; null: none",
+    )
+    on_gpu_error: Literal["warn", "stop"] = Field(
+        "warn",
+        description="after the line that names an XID, a lost GPU or an uncorrected ECC error: go on (warn), or end "
+        "the run after a checkpoint, as on a TERM (stop)",
+    )
+    straggler_interval: int | None = Field(
+        20, ge=1, description="iterations between comparisons of the ranks' own times; null: none"
+    )
+    straggler_ratio: float = Field(
+        1.3,
+        gt=1,
+        description="a rank that needs so many times the median of its peers for a token, in three comparisons in a "
+        "row, is named",
+    )
+    spike_factor: float | None = Field(
+        10.0,
+        gt=0,
+        description="how many usual deviations above its running median a loss or gradient norm is a spike; null: none "
+        "is said",
     )
     collective_timeout_minutes: float = Field(
         30.0,

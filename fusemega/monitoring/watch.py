@@ -58,7 +58,7 @@ class Watch:
 
     def states(self) -> list[RankState]:
         """All ranks, as they were last seen."""
-        return [state for _, _, state in self._seen.values()]
+        return [state for _, _, state in list(self._seen.values())]
 
     def look(self) -> Hang | None:
         """Reads all files, and returns what holds up the run."""

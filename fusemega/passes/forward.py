@@ -8,6 +8,7 @@ own, unless stated otherwise. In the kernel's `logp_TK`, T stands for N.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fusemega.models.build import GPT
 from fusemega.passes.answers import HiddenStates
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.runtime.context_parallel import sum_over_context
+from fusemega.runtime.forward_clock import ForwardClock
 from fusemega.runtime.parallel import World
 from fusemega.runtime.segments import known
 
@@ -46,6 +48,11 @@ def supervised_hidden(hidden_T1H: torch.Tensor, positions_N: torch.Tensor, world
     return copy_to_tensor_model_parallel_region(hidden_T1H[positions_N, 0], group=world.tp_group)
 
 
+def supervised_rows(batch: MicroBatch) -> torch.Tensor:
+    """int64 [N], for `run_schedule`: the supervised positions."""
+    return batch.positions
+
+
 def run_schedule(
     chunks: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
@@ -53,7 +60,8 @@ def run_schedule(
     world: World,
     *,
     forward_only: bool,
-    rows: Callable[[MicroBatch], torch.Tensor] = lambda batch: batch.positions,
+    rows: Callable[[MicroBatch], torch.Tensor] = supervised_rows,
+    clock: ForwardClock | None = None,
 ) -> list[Any]:
     """Megatron's schedule over one step's micro-batches.
 
@@ -64,6 +72,7 @@ def run_schedule(
         loss_function: called on the last stage, micro-batch by micro-batch in order.
         forward_only: no backward.
         rows: picks the tokens whose hidden states `loss_function` gets; default: the supervised positions.
+        clock: measures the forward passes.
 
     Returns:
         What `loss_function` collected, a list over micro-batches; empty except on the last stage.
@@ -71,7 +80,8 @@ def run_schedule(
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
-        output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=packed_row(batch))
+        with nullcontext() if clock is None else clock.forward(batch.tokens.numel()):
+            output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=packed_row(batch))
 
         def loss(hidden_T1H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
             value, collected = loss_function(supervised_hidden(hidden_T1H, rows(batch), world), batch)

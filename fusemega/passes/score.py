@@ -16,7 +16,7 @@ import torch
 
 from fusemega.models.build import GPT
 from fusemega.passes.batches import GlobalBatch, HeldSamples, RowShape, global_batch
-from fusemega.passes.forward import run_schedule
+from fusemega.passes.forward import run_schedule, supervised_rows
 from fusemega.passes.frozen import FrozenModel, ask_all
 from fusemega.passes.layers import Point, handed_out
 from fusemega.passes.micro_batch import Fields, MicroBatch
@@ -72,8 +72,8 @@ def score_samples(
         micro_batches = ask_all(frozen, batch.micro_batches)
         if advance is not None:
             micro_batches = _Counted(micro_batches, int(dataset.lengths[part].sum()), advance)
-        picked = {} if rows is None else {"rows": rows}
-        collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True, **picked)
+        picked = rows or supervised_rows
+        collected = run_schedule(list(gpt.chunks), micro_batches, loss, world, forward_only=True, rows=picked)
         if isinstance(micro_batches, _Counted):
             micro_batches.finish()
         yield done, collected

@@ -17,8 +17,9 @@ from fusemega.report import charts
 from fusemega.report.charts import Chart, Curve, short
 from fusemega.report.page_template import STYLE, TEMPLATE
 from fusemega.report.runs import Run, metrics_of
+from fusemega.report.watched import RANK_HEAD, is_charted, rank_cells, title_of
 from fusemega.training.profile_table import ProfileTable
-from fusemega.training.records import CPU_MEMORY, GPU_MEMORY, THROUGHPUT, TIME
+from fusemega.training.records import CPU_MEMORY, GPU_MEMORY, MONITORED, THROUGHPUT, TIME
 
 PAGE = "report.html"
 _ABSENT = "–"
@@ -72,12 +73,15 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     metrics = metrics_of(runs)
     losses = [name for name in metrics if name.endswith("loss") or name.startswith("validation")]
     costs = [name for name in (THROUGHPUT, TIME, *_MEMORY) if name in metrics]
-    others = [name for name in metrics if name not in losses and name not in costs]
+    watched = [name for name in metrics if name.startswith(MONITORED) and is_charted(name)]
+    others = [name for name in metrics if name not in (*losses, *costs) and not name.startswith(MONITORED)]
     # Iterations of different batches are not comparable; tokens are.
     by_tokens = len({_batch(run) for run in runs}) > 1 and all(run.tokens for run in runs if run.rows)
     drawn = []
-    for metric in [*losses, *others, *costs]:
+    for metric in [*losses, *others, *costs, *watched]:
         title, note = _TITLES.get(metric, (metric, "nats" if metric.endswith("loss") else ""))
+        if metric in watched:
+            title, note, _ = title_of(metric)
         tokens = by_tokens and metric in losses
         curves = [Curve(run.name, i, _points(run, metric, tokens)) for i, run in enumerate(runs) if run.values(metric)]
         if curves:
@@ -104,6 +108,8 @@ def render(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
         outcome=[_outcome(run, loss) for run in runs],
         evaluations=_evaluations(runs),
         profiles=[(run, i, table, _operations(table)) for i, run in enumerate(runs) for table in run.profiles],
+        rank_head=RANK_HEAD,
+        ranks=[(run, i, [rank_cells(state) for state in run.ranks]) for i, run in enumerate(runs) if run.ranks],
         figures=[(chart, charts.svg(chart)) for chart in drawn],
         differing=[row for row in settings if len(set(row[1])) > 1],
         settings=settings,
@@ -155,7 +161,7 @@ def _operations(table: ProfileTable) -> list[list[str]]:
 
 
 def _points(run: Run, metric: str, tokens: bool) -> list[tuple[float, float]]:
-    scale = 1e-9 if metric in _MEMORY else 1.0
+    scale = 1e-9 if metric in _MEMORY else title_of(metric)[2] if metric.startswith(MONITORED) else 1.0
     so_far, points = 0.0, []
     for row in run.rows:
         so_far += row.get("tokens", 0)

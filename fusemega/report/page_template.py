@@ -44,6 +44,7 @@ thead th { background: var(--panel); font-weight: 600; }
 tbody th { font-weight: 500; background: var(--page); position: sticky; left: 0; }
 td { font-variant-numeric: tabular-nums; }
 .outcome td { white-space: nowrap; } .outcome td:first-of-type { white-space: normal; min-width: 9em; }
+.ranks td:nth-last-child(-n+3) { overflow-wrap: anywhere; min-width: 14em; }
 .operations td:first-child { overflow-wrap: anywhere; min-width: 14em; }
 .settings { table-layout: auto; }
 .settings th:first-child { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .93em;
@@ -127,6 +128,20 @@ TEMPLATE = (
 {% endfor %}
 </div>
 
+{% for run, i, rows in ranks %}
+{% if loop.first %}<h2>Ranks</h2>
+<p class="soft">What each rank has last written about itself, in <code>monitor/</code>.</p>
+{% endif %}
+{% if runs|length > 1 %}<p class="soft">{{ run_name(i) }}</p>
+{% endif %}
+<div class="wide" style="margin-bottom:1rem"><table class="ranks">
+<thead><tr>{% for head in rank_head %}<th>{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for cells in rows %}
+<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endfor %}
 {% for run, i, table, rows in profiles %}
 {% if loop.first %}<h2>Top operations</h2>
 {% endif %}

@@ -11,6 +11,7 @@ from typing import Any
 
 from fusemega.errors import UserError
 from fusemega.files.json_files import read_json
+from fusemega.monitoring.ranks import RankState, read_ranks
 from fusemega.training.profile_table import ProfileTable, read_profile
 from fusemega.training.records import (
     CPU_MEMORY,
@@ -39,6 +40,7 @@ class Run:
         finished: whether it reached its last iteration.
         evaluations: name -> what `fusemega eval` wrote into the folder, or what a quickstart measured of the run.
         profiles: what `training.profile` recorded, a table for each rank.
+        ranks: what its ranks have last written about themselves.
         notes: remarks for the reader: rows that are torn or not finite, values that were never recorded.
     """
 
@@ -50,6 +52,7 @@ class Run:
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     profiles: list[ProfileTable] = field(default_factory=list)
+    ranks: list[RankState] = field(default_factory=list)
 
     def series(self, metric: str) -> list[tuple[int, float]]:
         """(iteration, value) of every row that has the metric."""
@@ -136,7 +139,9 @@ def _open(folder: Path, name: str, evaluations: dict[str, dict[str, float]]) -> 
     found = {**evaluations, **dict(_evaluations(folder))}
     finished = (folder / DONE_MARKER).is_file()
     rows = _with_validation(rows, read_evaluations(folder))
-    return Run(folder, name, dict(_flat(record["run"])), rows, finished, found, notes, read_profile(folder))
+    return Run(
+        folder, name, dict(_flat(record["run"])), rows, finished, found, notes, read_profile(folder), read_ranks(folder)
+    )
 
 
 def _with_validation(

@@ -4,6 +4,8 @@ Who and where
     layout.py             `parallel:` of a run file; parallel.py: process groups, and which rank this is
     device.py             which device; precision.py: whose layers, and FP8; kernel_packages.py: the GPU packages
     environment.py        what this machine has, for `fusemega env`; memory.py: how much was needed
+    readings.py           what a device reports; nvml.py: a GPU's readings and faults
+    forward_clock.py      how long this rank's forward passes take
 Layers
     specs.py              layer specs; local_layers.py: their modules; cpu_ops.py: norms and gated units on a CPU
     experts.py            layers of experts

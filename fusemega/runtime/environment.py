@@ -165,6 +165,7 @@ def _gpus() -> Iterator[Fact]:
         return
     try:
         driver = pynvml.nvmlSystemGetDriverVersion()
+        yield Fact("driver", str(driver))
         for index in range(pynvml.nvmlDeviceGetCount()):
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -172,7 +173,7 @@ def _gpus() -> Iterator[Fact]:
                 major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
                 size = f"{memory.total / GIB:.0f} GiB, {memory.free / GIB:.0f} free"
                 note = "" if (major, minor) >= (8, 9) else "no FP8" if major >= 8 else "no bf16, no FP8"
-                found = f"{pynvml.nvmlDeviceGetName(handle)}, {size}, sm_{major}{minor}, driver {driver}"
+                found = f"{pynvml.nvmlDeviceGetName(handle)}, {size}, sm_{major}{minor}"
                 yield Fact(f"GPU {index}", found, OK, note)
             except pynvml.NVMLError as error:
                 yield Fact(f"GPU {index}", "-", BROKEN, str(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -116,6 +117,13 @@ class World:
         found = torch.tensor(value, dtype=torch.int64, device="cpu")
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group, async_op=True).wait(self.timeout)
         return int(found)
+
+    def numbers_of_all(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's `values`, by rank, on every rank; each has as many. Collective; as `largest`."""
+        mine = torch.tensor(values, dtype=torch.float64, device="cpu")
+        found = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(found, mine, group=self.host_group, async_op=True).wait(self.timeout)
+        return [each.tolist() for each in found]
 
 
 def environment_rank() -> tuple[int, int, int]:

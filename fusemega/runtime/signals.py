@@ -42,9 +42,13 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def requested(self) -> int:
-        """The number of a signal that any rank has noted, the same on every rank; 0: none. Collective."""
-        return self._world.largest(self._noted)
+    def requested(self, also: int = 0) -> int:
+        """The number of a signal that any rank has noted, the same on every rank; 0: none. Collective.
+
+        Args:
+            also: one for which this rank has another reason.
+        """
+        return self._world.largest(self._noted or also)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if launch_folder() is None and not _LAUNCHERS & os.environ.keys():

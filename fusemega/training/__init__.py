@@ -12,6 +12,7 @@ The room knows no single method: an objective brings its loss, and what happens 
     held_out.py     callback: held-out text, the best checkpoint, patience
     reference_check.py  is the model that training starts from the reference of its loss?
     metrics.py      callbacks: what a step cost; where the numbers go
+    monitor.py      callback: readings of devices, slow ranks, spikes
     profile.py      callback: traces of a few iterations, and what their operations cost
     profile_table.py  that cost, as a report reads it, without torch
     wandb_run.py    Weights & Biases, where a run asks for it

@@ -37,6 +37,7 @@ from fusemega.training.export import check_export, remove_other_export, update_e
 from fusemega.training.held_out import HeldOut
 from fusemega.training.identity import content_of
 from fusemega.training.metrics import Costs, Metrics
+from fusemega.training.monitor import Monitor
 from fusemega.training.profile import Profile
 from fusemega.training.records import DONE_MARKER, JOB_FOLDER, RUN_RECORD, read_evaluations, read_metrics
 from fusemega.training.reference_check import check_reference
@@ -184,7 +185,8 @@ def open_trainer(run: TrainRun, held: ExitStack | None = None) -> tuple[Trainer,
     checkpoints = Checkpoints(run, world, scored, content=content, describe=describe)
     # New callbacks are added here. Profiling comes first, to see the step alone; metrics come after the callbacks that
     # add to them, and before evaluation, which may take long.
-    trainer.callbacks = [*([] if profiled is None else [profiled]), Costs(), checkpoints, Metrics(), scored]
+    first = [] if profiled is None else [profiled]
+    trainer.callbacks = [*first, Costs(), Monitor(run.monitoring), checkpoints, Metrics(), scored]
     checkpoints.resume(trainer)
     check_reference(trainer)
     # Last, because a run that is refused must leave nothing, nor its settings in the record of the run it would resume.

@@ -60,3 +60,8 @@ class Callback:
     def wants_end(self, trainer: Trainer) -> bool:
         """Whether the run is finished before its last iteration; also asked before `fit`, of a run that resumed."""
         return False
+
+    def wants_stop(self, trainer: Trainer) -> int:
+        """Asked after `on_step_end`, of each rank alone: the number of a signal, if the run is to stop after a
+        checkpoint as if that signal had come; else 0. One rank is enough."""
+        return 0

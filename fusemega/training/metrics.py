@@ -24,6 +24,7 @@ from fusemega.training.records import (
     EVALUATIONS_FILE,
     GPU_MEMORY,
     METRICS_FILE,
+    MONITORED,
     THROUGHPUT,
     TIME,
     read_evaluations,
@@ -168,7 +169,7 @@ class MetricsWriter:
         shown = [
             f"{name} {_number(value)}"
             for name, value in values.items()
-            if name not in _NOT_ON_THE_CONSOLE and not name.startswith(POSITION_SHARE)
+            if name not in _NOT_ON_THE_CONSOLE and not name.startswith((POSITION_SHARE, *MONITORED))
         ]
         total = self._train_iters
         return f"iteration {iteration:>{len(str(total))}}/{total} | {' | '.join(shown)} | left {_clock(left)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from fusemega.errors import UserError
@@ -21,7 +22,19 @@ TIME, THROUGHPUT = "iteration-time", "tokens-per-second"
 SAVE_TIME = "save-time"  # seconds from the begin of a save until its checkpoint has its name
 # The most any rank has held so far, bytes: of a GPU (Megatron's name), or the resident set of a process.
 GPU_MEMORY, CPU_MEMORY = "mem-max-allocated-bytes", "mem-max-rss-bytes"
-COSTS = (TIME, THROUGHPUT, GPU_MEMORY, CPU_MEMORY)
+# The rank that was slowest beside its peers, and how many times their median it needed.
+SLOWEST, SLOWEST_RATIO = "ranks/slowest", "ranks/slowest ratio"
+MONITORED = ("gpu/", "host/", "ranks/")  # how metrics begin that monitoring adds to some rows
+
+
+class _Costs(Container[str]):
+    """The names of such metrics."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in (TIME, THROUGHPUT, GPU_MEMORY, CPU_MEMORY) or str(name).startswith(MONITORED)
+
+
+COSTS = _Costs()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

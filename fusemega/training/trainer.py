@@ -31,6 +31,7 @@ from fusemega.passes.frozen import FrozenModel, ask_all
 from fusemega.passes.micro_batch import MicroBatch
 from fusemega.passes.prefetch import Prefetch
 from fusemega.runtime.activity import COMPUTE, DATA, OPTIMIZER, SAVE, STEP, doing, reached
+from fusemega.runtime.forward_clock import ForwardClock
 from fusemega.runtime.parallel import World
 from fusemega.runtime.signals import StopSignals
 from fusemega.training.balancing import TERM, Balancing
@@ -51,6 +52,8 @@ class Trainer:
         iteration: updates done.
         callbacks: told of each step's events, in this order.
         batches: gives the batches of the steps to come.
+        clock: adds up this rank's forward passes.
+        waited: seconds for which this rank has waited for its batches; whoever reads it sets it to 0.
     """
 
     run: TrainRun
@@ -67,8 +70,11 @@ class Trainer:
     iteration: int = 0
     callbacks: list[Callback] = field(default_factory=list)
     batches: Prefetch[GlobalBatch] = field(init=False, repr=False)
+    clock: ForwardClock = field(init=False, repr=False)
+    waited: float = 0.0
 
     def __post_init__(self) -> None:
+        self.clock = ForwardClock(self.world.device)
         # `self.data` is looked up at each call, so that it may be replaced.
         self.batches = Prefetch(lambda iteration: self.data.step(iteration), self.world.device, self.train_iters)
 
@@ -112,7 +118,7 @@ class Trainer:
                 values = self.step()
                 for callback in self.callbacks:
                     callback.on_step_end(self, values)
-                stop = signals.requested()
+                stop = signals.requested(max(callback.wants_stop(self) for callback in self.callbacks))
                 if stop or self.finished or any(callback.wants_save(self) for callback in self.callbacks):
                     self.save(last=bool(stop) or self.finished)
                 if stop and not self.finished:
@@ -144,6 +150,7 @@ class Trainer:
         started = time.monotonic()
         with doing(DATA):
             taken = self.batches.take(self.iteration)
+        self.waited += time.monotonic() - started
         with doing(COMPUTE):
             return self._update(taken, started)
 
@@ -178,11 +185,13 @@ class Trainer:
             self.world,
             forward_only=False,
             rows=rows_read(self.objective),
+            clock=self.clock,
         )
         totals = total_over_ranks(collected, 1 + len(summed), self.world, self._adding_ranks)
         balanced = totals[:0] if self.balancing is None else self.balancing.mean()[None]
         # The one place where the host waits for the numbers of a step, before the update.
         loss, *read = torch.cat([totals, torch.stack(list(denominators.values())), measured, balanced]).tolist()
+        self.clock.settle()
         terms, both = len(self.objective.terms), len(summed) + len(self.objective.terms)
         sums, counts, told = read[: len(summed)], read[len(summed) : both], read[both:]
         if not math.isfinite(loss):

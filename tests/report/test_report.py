@@ -15,6 +15,7 @@ import pytest
 
 from fusemega.errors import UserError
 from fusemega.files.owned import LIST
+from fusemega.monitoring.ranks import RankState
 from fusemega.report import charts
 from fusemega.report.page import PAGE, charts_of, write_report
 from fusemega.report.runs import open_runs
@@ -215,3 +216,49 @@ def test_evaluations_on_the_way_are_curves(tmp_path: Path) -> None:
     by_file = {chart.file: chart for chart in charts_of([run])}
     assert by_file["validation-loss"].curves[0].points == [(0, 4.0), (2, 3.6), (5, 3.0)]
     assert "last lm loss" in page_of(tmp_path, folder)
+
+
+def test_what_monitoring_found_is_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    for row in rows[1:4]:
+        row |= {"gpu/PowerUsage max": 650_000.0 + row["iteration"], "ranks/slowest": 1.0, "ranks/slowest ratio": 1.5}
+    (folder / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    state = RankState(
+        rank=1,
+        world_size=2,
+        host="node7",
+        pid=4711,
+        device="cuda:1",
+        started=1.0,
+        time=2.0,
+        beats=3,
+        iteration=5,
+        train_iters=5,
+        phase="step",
+        since=1.0,
+        detail=None,
+        moved=2.0,
+        collective="",
+        code="",
+        ended=None,
+        device_state={},
+        device_worst={"PowerUsage": 650_000.0, "Temperature": 71.0},
+        device_errors=["XID 79: <lost>"],
+    )
+    (folder / "monitor").mkdir()
+    (folder / "monitor" / "rank-00001.json").write_text(state.as_json())
+    (power, ratio) = charts_of(open_runs([folder]))[-2:]
+    assert power.title == "GPU power, W" and power.curves[0].points[0] == (2, pytest.approx(650.002))
+    assert ratio.title == "Slowest rank" and [y for _, y in ratio.curves[0].points] == [1.5] * 3
+    page = page_of(tmp_path, folder)
+    head, row = cells(page, "Ranks")
+    assert dict(zip(head, row, strict=True)) == {
+        "rank": "1",
+        "node": "node7",
+        "device": "cuda:1",
+        "iterations": "5",
+        "ended": "not ended; last in step after iteration 5",
+        "most so far": "GPU power 650 W; GPU temperature 71 degrees Celsius",
+        "errors of the device": "XID 79: &lt;lost&gt;",
+    }
