@@ -13,11 +13,12 @@ class Spikes:
     """Watches one quantity. A spike is said once, however many steps it lasts.
 
     A value is a spike when it lies above the median of the last 100 values by more than `factor` usual deviations: the
-    median distance from the median, as a standard deviation, and at least 2% of the median.
+    median distance from the median, as a standard deviation, and at least a part of the median.
 
     Args:
         name: what is watched, for the line.
         factor: how many deviations.
+        least: the least deviation, as a part of the median.
 
     Example:
         >>> loss = Spikes("lm loss", 10)
@@ -25,8 +26,8 @@ class Spikes:
         [None, 'lm loss 9 at iteration 30, after a median of 2: a spike', None, None]
     """
 
-    def __init__(self, name: str, factor: float) -> None:
-        self._name, self._factor = name, factor
+    def __init__(self, name: str, factor: float, least: float = 0.02) -> None:
+        self._name, self._factor, self._part = name, factor, least
         self._last: deque[float] = deque(maxlen=_WINDOW)
         self._inside = False
 
@@ -35,7 +36,7 @@ class Spikes:
         line = None
         if len(self._last) >= _LEAST:
             middle = median(self._last)
-            usual = max(1.4826 * median(abs(x - middle) for x in self._last), 0.02 * abs(middle))
+            usual = max(1.4826 * median(abs(x - middle) for x in self._last), self._part * abs(middle))
             is_spike = not math.isfinite(value) or value > middle + self._factor * usual
             if is_spike and not self._inside:
                 line = f"{self._name} {value:.4g} at iteration {iteration}, after a median of {middle:.4g}: a spike"

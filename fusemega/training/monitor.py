@@ -85,7 +85,8 @@ class Monitor(Callback):
 
     def _watch_spikes(self, iteration: int, values: MutableMapping[str, float], factor: float) -> None:
         losses = [name for name in values if name.endswith("loss")]
-        for name in ("loss" if "loss" in losses else losses[0], "grad-norm"):
-            spikes = self._spikes.setdefault(name, Spikes(name, factor))
+        # The norm of a gradient varies more from batch to batch than a loss does.
+        for name, least in (("loss" if "loss" in losses else losses[0], 0.02), ("grad-norm", 0.1)):
+            spikes = self._spikes.setdefault(name, Spikes(name, factor, least))
             if line := spikes.see(iteration, values[name]):
                 warn(line)

@@ -63,6 +63,6 @@ def test_a_run_warns_of_a_spike(
         seen(self, iteration, {**values, "grad-norm": values["grad-norm"] * (1000 if iteration == 24 else 1)}, factor)
 
     monkeypatch.setattr(Monitor, "_watch_spikes", raised)
-    train(make_run(training={"train_iters": 24, "global_batch_size": 1}))
+    train(make_run(training={"train_iters": 24}))
     err = capfd.readouterr().err
     assert err.count("warning: grad-norm") == 1 and "at iteration 24, after a median of" in err

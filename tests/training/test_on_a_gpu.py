@@ -28,7 +28,7 @@ MakeRun = Callable[..., TrainRun]
 
 IN_EVERY_STEP = Counter[Place](
     {
-        ("fusemega/training/trainer.py", "step"): 1,  # loss, terms and counts together
+        ("fusemega/training/trainer.py", "_update"): 1,  # loss, terms and counts together
         ("core/optimizer/clip_grads.py", "get_grad_norm_fp32"): 1,
     }
 )
