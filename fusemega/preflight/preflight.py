@@ -30,7 +30,7 @@ _AFTER_SECONDS = 30.0  # in which the ranks read each other's tokens, beside the
 
 
 @dataclass(frozen=True)
-class Asked:
+class NodeChecks:
     """What is to be checked.
 
     Attributes:
@@ -70,7 +70,7 @@ class NodesVerdict:
         return {"ok": not self.problems, "bad_nodes": self.bad_nodes, **asdict(self)}
 
 
-def preflight(asked: Asked, rank: int, world_size: int) -> NodesVerdict:
+def preflight(asked: NodeChecks, rank: int, world_size: int) -> NodesVerdict:
     """All checks. Collective, but no rank waits much longer than `asked.seconds` for one that does not come.
 
     Raises:
@@ -115,7 +115,7 @@ def add_to_exclude_file(path: Path, nodes: Sequence[str]) -> None:
         raise UserError(f"{path}: cannot write there: {error}") from None
 
 
-def _own_findings(asked: Asked, rank: int, meeting: Meeting, cannot_write: bool) -> Findings:
+def _own_findings(asked: NodeChecks, rank: int, meeting: Meeting, cannot_write: bool) -> Findings:
     gpus, fault = gpus_here()
     asked_gpus = found_here.asked_gpus(asked.gpus_per_node)
     if not found_here.is_first_of_node():
@@ -127,7 +127,7 @@ def _own_findings(asked: Asked, rank: int, meeting: Meeting, cannot_write: bool)
     return Findings(rank, node_name(), versions, broken, gpus, fault, asked_gpus, paths, shared)
 
 
-def _shared(asked: Asked, meeting: Meeting, cannot_write: bool) -> tuple[str, ...]:
+def _shared(asked: NodeChecks, meeting: Meeting, cannot_write: bool) -> tuple[str, ...]:
     """What is wrong with the output folder, which each node reads and writes."""
     folder, faults = str(asked.values["output_dir"]), []
     if cannot_write:
@@ -186,7 +186,7 @@ def _wait_for_readers(meeting: Meeting) -> None:
         meeting.all("read", came, least=_AFTER_SECONDS)
 
 
-def _with_all_reduce(verdict: NodesVerdict, meeting: Meeting, asked: Asked) -> NodesVerdict:
+def _with_all_reduce(verdict: NodesVerdict, meeting: Meeting, asked: NodeChecks) -> NodesVerdict:
     """The verdict with the all-reduce. Collective. Where it hangs, rank 0 names who is late and ends."""
     meeting.again()
     finished = threading.Event()
