@@ -103,23 +103,41 @@ def stage_named(graph: Graph, name: str) -> Stage:
 
 
 def finish_last(graph: Graph, finish: Callable[[Outcome], Any]) -> Any:
-    """Calls `finish` if every stage of the graph is finished: of several jobs, the last one does this.
+    """Calls `finish` if every stage has ended: it is finished, has stopped, or is not needed behind a stop.
 
-    Two that end in the same moment may both come here; the one that finds the folder locked leaves it to the other.
+    Of several jobs, the last one does this. Two that end in the same moment may both come here; the one that finds the
+    folder locked leaves it to the other.
 
     Returns:
         What `finish` returned, or None.
     """
-    records = {stage.name: read_record(graph, stage) for stage in graph.stages}
-    if not all(record is not None and record.state == "finished" for record in records.values()):
+    outcome = _outcome(graph)
+    if outcome is None:
         return None
-    results = {name: record.result for name, record in records.items() if record is not None}
     with ExitStack() as held:
         try:
             held.enter_context(locked(graph.folder))
         except UserError:
             return None
-        return finish(Outcome(results))
+        return finish(outcome)
+
+
+def _outcome(graph: Graph) -> Outcome | None:
+    """What became of the stages, by their records; None if one has not ended."""
+    outcome, everything = Outcome(), ""
+    for stage in graph.stages:
+        record, ended = read_record(graph, stage), {**outcome.stopped, **outcome.not_run}
+        cause = next((name for name in graph.needs[stage.name] if name in ended), everything)
+        if cause:
+            outcome.not_run[stage.name] = cause
+        elif record is not None and record.state == "finished":
+            outcome.results[stage.name] = record.result
+        elif record is not None and record.state == "stopped":
+            outcome.stopped[stage.name] = record.reason
+            everything = stage.name if record.everything else ""
+        else:
+            return None
+    return outcome
 
 
 def _alone(graph: Graph, name: str, work: Callable[[Stage], Any]) -> Alone:

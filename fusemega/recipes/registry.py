@@ -131,4 +131,8 @@ def run_stage(recipe: Recipe[Any], settings: Any, name: str, begin: Path | None 
     else:
         done = run_alone(graph, name)
     lines = [f"{name} {done.state}: {done.reason}"] if done.reason else []
-    return lines + (finish_last(graph, lambda outcome: recipe.finish(settings, outcome)) or [])
+
+    def finish(outcome: Outcome) -> list[str]:
+        return recipe.finish(settings, outcome) if outcome.complete else recipe.stopped(settings, outcome)
+
+    return lines + (finish_last(graph, finish) or [])

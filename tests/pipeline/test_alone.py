@@ -105,6 +105,20 @@ def test_the_last_to_end_writes_the_summary(seven: Seven) -> None:
     assert told[0].complete and told[0].results["joined"] == {"length": 2} and list(told[0].results) == ALL
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_after_a_stop_too_the_last_to_end_writes_a_summary(seven: Seven, everything: bool) -> None:
+    seven.settings |= {"longest": 5, "everything": everything}
+    told: list[Outcome] = []
+    for name in ("words", "upper", "count", "joined", "gate", *([] if everything else ["aside"])):
+        assert finish_last(seven.graph(), told.append) is None and told == []
+        run_alone(seven.graph(), name)
+    finish_last(seven.graph(), told.append)
+    (found,) = told
+    assert found.stopped == {"gate": "48 characters, and 5 are allowed"} and not found.complete
+    assert found.not_run == {"end": "gate"} | ({"aside": "gate"} if everything else {})
+    assert found.why_not_needed("end") == found.stopped["gate"] and found.results["joined"] == {"length": 2}
+
+
 def test_begun_and_ended_by_a_script_in_between(seven: Seven) -> None:
     out, file = seven.folder / "run", str(seven.folder / "train.yaml")
     stage = Stage("sft", ("train", file), "", {"lr": 1}, file, {}, {"model": str(out)}, resumes=True)
