@@ -21,6 +21,7 @@ class ProxyMetrics:
         errors_in_streams: answers with status 200 whose stream told an error.
         clients_gone: clients that left before their answer's end.
         refused: requests that the proxy refused itself.
+        tried_again: requests whose connection the upstream closed before its answer began.
         decisions: seconds -> decisions that took at most so long; their sum and number.
         in_flight: requests under way.
     """
@@ -31,6 +32,7 @@ class ProxyMetrics:
     errors_in_streams: int = 0
     clients_gone: int = 0
     refused: int = 0
+    tried_again: int = 0
     decisions: Counter[float] = field(default_factory=Counter)
     decision_seconds: float = 0.0
     decision_count: int = 0
@@ -59,6 +61,7 @@ class ProxyMetrics:
             ("errors_in_streams", self.errors_in_streams),
             ("clients_gone", self.clients_gone),
             ("refused", self.refused),
+            ("tried_again", self.tried_again),
         ):
             lines += [f"# TYPE fusemega_switch_{name}_total counter", f"fusemega_switch_{name}_total {value}"]
         lines += ["# TYPE fusemega_switch_in_flight gauge", f"fusemega_switch_in_flight {self.in_flight}"]

@@ -35,6 +35,7 @@ _HOP = frozenset(
 )
 _NOT_SENT = _HOP | {b"host", b"content-length", b"expect"}
 _HEALTH_SECONDS = 2.0
+_KEPT_SECONDS = 2.0  # that an idle connection to the upstream is kept
 _ERROR_EVENT = b'data: {"error"'
 
 
@@ -82,7 +83,8 @@ class Proxy:
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=256)
+            # Servers close idle connections after 5 s and more: these are given up before.
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=_KEPT_SECONDS)
             # One client's cookies are not another's: the upstream's are passed on, and none is kept.
             none = CookieJar(DefaultCookiePolicy(allowed_domains=()))
             self._client = httpx2.AsyncClient(timeout=self._timeout, limits=limits, trust_env=False, cookies=none)
@@ -217,8 +219,14 @@ class Proxy:
             await answer.aclose()
 
     async def _send(self, request: httpx2.Request) -> httpx2.Response:
+        """The answer, with its status and headers. A connection that ends before them is tried once more: the upstream
+        may have closed it, idle, while the request was on its way."""
         try:
-            return await self._client.send(request, stream=True)
+            try:
+                return await self._client.send(request, stream=True)
+            except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError):
+                self.metrics.tried_again += 1
+                return await self._client.send(request, stream=True)
         except httpx2.HTTPError as error:
             raise self._fault(error, "") from None
 

@@ -165,7 +165,7 @@ class Pair:
         self.upstream = Upstream()
         self.direct, self._stop_upstream = serving(self.upstream)
         decider = Decider(length_switcher(modes, 60), modes, LengthPrefill(), MODEL, seconds=20)
-        self.proxy = Proxy(self.direct, decider, **settings)
+        self.proxy = Proxy(self.direct, decider, **{"connect_timeout": 120, **settings})
         self.url, self._stop_proxy = serving(self.proxy.application())
 
     def ask(self, text: str, url: str = "", **body: Any) -> httpx2.Response:
@@ -267,6 +267,31 @@ def test_faults_before_the_first_byte(modes: Modes, pair: Pair) -> None:
     assert httpx2.get(quick.url.replace("/v1", "/health")).status_code == 503
     quick._stop_proxy()
     assert quick.proxy.metrics.upstream == {"timeout": 1, "connect": 1}
+
+
+def test_a_connection_that_the_upstream_closes_is_tried_once_more(modes: Modes) -> None:
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+    listening = socket.create_server(("127.0.0.1", 0))
+    answers = [b"", answer, b"", b""]
+
+    def serve() -> None:
+        for content in answers:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(content)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    decider = Decider(length_switcher(modes, 60), modes, LengthPrefill(), MODEL, seconds=20)
+    proxy = Proxy(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", decider)
+    url, stop = serving(proxy.application())
+    given = {"model": MODEL, "messages": [{"role": "user", "content": "few"}]}
+    found = [httpx2.post(f"{url}/chat/completions", json=given, timeout=30) for _ in range(2)]
+    assert [each.status_code for each in found] == [200, 502] and found[0].content == b"{}"
+    assert "broke off without an answer" in found[1].json()["error"]["message"] and proxy.metrics.tried_again == 2
+    stop()
+    listening.close()
 
 
 def test_a_cut_stream_is_seen_to_be_cut(pair: Pair) -> None:
