@@ -118,7 +118,7 @@ class Trainer:
                 values = self.step()
                 for callback in self.callbacks:
                     callback.on_step_end(self, values)
-                stop = signals.requested(max(callback.wants_stop(self) for callback in self.callbacks))
+                stop = signals.requested(max((callback.wants_stop(self) for callback in self.callbacks), default=0))
                 if stop or self.finished or any(callback.wants_save(self) for callback in self.callbacks):
                     self.save(last=bool(stop) or self.finished)
                 if stop and not self.finished:
