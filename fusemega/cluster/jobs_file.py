@@ -13,6 +13,9 @@ from fusemega.files.output import write_output
 FOLDER = "slurm"
 """Folder in a run's or recipe's output folder: scripts, logs, the settings of the jobs, and `jobs.json`."""
 
+NOTES = "jobs.tsv"
+"""What the job scripts themselves write there; of a stage, in a folder of its name."""
+
 _FORMAT = "fusemega-jobs-1"
 
 
@@ -85,6 +88,31 @@ def read_launches(output: Path) -> list[Launch]:
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a list of jobs of this version of fusemega; move it away") from None
     return launches
+
+
+def newest_jobs(output: Path) -> list[SlurmJob]:
+    """The jobs of the newest launch; or the one that a job script has noted since, which somebody submitted by hand.
+
+    Raises:
+        UserError: as `read_launches`.
+    """
+    launches = read_launches(output)
+    jobs = launches[-1].jobs if launches else []
+    notes = read_notes(output / FOLDER / NOTES)
+    noted = notes[-1][2] if notes else ""
+    if noted.isdecimal() and all(int(noted) > int(job.job) for job in jobs if job.job.isdecimal()):
+        return [SlurmJob(noted, output.name, [], [], "")]
+    return jobs
+
+
+def read_notes(path: Path) -> list[list[str]]:
+    """What job scripts have noted (slurm/lib.sh), a line each: start or end, time, job, restarts, progress, nodes or
+    verdict. None where there is no file."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [words for line in lines if len(words := line.split("\t")) == 6]
 
 
 def add_launch(output: Path, launch: Launch) -> None:

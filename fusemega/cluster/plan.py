@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from fusemega.cluster.request import JobRequest
@@ -14,6 +15,8 @@ from fusemega.training.dry_run import Examined, examine
 from fusemega.training.records import DONE_MARKER, METRICS_FILE, TIME, read_metrics
 from fusemega.training.run_file import TrainRun
 
+_LOOKED = 32
+"""Data-parallel ranks whose share of the first update is looked at."""
 _ROWS = 50
 """The newest rows of metrics that say how long an iteration takes."""
 
@@ -41,6 +44,8 @@ def training_plan(run: TrainRun, request: JobRequest) -> tuple[dict[str, str], b
     output = Path(run.output_dir)
     left = examined.iterations - examined.start
     lines |= _time(run, request, left)
+    if request.gpus_per_node % (tensor := run.parallel.tensor_model_parallel_size) and request.nodes > 1:
+        lines["note"] = f"tensor parallelism over {tensor} ranks crosses nodes of {request.gpus_per_node}: slow"
     return lines, left > 0 or not (output / DONE_MARKER).exists()
 
 
@@ -56,9 +61,15 @@ def processes(request: JobRequest) -> str:
 
 
 def _batch(run: TrainRun, request: JobRequest, examined: Examined, dp: int) -> str:
-    place = place_of(run.parallel, request.world_size, 0, whole_rows=True)
-    share = first_share(run, examined.dataset, examined.checked.source, place)
-    return f"in the first update each of {dp} data-parallel rank(s) has {share}"
+    """What data-parallel ranks get in the first update: how many of them get how much."""
+    layout, source = run.parallel, examined.checked.source
+    each = layout.tensor_model_parallel_size * layout.context_parallel_size  # ranks of one data-parallel rank, here
+    looked = min(dp, _LOOKED)
+    places = [place_of(layout, request.world_size, rank * each, whole_rows=True) for rank in range(looked)]
+    shares = Counter(first_share(run, examined.dataset, source, place) for place in places)
+    of = f"the first {looked} of {dp}" if looked < dp else str(dp)
+    words = [f"{count} with {share}" for share, count in shares.items()]
+    return f"in the first update, of {of} data-parallel rank(s): {'; '.join(words)}"
 
 
 def _time(run: TrainRun, request: JobRequest, left: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusemega.cluster.jobs_file import FOLDER, SlurmJob, read_launches
+from fusemega.cluster.jobs_file import FOLDER, NOTES, SlurmJob, newest_jobs, read_notes
 from fusemega.cluster.progress import Progress, is_run, progress_of
 from fusemega.cluster.slurm import ENDED_WELL, JobState, own_jobs, states_of
 from fusemega.cluster.stages import StageState, is_recipe, stages_of
@@ -83,8 +83,7 @@ def status_of(folder: Path) -> Status:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the output_dir of a run or a recipe")
-    launches = read_launches(folder)
-    jobs = _jobs(folder, launches[-1].jobs) if launches else []
+    jobs = _jobs(folder, newest_jobs(folder))
     of_stage = {job.stage: job.state for job in jobs if job.stage and job.state is not None}
     run, stages, kind = None, [], "submitted"
     if is_run(folder):
@@ -96,7 +95,7 @@ def status_of(folder: Path) -> Status:
             f"{folder}: not the folder of a training run (run.json), of a recipe (stages/), or of submitted jobs "
             f"({FOLDER}/jobs.json)"
         )
-    return Status(str(folder), kind, jobs, run, stages, _warnings([Path(job.log) for job in jobs]))
+    return Status(str(folder), kind, jobs, run, stages, _warnings([Path(job.log) for job in jobs if job.log]))
 
 
 def folders_in_queue() -> list[Path]:
@@ -116,8 +115,8 @@ def _jobs(folder: Path, jobs: Sequence[SlurmJob]) -> list[JobFound]:
         several = len(tasks) > 1
         for name, stage in tasks if several else [(job.job, job.stages[0] if job.stages else "")]:
             state = next((one for one in states.get(job.job, []) if not several or _is_task(one.job, name)), None)
-            log = job.log.replace("%A_%a", name).replace("%j", job.job)
-            starts, verdict = _own_notes(folder / FOLDER / stage / "jobs.tsv", name)
+            log = job.log.replace("%A_%a", name).replace("%j", job.job) or (state.log if state is not None else "")
+            starts, verdict = _own_notes(folder / FOLDER / stage / NOTES, name)
             restarts = starts - 1 if starts else None if state is None else state.restarts
             found.append(JobFound(name, job.name, stage, state, log, restarts, verdict))
     return found
@@ -138,14 +137,9 @@ def _is_task(job: str, task: str) -> bool:
 
 def _own_notes(path: Path, job: str) -> tuple[int, str]:
     """The starts of a job in the notes of its script (slurm/lib.sh), and how its newest start has ended."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return 0, ""
     starts, verdict = 0, ""
-    for line in lines:
-        words = line.split("\t")
-        if len(words) == 6 and words[2] == job:
+    for words in read_notes(path):
+        if words[2] == job:
             starts += words[0] == "start"
             verdict = "" if words[0] == "start" else words[5]
     return starts, verdict

@@ -21,7 +21,7 @@ def status_lines(status: Status) -> list[str]:
     if status.jobs:
         running = [job for job in status.jobs if job.state is not None and job.state.state == "RUNNING"]
         failed = [job for job in status.jobs if job.failed]
-        lines += [f"  log: {job.log}" for job in (running or failed or status.jobs[-1:])[:4]]
+        lines += [f"  log: {job.log}" for job in (running or failed or status.jobs[-1:])[:4] if job.log]
     return lines
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from fusemega import __version__
-from fusemega.cluster.jobs_file import FOLDER, Launch, SlurmJob, add_launch, read_launches
+from fusemega.cluster.jobs_file import FOLDER, Launch, SlurmJob, add_launch, newest_jobs, read_launches
 from fusemega.cluster.request import JobRequest
 from fusemega.cluster.script import HELPER, Script, quoted, template_text
 from fusemega.cluster.slurm import cancel, states_of, submit
@@ -124,14 +124,14 @@ def refuse_active(output: Path) -> None:
     Raises:
         UserError: names the job.
     """
-    for launch in read_launches(output)[-1:]:
-        for states in states_of(launch.ids()).values():
-            for state in states:
-                if state.active:
-                    raise UserError(
-                        f"{output}: job {state.job} of an earlier launch is {state.state}; `fusemega status {output}` "
-                        f"shows it, `scancel {' '.join(launch.ids())}` ends what was submitted with it"
-                    )
+    jobs = [job.job for job in newest_jobs(output)]
+    for states in states_of(jobs).values():
+        for state in states:
+            if state.active:
+                raise UserError(
+                    f"{output}: job {state.job} of an earlier launch is {state.state}; `fusemega status {output}` "
+                    f"shows it, `scancel {' '.join(jobs)}` ends what was submitted with it"
+                )
 
 
 def check_place(submission: Submission) -> None:

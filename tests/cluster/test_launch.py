@@ -47,7 +47,7 @@ def test_a_run(place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
     for line in (
         "processes   2 nodes x 2 GPUs = 4",
         "layout      4 process(es): TP 1 x PP 1 x DP 4",
-        "batch       in the first update each of 4 data-parallel rank(s) has 1 samples, 1 micro-batch(es)",
+        "batch       in the first update, of 4 data-parallel rank(s): ",
         "checkpoints every 2 iterations and at the end; and when a job's time limit is near",
         "time        2:00:00 a job; the time of an iteration is unknown: no run/metrics.jsonl",
         "submitted   run  job 101",
@@ -79,6 +79,12 @@ def test_a_run(place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
     assert launch.jobs[0].job == "101" and launch.command.startswith("fusemega launch train.yaml")
     # A folder that only a job script has written in is free for the run.
     assert "starts from the loaded weights" in said(capsys, "train", "train.yaml", "--dry-run")
+
+
+def test_a_layout_that_crosses_nodes(place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--nodes", "2", "--gpus-per-node", "1", "parallel.tensor_model_parallel_size=2")
+    out = said(capsys, "launch", "train.yaml", *words)
+    assert "note        tensor parallelism over 2 ranks crosses nodes of 1: slow\n" in out
 
 
 def test_printed_and_nothing_written(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

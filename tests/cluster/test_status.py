@@ -141,6 +141,15 @@ def test_its_jobs(here: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[st
     assert "  job 101: Slurm knows nothing of it (any more)\n" in said(capsys, "status", "run")
 
 
+def test_a_job_that_was_submitted_by_hand(here: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(here / "run")
+    run.submitted(SlurmJob("101", "run", [], [], "old.out"))
+    (here / "run" / "slurm" / "jobs.tsv").write_text("start\tat\t101\t0\t2\tnode1\nstart\tat\t202\t0\t2\tnode1\n")
+    slurm.knows("202")
+    lines = said(capsys, "status", "run").splitlines()
+    assert lines[1] == "  job 202: RUNNING on node[1-2] for 0:10:00 of 1:00:00" and lines[-1] == "  log: /tmp/x"
+
+
 def test_before_the_first_job_begins(here: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     add_launch(here / "run", Launch("0", "x", NOW, [SlurmJob("101", "run", [], [], "x.out")]))
     slurm.knows("101", JobState="PENDING", Reason="Priority")
