@@ -1,10 +1,11 @@
-"""Bits per byte of held-out text against removed blocks, for every measure and for each type of block: one plot.
+"""Bits per byte of held-out text against removed blocks, for every measure and for each type of block.
 
     python benchmarks/prune_curve.py OUT [--blocks 8] [--rows 8] [--held-out 8] [--search top_m]
 
 One process, SmolLM2-135M-Instruct in fp32. Each order is searched on an encyclopedia's training text and measured on
-its held-out text. OUT gets bits-per-byte.png and the orders. The last line is one JSON object: for each arm the order
-and its bits per byte after 0, 1, 2, ... removals.
+its held-out text. OUT gets the orders, bits-per-byte.png and by-parameters.png, since an MLP has more parameters than
+attention. The last line is one JSON object: for each arm the order, the bits per byte after 0, 1, 2, ... removals, and
+the share of the model's parameters that is left then. Orders that are in OUT already are not searched again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from typing import Any
 
 from fusemega.config import validate
 from fusemega.fixtures import data as assets
+from fusemega.hf.folder import HFFolder
+from fusemega.models.architecture import Architecture
 from fusemega.prune.evaluate import evaluate_order
+from fusemega.prune.order import ResidualBlock
 from fusemega.prune.run_file import PruneEvalRun, PruneRun
+from fusemega.prune.savings import size_of, size_of_blocks
 from fusemega.prune.search import search
 from fusemega.report.charts import Chart, Curve, png, short
 
@@ -74,13 +79,32 @@ def main() -> None:
     per_byte = tokens_per_byte(Path(model["load"]), files.held_out, args.held_out)
     for each in found.values():
         each["bits_per_byte"] = [loss / math.log(2) * per_byte for loss in each.pop("loss").values()]
-    curves = [
-        Curve(name, i, [(float(n), value) for n, value in enumerate(each["bits_per_byte"])])
-        for i, (name, each) in enumerate(found.items())
-    ]
-    chart = Chart("bits-per-byte", "Bits per byte of held-out text", "", "removed blocks", curves, short)
-    (args.out / f"{chart.file}.png").write_bytes(png(chart))
+    architecture = HFFolder(model["load"]).architecture
+    for each in found.values():
+        each["parameters_left"] = parameters_left(architecture, each["order"])
+    removed = [[float(n) for n in range(len(each["bits_per_byte"]))] for each in found.values()]
+    percent = [[100 * (1 - left) for left in each["parameters_left"]] for each in found.values()]
+    named = list(enumerate(found.items()))
+    # Random removal soon ruins the model; on its scale the others would be one line.
+    highest = 1.02 * max(max(each["bits_per_byte"]) for name, each in found.items() if name != "random")
+    for file, label, values in (
+        ("bits-per-byte", "removed blocks", removed),
+        ("by-parameters", "% of the parameters removed", percent),
+    ):
+        curves = [Curve(name, i, list(zip(values[i], each["bits_per_byte"], strict=True))) for i, (name, each) in named]
+        chart = Chart(file, "Bits per byte of held-out text", "", label, curves, short, highest=highest)
+        (args.out / f"{file}.png").write_bytes(png(chart))
     print(json.dumps(found))
+
+
+def parameters_left(architecture: Architecture, steps: list[dict[str, Any]]) -> list[float]:
+    """The share of the model's parameters after 0, 1, 2, ... removals."""
+    whole, gone, left = size_of(architecture).parameters, 0, [1.0]
+    for step in steps:
+        kind, layer = step["block"]
+        gone += size_of_blocks(architecture, [ResidualBlock(kind, layer)]).parameters
+        left.append(1 - gone / whole)
+    return left
 
 
 def tokens_per_byte(model: Path, texts: Path, rows: int) -> float:

@@ -49,6 +49,7 @@ class Chart:
         curves: one for each run that has values.
         form: how values are written at the axis.
         from_zero: whether the axis begins at 0, for quantities whose ratio matters.
+        highest: where the axis ends; what lies above leaves the picture. None: it has all values.
     """
 
     file: str
@@ -58,6 +59,7 @@ class Chart:
     curves: Sequence[Curve]
     form: Callable[[float], str]
     from_zero: bool = False
+    highest: float | None = None
 
     @property
     def is_smoothed(self) -> bool:
@@ -133,6 +135,8 @@ def _draw(chart: Chart, size: tuple[float, float]) -> plt.Figure:
     axes.spines[["top", "right"]].set_visible(False)
     if chart.from_zero:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
+    if chart.highest is not None:
+        axes.set_ylim(top=chart.highest)
     return figure
 
 
