@@ -100,6 +100,9 @@ _check_settings() {
     if [[ -z ${CONTAINER_IMAGE:-} ]] && ! found=$("$PYTHON" -c 'import fusemega' 2>&1); then
         refuse "PYTHON=$PYTHON: cannot import fusemega on $(hostname) (${found##*$'\n'}); set PYTHON in site.env"
     fi
+    if [[ $PREFLIGHT != 0 && -z ${CONTAINER_IMAGE:-} ]] && ! "$PYTHON" -c 'import fusemega.cli.preflight' 2>/dev/null; then
+        refuse "PREFLIGHT=$PREFLIGHT: the fusemega of PYTHON=$PYTHON has no command preflight; set it to 0, or update fusemega"
+    fi
 }
 
 require_file() {
@@ -330,13 +333,13 @@ run_until_done() {
     kill "$watch" 2>/dev/null
     after=$(progress)
     say "the step ended with status $status, progress: $after"
+    # A user's error is the same at the next start. It comes first: what is done here may be another run.
+    [[ -s $FUSEMEGA_REFUSED ]] && _end 2 "refused: $(head -n 1 "$FUSEMEGA_REFUSED")"
     if ((ran)) && is_done; then
         when_done || _end 1 "failed after the command had ended well"
         _end 0 "done"
     fi
     ((decided)) && _end $((status ? status : 1)) "ended by Slurm"
-    # A user's error is the same at the next start.
-    [[ -s $FUSEMEGA_REFUSED ]] && _end 2 "refused: $(head -n 1 "$FUSEMEGA_REFUSED")"
     # A save on a signal and a crash can end with one and the same status: progress decides, not the status.
     stalls=$(_stalls "$after")
     ((stalls >= MAX_STALLS)) && _end 1 "$stalls starts in a row without progress (MAX_STALLS): giving up"

@@ -199,7 +199,7 @@ class Cluster:
                 "RealMemory=1000000 Gres=gpu:8 State=UNKNOWN\n"
             )
         conf += (
-            "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=10 GraceTime=25\n"
+            "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=10 GraceTime=120\n"
         )
         conf += "PartitionName=nograce Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=10 GraceTime=0\n"
         conf += "PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=100 PreemptMode=off\n"

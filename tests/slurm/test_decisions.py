@@ -55,6 +55,8 @@ def test_restarts_have_a_limit(submit: Submit, stand_in: StandIn, small: Path) -
 
 
 def test_a_users_error_is_not_tried_again(cluster: Cluster, submit: Submit, stand_in: StandIn, small: Path) -> None:
+    (small.parent / "out").mkdir()
+    (small.parent / "out" / "done").touch()  # of another run
     body = 'echo "run.yaml: data.path is missing" > "$FUSEMEGA_REFUSED"; exit 1'
     job = submit("train.sbatch", small, PYTHON=stand_in(body))
     job.ended("FAILED")

@@ -78,7 +78,7 @@ def test_requeued(submit: Submit, run_file: Path, two_ranks: Curve, launcher: st
 
 @pytest.mark.slurm_full
 def test_the_time_limit(submit: Submit, run_file: Path, two_ranks: Curve) -> None:
-    job = submit("train.sbatch", run_file, options=["--time=4"], FUSEMEGA_TEST_PAUSE=8)
+    job = submit("train.sbatch", run_file, options=["--time=5"], STOP_MARGIN=150, FUSEMEGA_TEST_PAUSE=8)
     job.wait(lambda: any(line[-1] == "requeue" for line in job.tries()), "the requeue")
     job.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     assert "s until the time limit" in job.log and "SIGUSR1: stopping after this step" in job.log
