@@ -9,7 +9,7 @@ from fusemega.training.records import COSTS, METRICS_FILE, read_metrics
 from tests.slurm.cluster import ENDED, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = 900.0  # seconds: machines that run tests may have little to spare
+LONG = 1800.0  # seconds: machines that run tests may have little to spare
 
 
 class Job:

@@ -159,3 +159,12 @@ def test_a_folder_of_another_run_is_refused(submit: Submit, run_file: Path) -> N
     again.ended("FAILED")
     assert "cannot resume: the checkpoint has" in again.log and len(again.tries()) == 2
     assert again.cluster.field(again.number, "ExitCode") == "2:0"
+
+
+@pytest.mark.slurm_full
+def test_preflight_comes_first(submit: Submit, run_file: Path) -> None:
+    words = [run_file, "training.train_iters=2"]
+    job = submit("train.sbatch", *words, options=["--gpus-per-node=0"], PREFLIGHT=1)  # there are none
+    job.ended()
+    assert "preflight: passed, 2 rank(s) on 2 node(s) (node1, node2)" in job.log
+    assert job.log.index("preflight: passed") < job.log.index("iteration 1/2")
