@@ -12,7 +12,7 @@ from fusemega.monitoring.heartbeat import Heartbeat
 from fusemega.monitoring.ranks import MONITOR, RankState, find_hang, is_monitor_folder, rank_file, read_ranks
 from fusemega.monitoring.settings import MonitoringSection
 from fusemega.monitoring.watch import Watch
-from fusemega.runtime.activity import current, place_of
+from fusemega.runtime.activity import current, phase_of, place_of
 from fusemega.runtime.console import warn_from_here
 from fusemega.runtime.meeting import is_echo, launch_folder
 from fusemega.runtime.parallel import World
@@ -97,11 +97,9 @@ def _tell_timeout(error: Exception, output_dir: Path, world: World, settings: Mo
     if world.rank != min((state.rank for state in states if state.rank not in gone), default=world.rank):
         return
     at = place_of(error)
-    # The main thread has left its phase with the error; the last heartbeat still has it.
-    phase = next((state.phase for state in states if state.rank == world.rank), current().phase)
     why = "no heartbeat says which rank did not come" if absent is None else absent.line
     warn_from_here(
-        f"rank {world.rank}: {at.collective or 'a collective'}, at {at.code}, in {phase} after iteration "
+        f"rank {world.rank}: {at.collective or 'a collective'}, at {at.code}, in {phase_of(error)} after iteration "
         f"{current().iteration}, did not end within {world.timeout.total_seconds() / 60:g} minutes "
         f"(monitoring.collective_timeout_minutes): {why}"
     )

@@ -81,6 +81,7 @@ class CodePlace:
 _levels: tuple[Level, ...] = (Level(STARTING, True, time.time()),)  # replaced, so that other threads read a whole one
 _moves = 0
 _progress = (0, 0)
+_left_by = (0, "")  # the last error that ended a phase (its id, so that it can be freed), and the innermost such phase
 
 
 class doing:  # noqa: N801  (reads as a statement, as `contextlib.suppress` does)
@@ -108,8 +109,10 @@ class doing:  # noqa: N801  (reads as a statement, as `contextlib.suppress` does
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _levels, _moves
+        global _levels, _moves, _left_by
         if self._outside is not None:
+            if error is not None and _left_by[0] != id(error):
+                _left_by = id(error), current().phase
             _levels = self._outside
             _moves += 1
 
@@ -126,6 +129,11 @@ def current() -> Activity:
     at = max(i for i, level in enumerate(levels) if level.is_phase)
     detail = levels[-1].name if len(levels) > at + 1 else None
     return Activity(levels[at].name, levels[at].since, detail, _moves, *_progress)
+
+
+def phase_of(error: BaseException) -> str:
+    """The phase in which an error was raised that has just come up to here."""
+    return _left_by[1] if _left_by[0] == id(error) else current().phase
 
 
 def place() -> CodePlace:

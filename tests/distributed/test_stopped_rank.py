@@ -60,8 +60,8 @@ def test_is_named_within_a_minute(tmp_path: Path, chat_files: assets.ChatData) -
         assert time.monotonic() - stopped < 60
         assert f"process {rank} is stopped: kill -CONT {rank} lets it go on" in log.read_text()
         absent = (
-            rf"warning: rank 0: [\w ]+, at \S+:\d+ \(\w+\), in (?!starting).* after iteration \d+, did not end within 0\.3 minutes "
-            rf"\(monitoring\.collective_timeout_minutes\): {name} has written no heartbeat"
+            r"warning: rank 0: [\w ]+, at \S+:\d+ \(\w+\), in (?!starting).* after iteration \d+, did not end within "
+            rf"0\.3 minutes \(monitoring\.collective_timeout_minutes\): {name} has written no heartbeat"
         )
         _until(lambda: re.search(absent, log.read_text()) is not None, process, log)
         _until(lambda: read_ranks(output)[0].ended is not None, process, log)

@@ -156,6 +156,13 @@ def test_where_a_collective_is_called_is_seen() -> None:
     assert (found[0].collective, found[0].code) == ("all_reduce", "megatron/core/y.py:2 (step)")
 
 
+def test_the_phase_of_an_error_is_the_innermost_that_it_ended() -> None:
+    with pytest.raises(ValueError) as raised, activity.doing(activity.STEP), activity.doing(activity.COMPUTE):
+        raise ValueError
+    assert activity.phase_of(raised.value) == activity.COMPUTE and activity.current().phase == activity.STARTING
+    assert activity.phase_of(ValueError()) == activity.STARTING
+
+
 def test_a_hang_is_said_once_and_its_end_too(tmp_path: Path) -> None:
     said: list[str] = []
     watch = Watch(tmp_path, range(2), 0.05, silent_after=0.4, hang_after=100, say=said.append)
