@@ -14,7 +14,7 @@ from fusemega.cluster.chain import StageJob, dependency, jobs_of
 from fusemega.cluster.jobs_file import FOLDER, SlurmJob
 from fusemega.cluster.plan import processes, training_plan
 from fusemega.cluster.request import JobRequest
-from fusemega.cluster.slurm import require_slurm
+from fusemega.cluster.slurm import clock, require_slurm
 from fusemega.cluster.submit import Planned, Submission, check_accepted, check_place, refuse_active, submit_all
 from fusemega.config import load, read_yaml, validate
 from fusemega.errors import UserError
@@ -137,7 +137,8 @@ def _of_recipe(
     show(f"{'processes':<11} {processes(request)}, where a stage runs as several")
     show(f"{'output':<11} {output}")
     done = sum(1 for one in verdicts.values() if one.action == "skip")
-    show(f"{'stages':<11} {len(verdicts)}, {done} finished; {len(jobs)} job(s), each of {request.time} at most:")
+    limit = f"each of {clock(request.seconds)} at most"
+    show(f"{'stages':<11} {len(verdicts)}, {done} finished; {len(jobs)} job(s), {limit}:")
     planned, chain = [], {}
     for job in jobs:
         options = (f"--job-name={job.name}", *(request.ranks() if job.ranks else request.single(job.gpu)))

@@ -80,12 +80,12 @@ def _time(run: TrainRun, request: JobRequest, left: int) -> dict[str, str]:
     seconds = [row[TIME] for row in read_metrics(output)[-_ROWS:] if TIME in row]
     if not seconds:
         unknown = f"the time of an iteration is unknown: no {output / METRICS_FILE} of an earlier job"
-        return {"checkpoints": saves, "time": f"{request.time} a job; {unknown}"}
+        return {"checkpoints": saves, "time": f"{clock(request.seconds)} a job; {unknown}"}
     each = statistics.median(seconds)
     known = f"{each:.3g} s an iteration (median of the last {len(seconds)} in {output / METRICS_FILE})"
     total = left * each
     jobs = math.ceil(total / request.seconds) if total else 0
-    time = f"{request.time} a job; {known}; {left} left: {clock(total)}, {jobs} job(s) of this length"
+    time = f"{clock(request.seconds)} a job; {known}; {left} left: {clock(total)}, {jobs} job(s) of this length"
     if interval is None:
         saves += "; a node that fails costs all since then: set training.save_interval" if total > 3600 else ""
     else:

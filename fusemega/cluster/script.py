@@ -34,6 +34,8 @@ class Script:
         folder: absolute, where the site's settings are looked for, as `site.env`.
         work_dir: absolute, where the job runs: relative paths of the settings are relative to it.
         python: the interpreter, where the site's file names none; "": python3.
+        ranks_per_node: of commands that run as several ranks. An exclusive node has all its GPUs, also where fewer were
+            asked for.
         arguments: the template's; in front of those with which the script is submitted.
         writes: files that the script writes before anything else, for a script that goes alone.
     """
@@ -44,6 +46,7 @@ class Script:
     folder: Path
     work_dir: Path
     python: str
+    ranks_per_node: int
     arguments: Sequence[str]
     writes: Mapping[Path, str] = field(default_factory=dict)
 
@@ -62,6 +65,7 @@ class Script:
         for path, written in self.writes.items():
             lines += _writing(path, written)
         lines += [f"FUSEMEGA_SLURM={shlex.quote(str(self.folder))}", "unset FUSEMEGA_SITE"]
+        lines.append(f"export NPROC_PER_NODE={self.ranks_per_node}")
         if self.python:
             lines.append(f"export PYTHON=${{PYTHON:-{shlex.quote(self.python)}}}")
         if self.arguments:

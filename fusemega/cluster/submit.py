@@ -96,7 +96,9 @@ class Submission:
         python = "" if {"PYTHON", "CONTAINER_IMAGE"} & site.keys() else sys.executable
         arguments = [str(self.settings_file), output]
         writes = self._settings() if alone else {}
-        return Script(self.template, options, self.command, self.folder, Path.cwd(), python, arguments, writes).text()
+        ranks, here = self.request.gpus_per_node, Path.cwd()
+        script = Script(self.template, options, self.command, self.folder, here, python, ranks, arguments, writes)
+        return script.text()
 
     def files(self) -> dict[Path, str]:
         """Everything that is written, beside `jobs.json`."""

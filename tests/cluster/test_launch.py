@@ -70,6 +70,7 @@ def test_a_run(place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
     run = load(TrainRun, settings)
     assert run == load(TrainRun, "train.yaml", ["optimizer.lr=0.01"]), "what the job reads is what was checked"
     assert f"set -- {settings} {place}/run " in text and "fusemega launch train.yaml --nodes 2" in text
+    assert "\nexport NPROC_PER_NODE=2\n" in text, "an exclusive node has more GPUs than were asked for"
     library = Path("/").joinpath(Path(cli.__file__).parents[2], "slurm", "lib.sh").read_text()
     assert library in text and text.index("read_site\n\nrun_file=") > text.index(library)
     assert sorted(path.name for path in settings.parent.iterdir()) == [
