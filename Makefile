@@ -4,7 +4,7 @@
 #   make test [WORKERS=2]             ruff, mypy and the whole test suite, that many test files at a time
 #   make test-fast [ARGS=-x]          the fast tests of one process; CONTRIBUTING.md says what is left out
 #   make test-full [ARGS=-x]          long matrices that `make test` leaves out, such as kill -9 in every stage of every recipe
-#   make test-slurm [ARGS=-x]         runs and events of a cluster on a real Slurm of two pretend nodes, about half an hour
+#   make test-slurm [ARGS=-x]         runs and events of a cluster on a real Slurm of two pretend nodes; takes long
 #   make gpu-check [ARGS=--quick]     checks and measures everything on one GPU in ten minutes; without one, what can be
 #   make test-te                      Transformer Engine's layers and FP8 on the CPU, in .venv-te: tests, then figures
 # PYTHON picks the interpreter (3.10 or later) that .venv is made from.
