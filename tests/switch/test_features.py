@@ -21,6 +21,7 @@ from tests.distributed.launch import run_ranks
 from tests.switch.conftest import switch_run, write_questions
 
 KINDS = [("final", "last"), ("final", "mean"), (1, "last"), (2, "mean")]
+LAYOUTS = {"TP2": [0], "TP2SP": [1], "PP2": [0, 2], "CP2": [0, 1], "DP2": [0]}  # -> places in KINDS
 
 
 def reference(model: Path, prompts: Path, layer: object, pooling: str) -> dict[str, np.ndarray]:
@@ -52,12 +53,12 @@ def test_equal_transformers(switch_model: Path, tmp_path: Path, layer: object, p
 
 def test_equal_transformers_in_every_layout(switch_model: Path, tmp_path: Path) -> None:
     prompts = write_questions(tmp_path / "train.jsonl", 20)
-    (tmp_path / "kinds.json").write_text(json.dumps([KINDS[0], KINDS[1], KINDS[2]]))
+    (tmp_path / "kinds.json").write_text(json.dumps({name: [KINDS[n] for n in of] for name, of in LAYOUTS.items()}))
     run_ranks(Path(__file__).parent / "worker_features.py", 2, str(tmp_path), str(switch_model))
-    for number, (layer, pooling) in enumerate(KINDS[:3]):
-        expected = reference(switch_model, prompts, layer, pooling)
-        for layout in ("TP2", "TP2SP", "PP2", "CP2", "DP2"):
-            store = tmp_path / f"{layout}-{number}" / "features"
+    expect = [reference(switch_model, prompts, layer, pooling) for layer, pooling in KINDS[:3]]
+    for layout, kinds in LAYOUTS.items():
+        for number, kind in enumerate(kinds):
+            expected, store = expect[kind], tmp_path / f"{layout}-{number}" / "features"
             vectors, _ = read_features(store, list(expected), tmp_path)
             np.testing.assert_allclose(vectors, np.stack(list(expected.values())), rtol=1e-4, atol=1e-4, err_msg=layout)
             assert len(Store.open(store)) == 20

@@ -1,8 +1,8 @@
 """Features under layouts of two ranks.
 
-    worker_features.py WORK MODEL    with WORK/train.jsonl, and WORK/kinds.json: pairs of layer and pooling
+    worker_features.py WORK MODEL    with WORK/train.jsonl, and WORK/kinds.json: layout -> pairs of layer and pooling
 
-Leaves WORK/LAYOUT-KIND/features.
+Leaves WORK/LAYOUT-NUMBER/features.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     """See the module."""
     work, model = Path(sys.argv[1]), Path(sys.argv[2])
     for name, layout in LAYOUTS.items():
-        for number, (layer, pooling) in enumerate(json.loads((work / "kinds.json").read_text())):
+        for number, (layer, pooling) in enumerate(json.loads((work / "kinds.json").read_text())[name]):
             section = {"layer": layer, "pooling": pooling}
             out = str(work / f"{name}-{number}")
             features(switch_run(work, model, output_dir=out, parallel=layout, features=section))
