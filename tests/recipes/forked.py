@@ -27,6 +27,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def main(folder: Path, models: str = "write_models") -> None:
     import fusemega.launch.preloaded  # noqa: F401  (what ranks import)
+    import fusemega.recipes.mutual_taught
     import fusemega.sampling.transformers_engine
     import fusemega.selection.run_file  # noqa: F401
     from tests.recipes import small
