@@ -133,13 +133,16 @@ def loading(folder: Path, tracker: str, world: World) -> Iterator[None]:
             _restore(root, before)
         raise
     except Exception as error:
-        if not is_echo(error):
-            mine = note or Loading.read(root) or Loading(folder.name)
-            Loading(mine.checkpoint, mine.starts, str(error)[:2000], mine.instead_of).write(root)
-            if mine.instead_of is None and any(
-                path.suffix == "" and _iteration(path.name) < _iteration(folder.name) for path in root.glob("iter_*")
-            ):
-                raise GoesOnDifferently(f"{error}; the next start takes the checkpoint before it") from error
+        if is_echo(error):
+            raise
+        mine = note or Loading.read(root) or Loading(folder.name)
+        if mine.instead_of is None and not _has_earlier(folder):
+            if world.is_main:  # nothing to go back to: the next start tries the same again
+                _restore(root, before)
+            raise
+        Loading(mine.checkpoint, mine.starts, str(error)[:2000], mine.instead_of).write(root)
+        if mine.instead_of is None:
+            raise GoesOnDifferently(f"{error}; the next start takes the checkpoint before it") from error
         raise
     world.barrier()
     if world.is_main:
@@ -148,6 +151,11 @@ def loading(folder: Path, tracker: str, world: World) -> Iterator[None]:
             write_durably(root / tracker, str(_iteration(folder.name)))
             warn(f"{root / tracker}: names {folder.name} from now on; {note.instead_of} stays as it is")
         (root / LOADING).unlink(missing_ok=True)
+
+
+def _has_earlier(folder: Path) -> bool:
+    others = (path for path in folder.parent.glob("iter_*") if path.suffix == "")
+    return any(_iteration(path.name) < _iteration(folder.name) for path in others)
 
 
 def _iteration(name: str) -> int:
