@@ -36,6 +36,7 @@ preflight=()
 steps=0
 step=
 status=
+watch=
 near_end=0
 decided=0
 
@@ -177,7 +178,7 @@ _job_time() {
 # and the first saves say how long one takes: both are looked at again every five minutes at most.
 _watch_time() {
     local begun end left margin
-    while :; do
+    while kill -0 $$ 2>/dev/null; do
         if begun=$(_job_time StartTime) && end=$(_job_time EndTime); then
             margin=$(_margin $((end - begun)))
             left=$((end - $(date +%s) - margin))
@@ -306,13 +307,14 @@ _check_nodes() {
 }
 
 _end() {
+    [[ -z $watch ]] || kill "$watch" 2>/dev/null
     _note end "$(progress)" "$2"
     say "$2"
     exit "$1"
 }
 
 run_until_done() {
-    local before after watch stalls ran=0
+    local before after stalls ran=0
     if [[ $1 == ranks && -z ${NPROC_PER_NODE:-}${SLURM_GPUS_ON_NODE:-} ]]; then
         refuse "this job has no GPUs (SLURM_GPUS_ON_NODE is not set); ask for them with --gpus-per-node, or set NPROC_PER_NODE"
     fi
@@ -331,6 +333,7 @@ run_until_done() {
         _step "$@"
     fi
     kill "$watch" 2>/dev/null
+    watch=
     after=$(progress)
     say "the step ended with status $status, progress: $after"
     # A user's error is the same at the next start. It comes first: what is done here may be another run.
