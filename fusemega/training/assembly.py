@@ -279,8 +279,9 @@ def check_output(output: Path) -> None:
     Raises:
         UserError: says what is in the way.
     """
-    begun = (output / RUN_RECORD).is_file()
-    if output.exists() and (not output.is_dir() or (holds_more(output, JOB_FOLDER) and not begun)):
+    if output.exists() and (
+        not output.is_dir() or (holds_more(output, JOB_FOLDER) and not (output / RUN_RECORD).is_file())
+    ):
         raise UserError(f"{output}: exists and is not the folder of a training run; choose another output_dir")
     if (output / RUN_RECORD).exists() and not {"fusemega", "run"} <= read_json(output / RUN_RECORD).keys():
         raise UserError(f"{output / RUN_RECORD}: not the record of a training run; choose another output_dir")
