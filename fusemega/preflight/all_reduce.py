@@ -52,7 +52,8 @@ def measure(nodes: Sequence[str], rank: int, device: torch.device) -> list[Measu
         if rank in members and 1 < len(members) < len(nodes):
             assert group is not None
             found.append(_measure(node, group, members, rank, sizes[-1], device))
-        dist.barrier()  # one node at a time, so that none slows another down
+        dist.all_reduce(torch.zeros(1, device=device))  # one node at a time, so that none slows another down
+        _wait(device)
     return found
 
 

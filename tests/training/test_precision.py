@@ -53,7 +53,8 @@ def test_sizes_are_checked_with_the_files(make_run: Callable[..., TrainRun]) -> 
 
 def test_experts_are_refused() -> None:
     sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = architecture_of({"model_type": "mixtral", "num_attention_heads": 4, **sizes}).transformer_config
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = architecture_of({"model_type": "mixtral", **heads, **sizes}).transformer_config
     validate(Precision, {}, "model").check_layers(config, ParallelConfig())
     with pytest.raises(UserError, match=r"model\.fp8: hybrid, and this model has experts.*allowed: leave it out"):
         validate(Precision, {"fp8": "hybrid"}, "model").check_layers(config, ParallelConfig())
