@@ -88,7 +88,8 @@ class Submission:
             alone: it writes the other files itself.
         """
         output, site = os.path.abspath(self.output), self.request.site.values
-        log = str(self.folder).replace("%", "%%")
+        # Slurm makes no folders: a script that goes alone leaves its log where it is submitted for.
+        log = str(Path.cwd() if alone else self.folder).replace("%", "%%")
         options = [f"--job-name={self.job_name}", *self.request.place()]
         options += self.request.ranks() if self.template == "train" else []
         options += ["--requeue", "--open-mode=append", quoted(f"--output={log}/%x-%j.out")]
