@@ -4,6 +4,7 @@ fusechat3.py   FuseChat-3.0: the best over all sources, pairs within one source,
 wrpo.py        WRPO: a third to SFT, then triples of source and target
 fuserl.py      FuseRL: groups for FuseSFT and FusePO
 simpo.py       SimPO's on-policy pairs: the best and the worst of one model's samples
+one_source.py  what those of one model's samples have in common
 mutual_taught.py   Mutual-Taught's: the shortest one above the mean reward, and the worst
 """
 

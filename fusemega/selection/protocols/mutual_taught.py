@@ -14,21 +14,18 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from pydantic import Field
-
-from fusemega.errors import UserError, nearest
+from fusemega.errors import UserError
 from fusemega.selection.protocol import (
     Candidate,
     CandidatePrompt,
     Offer,
-    Protocol,
-    ProtocolSettings,
     best,
     check_rewards,
     margin,
     register_protocol,
     worst,
 )
+from fusemega.selection.protocols.one_source import OneSource, OneSourceSettings
 
 
 def length_controlled_pair(candidates: Sequence[Candidate]) -> tuple[Candidate, Candidate] | None:
@@ -59,34 +56,22 @@ def length_controlled_pair(candidates: Sequence[Candidate]) -> tuple[Candidate, 
     return best([one for one in above if one.length == shortest]), worst(candidates)
 
 
-class MutualTaughtSelectionSettings(ProtocolSettings):
+class MutualTaughtSelectionSettings(OneSourceSettings):
     """The `protocol` section of `mutual_taught`."""
 
     name: Literal["mutual_taught"] = "mutual_taught"
-    source: str | None = Field(None, description="the model whose samples are compared; default: the only one")
 
 
 @register_protocol("mutual_taught")
-class MutualTaughtSelection(Protocol):
+class MutualTaughtSelection(OneSource):
     """Length-controlled pairs: the shortest response of more than the mean reward against that of the lowest."""
 
     Settings = MutualTaughtSelectionSettings
     settings: MutualTaughtSelectionSettings
 
-    def check_sources(self, sources: Sequence[str]) -> None:
-        name = self.settings.source
-        if name is None and len(sources) > 1:
-            raise UserError(f"protocol.source: needed, because the data have the sources {', '.join(sources)}")
-        if name is not None and name not in sources:
-            raise UserError(
-                f"protocol.source: no response has the source {name!r}{nearest(name, sources)}; found: "
-                f"{', '.join(sources)}"
-            )
-
     def offer(self, prompt: CandidatePrompt) -> Offer:
         check_rewards(prompt)
-        name = self.settings.source
-        own = [candidate for candidate in prompt.candidates if name is None or candidate.source == name]
+        own = self.own(prompt)
         if len(own) < 2:
             return Offer(why="fewer than two responses", kinds=("preference",))
         pair = length_controlled_pair(own)
