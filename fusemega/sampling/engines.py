@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from fusemega.config import Section, choose_section
 from fusemega.sampling.engine import Engine
@@ -16,6 +16,16 @@ _OURS = {
     "model": "engine.model",
     "messages": "prompts",
 }
+
+
+def _http(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("expected an address that begins with http:// or https://")
+    return value.rstrip("/")
+
+
+HTTPAddress = Annotated[str, AfterValidator(_http)]
+"""The address of a server, without a slash at its end."""
 
 
 class EngineSettings(Section):
@@ -48,7 +58,7 @@ class OpenAISettings(EngineSettings):
     """A model behind a server with OpenAI's chat completions: vLLM, SGLang, `transformers serve`, and others."""
 
     name: Literal["openai"] = "openai"
-    base_url: str = Field(description="the server's address, such as http://localhost:8000/v1")
+    base_url: HTTPAddress = Field(description="the server's address, such as http://localhost:8000/v1")
     model: str = Field(description="the model's name on the server")
     api_key_env: str | None = Field(
         None, description="environment variable with the key; default: none is sent. The key is written nowhere"
@@ -67,13 +77,6 @@ class OpenAISettings(EngineSettings):
     tokenizer: str | None = Field(
         None, description="the model's folder or hub id: the server's count or ids of prompt tokens must be its own"
     )
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_http(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
-            raise ValueError("expected an address that begins with http:// or https://")
-        return value.rstrip("/")
 
     @field_validator("extra_body")
     @classmethod

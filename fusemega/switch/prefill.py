@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from fusemega.config import Section, choose_section
 from fusemega.errors import UserError
@@ -21,6 +21,7 @@ from fusemega.hf.folder import HFFolder
 from fusemega.hf.hub import resolve
 from fusemega.runtime.console import phase, say
 from fusemega.runtime.device import hide_gpus_if_unwanted, own_device
+from fusemega.sampling.engines import HTTPAddress
 from fusemega.switch.switcher import SwitcherConfig
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,17 +52,10 @@ class ServerPrefill(PrefillSettings):
     """A server that returns the last hidden state of token ids, as vLLM's pooling runner does."""
 
     name: Literal["server"] = "server"
-    base_url: str = Field(description="the server's address, such as http://localhost:8001")
+    base_url: HTTPAddress = Field(description="the server's address, such as http://localhost:8001")
     path: str = Field("/pooling", description="where it takes `model` and `input`, and returns `data`")
     model: str = Field(description="the model's name on it")
     timeout: float = Field(5.0, gt=0, description="seconds that a request may take")
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_http(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
-            raise ValueError("expected an address that begins with http:// or https://")
-        return value.rstrip("/")
 
 
 PREFILLS: dict[str, type[PrefillSettings]] = {"transformers": OwnPrefill, "server": ServerPrefill}

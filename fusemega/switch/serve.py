@@ -13,6 +13,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from fusemega.config import Section
 from fusemega.errors import UserError, nearest
 from fusemega.runtime.console import say
+from fusemega.sampling.engines import HTTPAddress
 from fusemega.switch.families import MODES
 from fusemega.switch.modes import Modes
 from fusemega.switch.prefill import PrefillSettings, open_prefill, parse_prefill
@@ -24,7 +25,7 @@ _PACKAGES = ("starlette", "uvicorn", "httpx2")
 class UpstreamSettings(Section):
     """The server that answers: vLLM, SGLang, `transformers serve`, and others with OpenAI's chat completions."""
 
-    base_url: str = Field(description="its address, such as http://localhost:8000/v1")
+    base_url: HTTPAddress = Field(description="its address, such as http://localhost:8000/v1")
     model: str = Field(description="the model's name on it")
     api_key_env: str | None = Field(
         None,
@@ -37,13 +38,6 @@ class UpstreamSettings(Section):
         description="before the start ask it for one token in each mode: it must have the model, and read as many "
         "prompt tokens as the template writes; a server that ignores the switch is refused",
     )
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_http(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
-            raise ValueError("expected an address that begins with http:// or https://")
-        return value.rstrip("/")
 
 
 class SwitchServeRun(Section):
