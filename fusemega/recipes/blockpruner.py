@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section
 from fusemega.files.json_files import read_json
 from fusemega.files.output import write_durably
@@ -27,6 +26,7 @@ from fusemega.pipeline.run import Outcome
 from fusemega.prune.apply import EXPORTS, RECORD
 from fusemega.recipes.prune_steps import PruneSteps
 from fusemega.recipes.registry import Recipe
+from fusemega.recipes.run_files import model_without_load
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.training.optimizer import OptimizerSection
 from fusemega.training.run_file import TrainingSection
@@ -67,10 +67,7 @@ class PruningRecipe(Section):
     @field_validator("model")
     @classmethod
     def _no_load(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "load" in value:
-            raise ValueError("load is a key of its own; leave it out here")
-        ModelConfig(load="whole", **value)
-        return value
+        return model_without_load(value, "load is a key of its own; leave it out here")
 
     @field_validator("export")
     @classmethod

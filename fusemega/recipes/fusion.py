@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section
 from fusemega.files.json_files import read_json
 from fusemega.files.output import write_durably
@@ -30,6 +29,7 @@ from fusemega.losses.fuse import FusionConfig
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.run import Outcome
 from fusemega.recipes.registry import Recipe
+from fusemega.recipes.run_files import model_without_load
 from fusemega.recipes.steps import Steps
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.text.tokenizer import Tokenizer
@@ -115,10 +115,7 @@ class FusionRecipe(Section):
     @field_validator("model")
     @classmethod
     def _no_load(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "load" in value:
-            raise ValueError("load is `target`, and each of `sources`; leave it out here")
-        ModelConfig(load="target", **value)
-        return value
+        return model_without_load(value, "load is `target`, and each of `sources`; leave it out here")
 
     @field_validator("sources")
     @classmethod

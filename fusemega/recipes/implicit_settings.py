@@ -9,6 +9,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section, mistakes
 from fusemega.errors import UserError, nearest
+from fusemega.recipes.run_files import model_without_load
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.sampling.engine import SamplingSettings
 from fusemega.sampling.engines import EngineSettings, parse_engine
@@ -196,10 +197,7 @@ class ImplicitRecipe(Section):
     @field_validator("model")
     @classmethod
     def _no_load(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "load" in value:
-            raise ValueError("load is `target`; leave it out here")
-        ModelConfig(load="target", **value)
-        return value
+        return model_without_load(value, "load is `target`; leave it out here")
 
     @field_validator("sources", "domains")
     @classmethod

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section
 from fusemega.recipes.implicit_settings import PromptFiles, RewardModel, TrainStage
+from fusemega.recipes.run_files import model_without_load
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.sampling.engine import SamplingSettings
 from fusemega.sampling.engines import EngineSettings, TransformersSettings, parse_engine
@@ -88,10 +88,7 @@ class MutualTaughtRecipe(Section):
     @field_validator("model")
     @classmethod
     def _no_load(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if "load" in value:
-            raise ValueError("load is `target`; leave it out here")
-        ModelConfig(load="target", **value)
-        return value
+        return model_without_load(value, "load is `target`; leave it out here")
 
     @field_validator("engine", mode="before")
     @classmethod

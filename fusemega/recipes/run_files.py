@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from typing import Any
 
+from fusemega.checkpoint.open_model import ModelConfig
 from fusemega.config import Section, validate
 from fusemega.pipeline.stage import Stage
 
@@ -22,6 +24,22 @@ KINDS = {
     "prune search": "fusemega.prune.run_file:PruneRun",
 }
 """Command -> the class of its run file."""
+
+
+def model_without_load(value: dict[str, Any], instead: str) -> dict[str, Any]:
+    """The section `model` of a recipe's run files, checked; the recipe itself says which model each of them loads.
+
+    Args:
+        value: the section.
+        instead: said where it has `load`.
+
+    Raises:
+        ValueError: it has `load`, or a setting that is wrong.
+    """
+    if "load" in value:
+        raise ValueError(instead)
+    ModelConfig(load="target", **value)
+    return value
 
 
 def check_run_files(stages: Iterable[Stage]) -> None:
