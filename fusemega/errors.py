@@ -25,8 +25,8 @@ class UserError(Exception):
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
-class GoesOnDifferently(UserError):
-    """An error after which the same command goes another way: a batch script may try it again."""
+class Retryable(UserError):
+    """An error that the same command may not meet again: a batch script tries it once more. The exit status is 1."""
 
 
 def of_the_system(error: Exception) -> UserError | None:

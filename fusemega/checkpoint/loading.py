@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from fusemega.errors import GoesOnDifferently, UserError
+from fusemega.errors import Retryable, UserError
 from fusemega.files.json_files import read_json
 from fusemega.files.output import write_durably
 from fusemega.runtime.console import warn
@@ -117,7 +117,7 @@ def loading(folder: Path, tracker: str, world: World) -> Iterator[None]:
         tracker: name of the tracker's file.
 
     Raises:
-        GoesOnDifferently: the load failed, and there is another way the next time.
+        Retryable: the load failed, and there is another way the next time.
     """
     root, note, before = folder.parent, None, None
     if world.is_main:
@@ -142,7 +142,7 @@ def loading(folder: Path, tracker: str, world: World) -> Iterator[None]:
             raise
         Loading(mine.checkpoint, mine.starts, str(error)[:2000], mine.instead_of).write(root)
         if mine.instead_of is None:
-            raise GoesOnDifferently(f"{error}; the next start takes the checkpoint before it") from error
+            raise Retryable(f"{error}; the next start takes the checkpoint before it") from error
         raise
     world.barrier()
     if world.is_main:

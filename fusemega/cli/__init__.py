@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fusemega.errors import UserError, of_the_system
+from fusemega.errors import Retryable, UserError, of_the_system
 from fusemega.runtime import lifeline, meeting
 from fusemega.runtime.console import logger, quiet_megatron
 
@@ -80,8 +80,12 @@ def build_app(asked: str | None) -> typer.Typer:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and ends the process: status 0; 2 with one line on stderr for a mistake of the user."""
+    """Runs one command and ends the process.
+
+    The status is 0; with one line on stderr, 2 for a mistake of the user, or 1 for what may go well if tried again.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    had_world = _has_world()  # of a caller in Python, whose it stays
     atexit.register(gc.freeze)  # else the process's last act is to look for cycles in all that torch has made: 0.2 s
     quiet_megatron()
     lifeline.follow_starter()
@@ -90,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         logger()  # refuses an unknown level before anything is done
         build_app(arguments[0] if arguments else None)(args=arguments, prog_name="fusemega")
+    except SystemExit as end:
+        if not end.code and not had_world and _has_world():
+            _leave_world()
+        raise
     except Exception as error:
         line = error if isinstance(error, UserError) else of_the_system(error)
         if line is None:
@@ -102,4 +110,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         meeting.note_refusal(line)
         if not meeting.record_error(line):
             print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(line, Retryable) else 2)
+
+
+def _has_world() -> bool:
+    """Whether this process is in a process group, without importing anything."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
+def _leave_world() -> None:
+    """Ends the process group of a command that has ended well.
+
+    Else gloo's threads may still hold the last tensors, and abort the process if Python is gone when they let go: one in
+    ten ranks that had done all their work counted as crashed.
+    """
+    from fusemega.runtime.parallel import shutdown
+
+    shutdown()

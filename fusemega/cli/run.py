@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +62,6 @@ def command(
     STAGE is a stage's name, or how the names of several begin: `sample` is every `sample-...`. `fusemega show stages`
     lists them.
     """
-    from fusemega.pipeline.run import Interrupted
     from fusemega.pipeline.scope import Scope
     from fusemega.pipeline.verdict import plan_lines
     from fusemega.recipes.registry import read_recipe, run_recipe, run_stage
@@ -76,12 +74,7 @@ def command(
         raise UserError("--begin and --end: give one of them")
     recipe, settings = read_recipe(recipe_file, overrides or [])
     if only is not None:
-        try:
-            lines = run_stage(recipe, settings, only, begin, end)
-        except Interrupted as error:  # another status than a mistake: a job script may try again
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        for line in lines:
+        for line in run_stage(recipe, settings, only, begin, end):
             tell(line)
         return
     graph = recipe.graph(settings)

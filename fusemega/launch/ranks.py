@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusemega.errors import UserError
-from fusemega.runtime.meeting import is_echo
+from fusemega.runtime.meeting import is_echo, recorded_error
 
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 1.0  # between two looks at the ranks' memory and state
@@ -159,8 +158,8 @@ class Ranks:
             killed: ranks that had ended by a signal when the first failure was seen; this process had sent none.
             late: these, and those that ended so until the others were ended. On a busy machine an echo may come first.
         """
-        if not killed and (self._folder / "error").is_file():
-            raise UserError((self._folder / "error").read_text(encoding="utf-8"))
+        if not killed and (error := recorded_error(self._folder)) is not None:
+            raise error
         left = sorted(self._folder.glob("traceback.*"), key=lambda path: path.stat().st_mtime_ns)
         texts = [path.read_text(encoding="utf-8") for path in left]
         causes = [text for text in texts if not is_echo(text)]

@@ -44,7 +44,7 @@ def run_alone(graph: Graph, name: str) -> Alone:
         name: the stage.
 
     Raises:
-        Interrupted: a signal ended its command.
+        Interrupted, Crashed: its command was ended by a signal, or failed; not by a mistake of the user.
         UserError: no such stage; a stage that it needs is not finished; it failed; another process runs it.
     """
     return _alone(graph, name, lambda stage: result_of(graph, stage, Contents(graph)))

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fusemega.errors import UserError
+from fusemega.errors import Retryable, UserError
 from fusemega.files.lock import locked
 from fusemega.files.output import write_durably
 from fusemega.files.owned import drop_scratch, scratch_of
@@ -44,6 +44,7 @@ from fusemega.runtime.lifeline import child_environment
 
 T = TypeVar("T")
 
+_MISTAKE = 2  # the status of a command that refuses what it is given
 _SIGNALLED = 128  # statuses from here on: a signal ended the command, or it ended by one
 
 
@@ -77,8 +78,12 @@ class Outcome:
         return self.stopped.get(name)
 
 
-class Interrupted(UserError):
+class Interrupted(Retryable):
     """A signal ended a stage's command, and with it the graph's run."""
+
+
+class Crashed(Retryable):
+    """A stage's command failed, and not by a mistake that its user can correct."""
 
 
 def run_then(graph: Graph, finish: Callable[[Outcome], T], scope: Scope = ALL) -> T:
@@ -143,6 +148,7 @@ def result_of(graph: Graph, stage: Stage, contents: Contents) -> Any:
     Raises:
         Stop: the stage stopped, now or in an earlier run.
         Interrupted: a signal ended its command.
+        Crashed: its command failed in another way than by a mistake of the user.
         UserError: it failed, or another process runs it.
     """
     with locked(lock_of(graph, stage)):
@@ -166,7 +172,7 @@ def begun(graph: Graph, stage: Stage, contents: Contents) -> StageRecord:
     if found.action == "skip":
         assert found.record is not None
         say(f"[{stage.name}] finished before, skipped")
-        return found.record
+        return found.record if found.record.state == "finished" else ended(graph, stage, contents, found.record)
     inputs = {name: contents.of(path) for name, path in stage.inputs.items()}
     owns = [os.path.relpath(path, graph.folder) for path in stage.owned()]
     record = StageRecord("begun", made_from(stage), inputs, owns)
@@ -176,8 +182,8 @@ def begun(graph: Graph, stage: Stage, contents: Contents) -> StageRecord:
     return record
 
 
-def ended(graph: Graph, stage: Stage, contents: Contents, record: StageRecord, result: Any = None) -> None:
-    """Writes down that the stage is finished.
+def ended(graph: Graph, stage: Stage, contents: Contents, record: StageRecord, result: Any = None) -> StageRecord:
+    """Writes down that the stage is finished; returns its new record.
 
     Args:
         graph: its graph.
@@ -194,7 +200,9 @@ def ended(graph: Graph, stage: Stage, contents: Contents, record: StageRecord, r
         if not os.path.exists(path):
             raise UserError(f"stage {stage.name}: ended without its output {name}: {path}")
     outputs = {name: contents.of(path) for name, path in stage.outputs.items()}
-    write_record(graph, stage, replace(record, state="finished", outputs=outputs, result=result))
+    record = replace(record, state="finished", reason="", outputs=outputs, result=result)
+    write_record(graph, stage, record)
+    return record
 
 
 def _worked(graph: Graph, stage: Stage, contents: Contents, record: StageRecord) -> Any:
@@ -271,5 +279,6 @@ def _work(graph: Graph, stage: Stage) -> Any:
         status = abs(code) + 128 if (code := subprocess.run(argv, env=child_environment()).returncode) < 0 else code
     if status:
         message = f"{stage.command(graph.folder)}: ended with status {status}; its messages are above"
-        raise (Interrupted if status >= _SIGNALLED else UserError)(message)
+        kind = Interrupted if status >= _SIGNALLED else UserError if status == _MISTAKE else Crashed
+        raise kind(message)
     return None

@@ -56,6 +56,8 @@ class Stage:
         owns: further paths that the stage makes, such as the run folder whose `hf` is the output. They are removed
             with the outputs before the stage begins anew; changes in them do not make the stage run again.
         resumes: whether the command continues from what an interrupted run left. Otherwise that is removed first.
+        whole: whether the outputs appear finished or not at all, and the command refuses those that are there. Found
+            after an interruption, they are the stage's, which was interrupted before that was written down.
         keeps: whether the command uses what fits of an earlier run's output even where settings or inputs have changed,
             as a sampler goes on with the responses that it has. Then only `--from` removes that first.
         resources: what it needs of the machine.
@@ -76,6 +78,7 @@ class Stage:
     outputs: Mapping[str, str] = field(default_factory=dict)
     owns: tuple[str, ...] = ()
     resumes: bool = False
+    whole: bool = False
     keeps: bool = False
     resources: Resources = Resources()
     may_be_array: bool = False

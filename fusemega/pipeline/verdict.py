@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
@@ -59,6 +60,8 @@ def verdict(graph: Graph, stage: Stage, contents: Contents, running: Set[str] = 
         return StageVerdict("run", f"its input {names} may change", anew=False, record=record)
     if record.state == "stopped":
         return StageVerdict("stop", record.reason, record=record)
+    if record.state in ("begun", "failed") and stage.whole and all(map(os.path.exists, stage.outputs.values())):
+        return StageVerdict("skip", "finished when it was interrupted", record=record)
     if record.state == "failed":
         return StageVerdict("run", f"failed before: {record.reason}", not stage.resumes, record)
     if record.state == "begun":

@@ -348,7 +348,7 @@ class Steps:
         output, run_file = str(self.folder / folder / f"{name}.jsonl"), str(self.folder / f"{verb}-{name}.yaml")
         run = {"data": groups, "output": output, **settings}
         stage = Stage(f"{verb}-{name}", (verb, run_file), "", run, run_file, {"data": groups}, {"rows": output})
-        self.stages.append(replace(stage, resumes=True))
+        self.stages.append(replace(stage, resumes=True, whole=True))
         return output
 
     def _tool(
@@ -361,7 +361,7 @@ class Steps:
         run_file: str = "",
     ) -> None:
         resumes = "--resume" in argv
-        self.stages.append(Stage(name, argv, "", run or {}, run_file, inputs, outputs, resumes=resumes))
+        self.stages.append(Stage(name, argv, "", run or {}, run_file, inputs, outputs, resumes=resumes, whole=resumes))
 
     def _model(self, load: str) -> dict[str, Any]:
         return {"load": load, **self.model}

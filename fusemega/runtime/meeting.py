@@ -3,7 +3,7 @@
     TMPDIR/fusemega-XXXXXXXX/
       launcher             locked while the launcher lives; a folder whose lock is free is left over, and is removed
       PID.pid              a rank that handles the signals that its launcher passes on
-      error                the line of the first rank with a UserError
+      error                of the first rank with a UserError: whether it may be tried again, and the line
       traceback.RANK       of a rank with another error; the launcher shows the first one
       stopped              exit status of a run that a signal stopped regularly
 
@@ -28,7 +28,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from fusemega.errors import GoesOnDifferently, UserError
+from fusemega.errors import Retryable, UserError
 
 LAUNCH_FOLDER = "FUSEMEGA_LAUNCH"
 REFUSED = "FUSEMEGA_REFUSED"  # a file of the batch script (slurm/lib.sh), to which torchrun passes on no exit status
@@ -39,6 +39,7 @@ _ECHO = re.compile(
     r"ncclInternalError"
 )
 _PREFIX, _LOCK = "fusemega-", "launcher"
+_RETRYABLE, _MISTAKE = "retryable", "mistake"  # the first line of `error`
 
 
 @functools.cache
@@ -112,21 +113,31 @@ def record_error(error: UserError) -> bool:
         return False
     # Written aside and linked, so that the launcher never reads half a line and a later rank never replaces it.
     own = folder / f"error.{os.getpid()}"
-    own.write_text(str(error), encoding="utf-8")
+    own.write_text(f"{_RETRYABLE if isinstance(error, Retryable) else _MISTAKE}\n{error}", encoding="utf-8")
     with contextlib.suppress(FileExistsError):
         os.link(own, folder / "error")
     return True
 
 
+def recorded_error(folder: Path) -> UserError | None:
+    """In a launcher: the error of the first rank that has left one."""
+    path = folder / "error"
+    if not path.is_file():
+        return None
+    kind, _, line = path.read_text(encoding="utf-8").partition("\n")
+    return Retryable(line) if kind == _RETRYABLE else UserError(line)
+
+
 def note_refusal(error: UserError) -> None:
     """Leaves the line of a user's error for the batch script, which then does not try the same again.
 
-    Not if it only says that another rank has gone, in the words of a save or a load that this has ended.
+    Not if it only says that another rank has gone, in the words of a save or a load that this has ended. The first line
+    stays: of a stage, it is its command's own, and the recipe's only says that the command has failed.
     """
     path = os.environ.get(REFUSED)
-    if path and not isinstance(error, GoesOnDifferently) and not is_echo(error):
-        with contextlib.suppress(OSError):
-            Path(path).write_text(f"{error}\n", encoding="utf-8")
+    if path and not isinstance(error, Retryable) and not is_echo(error):
+        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
+            file.write(f"{error}\n")
 
 
 def record_traceback(error: BaseException) -> bool:

@@ -13,9 +13,9 @@ import pytest
 
 from fusemega.checkpoint.loading import LOADING, STARTS, Loading, loading
 from fusemega.checkpoint.series import STATE, TRACKER, find_checkpoint
-from fusemega.errors import GoesOnDifferently, UserError
+from fusemega.errors import Retryable, UserError
 from fusemega.files.integrity import write_integrity
-from fusemega.runtime.meeting import note_refusal
+from fusemega.runtime.meeting import note_refusal, record_error, recorded_error
 from fusemega.runtime.parallel import ParallelConfig, World, initialize
 
 
@@ -48,7 +48,7 @@ def fail(folder: Path, world: World, error: Exception) -> None:
 
 
 def test_the_one_before_it_once(root: Path, world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(GoesOnDifferently, match="a bad tensor; the next start takes the checkpoint before it"):
+    with pytest.raises(Retryable, match="a bad tensor; the next start takes the checkpoint before it"):
         fail(found(root, world), world, RuntimeError("a bad tensor"))
     folder = found(root, world)
     said = capfd.readouterr().err
@@ -63,7 +63,7 @@ def test_the_one_before_it_once(root: Path, world: World, capfd: pytest.CaptureF
 
 
 def test_two_that_do_not_load_are_refused(root: Path, world: World) -> None:
-    with pytest.raises(GoesOnDifferently):
+    with pytest.raises(Retryable):
         fail(found(root, world), world, RuntimeError("first"))
     with pytest.raises(RuntimeError, match="second"):
         fail(found(root, world), world, RuntimeError("second"))
@@ -114,7 +114,7 @@ def test_a_refusal_is_left_for_the_batch_script(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [GoesOnDifferently("again"), UserError("checkpoint not saved: Connection closed by peer [127.0.0.12]:3301")],
+    [Retryable("again"), UserError("checkpoint not saved: Connection closed by peer [127.0.0.12]:3301")],
 )
 def test_what_may_go_well_the_next_time_is_no_refusal(
     tmp_path: Path, error: UserError, monkeypatch: pytest.MonkeyPatch
@@ -122,3 +122,14 @@ def test_what_may_go_well_the_next_time_is_no_refusal(
     monkeypatch.setenv("FUSEMEGA_REFUSED", str(tmp_path / "refused"))
     note_refusal(error)
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("kind", [Retryable, UserError])
+def test_a_launcher_knows_whether_to_try_again(
+    tmp_path: Path, kind: type[UserError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recorded_error(tmp_path) is None
+    monkeypatch.setenv("FUSEMEGA_LAUNCH", str(tmp_path))
+    assert record_error(kind("iter_0000009: not whole"))
+    found = recorded_error(tmp_path)
+    assert type(found) is kind and str(found) == "iter_0000009: not whole"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fusemega.errors import UserError
+from fusemega.errors import Retryable, UserError
 from fusemega.files.lock import locked
 from fusemega.pipeline.alone import begin_alone, end_alone, finish_last, run_alone
 from fusemega.pipeline.graph import Graph
 from fusemega.pipeline.record import lock_of, read_record, read_shape
 from fusemega.pipeline.run import Outcome, run
 from fusemega.pipeline.stage import Stage
+from fusemega.pipeline.verdict import plan_lines
+from fusemega.runtime.meeting import note_refusal
 from tests.pipeline.test_graph import ALL, DID, FAILING, Seven
 
 
@@ -136,3 +140,42 @@ def test_begun_and_ended_by_a_script_in_between(seven: Seven) -> None:
     assert begin_alone(graph, "sft").state == "finished" and run(graph).complete
     out.write_text("damaged")
     assert begin_alone(graph, "sft").state == "begun" and not out.exists(), "it begins anew"
+
+
+def test_a_crash_may_be_tried_again_and_a_mistake_not(
+    seven: Seven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage("verify", ("store", "verify", "nothing"))
+    graph = Graph(seven.folder, [stage])
+    monkeypatch.setenv("FUSEMEGA_REFUSED", str(tmp_path / "refused"))
+    with pytest.raises(UserError, match="ended with status 2") as mistake:
+        run_alone(graph, "verify")
+    assert not isinstance(mistake.value, Retryable)
+    note_refusal(mistake.value)
+    assert "nothing: " in (tmp_path / "refused").read_text(), "the command's own line stays"
+    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with pytest.raises(Retryable, match="ended with status 3"):
+        run_alone(graph, "verify")
+
+
+def test_a_whole_output_is_not_made_again(seven: Seven) -> None:
+    """The command had written it, and then something else ended the job: it would refuse its own output."""
+    out, file = seven.folder / "rewards.jsonl", str(seven.folder / "score.yaml")
+    stage = Stage("score", ("score", file), "", {"lr": 1}, file, {}, {"rows": str(out)}, resumes=True, whole=True)
+    graph = Graph(seven.folder, [stage])
+    assert begin_alone(graph, "score").state == "begun"
+    out.write_text("whole")
+    assert [line.split(": ")[1] for line in plan_lines(graph)] == ["finished when it was interrupted"]
+    assert run_alone(graph, "score").state == "finished"
+    record = read_record(graph, stage)
+    assert record is not None and record.state == "finished" and list(record.outputs) == ["rows"]
+    out.unlink()
+    with pytest.raises(UserError, match="lr: unknown key"):
+        run_alone(graph, "score")
+    out.write_text("whole")
+    assert run_alone(graph, "score").state == "finished"
+    changed = Graph(seven.folder, [replace(stage, settings={"lr": 2})])
+    with pytest.raises(UserError, match="lr: unknown key"):
+        run_alone(changed, "score")
+    assert not out.exists()

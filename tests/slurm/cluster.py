@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-NODES = ("node1", "node2")
+NODES = ("node1", "node2", "node3")
+USUAL = "node[1-2]"  # of the partitions that most tests use; `spare` has all
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE"}
 
@@ -196,13 +197,15 @@ class Cluster:
         for i, node in enumerate(NODES):
             conf += (
                 f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.{11 + i} Port={ports[1 + i]} CPUs=64 "
-                "RealMemory=1000000 Gres=gpu:8 State=UNKNOWN\n"
+                f"RealMemory=1000000 Gres=gpu:8 Weight={1 + i} State=UNKNOWN\n"
             )
-        conf += (
-            "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 PriorityTier=10 GraceTime=120\n"
-        )
-        conf += "PartitionName=nograce Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=10 GraceTime=0\n"
-        conf += "PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=100 PreemptMode=off\n"
+        for name, more in (
+            ("batch", f"Nodes={USUAL} Default=YES PriorityTier=10 GraceTime=120"),
+            ("nograce", f"Nodes={USUAL} PriorityTier=10 GraceTime=0"),
+            ("urgent", f"Nodes={USUAL} PriorityTier=100 PreemptMode=off"),
+            ("spare", "Nodes=ALL PriorityTier=10 GraceTime=0"),
+        ):
+            conf += f"PartitionName={name} MaxTime=INFINITE DefaultTime=60 {more}\n"
         (self.root / "etc" / "slurm.conf").write_text(conf)
         gres = f"NodeName=node[1-{len(NODES)}] Name=gpu File={self.root}/devices/gpu[0-7]\n"
         (self.root / "etc" / "gres.conf").write_text(gres)
@@ -218,13 +221,26 @@ class Cluster:
         for node in NODES:
             self.start_node(node)
         self.wait(
-            lambda: self.run("sinfo", "-h", "-p", "batch", "-t", "idle", "-o", "%D", check=False) == "2", "nodes", 30
+            lambda: self.run("sinfo", "-h", "-p", "spare", "-t", "idle", "-o", "%D", check=False) == str(len(NODES)),
+            "nodes",
+            30,
         )
 
     def start_node(self, node: str) -> None:
         """Starts a node's slurmd."""
         inside = f"mount --bind {self.root}/etc/hosts /etc/hosts && hostname {node} && exec slurmd -N {node}"
         self._daemon("unshare", "--uts", "--mount", "bash", "-c", inside)
+
+    def mount_over(self, node: str, path: Path, other: Path) -> None:
+        """On this node alone, `path` is `other` from now on."""
+        self._in_node(node, "mount", "--bind", str(other), str(path))
+
+    def unmount(self, node: str, path: Path) -> None:
+        """Ends `mount_over`."""
+        self._in_node(node, "umount", str(path))
+
+    def _in_node(self, node: str, *command: str) -> None:
+        self.run("nsenter", "--mount", "--target", (self.root / "pids" / node).read_text().strip(), "--", *command)
 
     def _daemon(self, *command: str) -> None:
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+import fusemega
 from fusemega.checkpoint.series import latest_checkpoint
+from fusemega.monitoring.ranks import rank_file, read_rank
+from fusemega.training.records import read_metrics
 from tests.slurm.cluster import Cluster
 from tests.slurm.job import LONG, ROOT, Job, curve
 
@@ -168,3 +175,91 @@ def test_preflight_comes_first(submit: Submit, run_file: Path) -> None:
     job.ended()
     assert "preflight: passed, 2 rank(s) on 2 node(s) (node1, node2)" in job.log
     assert job.log.index("preflight: passed") < job.log.index("iteration 1/2")
+
+
+@pytest.mark.slurm_full
+def test_a_node_of_another_version_is_left_out(
+    cluster: Cluster, submit: Submit, run_file: Path, two_ranks: Curve, tmp_path: Path
+) -> None:
+    """A line more in one file of fusemega, on node2 alone."""
+    file = Path(fusemega.__file__).with_name("errors.py")
+    (tmp_path / "errors.py").write_text(file.read_text() + "# another version\n")
+    options = ["--partition=spare", "--gpus-per-node=0"]
+    cluster.mount_over("node2", file, tmp_path / "errors.py")
+    try:
+        job = submit("train.sbatch", run_file, options=options, PREFLIGHT="exclude")
+        job.ended()
+    finally:
+        cluster.unmount("node2", file)
+    assert "bad node node2: fusemega is " in job.log and "requeueing without them" in job.log
+    assert [line[-1] for line in job.tries()] == ["node[1-2]", "requeue without node2", "node[1,3]", "done"]
+    assert cluster.field(job.number, "ExcNodeList") == "node2"
+    assert "preflight: passed, 2 rank(s) on 2 node(s) (node1, node3)" in job.log
+    assert job.curve() == two_ranks
+
+
+def process_of(job: Job, rank: int) -> int:
+    """Its process on this machine, from its heartbeat."""
+    state = read_rank(rank_file(job.out, rank))
+    assert state is not None
+    return state.pid
+
+
+@pytest.mark.slurm_full
+def test_a_stopped_rank_is_named(submit: Submit, run_file: Path, two_ranks: Curve) -> None:
+    """With the intervals that a run has by default."""
+    job = submit("train.sbatch", run_file)
+    job.wait_rows(8)
+    pid = process_of(job, 1)
+    os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
+    try:
+        job.wait(lambda: f"rank 1 (process {pid} on node2) has written no heartbeat for " in job.log, "the name")
+        print(f"named after {time.monotonic() - started:.0f} s")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    job.ended()
+    assert f"rank 1 (process {pid} on node2): going on, after " in job.log
+    assert job.curve() == two_ranks and len(job.tries()) == 2
+
+
+@contextlib.contextmanager
+def slowed(pid: int) -> Iterator[None]:
+    """The process runs for a fifth of the time."""
+    over = threading.Event()
+
+    def halt() -> None:
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.04)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=halt)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.slurm_full
+def test_a_slow_rank_is_named(submit: Submit, run_file: Path) -> None:
+    job = submit(
+        "train.sbatch",
+        run_file,
+        "training.train_iters=100000",
+        "monitoring.straggler_interval=5",
+        FUSEMEGA_TEST_PAUSE=0,
+    )
+    job.wait_rows(8)
+    with slowed(process_of(job, 1)):
+        job.wait(
+            lambda: "rank 1 on node2 is slower than the other ranks of its pipeline stage: " in job.log, "the name"
+        )
+    assert "rank 0 on node1 is slower" not in job.log
+    job.cluster.run("scancel", job.number)
+    job.ended("CANCELLED")
+    ratios = [row["ranks/slowest ratio"] for row in read_metrics(job.out) if row.get("ranks/slowest") == 1]
+    assert len(ratios) >= 3 and max(ratios) > 1.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import pytest
 import yaml
 
 from tests.cluster.conftest import RECIPE, write_inputs
+from tests.recipes.small import write_tiny_models
+from tests.recipes.test_implicit import prompts, write
+from tests.recipes.test_mutual import MUTUAL
 from tests.slurm.cluster import ENDED, Cluster
 from tests.slurm.job import LONG, ROOT
 
@@ -156,3 +160,34 @@ def test_a_printed_script_goes_alone(place: Place) -> None:
     assert place.cluster.wait_state(job, seconds=LONG) == "COMPLETED", place.logs("run")
     assert (place.folder / "run" / "done").exists()
     assert "nothing to do: run is finished" in place.fusemega("launch", "train.yaml", *TWO)
+
+
+@pytest.mark.slurm_full
+def test_a_stage_that_crashes_is_tried_again(place: Place) -> None:
+    place.write_recipe(sources={"alike": "alike"})
+    place.env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "patched"), str(ROOT)])
+    place.env["FUSEMEGA_TEST_ONCE"] = f"split:{place.folder}/crashed"
+    place.fusemega("launch", "recipe.yaml", *TWO, "--until", "split")
+    assert place.ended("out") == {"split": "COMPLETED"}, place.logs("out")
+    lines = (place.folder / "out" / "slurm" / "split" / "jobs.tsv").read_text().splitlines()
+    assert [line.split("\t")[-1] for line in lines if line.startswith("end")] == ["requeue", "done"]
+    assert place.states("out") == {"split": "finished"}
+
+
+@pytest.mark.slurm_full
+def test_a_recipe_that_stops(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint wins at each of eight prompts: the jobs behind the decision find that they are not needed."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_models()
+    write("prompts.jsonl", prompts(None, *(f"What is {i}?" for i in range(16))))
+    place = Place(tmp_path, cluster)
+    stops = {"tau": 1.0, "splits": {"selection": 8}, "iterations": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**MUTUAL, **stops}, sort_keys=False))
+    place.fusemega("launch", "recipe.yaml", *TWO)
+    assert set(place.ended("out").values()) == {"COMPLETED"}, place.logs("out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["policy"] == 0 and list(summary["stopped"]) == ["choose-1"]
+    states = place.states("out")
+    assert states["compare-1"] == "finished" and states["choose-1"] == "stopped" and "reward-1" not in states
+    assert "not needed: " in place.logs("out") and "choose-1" in place.fusemega("status", "out")
+    assert "nothing to do: no stage of out has to run" in place.fusemega("launch", "recipe.yaml", *TWO)

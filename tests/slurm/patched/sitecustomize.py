@@ -1,6 +1,7 @@
 """On the PYTHONPATH of test jobs: updates take a while, so that a test meets a run in the middle; a load may crash.
 
 FUSEMEGA_TEST_PAUSE: seconds before each update. FUSEMEGA_TEST_CRASH: name of a checkpoint whose load kills the process.
+FUSEMEGA_TEST_ONCE: a command of fusemega and a file; the command crashes unless the file is there, and makes it.
 """
 
 import importlib.abc
@@ -9,6 +10,11 @@ import os
 import signal
 import sys
 import time
+
+_command, _, _file = os.environ.get("FUSEMEGA_TEST_ONCE", "").partition(":")
+if _file and sys.orig_argv[1:4] == ["-m", "fusemega", _command] and not os.path.exists(_file):
+    open(_file, "x").close()
+    os._exit(3)
 
 
 def _pause(module):
