@@ -122,8 +122,8 @@ def _has_world() -> bool:
 def _leave_world() -> None:
     """Ends the process group of a command that has ended well.
 
-    Else gloo's threads may still hold the last tensors, and abort the process if Python is gone when they let go: one in
-    ten ranks that had done all their work counted as crashed.
+    Else gloo's threads may still hold the last tensors, and abort the process if Python is gone when they let go: one
+    in ten ranks that had done all their work counted as crashed.
     """
     from fusemega.runtime.parallel import shutdown
 

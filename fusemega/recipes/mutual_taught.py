@@ -136,11 +136,13 @@ class MutualWork:
         training = {"export_dtype": "fp32"} | stage.training.model_dump(exclude_unset=True)
         optimizer = stage.optimizer.model_dump(exclude_unset=True)
         trained = self.steps.train(name, before, {"path": pairs, **rows}, objective, optimizer, training)
-        wins = self._compare(t, trained, before, reward)
+        # As the checkpoints are compared: the last policy is what its win rate was measured on, rounded or not.
+        compared = _ENGINE_DTYPES.get(getattr(recipe.engine, "dtype", ""), "") or dtype_of(recipe.target)
+        wins = self._compare(t, trained, before, reward, compared)
         is_last = t == recipe.iterations
         policy, answers = self._path("policies", str(t)), self._path("policies", f"answers-{t}.jsonl")
         chosen = {"iteration": t, "wins": wins, "trained": trained, "tau": recipe.tau}
-        chosen |= {"dtype": dtype_of(recipe.target) if is_last else "float32", "policy": policy, "answers": answers}
+        chosen |= {"dtype": compared if is_last else "float32", "policy": policy, "answers": answers}
         outputs = {"policy": policy, "answers": answers}
         self.steps.call(f"choose-{t}", choose_policy, chosen, {"trained": trained}, {"wins": wins}, outputs)
         self.policies.append(policy)
@@ -151,11 +153,10 @@ class MutualWork:
                 # KL(pi_t || other) on what pi_t says.
                 self.steps.divergence(f"drift-{t}-{other}", load, policy, drift)
 
-    def _compare(self, t: int, trained: str, before: str, reward: str) -> str:
-        """Adds stage compare-t. Returns the file of its result."""
+    def _compare(self, t: int, trained: str, before: str, reward: str, dtype: str) -> str:
+        """Adds stage compare-t, of checkpoints in `dtype`. Returns the file of its result."""
         recipe, folder = self.recipe, self._path("compared", str(t))
         wins = str(Path(folder) / "wins.json")
-        dtype = _ENGINE_DTYPES.get(getattr(recipe.engine, "dtype", ""), "") or dtype_of(recipe.target)
         judge = {
             "load": reward,
             "model": self._reward_model,
