@@ -116,8 +116,13 @@ def test_the_reward_model_always_starts_from_the_base(place: Path) -> None:
     assert settings["compare-3"]["reward"]["load"] == "out/reward-2/hf"
     scored = [settings[f"score-pairs-{t}"]["model"]["load"] for t in range(4)]
     assert scored == ["rewarding", *(f"out/reward-{t}/hf" for t in (1, 2, 3))]
-    # Nothing is rounded between policies; the last one has the target's dtype.
-    assert [settings[f"choose-{t}"]["dtype"] for t in (1, 2, 3)] == ["float32"] * 3
+    # Nothing is rounded between policies; the last one is as its checkpoints were when they were compared.
+    for engine, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        stages = graph_of("iterations=2", f"engine.dtype={engine}").stages
+        dtypes = {
+            stage.name: stage.settings["dtype"] for stage in stages if stage.name.startswith(("choose", "compare"))
+        }
+        assert dtypes == {"compare-1": dtype, "choose-1": "float32", "compare-2": dtype, "choose-2": dtype}
     assert settings["policy-2"]["training"]["export_dtype"] == "fp32"
     # Two policies that are compared do not share their draws.
     seeds = [settings[f"sample-reward-1-{part}"]["sampling"].get("seed", 0) for part in ("new", "old")]

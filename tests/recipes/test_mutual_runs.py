@@ -83,9 +83,10 @@ def test_policy_and_reward_model_teach_each_other(ran: tuple[Path, list[str]]) -
         assert one["kl_from_start"] > 0
     # The policy that was chosen has the weights of that checkpoint, which were compared.
     first = summary["iterations"][0]
-    compared = whole / "compared" / "1" / "policies" / f"1-iter-{first['decision']['checkpoint']}"
-    chosen = whole / "policies" / "1"
-    assert (chosen / "model.safetensors").read_bytes() == (compared / "model.safetensors").read_bytes()
+    for t, one in enumerate(summary["iterations"], 1):
+        compared = whole / "compared" / f"{t}" / "policies" / f"{t}-iter-{one['decision']['checkpoint']}"
+        chosen = whole / "policies" / f"{t}"
+        assert (chosen / "model.safetensors").read_bytes() == (compared / "model.safetensors").read_bytes()
     reward = first["reward"]
     assert reward["kept"] + reward["dropped"] + reward["same_text"] == reward["pairs"] == 4
     assert 0 <= reward["held_out_accuracy_after"]["accuracy"] <= 1
