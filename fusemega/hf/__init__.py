@@ -5,6 +5,7 @@
 * `new_score.py`: a language model's folder with a new scalar head
 * `safetensors_writer.py`, `ranges.py`: safetensors files written in shards, and read and written by ranges
 * `side_files.py`: tokenizer, templates and the like, which travel with weights; `loadable.py`: that users can load it
-* `proof.py`: hashes of a folder that we wrote; `narrowing.py`: when a narrower type is refused
+* `proof.py`: hashes of a folder that we wrote; `narrowing.py`: when a narrower type is refused; `rounding.py`:
+  when 16 bits leave too little of an update
 * `adapter.py`, `cut_layers.py`, `hub.py`: LoRA merged into its base; layers left out; names of the hub
 """

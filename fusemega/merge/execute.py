@@ -21,11 +21,12 @@ import xxhash
 
 from fusemega.hf.narrowing import narrowed
 from fusemega.hf.ranges import RangeWriter
+from fusemega.hf.rounding import is_counted, steps
 from fusemega.hf.safetensors_writer import raw_bytes
 from fusemega.merge.journal import Done, Journal
 from fusemega.merge.method import Block, Job, PartialPass
 from fusemega.merge.plan import MergePlan, PlannedTensor
-from fusemega.merge.rounding import is_counted, shares, steps
+from fusemega.merge.rounding import shares
 from fusemega.merge.sources import TensorSource, check_finite, load_block
 from fusemega.runtime.console import say
 from fusemega.runtime.memory import keep_freed_memory

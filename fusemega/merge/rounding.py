@@ -1,9 +1,6 @@
-"""Finds deltas that are mostly rounding error: most of a model's elements equal the base's or differ by one step.
+"""Finds models whose deltas are mostly rounding error (`fusemega.hf.rounding`).
 
-A bf16 file holds eight bits of each weight. An update smaller than half of the last bit is lost, and an update of about
-that size is mostly rounding. Methods that weigh models by their deltas (VaRM, SCE) then weigh rounding errors.
-
-Shape suffixes: n elements of one block, flat.
+Methods that weigh models by their deltas (VaRM, SCE) weigh rounding errors then.
 """
 
 from __future__ import annotations
@@ -12,31 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-LEVEL = 0.75
-"""At least this share of zeros and single steps. Changes that are normal with a standard deviation of 1.3 steps have
-it; rounding's own deviation, the root of 1/12 of a step, is then 22 % of theirs."""
-
-
-def steps(base_n: torch.Tensor, model_n: torch.Tensor) -> tuple[int, int]:
-    """How many elements of a 16-bit model equal the base's, rounded to its type, and how many are one step beside.
-
-    Numbers of one sign and type are in the order of their bits, taken as integers. (Of two signs, only zeros and the
-    smallest are neighbours; those do not count.)
-    """
-    # numpy counts four times as fast.
-    apart_n = model_n.view(torch.int16).numpy() - base_n.to(model_n.dtype).view(torch.int16).numpy()
-    equal = int(np.count_nonzero(apart_n == 0))
-    # Differences of -1, 0 and 1 become 0, 1 and 2; read as unsigned, all others are larger.
-    apart_n += 1
-    return equal, int(np.count_nonzero(apart_n.view(np.uint16) <= 2)) - equal
-
-
-def is_counted(dtype: torch.dtype) -> bool:
-    """Whether steps are counted for a type; in wider types, a step is smaller than any update."""
-    return dtype in (torch.bfloat16, torch.float16)
+from fusemega.hf.rounding import LEVEL
 
 
 def shares(counts: Sequence[list[int] | None], elements: int) -> dict[str, list[float | None]]:

@@ -17,14 +17,16 @@ from fusemega.files.cache import cache_folder
 from fusemega.files.json_files import read_json
 from fusemega.files.lock import locked
 from fusemega.files.output import check_writable, write_durably
+from fusemega.hf.folder import HFFolder
 from fusemega.hf.loadable import closing_id, settle
+from fusemega.hf.rounding import LEVEL, rounding
 from fusemega.losses.registry import Objective, build_objective, check_data, objective_named
 from fusemega.models.heads import HeadKind
 from fusemega.monitoring.session import holds_more, note_stop, watched
 from fusemega.passes.batches import check_groups, prepare_together
 from fusemega.passes.frozen import FrozenModel, open_frozen
 from fusemega.runtime.activity import EXPORT, LOADING, doing
-from fusemega.runtime.console import phase, say
+from fusemega.runtime.console import phase, say, warn
 from fusemega.runtime.parallel import environment_rank, initialize
 from fusemega.runtime.precision import Kernels
 from fusemega.runtime.together import on_main
@@ -256,6 +258,14 @@ def _settle(made: Path, trainer: Trainer, checked: Checked) -> None:
     chats = _closes_turns(checked.source.tokenizer, trainer.data.dataset)
     for note in settle(made, checked.source.tokenizer, chats=chats):
         say(note)
+    before = checked.source.folder
+    found = rounding(before, HFFolder(made)) if isinstance(before, HFFolder) else None
+    if found is not None and found.within_one_step >= LEVEL:
+        warn(
+            "the exported weights are at the level of rounding: of those of the layers that were looked at, "
+            f"{found.unchanged:.1%} are as before the training, and {found.within_one_step:.1%} that or the next "
+            "number of their type, so most of what was learned may be lost; training.export_dtype: fp32 keeps it"
+        )
 
 
 def _closes_turns(tokenizer: Tokenizer, dataset: TokenizedDataset) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from fusemega.hf.rounding import steps
 from fusemega.merge.merge import Options
-from fusemega.merge.rounding import steps
 from tests.merge.conftest import base_tensors, entries, read_all, run_merge, tuned, write_folder
 
 Family = Callable[..., tuple[Path, list[Path]]]
