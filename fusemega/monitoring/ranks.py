@@ -33,8 +33,8 @@ class RankState:
         time: when it wrote this.
         beats: how often it has written.
         iteration, train_iters: updates done, and those of the run; 0 while that is not known.
-        phase: what it does: starting, loading, step, waiting for data, forward and backward, optimizer, evaluation,
-            save, export.
+        phase: what it does: starting, loading, step, waiting for data, forward and backward, optimizer, between steps,
+            evaluation, save, export.
         since: when that phase began.
         detail: more about the phase; None where there is no more to say.
         moved: when its main thread was last seen at another place than before.

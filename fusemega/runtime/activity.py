@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 
-STARTING, LOADING, STEP = "starting", "loading", "step"
+STARTING, LOADING, STEP, BETWEEN = "starting", "loading", "step", "between steps"
 DATA, COMPUTE, OPTIMIZER = "waiting for data", "forward and backward", "optimizer"
 EVALUATION, SAVE, EXPORT = "evaluation", "save", "export"
 
@@ -128,7 +128,8 @@ def current() -> Activity:
     levels = _levels
     at = max(i for i, level in enumerate(levels) if level.is_phase)
     detail = levels[-1].name if len(levels) > at + 1 else None
-    return Activity(levels[at].name, levels[at].since, detail, _moves, *_progress)
+    name = BETWEEN if at == 0 and _progress[0] else levels[at].name  # updates are done, so it no longer starts
+    return Activity(name, levels[at].since, detail, _moves, *_progress)
 
 
 def phase_of(error: BaseException) -> str:

@@ -132,7 +132,9 @@ def test_a_heartbeat_says_where_its_rank_stands(tmp_path: Path) -> None:
         threading.Timer(1.0, gate.set).start()
         gate.wait()
         seen = read_rank(rank_file(tmp_path, 5))
+    assert activity.current().phase == activity.BETWEEN
     activity.reached(0, 0)
+    assert activity.current().phase == activity.STARTING
     assert seen is not None and (seen.rank, seen.world_size, seen.iteration, seen.train_iters) == (5, 8, 3, 9)
     assert (seen.phase, seen.detail, seen.ended) == (activity.OPTIMIZER, "a detail", None)
     assert seen.standing > 0.3 and seen.beats > 2
