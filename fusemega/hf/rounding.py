@@ -8,17 +8,19 @@ Shape suffixes: n elements of one block, flat.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
 from fusemega.hf.folder import HFFolder
 
-_MATRICES = 16  # that `rounding` looks at, about
+_MATRICES = 16  # that `unchanged` looks at, about
 LEVEL = 0.75
 """At least this share of zeros and single steps. Changes that are normal with a standard deviation of 1.3 steps have
 it; rounding's own deviation, the root of 1/12 of a step, is then 22 % of theirs."""
+LOST = 0.9
+"""Where at least this share of a trained model's weights are as before, rounding has taken much of the training back.
+Of SmolLM2 after 15 updates of DPO with 5e-6, 0.977 were unchanged in bf16, and 0.05 of the update was left (as its
+projection); after 30 updates 0.967 and 0.07. Of normal changes that leave 0.9, two thirds would be left."""
 
 
 def steps(base_n: torch.Tensor, model_n: torch.Tensor) -> tuple[int, int]:
@@ -40,23 +42,11 @@ def is_counted(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-class Rounding(NamedTuple):
-    """How near a model's weights are to those before, as shares of the elements that were looked at.
-
-    Attributes:
-        unchanged: equal.
-        within_one_step: equal, or the next number of their type.
-    """
-
-    unchanged: float
-    within_one_step: float
-
-
-def rounding(before: HFFolder, after: HFFolder, elements: int = 1 << 24) -> Rounding | None:
-    """How much of an update has survived in a folder of 16-bit weights, by matrices of some of its layers.
+def unchanged(before: HFFolder, after: HFFolder, elements: int = 1 << 24) -> float | None:
+    """The share of a trained model's 16-bit weights that equal those before, by matrices of some of its layers.
 
     Args:
-        before: the model before the update.
+        before: the model before the training.
         after: a folder of the same names and shapes.
         elements: how many are looked at, from matrices all over the model. A matrix without any change was not trained.
 
@@ -73,12 +63,12 @@ def rounding(before: HFFolder, after: HFFolder, elements: int = 1 << 24) -> Roun
         and before.shape(name) == after.shape(name)
     ]
     some = names[:: max(1, len(names) // _MATRICES)]
-    equal = near = total = 0
+    equal = total = 0
     for name in some:
         rows, columns = after.shape(name)
         box = ((0, min(rows, max(1, elements // len(some) // columns))), (0, columns))
-        found, beside = steps(before.read(name, box).flatten(), after.read(name, box).flatten())
+        found, _ = steps(before.read(name, box).flatten(), after.read(name, box).flatten())
         count = box[0][1] * columns
         if found < count:
-            equal, near, total = equal + found, near + found + beside, total + count
-    return Rounding(equal / total, near / total) if total else None
+            equal, total = equal + found, total + count
+    return equal / total if total else None

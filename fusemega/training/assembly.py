@@ -19,7 +19,7 @@ from fusemega.files.lock import locked
 from fusemega.files.output import check_writable, write_durably
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.loadable import closing_id, settle
-from fusemega.hf.rounding import LEVEL, rounding
+from fusemega.hf.rounding import LOST, unchanged
 from fusemega.losses.registry import Objective, build_objective, check_data, objective_named
 from fusemega.models.heads import HeadKind
 from fusemega.monitoring.session import holds_more, note_stop, watched
@@ -259,12 +259,11 @@ def _settle(made: Path, trainer: Trainer, checked: Checked) -> None:
     for note in settle(made, checked.source.tokenizer, chats=chats):
         say(note)
     before = checked.source.folder
-    found = rounding(before, HFFolder(made)) if isinstance(before, HFFolder) else None
-    if found is not None and found.within_one_step >= LEVEL:
+    same = unchanged(before, HFFolder(made)) if isinstance(before, HFFolder) else None
+    if same is not None and same >= LOST:
         warn(
-            "the exported weights are at the level of rounding: of those of the layers that were looked at, "
-            f"{found.unchanged:.1%} are as before the training, and {found.within_one_step:.1%} that or the next "
-            "number of their type, so most of what was learned may be lost; training.export_dtype: fp32 keeps it"
+            f"{same:.1%} of the exported weights of the layers are as before the training, since their type rounds "
+            "small updates away; training.export_dtype: fp32 keeps what was learned"
         )
 
 

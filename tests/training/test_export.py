@@ -19,7 +19,7 @@ from fusemega.convert.convert import export_megatron, import_hf
 from fusemega.errors import UserError
 from fusemega.hf.folder import HFFolder
 from fusemega.hf.proof import check_written
-from fusemega.hf.rounding import rounding
+from fusemega.hf.rounding import unchanged
 from fusemega.runtime.layout import ParallelConfig
 from fusemega.runtime.parallel import initialize
 from fusemega.scoring.evaluate import EvalRun, evaluate
@@ -71,16 +71,16 @@ def test_an_update_that_rounding_takes_back_is_said(
 ) -> None:
     settings = {"train_iters": 1, "export_hf": True, "export_dtype": dtype}
     assert train(make_run(optimizer={"lr": lr, "weight_decay": 0.0}, training=settings)) == 0
-    lines = [line for line in capfd.readouterr().err.splitlines() if "at the level of rounding" in line]
-    assert len(lines) == told and all("training.export_dtype: fp32 keeps it" in line for line in lines)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "are as before the training" in line]
+    assert len(lines) == told and all("training.export_dtype: fp32 keeps what" in line for line in lines)
     # All matrices of all layers, counted by hand.
     before, after = weights(work / "model"), weights(tmp_path / "run" / "hf")
     names = [name for name, value in after.items() if ".layers." in name and value.ndim == 2]
-    found = rounding(HFFolder(work / "model"), HFFolder(tmp_path / "run" / "hf"))
+    found = unchanged(HFFolder(work / "model"), HFFolder(tmp_path / "run" / "hf"))
     assert (found is None) == (dtype == "fp32")
     if found is not None:
         equal = torch.cat([(after[name] == before[name].bfloat16()).flatten() for name in names])
-        assert found.unchanged == pytest.approx(equal.float().mean().item(), abs=1e-6)
+        assert found == pytest.approx(equal.float().mean().item(), abs=1e-6)
 
 
 def test_by_hand_it_stops_where_the_run_taught_it(make_run: MakeRun, work: Path, tmp_path: Path) -> None:
