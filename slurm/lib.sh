@@ -22,13 +22,18 @@
 #   stop_signal=USR1                  what makes the command save and stop. TERM (the default) for commands that keep
 #                                     what is written whenever they end
 #   saves=FILE                        where the command notes how long its saves take (train: OUTPUT_DIR/saves.jsonl)
+#   short_step AT WORDS...            in when_done, or before run_until_done: `fusemega WORDS...` as one process. If it fails,
+#                                     the script ends as after the command (refused, given up, requeued), at progress AT
 #   started_again OUT                 a function for commands that refuse to write OUT again: ends the script where a start
 #                                     before this one has made it
-# Also there: run_file_value FILE KEY WORDS... (a top-level value of a run file, or of a word KEY=VALUE), say TEXT, refuse TEXT (one line on stderr, exit 2), site_words NAME (a variable, split into `words`).
+# Also there: run_file_value FILE KEY WORDS... (a top-level value of a run file, or of a word KEY=VALUE), say TEXT, refuse
+# TEXT (one line on stderr, exit 2), site_words NAME (a variable, split into `words`).
 
 site_variables=(
     PYTHON NPROC_PER_NODE LAUNCHER TORCHRUN SRUN_ARGS CONTAINER_IMAGE CONTAINER_MOUNTS CONTAINER_WORKDIR
-    MAX_RESTARTS MAX_STALLS STOP_MARGIN PREFLIGHT SERVE_COMMAND SERVE_PORT
+    MAX_RESTARTS MAX_STALLS STOP_MARGIN PREFLIGHT PREFLIGHT_MIN_BANDWIDTH SERVE_COMMAND SERVE_PORT SERVE_KEY
+    FUSEMEGA_CACHE HF_HOME NCCL_IB_HCA NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_DEBUG CUDA_DEVICE_MAX_CONNECTIONS
+    TORCH_NCCL_AVOID_RECORD_STREAMS NCCL_NVLS_ENABLE PYTORCH_CUDA_ALLOC_CONF OMP_NUM_THREADS
 )
 stop_signal=TERM
 saves=
@@ -37,6 +42,7 @@ steps=0
 step=
 status=
 watch=
+started=0
 near_end=0
 decided=0
 
@@ -88,8 +94,11 @@ _check_settings() {
     PYTHON=${PYTHON:-python3} LAUNCHER=${LAUNCHER:-torchrun}
     MAX_RESTARTS=${MAX_RESTARTS:-20} MAX_STALLS=${MAX_STALLS:-3} PREFLIGHT=${PREFLIGHT:-0}
     for name in NPROC_PER_NODE MAX_RESTARTS MAX_STALLS STOP_MARGIN SERVE_PORT; do
-        [[ ${!name:-0} =~ ^[0-9]{1,9}$ ]] || refuse "$name: found '${!name}'; expected a number"
+        # Without zeros in front, which would make it octal.
+        [[ ${!name:-0} =~ ^(0|[1-9][0-9]{0,8})$ ]] || refuse "$name: found '${!name}'; expected a number, such as 8"
     done
+    [[ ${PREFLIGHT_MIN_BANDWIDTH:-0} =~ ^[0-9]+(\.[0-9]+)?$ ]] ||
+        refuse "PREFLIGHT_MIN_BANDWIDTH: found '$PREFLIGHT_MIN_BANDWIDTH'; expected GB/s, such as 100"
     [[ $LAUNCHER == torchrun || $LAUNCHER == srun ]] ||
         refuse "LAUNCHER: found '$LAUNCHER'; allowed: torchrun (one task a node), srun (one task a process)"
     [[ $PREFLIGHT == 0 || $PREFLIGHT == 1 || $PREFLIGHT == exclude ]] ||
@@ -125,6 +134,9 @@ open_job() {
         refuse "$job_folder: cannot be written by $(id -un) on $(hostname)"
     job_folder=$(cd "$job_folder" && pwd)
     export FUSEMEGA_REFUSED=$job_folder/refused
+    rm -f "$FUSEMEGA_REFUSED"
+    trap _on_usr1 USR1
+    trap _on_term TERM
 }
 
 # Lines of this job alone: a job that is submitted again by hand has all its tries before it.
@@ -286,7 +298,8 @@ started_again() {
 _check_nodes() {
     local bad name
     rm -f "$job_folder/bad_nodes"
-    _step ranks preflight "${preflight[@]}" --exclude-file "$job_folder/bad_nodes"
+    _step ranks preflight "${preflight[@]}" --exclude-file "$job_folder/bad_nodes" \
+        ${PREFLIGHT_MIN_BANDWIDTH:+"--min-bandwidth=$PREFLIGHT_MIN_BANDWIDTH"}
     ((status == 0)) && return
     [[ -s $job_folder/bad_nodes ]] || return # ended from outside, or wrong without a node's fault
     bad=$(paste -sd, "$job_folder/bad_nodes")
@@ -295,7 +308,8 @@ _check_nodes() {
     # Slurm takes the nodes of a job that waits alone, and ends this script before the job waits: a small job does it.
     name=$(_job_name)
     # shellcheck disable=SC2016  # the small job's own arguments
-    env -u SLURM_JOB_ID sbatch --parsable --job-name=fusemega-exclude --nodes=1 --ntasks=1 --time=5 --exclude="$bad" \
+    env -u SLURM_JOB_ID sbatch --parsable --job-name=fusemega-exclude --nodes=1 --ntasks=1 --time=30 --exclude="$bad" \
+        ${SLURM_JOB_PARTITION:+"--partition=$SLURM_JOB_PARTITION"} ${SLURM_JOB_ACCOUNT:+"--account=$SLURM_JOB_ACCOUNT"} \
         --output="$job_folder/exclude-%j.out" "$FUSEMEGA_SLURM/exclude.sbatch" "$name" "$bad" >/dev/null ||
         _end 1 "bad nodes: $bad; they could not be left out, because sbatch failed"
     _note end "$(progress)" "requeue without $bad"
@@ -306,6 +320,24 @@ _check_nodes() {
     _end 1 "requeued, but not ended by Slurm"
 }
 
+_end_if_refused() {
+    [[ ! -s $FUSEMEGA_REFUSED ]] || _end 2 "refused: $(head -n 1 "$FUSEMEGA_REFUSED")"
+}
+
+# Runs a short command of one process before or after the main one. Where it does not end well, this ends the script as
+# for the main one: a start later does it again. $1: the progress.
+short_step() {
+    local at=$1
+    shift
+    stop_signal=TERM
+    _step single "$@"
+    ((status == 0)) && return
+    say "fusemega $* ended with status $status"
+    ((started)) || _note start "$at" "$SLURM_JOB_NODELIST"
+    _end_if_refused
+    _go_on_later "$at"
+}
+
 _end() {
     [[ -z $watch ]] || kill "$watch" 2>/dev/null
     _note end "$(progress)" "$2"
@@ -314,15 +346,13 @@ _end() {
 }
 
 run_until_done() {
-    local before after stalls ran=0
+    local before after ran=0
     if [[ $1 == ranks && -z ${NPROC_PER_NODE:-}${SLURM_GPUS_ON_NODE:-} ]]; then
         refuse "this job has no GPUs (SLURM_GPUS_ON_NODE is not set); ask for them with --gpus-per-node, or set NPROC_PER_NODE"
     fi
-    trap _on_usr1 USR1
-    trap _on_term TERM
     before=$(progress)
-    rm -f "$FUSEMEGA_REFUSED"
     _note start "$before" "$SLURM_JOB_NODELIST"
+    started=1
     say "start ${SLURM_RESTART_COUNT:-0} of job $(_job_name) on $SLURM_JOB_NODELIST, progress: $before"
     _watch_time &
     watch=$!
@@ -332,22 +362,26 @@ run_until_done() {
         ran=1
         _step "$@"
     fi
-    kill "$watch" 2>/dev/null
-    watch=
     after=$(progress)
     say "the step ended with status $status, progress: $after"
     # A user's error is the same at the next start. It comes first: what is done here may be another run.
-    [[ -s $FUSEMEGA_REFUSED ]] && _end 2 "refused: $(head -n 1 "$FUSEMEGA_REFUSED")"
+    _end_if_refused
     if ((ran)) && is_done; then
         when_done || _end 1 "failed after the command had ended well"
         _end 0 "done"
     fi
+    _go_on_later "$after"
+}
+
+# Ends the script after a step that has not done its work: by Slurm, given up, or requeued. $1: the progress.
+_go_on_later() {
+    local stalls
     ((decided)) && _end $((status ? status : 1)) "ended by Slurm"
     # A save on a signal and a crash can end with one and the same status: progress decides, not the status.
-    stalls=$(_stalls "$after")
+    stalls=$(_stalls "$1")
     ((stalls >= MAX_STALLS)) && _end 1 "$stalls starts in a row without progress (MAX_STALLS): giving up"
     ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)) && _end 1 "restarted $MAX_RESTARTS times (MAX_RESTARTS): giving up"
-    _note end "$after" "requeue"
+    _note end "$1" "requeue"
     say "not done: requeueing"
     trap 'exit 0' TERM
     scontrol requeue "$(_job_name)" || _end 1 "the job cannot be requeued; submit it again to go on"

@@ -50,13 +50,13 @@ def command(
     run = None if run_file is None else load(TrainRun, run_file, overrides or [])
     if launch_or_continue(nproc, ParallelConfig()):
         return
-    from fusemega.preflight.preflight import NodeChecks, add_to_exclude_file, preflight
+    from fusemega.preflight.preflight import NodeChecks, NodesVerdict, add_to_exclude_file, preflight
     from fusemega.runtime.parallel import environment_rank
 
     rank, world_size, _ = environment_rank()
     values: dict[str, Any] = {} if run is None else run.model_dump(mode="json", exclude_none=True)
-    verdict = preflight(NodeChecks(values, timeout, gpus_per_node, min_bandwidth), rank, world_size)
-    if rank == 0:
+
+    def told(verdict: NodesVerdict) -> None:
         if exclude_file is not None and verdict.bad_nodes:
             add_to_exclude_file(exclude_file, verdict.bad_nodes)
         if as_json:
@@ -64,6 +64,8 @@ def command(
         else:
             for line in _lines(verdict):
                 tell(line)
+
+    verdict = preflight(NodeChecks(values, timeout, gpus_per_node, min_bandwidth), rank, world_size, told)
     if verdict.problems:
         sys.exit(1)
 

@@ -26,7 +26,7 @@ class Site:
     Attributes:
         path: the file; None: there is none, and the job takes the environment's own settings.
         text: its text.
-        values: names -> values as they stand there, quotes removed; references are not resolved.
+        values: names -> values, quotes removed and references resolved: to lines before, else to the environment.
     """
 
     path: Path | None = None
@@ -57,6 +57,8 @@ def read_site(path: Path) -> Site:
         for plain, braced in _REFERENCE.findall(value) if quote != "'" else []:
             if (name := plain or braced) not in values and not os.environ.get(name):
                 raise UserError(f"{path}:{number}: {hit[1]} refers to {name}, which is not set; fill it in")
+        if quote != "'":
+            value = _REFERENCE.sub(lambda one: values.get(one[1] or one[2]) or os.environ[one[1] or one[2]], value)
         if hit[1].startswith("SBATCH_") and hit[1] not in _OPTIONS:
             raise UserError(
                 f"{path}:{number}: {hit[1]}: not read here; allowed: {', '.join(_OPTIONS)}; other options of sbatch: "
@@ -72,7 +74,7 @@ def use_caches(site: Site) -> None:
     """Takes the caches that the jobs will use for this process too, so that what it prepares is found there."""
     for name in ("FUSEMEGA_CACHE", "HF_HOME"):
         if (value := site.values.get(name)) is not None and name not in os.environ:
-            os.environ[name] = os.path.expandvars(value)
+            os.environ[name] = value
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ class Submission:
         found = {self.settings_file: said + yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True)}
         if self.request.site.path is not None:
             found[self.folder / "site.env"] = self.request.site.text
+        elif (self.folder / "site.env").exists():  # of an earlier launch; the script would read it
+            found[self.folder / "site.env"] = f"{said}# Launched without --env-file.\n"
         found[self.folder / HELPER] = template_text(HELPER)
         return found
 

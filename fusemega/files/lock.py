@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusemega.errors import UserError, printable
+from fusemega.errors import Retryable, UserError, printable
 
 _FIRST_WORD = "fusemega"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
@@ -35,7 +35,8 @@ def locked(path: str | Path) -> Iterator[None]:
     a file system has no locks, one line on stderr says so, and the block runs without.
 
     Raises:
-        UserError: another process holds it (named, with its host); the lock file cannot be made.
+        Retryable: another process holds it (named, with its host).
+        UserError: the lock file cannot be made.
     """
     lock, made = _place(path)
     key = (os.getpid(), str(lock))
@@ -119,7 +120,7 @@ def _take(lock: Path, path: str | Path) -> int | None:
                     time.sleep(0.05)
                     continue
                 who = " ".join(said.split()[1:]) or "it has not said which"
-                raise UserError(
+                raise Retryable(
                     f"{path}: another process is writing it ({who}); wait until it ends, or choose another output"
                 ) from None
             except OSError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fusemega.errors import UserError
+from fusemega.errors import Retryable, UserError
 
 _POLL_SECONDS = 0.2
 
@@ -40,7 +40,7 @@ class Meeting:
         store: torch's store, for a process group.
 
     Raises:
-        UserError: rank 0's machine does not answer.
+        Retryable: rank 0's machine does not answer.
     """
 
     def __init__(self, rank: int, world_size: int, seconds: float) -> None:
@@ -107,7 +107,7 @@ def _connected(rank: int, seconds: float) -> Any:
         reason = str(error).strip().splitlines()[0]
         if "listen" in reason:
             raise UserError(f"rank 0 cannot open the store at port {port}: another process has it ({reason})") from None
-        raise UserError(
+        raise Retryable(
             f"rank {rank}: the store of rank 0 at {address}:{port} did not answer within {seconds:.0f} s ({reason})"
         ) from None
     return dist.PrefixStore("fusemega/preflight", store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -70,8 +70,15 @@ class NodesVerdict:
         return {"ok": not self.problems, "bad_nodes": self.bad_nodes, **asdict(self)}
 
 
-def preflight(asked: NodeChecks, rank: int, world_size: int) -> NodesVerdict:
+def preflight(
+    asked: NodeChecks, rank: int, world_size: int, told: Callable[[NodesVerdict], None] = lambda verdict: None
+) -> NodesVerdict:
     """All checks. Collective, but no rank waits much longer than `asked.seconds` for one that does not come.
+
+    Args:
+        asked: what is checked.
+        rank, world_size: this process's place.
+        told: called by rank 0 with the verdict, before the other ranks know of it: they end, and may take it with them.
 
     Raises:
         UserError: rank 0's machine does not answer.
@@ -89,6 +96,8 @@ def preflight(asked: NodeChecks, rank: int, world_size: int) -> NodesVerdict:
             verdict = _told(meeting)
         else:
             verdict = _judged(meeting, world_size)
+            if verdict.problems or world_size == 1:
+                told(verdict)
             meeting.put("verdict", {"problems": [asdict(each) for each in verdict.problems], "nodes": verdict.nodes})
         meeting.put("read", True)
         if rank == 0:
@@ -98,7 +107,7 @@ def preflight(asked: NodeChecks, rank: int, world_size: int) -> NodesVerdict:
             token.remove()
     if verdict.problems or world_size == 1:
         return verdict
-    return _with_all_reduce(verdict, meeting, asked)
+    return _with_all_reduce(verdict, meeting, asked, told)
 
 
 def add_to_exclude_file(path: Path, nodes: Sequence[str]) -> None:
@@ -186,7 +195,9 @@ def _wait_for_readers(meeting: Meeting) -> None:
         meeting.all("read", came, least=_AFTER_SECONDS)
 
 
-def _with_all_reduce(verdict: NodesVerdict, meeting: Meeting, asked: NodeChecks) -> NodesVerdict:
+def _with_all_reduce(
+    verdict: NodesVerdict, meeting: Meeting, asked: NodeChecks, told: Callable[[NodesVerdict], None]
+) -> NodesVerdict:
     """The verdict with the all-reduce. Collective. Where it hangs, rank 0 names who is late and ends."""
     meeting.again()
     finished = threading.Event()
@@ -210,7 +221,14 @@ def _with_all_reduce(verdict: NodesVerdict, meeting: Meeting, asked: NodeChecks)
     dist.destroy_process_group()  # all have told their figures, so none is in an operation
     # Ranks differ a little in their times; of each size and group the first rank's are shown.
     shown = list({(each.group, each.bytes): each for each in reversed(found)}.values())[::-1]
-    return NodesVerdict(verdict.nodes, verdict.ranks, reduce_problems(found, asked.min_bandwidth), shown)
+    verdict = NodesVerdict(verdict.nodes, verdict.ranks, reduce_problems(found, asked.min_bandwidth), shown)
+    if meeting.rank == 0:
+        told(verdict)
+        meeting.put("told", True)
+    else:
+        with contextlib.suppress(Absent, RuntimeError):  # rank 0 may have the store in its process, and be gone
+            meeting.all("told", [0], least=_AFTER_SECONDS)
+    return verdict
 
 
 def reduce_problems(measured: Sequence[Measured], least: float | None) -> list[Problem]:

@@ -10,9 +10,10 @@ from fusemega.config import Section
 from fusemega.recipes.implicit_settings import PromptFiles, RewardModel, TrainStage
 from fusemega.recipes.run_files import model_without_load
 from fusemega.runtime.layout import ParallelConfig
-from fusemega.sampling.engine import SamplingSettings
+from fusemega.sampling.engine import SamplingSettings, unless_given
 from fusemega.sampling.engines import EngineSettings, TransformersSettings, parse_engine
 
+_SAMPLING: dict[str, Any] = {"n": 5, "temperature": 0.8, "top_p": 0.95, "max_tokens": 2048}
 POLICY = "(the policy)"  # in place of engine.load or engine.model, until a stage says which policy it samples from
 
 
@@ -66,8 +67,9 @@ class MutualTaughtRecipe(Section):
         "policy. A server has to know each policy by the path of its folder when the recipe comes to it",
     )
     sampling: SamplingSettings = Field(
-        SamplingSettings(n=5, temperature=0.8, top_p=0.95, max_tokens=2048),
-        description="as in a run file of `fusemega sample`; n is of the policy's portions, elsewhere it is 1",
+        SamplingSettings(**_SAMPLING),
+        description="as in a run file of `fusemega sample`, but n 5, temperature 0.8, top_p 0.95 and max_tokens 2048 "
+        "where not given; n is of the policy's portions, elsewhere it is 1",
     )
     keep_length: bool = Field(
         False,
@@ -108,6 +110,11 @@ class MutualTaughtRecipe(Section):
         if value.training.keep_checkpoints is not None:
             raise ValueError("training.keep_checkpoints: every checkpoint may be the next policy; leave it out")
         return value
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _keeps_defaults(cls, given: Any) -> Any:
+        return unless_given(given, **_SAMPLING)
 
     @model_validator(mode="after")
     def _pairs_can_be_made(self) -> MutualTaughtRecipe:

@@ -15,7 +15,7 @@ from fusemega.files.results_journal import ResultsJournal, check_no_output, resu
 from fusemega.reward.comparisons import PLACES, TEMPLATE, asked, pairs_of, points_of, shares
 from fusemega.reward.rows import GroupRow, key_of, read_rows, write_rows
 from fusemega.runtime.console import say
-from fusemega.sampling.engine import SampleRequest, SamplingSettings
+from fusemega.sampling.engine import SampleRequest, SamplingSettings, unless_given
 from fusemega.sampling.engines import EngineSettings, open_engine, parse_engine
 from fusemega.sampling.progress import progress
 
@@ -29,7 +29,8 @@ class JudgeRun(Section):
     output: str = Field(description="JSONL file: the rows with `reward` of each response; an interrupted run resumes")
     engine: SerializeAsAny[EngineSettings] = Field(description="the judge, as the engine of `fusemega sample`")
     sampling: SamplingSettings = Field(
-        SamplingSettings(temperature=0.0), description="how the judge's answers are drawn; default: temperature 0"
+        SamplingSettings(temperature=0.0),
+        description="how the judge's answers are drawn; temperature 0 unless given",
     )
     template: str = Field(
         TEMPLATE,
@@ -39,6 +40,11 @@ class JudgeRun(Section):
         None, ge=1, description="others that each response is compared with, drawn at random; default: all of its row"
     )
     seed: int = Field(0, ge=0, description="decides the opponents")
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _is_greedy(cls, value: Any) -> Any:
+        return unless_given(value, temperature=0.0)
 
     @field_validator("engine", mode="before")
     @classmethod

@@ -20,6 +20,14 @@ STOP, LENGTH, REFUSED = "stop", "length", "refused"
 answered (it is too long, for example), so there is no text."""
 
 
+def unless_given(sampling: Any, **defaults: Any) -> Any:
+    """A `sampling` section as it stands in a run file, with these defaults for the keys that it does not have.
+
+    For validators: the default of a whole section is lost as soon as one key of it is given.
+    """
+    return {**defaults, **sampling} if isinstance(sampling, Mapping) else sampling
+
+
 class SamplingSettings(Section):
     """How responses are drawn."""
 

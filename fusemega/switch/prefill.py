@@ -219,12 +219,31 @@ class RemotePrefill:
                 f"prefill.name: server gives the final hidden state at the last token, and the switcher reads layer "
                 f"{config.layer}, pooling {config.pooling}; allowed: prefill.name: transformers"
             )
-        self._client = httpx2.AsyncClient(timeout=settings.timeout)
+        self._url = settings.base_url + settings.path
+        self._client = httpx2.AsyncClient(timeout=settings.timeout, trust_env=False)
+
+    def check(self) -> None:
+        """Asks once, so that a wrong address or model is known before the first user waits for it.
+
+        Raises:
+            UserError: no features came.
+        """
+        import httpx2
+
+        try:
+            with httpx2.Client(timeout=self._settings.timeout, trust_env=False) as client:
+                self._vector(client.post(self._url, json=self._body(range(1, 9))))
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
+            raise UserError(f"prefill.base_url: {self._url} gives no features of 8 tokens: {error}") from None
 
     async def features(self, ids: Sequence[int]) -> np.ndarray:
         """See `Prefill`."""
-        body = {"model": self._settings.model, "input": [list(ids)], "encoding_format": "float"}
-        answer = await self._client.post(self._settings.base_url + self._settings.path, json=body)
+        return self._vector(await self._client.post(self._url, json=self._body(ids)))
+
+    def _body(self, ids: Sequence[int]) -> dict[str, Any]:
+        return {"model": self._settings.model, "input": [list(ids)], "encoding_format": "float"}
+
+    def _vector(self, answer: Any) -> np.ndarray:
         answer.raise_for_status()
         first = answer.json()["data"][0]
         vector = np.array(first["embedding"] if "embedding" in first else first["data"], dtype=np.float32)

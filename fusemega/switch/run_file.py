@@ -12,7 +12,7 @@ from fusemega.config import Section
 from fusemega.reward.code import CodeLimits
 from fusemega.reward.verify import MathsSettings
 from fusemega.runtime.parallel import ParallelConfig
-from fusemega.sampling.engine import SamplingSettings
+from fusemega.sampling.engine import SamplingSettings, unless_given
 from fusemega.sampling.engines import EngineSettings, parse_engine
 from fusemega.sampling.prompts import PromptsConfig
 from fusemega.switch.modes import ModesConfig
@@ -24,7 +24,7 @@ class LabelSettings(Section):
     """How prompts are labelled."""
 
     sampling: SamplingSettings = Field(
-        SamplingSettings(n=8), description="of each mode; n is how many responses a mode and prompt get"
+        SamplingSettings(n=8), description="of each mode; n is how many responses a mode and prompt get, 8 if not given"
     )
     max_tokens_short: int | None = Field(
         None, ge=1, description="most tokens of a response in the short mode; default: sampling.max_tokens"
@@ -43,6 +43,11 @@ class LabelSettings(Section):
     workers: int | None = Field(
         None, ge=1, description="responses that are verified at the same time; default: one for each core, at most 8"
     )
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _of_each_mode(cls, value: Any) -> Any:
+        return unless_given(value, n=8)
 
     @model_validator(mode="after")
     def _stops_early(self) -> LabelSettings:

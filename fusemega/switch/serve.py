@@ -16,7 +16,7 @@ from fusemega.runtime.console import say
 from fusemega.sampling.engines import HTTPAddress
 from fusemega.switch.families import MODES
 from fusemega.switch.modes import Modes
-from fusemega.switch.prefill import PrefillSettings, open_prefill, parse_prefill
+from fusemega.switch.prefill import PrefillSettings, RemotePrefill, open_prefill, parse_prefill
 from fusemega.switch.switcher import Switcher
 
 _PACKAGES = ("starlette", "uvicorn", "httpx2")
@@ -85,6 +85,8 @@ def serve(run: SwitchServeRun) -> None:
         check_upstream(run.upstream, modes, key)
     bound = _bound(run.host, run.port)
     prefill = open_prefill(run.prefill, switcher.config)
+    if isinstance(prefill, RemotePrefill):
+        prefill.check()
     decider = Decider(switcher, modes, prefill, run.upstream.model, run.threshold, run.decide_timeout)
     proxy = Proxy(
         run.upstream.base_url,

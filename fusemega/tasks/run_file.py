@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from fusemega.config import Section
-from fusemega.sampling.engine import SamplingSettings
+from fusemega.sampling.engine import SamplingSettings, unless_given
 from fusemega.sampling.engines import EngineSettings, OpenAISettings, TransformersSettings, parse_engine
 from fusemega.tasks import alpaca_eval, arena_hard, gsm8k, humaneval  # noqa: F401  (registers them)
 from fusemega.tasks.lm_eval import LmEvalSection
 from fusemega.tasks.log_probs import LogProbSettings
-from fusemega.tasks.task import TaskSettings, greedy, parse_task
+from fusemega.tasks.task import TaskSettings, parse_task
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
 
@@ -41,7 +41,7 @@ class TasksRun(Section):
     @field_validator("sampling", mode="before")
     @classmethod
     def _is_greedy(cls, value: Any) -> Any:
-        return greedy(value)
+        return unless_given(value, temperature=0.0)
 
     @field_validator("engine", mode="before")
     @classmethod

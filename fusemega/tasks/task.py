@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from fusemega.config import Section, choose_section
 from fusemega.errors import UserError, choose
-from fusemega.sampling.engine import REFUSED, SamplingSettings
+from fusemega.sampling.engine import REFUSED, SamplingSettings, unless_given
 from fusemega.sampling.prompts import PromptsConfig
 
 Message = Mapping[str, Any]
@@ -28,11 +28,6 @@ class TaskSettings(Section):
     name: str
 
 
-def greedy(sampling: Any) -> Any:
-    """A `sampling` section of the run file, with temperature 0 if it has none."""
-    return {"temperature": 0.0, **sampling} if isinstance(sampling, Mapping) else sampling
-
-
 class AnswerSettings(TaskSettings):
     """What all tasks that ask have."""
 
@@ -42,7 +37,7 @@ class AnswerSettings(TaskSettings):
     @field_validator("sampling", mode="before")
     @classmethod
     def _is_greedy(cls, value: Any) -> Any:
-        return greedy(value)
+        return unless_given(value, temperature=0.0)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -178,6 +179,16 @@ def test_refused_and_nothing_submitted(
     assert slurm.calls("sbatch") == [] and sorted(place.rglob("*")) == before
 
 
+def test_a_launch_without_a_site_uses_none_of_an_earlier_one(
+    place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("site.env").write_text("CONTAINER_IMAGE=/old.sqsh\n")
+    said(capsys, "launch", "train.yaml", *TWO, "--env-file", "site.env")
+    slurm.knows(read_launches(Path("run"))[-1].jobs[0].job, JobState="COMPLETED")
+    said(capsys, "launch", "train.yaml", *TWO)
+    assert "CONTAINER_IMAGE" not in Path("run/slurm/site.env").read_text()
+
+
 def test_a_sites_number_of_ranks(place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     Path("site.env").write_text("NPROC_PER_NODE=4\nPYTHON=/opt/python\n")
     assert "1 node x 4 GPUs = 4" in said(capsys, "launch", "train.yaml", "--env-file", "site.env")
@@ -283,7 +294,9 @@ def test_durations() -> None:
 def test_a_site_file(tmp_path: Path) -> None:
     path = tmp_path / "site.env"
     path.write_text('A=1 # one\nexport B="two words"\nmodule load cuda\n\n  # C=\nD=$A/$HOME\n')
-    assert read_site(path).values == {"A": "1", "B": "two words", "D": "$A/$HOME"}
+    assert read_site(path).values == {"A": "1", "B": "two words", "D": f"1/{os.environ['HOME']}"}
+    path.write_text("A=x\nB='$A'\nC=${A}y\n")
+    assert read_site(path).values == {"A": "x", "B": "$A", "C": "xy"}, "as bash reads it"
     for text, error in (
         ("A=1\nB=${NOWHERE_SET}/x\n", "site.env:2: B refers to NOWHERE_SET, which is not set"),
         ("SBATCH_TIMELIMIT=5\n", "site.env:1: SBATCH_TIMELIMIT: not read here; allowed: SBATCH_PARTITION,"),

@@ -21,6 +21,7 @@ from fusemega.recipes.mutual_policy import Answers, checkpoints_of, choose_polic
 from fusemega.recipes.mutual_reward import make_reward_set
 from fusemega.recipes.registry import read_recipe
 from fusemega.sampling.prompts import prompt_key
+from fusemega.switch.run_file import LabelSettings
 from tests.recipes.small import write_tiny_models
 from tests.recipes.test_implicit import prompts, write
 
@@ -351,3 +352,12 @@ def test_a_reward_set_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mo
         make_reward_set(**asked)
     with pytest.raises(UserError, match="no prompt has a response of both policy-9 and policy-0"):
         make_reward_set(**asked | {"new": "policy-9"})
+
+
+def test_a_part_of_sampling_keeps_the_other_defaults(place: Path) -> None:
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    recipe["sampling"] = {"n": 4}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    sampling = read_recipe("recipe.yaml", [])[1].sampling
+    assert (sampling.n, sampling.temperature, sampling.top_p, sampling.max_tokens) == (4, 0.8, 0.95, 2048)
+    assert LabelSettings.model_validate({"sampling": {"temperature": 0.7}}).sampling.n == 8

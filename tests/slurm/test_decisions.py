@@ -106,6 +106,41 @@ def test_a_job_that_is_over_its_steps_is_not_done(submit: Submit, stand_in: Stan
     assert [line[-1] for line in job.tries() if line[0] == "end"] == ["requeue", "done"]
 
 
+_STAGE_ENDS_FROM_OUTSIDE = """
+if [[ "$*" == *" --begin "* ]]; then
+    [[ -e begun ]] || { touch begun; exit 143; }
+    while (($# > 1)); do shift; done
+    printf '%s\\n' ranks 1 "$PWD/out/rows" teach teach.yaml > "$1"
+elif [[ "$*" == *" --end"* ]]; then
+    [[ -e ended ]] || { touch ended; exit 137; }
+else
+    mkdir -p out && echo row > out/rows
+fi
+"""
+
+
+def test_a_stage_is_requeued_where_its_beginning_or_end_is_cut(submit: Submit, stand_in: StandIn, small: Path) -> None:
+    job = submit("stage.sbatch", small, "out", "teach-a", PYTHON=stand_in(_STAGE_ENDS_FROM_OUTSIDE))
+    job.ended()
+    tries = job.tries(job.out / "slurm" / "teach-a")
+    assert [line[-1] for line in tries if line[0] == "end"] == ["requeue", "requeue", "done"]
+    assert [line[4] for line in tries if line[0] == "start"] == ["beginning", "0 bytes", "4 bytes"]
+
+
+def test_a_stage_that_never_begins_has_a_limit(submit: Submit, stand_in: StandIn, small: Path) -> None:
+    job = submit("stage.sbatch", small, "out", "teach-a", PYTHON=stand_in("exit 1"), MAX_STALLS=2)
+    job.ended("FAILED")
+    assert "2 starts in a row without progress (MAX_STALLS): giving up" in job.log
+
+
+def test_a_stage_that_is_refused_when_it_begins(submit: Submit, stand_in: StandIn, small: Path) -> None:
+    body = 'echo "recipe.yaml: no such stage" > "$FUSEMEGA_REFUSED"; exit 2'
+    job = submit("stage.sbatch", small, "out", "teach-a", PYTHON=stand_in(body))
+    job.ended("FAILED")
+    assert "refused: recipe.yaml: no such stage" in job.log
+    assert job.cluster.field(job.number, "ExitCode") == "2:0"
+
+
 _NODE1_IS_BAD = """
 [[ "$*" == *" preflight "* ]] || { touch out/done; exit 0; }
 while (($# > 1)); do shift; done

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from fusemega.cli import main
 from fusemega.errors import UserError
@@ -100,6 +102,48 @@ def test_labels(finished: tuple[SwitchRun, dict]) -> None:
     before = ScriptedEngine.asked
     again = label(run, ScriptedEngine)
     assert ScriptedEngine.asked == before and {n: e.model_dump() for n, e in again.items()} == counts
+
+
+def test_labels_go_on_where_they_were_cut(finished: tuple[SwitchRun, dict], tmp_path: Path) -> None:
+    """The engine fails after forty responses; those that were recorded are not asked for again."""
+    run, _ = finished
+    run = run.model_copy(
+        update={"output_dir": str(tmp_path / "run"), "prompts": run.test_prompts, "test_prompts": None}
+    )
+    run = run.model_copy(update={"calibration_prompts": None})
+    before = ScriptedEngine.asked
+
+    class Failing(ScriptedEngine):
+        def generate(self, *arguments: Any, **more: Any) -> Any:
+            for number, response in enumerate(super().generate(*arguments, **more)):
+                if number == 40:
+                    raise RuntimeError("the server is gone")
+                yield response
+
+    with pytest.raises(RuntimeError, match="the server is gone"):
+        label(run, Failing)
+    ScriptedEngine.asked = 0
+    found = label(run, ScriptedEngine)
+    asked, ScriptedEngine.asked = ScriptedEngine.asked, before
+    assert asked == sum(found["train"].responses.values()) - 40
+
+
+def test_a_command_refuses_with_status_2(
+    finished: tuple[SwitchRun, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = finished
+    path = tmp_path / "switch.yaml"
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json", exclude_unset=True)))
+    for words, error in (
+        (["calibrate", str(path), "--token-budget", "4"], "no threshold costs 4 tokens or fewer; the nearest is"),
+        (["calibrate", str(path)], "--token-budget"),
+        (["eval", str(path), "switcher=nowhere"], "switcher: unknown key"),
+        (["train", str(path), "output_dir=nowhere"], "nowhere/labels"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["switch", *words])
+        captured = capsys.readouterr()
+        assert end.value.code == 2 and error in captured.err, captured.err
 
 
 def test_the_switcher_and_other_choices(finished: tuple[SwitchRun, dict]) -> None:

@@ -89,7 +89,7 @@ def test_a_server_that_returns_hidden_states(switch_model: Path) -> None:
     vector = np.arange(64, dtype=np.float32)
     settings = ServerPrefill(base_url=url.removesuffix("/v1"), model="m")
     answers += [{"data": vector.tolist()}, {"embedding": vector.tolist()}, {"data": [[0.0] * 64, vector.tolist()]}]
-    answers += [{"data": [1.0]}, {"data": [float("inf")] * 64}]
+    answers += [{"data": [1.0]}, {"data": [float("inf")] * 64}, {"data": vector.tolist()}, {"data": [1.0]}]
 
     async def ask() -> None:
         prefill = RemotePrefill(settings, config(switch_model))
@@ -102,6 +102,11 @@ def test_a_server_that_returns_hidden_states(switch_model: Path) -> None:
         await prefill.close()
 
     asyncio.run(ask())
+    RemotePrefill(settings, config(switch_model)).check()
+    with pytest.raises(UserError, match=r"/pooling gives no features of 8 tokens: a vector of shape \(1,\)"):
+        RemotePrefill(settings, config(switch_model)).check()
     stop()
+    with pytest.raises(UserError, match="gives no features of 8 tokens"):
+        RemotePrefill(settings, config(switch_model)).check()
     with pytest.raises(UserError, match="allowed: prefill.name: transformers"):
         RemotePrefill(settings, config(switch_model, pooling="mean"))
