@@ -14,7 +14,9 @@ import yaml
 
 from tests.cluster.conftest import RECIPE, write_inputs
 from tests.recipes.small import write_tiny_models
+from tests.recipes.test_implicit import RECIPE as IMPLICIT
 from tests.recipes.test_implicit import prompts, write
+from tests.recipes.test_implicit_runs import QUESTIONS, SELECT
 from tests.recipes.test_mutual import MUTUAL
 from tests.slurm.cluster import ENDED, Cluster
 from tests.slurm.job import LONG, ROOT
@@ -150,6 +152,31 @@ def test_a_recipe_as_a_chain_is_what_one_run_gives(place: Place) -> None:
         assert found
         for path in found:
             assert (chain / path).read_bytes() == (one / path).read_bytes(), path
+
+
+@pytest.mark.slurm_full
+def test_from_prompts_to_a_model_as_a_chain(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FuseChat-3.0: two sources sampled, scored, selected; SFT, and DPO by its reference's rows."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_models()
+    write("prompts.jsonl", prompts("instruction", *QUESTIONS))
+    place = Place(tmp_path, cluster)
+    recipe = {**IMPLICIT, "select": SELECT["fusechat3"], "nproc": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    place.fusemega("launch", "recipe.yaml", *RANKS)
+    assert set(place.ended("out").values()) == {"COMPLETED"}, place.logs("out")
+    place.fusemega("run", "recipe.yaml", "output_dir=here")
+    assert place.states("out") == place.states("here") and set(place.states("here").values()) == {"finished"}
+    chain, one = tmp_path / "out", tmp_path / "here"
+    found = [path.relative_to(one) for path in one.rglob("*") if path.is_file()]
+    same = [
+        path
+        for path in found
+        if path.parts[0] in ("prompts", "groups", "rewards", "sets") or path.suffix == ".safetensors"
+    ]
+    assert len(same) >= 10
+    for path in same:
+        assert (chain / path).read_bytes() == (one / path).read_bytes(), path
 
 
 @pytest.mark.slurm_full
