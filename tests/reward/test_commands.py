@@ -174,7 +174,7 @@ def test_judge_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"template: has no \{second\}"):
         judge_run("http://a", data, tmp_path / "out.jsonl", template="{prompt} {first}")
     with pytest.raises(UserError, match="sampling: n: a pair is judged once"):
-        judge_run("http://a", data, tmp_path / "out.jsonl", sampling={"n": 2})
+        judge_run("http://a", data, tmp_path / "out.jsonl", sampling={"n": 2, "temperature": 1.0})
 
 
 RULES = [

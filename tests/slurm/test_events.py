@@ -116,12 +116,16 @@ def test_preempted(
 
 
 @pytest.mark.slurm_full
-def test_a_node_goes_down(cluster: Cluster, submit: Submit, run_file: Path, two_ranks: Curve) -> None:
+@pytest.mark.parametrize("node", ["node1", "node2"])
+def test_a_node_goes_down(cluster: Cluster, submit: Submit, run_file: Path, two_ranks: Curve, node: str) -> None:
+    """Also that of rank 0, whose process had the run's lock, and of the job script."""
     job = submit("train.sbatch", run_file)
     job.wait_rows(8)
-    cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     cluster.wait(lambda: int(cluster.field(job.number, "Restarts") or 0) > 0, "the requeue", LONG)
-    cluster.run("scontrol", "update", "NodeName=node2", "State=RESUME", check=False)  # its slurmd may have asked for it
+    cluster.run(
+        "scontrol", "update", f"NodeName={node}", "State=RESUME", check=False
+    )  # its slurmd may have asked for it
     job.ended()
     starts = [line for line in job.tries() if line[0] == "start"]
     assert len(starts) == 2 and int(starts[1][4]) >= 6  # at least the last regular save
