@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 class Retryable(UserError):
-    """An error that the same command may not meet again: a batch script tries it once more. The exit status is 1."""
+    """An error that the same command may not meet again: a batch script may try it again. The exit status is 1."""
 
 
 def of_the_system(error: Exception) -> UserError | None:

@@ -22,8 +22,9 @@
 #   stop_signal=USR1                  what makes the command save and stop. TERM (the default) for commands that keep
 #                                     what is written whenever they end
 #   saves=FILE                        where the command notes how long its saves take (train: OUTPUT_DIR/saves.jsonl)
-#   short_step AT WORDS...            in when_done, or before run_until_done: `fusemega WORDS...` as one process. If it fails,
-#                                     the script ends as after the command (refused, given up, requeued), at progress AT
+#   short_step AT WORDS...            in when_done, or before run_until_done: `fusemega WORDS...` as one process. If it
+#                                     fails, the script ends as after the command (refused, given up, requeued), at
+#                                     progress AT
 #   started_again OUT                 a function for commands that refuse to write OUT again: ends the script where a start
 #                                     before this one has made it
 # Also there: run_file_value FILE KEY WORDS... (a top-level value of a run file, or of a word KEY=VALUE), say TEXT, refuse
@@ -338,8 +339,12 @@ short_step() {
     _go_on_later "$at"
 }
 
-_end() {
+_end_watch() {
     [[ -z $watch ]] || kill "$watch" 2>/dev/null
+}
+
+_end() {
+    _end_watch
     _note end "$(progress)" "$2"
     say "$2"
     exit "$1"
@@ -381,6 +386,7 @@ _go_on_later() {
     stalls=$(_stalls "$1")
     ((stalls >= MAX_STALLS)) && _end 1 "$stalls starts in a row without progress (MAX_STALLS): giving up"
     ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)) && _end 1 "restarted $MAX_RESTARTS times (MAX_RESTARTS): giving up"
+    _end_watch
     _note end "$1" "requeue"
     say "not done: requeueing"
     trap 'exit 0' TERM

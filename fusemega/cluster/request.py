@@ -54,11 +54,8 @@ def read_site(path: Path) -> Site:
         value = value[1:-1] if quote else value
         if not value:
             raise UserError(f"{path}:{number}: {hit[1]} has no value; fill it in, or take the line out")
-        for plain, braced in _REFERENCE.findall(value) if quote != "'" else []:
-            if (name := plain or braced) not in values and not os.environ.get(name):
-                raise UserError(f"{path}:{number}: {hit[1]} refers to {name}, which is not set; fill it in")
         if quote != "'":
-            value = _REFERENCE.sub(lambda one: values.get(one[1] or one[2]) or os.environ[one[1] or one[2]], value)
+            value = _resolved(value, values, f"{path}:{number}: {hit[1]}")
         if hit[1].startswith("SBATCH_") and hit[1] not in _OPTIONS:
             raise UserError(
                 f"{path}:{number}: {hit[1]}: not read here; allowed: {', '.join(_OPTIONS)}; other options of sbatch: "
@@ -68,6 +65,18 @@ def read_site(path: Path) -> Site:
     if {"CONTAINER_MOUNTS", "CONTAINER_WORKDIR"} & values.keys() and "CONTAINER_IMAGE" not in values:
         raise UserError(f"{path}: CONTAINER_IMAGE is not set, but CONTAINER_MOUNTS or CONTAINER_WORKDIR is")
     return Site(path, text, values)
+
+
+def _resolved(value: str, before: Mapping[str, str], where: str) -> str:
+    """The value with its references to lines `before`, else to the environment, replaced."""
+
+    def found(reference: re.Match[str]) -> str:
+        name = reference[1] or reference[2]
+        if not (said := before.get(name) or os.environ.get(name)):
+            raise UserError(f"{where} refers to {name}, which is not set; fill it in")
+        return said
+
+    return _REFERENCE.sub(found, value)
 
 
 def use_caches(site: Site) -> None:

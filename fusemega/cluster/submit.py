@@ -22,6 +22,8 @@ from fusemega.errors import UserError
 from fusemega.files.lock import locked
 from fusemega.files.output import check_writable, write_output
 
+_OWN = "# Written by fusemega"  # how files that it has written for its jobs begin
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -108,12 +110,14 @@ class Submission:
 
     def _settings(self) -> dict[Path, str]:
         """What the jobs read: the settings, the site's, and the script that leaves bad nodes out."""
-        said = f"# Written by fusemega {__version__} for its jobs: {self.command}\n"
+        said = f"{_OWN} {__version__} for its jobs: {self.command}\n"
         found = {self.settings_file: said + yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True)}
+        site = self.folder / "site.env"
         if self.request.site.path is not None:
-            found[self.folder / "site.env"] = self.request.site.text
-        elif (self.folder / "site.env").exists():  # of an earlier launch; the script would read it
-            found[self.folder / "site.env"] = f"{said}# Launched without --env-file.\n"
+            found[site] = self.request.site.text
+        elif site.exists() and not (old := site.read_text("utf-8", "replace")).startswith(_OWN):
+            # Of an earlier launch, or put there by hand; the script would read it.
+            found |= {site.with_name("site.env.before"): old, site: f"{said}# Launched without --env-file.\n"}
         found[self.folder / HELPER] = template_text(HELPER)
         return found
 

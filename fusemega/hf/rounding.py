@@ -14,9 +14,6 @@ import torch
 from fusemega.hf.folder import HFFolder
 
 _MATRICES = 16  # that `unchanged` looks at, about
-LEVEL = 0.75
-"""At least this share of zeros and single steps. Changes that are normal with a standard deviation of 1.3 steps have
-it; rounding's own deviation, the root of 1/12 of a step, is then 22 % of theirs."""
 LOST = 0.9
 """Where at least this share of a trained model's weights are as before, rounding has taken much of the training back.
 Of SmolLM2 after 15 updates of DPO with 5e-6, 0.977 were unchanged in bf16, and 0.05 of the update was left (as its

@@ -81,7 +81,7 @@ def preflight(
         told: called by rank 0 with the verdict, before the other ranks know of it: they end, and may take it with them.
 
     Raises:
-        UserError: rank 0's machine does not answer.
+        Retryable: rank 0's machine does not answer.
     """
     meeting = Meeting(rank, world_size, asked.seconds)
     meeting.put("here", node_name())

@@ -187,6 +187,7 @@ def test_a_launch_without_a_site_uses_none_of_an_earlier_one(
     slurm.knows(read_launches(Path("run"))[-1].jobs[0].job, JobState="COMPLETED")
     said(capsys, "launch", "train.yaml", *TWO)
     assert "CONTAINER_IMAGE" not in Path("run/slurm/site.env").read_text()
+    assert Path("run/slurm/site.env.before").read_text() == "CONTAINER_IMAGE=/old.sqsh\n", "it may be somebody's own"
 
 
 def test_a_sites_number_of_ranks(place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
